@@ -1,0 +1,42 @@
+# make compare    train every router side by side and print the table      make test     checks and quick tests
+# make check      format, lint, types, import order                         make slow     the tests that take minutes
+# Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Twice quiet: errors alone are shown.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: compare test check slow clean
+
+compare: $(INSTALLED)
+	$(BIN)/rlroute compare
+
+# One thread: bits change with their number, and the tests compare bits.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# The stamp comes last, so that an interrupted installation is taken up again.
+$(INSTALLED): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlroute needs Python 3.11 or newer: make PYTHON=/path/to/it")'
+	@echo "Installing into .venv (2.5 GB or more, one to five minutes): PyTorch first ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) "torch>=2.11,<2.14"
+	@echo "... then rlroute and everything it uses ..."
+	@$(PIP) -e ".[all,dev]"
+	@touch $@
+	@echo "... installed."
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Routers that learn from reward; a file here is a router."""

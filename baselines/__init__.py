@@ -1,0 +1,1 @@
+"""All other routers; a file here is a router."""

@@ -1,0 +1,74 @@
+"""Sigmoid top-k whose loads are balanced by a bias that only the selection sees, without an auxiliary loss.
+
+Loss-free balancing, Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437).
+
+For k = 1 the gate is the score itself: normalised over one expert it would be a constant.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlroute.balance import sequence_balance
+from rlroute.config import RouterConfig
+from rlroute.errors import ConfigError
+from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
+from rlroute.sampling import top_k
+
+
+class BiasBalancedRouter(Router):
+    """Selection by s + b; after each step b moves by the update rate towards less loaded experts."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Fields of the bias-balanced router."""
+
+        update_rate: float = 0.001
+        """How far a bias moves per step (the papers' u or gamma)."""
+        sequence_balance_weight: float = 0.0
+        """Weight of the sequence-wise balance loss; DeepSeek-V3 uses 1e-4."""
+        route_scale: float = 1.0
+        """Factor on all gates; DeepSeek-V3 uses 2.5."""
+        init_std: float = 0.02
+
+        def __post_init__(self) -> None:
+            if self.update_rate < 0:
+                raise ConfigError(f"router bias_balanced.update_rate = {self.update_rate}: legal are numbers from 0")
+
+    learns_from = frozenset({"gate", "load"})
+    gate_meaning = "sigmoid, unbiased, normalised over the chosen for k > 1"
+    bias_E: Tensor
+
+    def __init__(self, config: Config, shape: RouterShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.scores = LinearScores(shape, "scores", config.init_std)
+        self.register_buffer("bias_E", torch.zeros(shape.num_experts))
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Select by biased scores, gate by unbiased ones."""
+        logits_TE = self.scores(x_TD)
+        scores_TE = logits_TE.sigmoid()
+        ids_TK = top_k(scores_TE + self.bias_E, self.shape.k)
+        gates_TK = scores_TE.gather(1, ids_TK)
+        if self.shape.k > 1:
+            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
+        probs_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+        return RoutingDecision.token_choice(
+            ids_TK, self.config.route_scale * gates_TK, self.shape.num_experts, logits_TE=logits_TE, probs_TE=probs_TE
+        )
+
+    def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+        """Return the sequence-wise balance loss, where it has a weight."""
+        if not self.config.sequence_balance_weight:
+            return {}
+        assert decision.probs_TE is not None
+        value = feedback.share * sequence_balance(decision.probs_TE, decision, feedback.context)
+        return {"sequence_balance": Term(value, self.config.sequence_balance_weight)}
+
+    def adapt(self, sums: Mapping[str, Tensor]) -> None:
+        """Raise the bias of experts that less than the mean chose, lower that of the others."""
+        demand_E = sums["demand_E"].to(self.bias_E.dtype)
+        self.bias_E += self.config.update_rate * torch.sign(demand_E.mean() - demand_E)

@@ -1,0 +1,100 @@
+"""Top-k of logits with learned Gaussian noise, kept balanced by importance and load losses.
+
+Noisy top-k gating, Shazeer et al. 2017 (arXiv 1701.06538).
+
+Both weight matrices start at zero as in the paper: at first the noise alone chooses, and loads start balanced.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rlroute.balance import cv_squared
+from rlroute.config import RouterConfig
+from rlroute.errors import ConfigError
+from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
+from rlroute.sampling import top_k
+from rlroute.seeding import normal
+
+
+class NoisyTopKRouter(Router):
+    """H = x W_g + N(0, 1) * softplus(x W_noise); the gates are the softmax over the k largest H."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Fields of noisy top-k gating."""
+
+        importance_weight: float = 0.1
+        """Weight of CV^2 of the summed gates."""
+        load_weight: float = 0.1
+        """Weight of CV^2 of the smooth load estimate."""
+
+        def __post_init__(self) -> None:
+            if self.importance_weight < 0 or self.load_weight < 0:
+                weights = (self.importance_weight, self.load_weight)
+                raise ConfigError(f"router noisy_topk weights = {weights}: legal are numbers from 0")
+
+    learns_from = frozenset({"gate"})
+    gate_meaning = "softmax over the chosen noisy logits"
+    stochastic = True
+
+    def __init__(self, config: Config, shape: RouterShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.scores = LinearScores(shape, "scores", 0.0)
+        self.noise = LinearScores(shape, "noise", 0.0)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Both losses mix the tokens of a micro-batch."""
+        return self.config.importance_weight > 0 or self.config.load_weight > 0
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Take the k largest noisy logits; the clean ones where not exploring."""
+        clean_TE = self.scores(x_TD)
+        noisy_TE, memo = clean_TE, {}
+        if context.explore:
+            std_TE = functional.softplus(self.noise(x_TD))
+            noisy_TE = clean_TE + std_TE * normal(context.noise("noisy_topk", (self.shape.num_experts,))).to(x_TD.dtype)
+            memo = {"noisy_TE": noisy_TE, "std_TE": std_TE}
+        ids_TK = top_k(noisy_TE, self.shape.k)
+        gates_TK = noisy_TE.gather(1, ids_TK).softmax(1)
+        if self.shape.k == 1:  # softmax over one is constant: the paper's form would teach k = 1 by the load loss alone
+            gates_TK = noisy_TE.softmax(1).gather(1, ids_TK)
+        return RoutingDecision.token_choice(
+            ids_TK, gates_TK, self.shape.num_experts, logits_TE=clean_TE, probs_TE=clean_TE.softmax(1), memo=memo
+        )
+
+    def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+        """Return the importance and the load loss."""
+        context = feedback.context
+        valid_T = context.mask_T.to(decision.gates_R.dtype)
+        gates_R = decision.gates_R * valid_T[decision.token_ids_R]
+        importance_E = gates_R.new_zeros(self.shape.num_experts).index_add(0, decision.expert_ids_R, gates_R)
+        load_E = (self._chosen_probability(decision) * valid_T[:, None]).sum(0)
+        return {
+            "importance": Term(
+                feedback.share * cv_squared(context.sum_over_scope(importance_E)), self.config.importance_weight
+            ),
+            "load": Term(feedback.share * cv_squared(context.sum_over_scope(load_E)), self.config.load_weight),
+        }
+
+    def _chosen_probability(self, decision: RoutingDecision) -> Tensor:
+        """Return P(x, i), the probability that expert i stays among the k largest if its own noise is drawn anew; shape (T, E)."""
+        noisy_TE, std_TE, clean_TE = decision.memo["noisy_TE"], decision.memo["std_TE"], decision.logits_TE
+        assert clean_TE is not None
+        experts, k = self.shape.num_experts, self.shape.k
+        if k == experts:
+            return torch.ones_like(clean_TE)
+        ranked_TK = noisy_TE.topk(k + 1, dim=1).values
+        inside_TE = noisy_TE > ranked_TK[:, k, None]
+        threshold_TE = torch.where(
+            inside_TE, ranked_TK[:, k, None], ranked_TK[:, k - 1, None]
+        )  # the k-th largest but for i
+        return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+
+    def training_flops_per_token(self) -> int:
+        """The noise's weights are used in training only."""
+        return 2 * self.noise.weight.numel()

@@ -1,0 +1,1 @@
+"""Gymnasium environments in which routing is the action."""

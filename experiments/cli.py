@@ -1,0 +1,235 @@
+"""The command line. Every command that writes says where; bad input is one line on stderr and exit code 2.
+
+Heavy packages are imported inside the commands, so that ``rlroute --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
+from rlroute.errors import RlrouteError
+from rlroute.experiments.launch import Job, Launcher
+
+app = tyro.extras.SubcommandApp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all runs of a command have in common."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where runs are stored and how they are started."""
+
+    store: Path = Path("runs")
+    """The run store's folder."""
+    launcher: Launcher = "ray"
+    """ray: Tune trials, one core each; local: one after the other in this process."""
+    concurrency: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Trials at a time under ray."""
+
+
+@app.command
+def train(
+    entry: tyro.conf.Positional[str],
+    seed: int = 0,
+    store: Path = Path("runs"),
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),  # noqa: B008 (frozen)
+) -> None:
+    """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood."""
+    from rlroute.experiments.compare import run_jobs
+    from rlroute.experiments.recipes import build_entry
+
+    config = build_entry(entry, shared.data, shared.model, shared.train)
+    (record,) = run_jobs([Job(config, seed)], store, "local", 1)
+    print(f"{record.summary['status']}: {_score(record.summary)}; record in {store / record.id}")
+
+
+@app.command
+def compare(
+    entries: tyro.conf.Positional[tuple[str, ...]] = (),
+    seeds: int = 3,
+    reference: str = "switch",
+    tuned: bool = True,
+    out: Path = Path("results"),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),  # noqa: B008
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),  # noqa: B008
+) -> None:
+    """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the report.
+
+    Args:
+        entries: routers, `router:field=value,...`, or `dense`.
+        seeds: each entry is trained with seeds 0 to seeds - 1.
+        reference: the entry that differences are taken to.
+        tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
+        out: folder for table.md, table.csv and report.html.
+    """
+    from rlroute.experiments.compare import run_jobs
+    from rlroute.experiments.recipes import build_comparison, default_entries
+
+    configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
+    jobs = [Job(config, seed) for seed in range(seeds) for config in configs]
+    records = run_jobs(jobs, launch.store, launch.launcher, launch.concurrency)
+    print(_publish(records, out, reference))
+    print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
+
+
+@app.command
+def routers() -> None:
+    """List the routers: where each comes from, its paper, what it learns from and its fields."""
+    from rlroute.experiments.listing import routers_text
+
+    print(routers_text())
+
+
+@app.command
+def runs(path: tyro.conf.Positional[Path] = Path("runs"), run: tyro.conf.Positional[str] = "") -> None:
+    """List the runs of a store (or of a compact file), or inspect one: RUN is its id or the start of it."""
+    from rlroute.experiments.listing import run_text, runs_text
+
+    print(run_text(path, run) if run else runs_text(path))
+
+
+@app.command
+def table(
+    path: tyro.conf.Positional[Path] = Path("runs"),
+    reference: str | None = None,
+    csv: bool = False,
+    timings: bool = True,
+    only: tuple[str, ...] = (),
+) -> None:
+    """Print the table of stored runs, as Markdown or CSV; a pure function of the records.
+
+    Args:
+        path: a run store or a compact file.
+        reference: the entry that differences are taken to.
+        csv: CSV instead of Markdown.
+        timings: --no-timings leaves out the columns that differ from run to run.
+        only: ids (or their starts) of the runs to take; all if none are given.
+    """
+    from rlroute.experiments.table import build_table, to_csv, to_markdown
+
+    built = build_table(_select(path, only), reference)
+    print(to_csv(built, timings=timings) if csv else to_markdown(built, timings=timings))
+
+
+@app.command
+def report(
+    path: tyro.conf.Positional[Path] = Path("runs"),
+    out: Path = Path("results/report.html"),
+    reference: str | None = None,
+    only: tuple[str, ...] = (),
+) -> None:
+    """Write one self-contained HTML page about stored runs: table, curves, expert loads, quality against balance, provenance.
+
+    Args:
+        path: a run store or a compact file.
+        out: the page.
+        reference: the entry that differences are taken to.
+        only: ids (or their starts) of the runs to take; all if none are given.
+    """
+    from rlroute.experiments.report import write_report
+
+    write_report(_select(path, only), out, reference=reference, command=_command())
+    print(f"report in {out}")
+
+
+@app.command
+def export(out: tyro.conf.Positional[Path], path: Path = Path("runs"), only: tuple[str, ...] = ()) -> None:
+    """Write the ended runs of a store into one compact file for publication.
+
+    Args:
+        out: the compact file, one JSON object a line.
+        path: the run store.
+        only: ids (or their starts) of the runs to take; all if none are given.
+    """
+    from rlroute.records import write_compact
+
+    records = _select(path, only)
+    write_compact(records, out)
+    print(f"{len(records)} runs in {out}")
+
+
+@app.command
+def tune(
+    entries: tyro.conf.Positional[tuple[str, ...]] = (),
+    out: Path = Path("results/tuning.json"),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),  # noqa: B008
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+) -> None:
+    """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
+
+    Args:
+        entries: routers or `dense`, as named in the grid.
+        out: all trials, as JSON.
+    """
+    from rlroute.experiments import tune as tuning
+    from rlroute.experiments.recipes import GRID
+
+    rows = tuning.tune(entries or tuple(GRID), train, launch.store, launch.launcher, launch.concurrency)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tuning.write_trials(rows, train, out, _command())
+    for entry, overrides in tuning.best(rows).items():
+        print(f"{entry}: {overrides}")
+    print(f"{len(rows)} trials in {out}")
+
+
+def _select(path: Path, only: tuple[str, ...]) -> list:  # type: ignore[type-arg]
+    from rlroute.records import read_runs
+
+    records = read_runs(path)
+    return [r for r in records if not only or r.id.startswith(only)]
+
+
+def _publish(records: list, out: Path, reference: str) -> str:  # type: ignore[type-arg]
+    """Write table and report, and return the table's text."""
+    from rlroute.experiments.report import write_report
+    from rlroute.experiments.table import build_table, to_csv, to_markdown
+    from rlroute.records import storing, write_atomically
+
+    with storing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    built = build_table(records, reference, command=_command())
+    text = to_markdown(built)
+    write_atomically(out / "table.md", text)
+    write_atomically(out / "table.csv", to_csv(built))
+    write_report(records, out / "report.html", reference=reference, command=_command())
+    return text
+
+
+def _score(summary: dict) -> str:  # type: ignore[type-arg]
+    final = summary["final"]
+    return f"{final['bits_per_byte']:.4f} bits per byte" if final else str(summary["diverged"])
+
+
+def _command() -> str:
+    return shlex.join(["rlroute", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app.cli(
+            prog="rlroute",
+            description="Compare the routers of mixture-of-experts transformers inside identical models.",
+        )
+    except RlrouteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What ``rlroute routers`` and ``rlroute runs`` print."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from rlroute.errors import StoreError
+from rlroute.records import RunRecord, progress, read_runs
+from rlroute.registry import router_class, router_names
+
+
+def routers_text() -> str:
+    """Describe every router: what it does, its paper, what it learns from, its fields and their defaults."""
+    return "\n\n".join(_router_text(name) for name in router_names())
+
+
+def _router_text(name: str) -> str:
+    router = router_class(name)
+    module = __import__(router.__module__, fromlist=["__doc__"])
+    what, paper = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
+    marks = [] if router.causal else ["non-causal: a token's route depends on later tokens"]
+    options = ", ".join(f"{f.name}={getattr(router.Config(), f.name)!r}" for f in fields(router.Config))
+    lines = [
+        f"{name}  ({router.__module__})",
+        what,
+        paper,
+        f"learns from: {', '.join(sorted(router.learns_from)) or 'nothing'}; gate: {router.gate_meaning}",
+        *marks,
+        f"fields: {options or 'none'}",
+    ]
+    return "\n    ".join(lines)
+
+
+def runs_text(path: Path) -> str:
+    """List the runs of a store, ended and unfinished, one a line."""
+    lines = [f"{'run':48} {'status':10} {'steps':>7} {'bits/byte':>9}"]
+    ended = read_runs(path)
+    for record in ended:
+        final = record.summary["final"]
+        score = f"{final['bits_per_byte']:9.4f}" if final else f"{'-':>9}"
+        lines.append(f"{record.id:48} {record.summary['status']:10} {record.summary['steps']:7} {score}")
+    if path.is_dir():
+        for folder in sorted(folder.parent for folder in path.glob("*/config.json")):
+            if not (folder / "summary.json").exists():
+                row = progress(folder)
+                lines.append(f"{folder.name:48} {'unfinished':10} {row['step'] if row else 0:7} {'-':>9}")
+    return "\n".join(lines)
+
+
+def run_text(path: Path, start: str) -> str:
+    """Show one ended run: its summary and the table of its evaluations.
+
+    Raises:
+        StoreError: no run, or more than one, starts so.
+    """
+    found = [record for record in read_runs(path) if record.id.startswith(start)]
+    if len(found) != 1:
+        ids = ", ".join(record.id for record in found or read_runs(path)) or "none"
+        raise StoreError(f"{len(found)} ended runs start with {start!r}: there are {ids}")
+    return _record_text(found[0])
+
+
+def _record_text(record: RunRecord) -> str:
+    evals = "\n".join(
+        f"{row['step']:7} {row['bits_per_byte']:9.4f} {max(row['max_vio_L'], default=0):8.3f} {sum(row['dead_L']):5}"
+        for row in record.evals
+    )
+    header = f"{'step':>7} {'bits/byte':>9} {'MaxVio':>8} {'dead':>5}"
+    parts = {"config": record.config, "environment": record.environment, "summary": record.summary}
+    return f"{record.id}\n{header}\n{evals}\n{json.dumps(parts, indent=1)}"

@@ -1,0 +1,91 @@
+"""A live table of how far runs are, read from the run store alone, so that it serves every launcher."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rlroute.records import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rlroute.experiments.launch import Job
+
+REFRESH_SECONDS = 1.0
+LOG_SECONDS = 30.0
+"""Where output is not a terminal, a line this often instead of a live table."""
+
+
+class Monitor:
+    """Shows the progress of ``jobs`` while its ``with`` block runs."""
+
+    def __init__(self, jobs: Sequence[Job], store: Path) -> None:
+        self.jobs, self.store = jobs, store
+        self.start = time.monotonic()
+        self.first = self._done()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            while not self.stop.wait(LOG_SECONDS):
+                print(self._headline(), file=sys.stderr, flush=True)
+            return
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            while not self.stop.wait(REFRESH_SECONDS):
+                live.update(self._table(), refresh=True)
+
+    def _share(self, job: Job) -> float:
+        """Return the share of a job's steps that are done, as far as its records say."""
+        folder = self.store / job.id
+        if (folder / "summary.json").exists():
+            return 1.0
+        row = progress(folder)
+        return min(0.99, row["step"] / job.config.train.steps) if row else 0.0
+
+    def _done(self) -> float:
+        return sum(map(self._share, self.jobs))
+
+    def _headline(self) -> str:
+        done, elapsed = self._done(), time.monotonic() - self.start
+        ended = sum(self._share(job) == 1.0 for job in self.jobs)
+        speed = (done - self.first) / elapsed if elapsed else 0.0
+        left = f"about {(len(self.jobs) - done) / speed / 60:.0f} min left" if speed else "starting"
+        return f"{ended} of {len(self.jobs)} runs ended, {elapsed / 60:.1f} min so far, {left}"
+
+    def _table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=self._headline(), title_justify="left", box=None, pad_edge=False)
+        for column in ("router", "seeds done", "progress", "last loss"):
+            table.add_column(column)
+        by_label: dict[str, list[Job]] = {}
+        for job in self.jobs:
+            by_label.setdefault(job.id.rpartition("-s")[0], []).append(job)
+        for jobs in by_label.values():
+            shares = [self._share(job) for job in jobs]
+            rows = [row for job in jobs if (row := progress(self.store / job.id))]
+            loss = f"{rows[-1]['loss']:.3f}" if rows else ""
+            bar = "".join("█" if share == 1.0 else "▓▒░"[2 - int(share * 3)] if share else "·" for share in shares)
+            name = jobs[0].config.router_name
+            table.add_row(name, f"{shares.count(1.0)}/{len(jobs)}", f"{bar} {sum(shares) / len(jobs):4.0%}", loss)
+        return table

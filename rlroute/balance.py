@@ -1,0 +1,57 @@
+"""Balance and stability losses: pure functions of a decision.
+
+The load fraction f is counted before capacity drops and per layer: counted after, total collapse under a tight capacity looks
+balanced; pooled over layers, layers that collapse onto different experts do.
+
+Shape suffixes: T tokens, E experts, B sequences.
+"""
+
+import torch
+from torch import Tensor
+
+from rlroute.routing import RoutingContext, RoutingDecision
+
+
+def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return E * sum_i f_i P_i (Switch, arXiv 2101.03961): f_i the share of pairs that chose expert i, P_i its mean probability.
+
+    It is 1 at perfect balance for every k, and differentiable through P alone. Both are taken over the valid tokens of the
+    context's balance scope.
+    """
+    mask_T = context.mask_T
+    demand_E = context.sum_over_scope(decision.demand_E(mask_T).to(probs_TE.dtype))
+    mass_E = context.sum_over_scope((probs_TE * mask_T[:, None]).sum(0))
+    return decision.num_experts * (demand_E / demand_E.sum() * mass_E / mass_E.detach().sum()).sum()
+
+
+def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return the mean over sequences of :func:`load_balance` within each (DeepSeek-V3, arXiv 2412.19437), weighted by valid tokens."""
+    rows_T = torch.unique(context.sequence_T, return_inverse=True)[1]
+    rows_T = rows_T + context.sample_T * (int(rows_T.max()) + 1)
+    count, experts = int(rows_T.max()) + 1, decision.num_experts
+    valid_T = context.mask_T.to(probs_TE.dtype)
+    used_R = (decision.expert_ids_R < experts) & context.mask_T[decision.token_ids_R]
+    slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
+    demand_BE = torch.bincount(slots_R, weights=used_R.to(probs_TE.dtype), minlength=count * experts).view(
+        count, experts
+    )
+    mass_BE = probs_TE.new_zeros(count, experts).index_add(0, rows_T, probs_TE * valid_T[:, None])
+    tokens_B = probs_TE.new_zeros(count).index_add(0, rows_T, valid_T)
+    f_BE = demand_BE / demand_BE.sum(1, keepdim=True).clamp(min=1)
+    loss_B = experts * (f_BE * mass_BE / tokens_B[:, None].clamp(min=1)).sum(1)
+    return (loss_B * tokens_B).sum() / tokens_B.sum()
+
+
+def router_z(logits_TE: Tensor) -> Tensor:
+    """Return (logsumexp of a token's logits)^2, shape (T,) (ST-MoE, arXiv 2202.08906)."""
+    return logits_TE.logsumexp(1).square()
+
+
+def cv_squared(values_E: Tensor) -> Tensor:
+    """Return variance over squared mean (Shazeer et al. 2017). By the variance: a standard deviation has no gradient at balance."""
+    return values_E.var(correction=0) / values_E.mean().square().clamp(min=torch.finfo(values_E.dtype).tiny)
+
+
+def entropy_T(probs_TE: Tensor) -> Tensor:
+    """Return the entropy of each row in nats, shape (T,)."""
+    return torch.special.entr(probs_TE).sum(1)

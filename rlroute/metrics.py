@@ -1,0 +1,49 @@
+"""What is measured of decisions, per layer: pure functions that leave their result on the device.
+
+Shape suffixes: T tokens, E experts, K experts per token.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlroute.balance import entropy_T
+from rlroute.routing import RoutingDecision
+
+
+def max_vio(load_E: Tensor) -> Tensor:
+    """Return max_i n_i / mean(n) - 1 (Wang et al. 2024, arXiv 2408.15664); 0 is perfect balance, E - 1 total collapse."""
+    return load_E.max() / load_E.double().mean() - 1
+
+
+def coefficient_of_variation(load_E: Tensor) -> Tensor:
+    """Return the standard deviation of the loads over their mean."""
+    return load_E.double().std(correction=0) / load_E.double().mean()
+
+
+def load_entropy(load_E: Tensor) -> Tensor:
+    """Return the entropy of the load fractions over log E: 1 is perfect balance, 0 total collapse; 1 for a single expert."""
+    fractions_E = load_E.double() / load_E.sum()
+    return torch.special.entr(fractions_E).sum() / math.log(len(load_E)) if len(load_E) > 1 else fractions_E.sum()
+
+
+def router_entropy(probs_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Return the mean entropy of the routing distributions of valid tokens over log E."""
+    values_T = entropy_T(probs_TE) / math.log(max(probs_TE.shape[1], 2))
+    return values_T.mean() if mask_T is None else (values_T * mask_T).sum() / mask_T.sum()
+
+
+def dead_experts(load_E: Tensor, share: float = 0.05) -> Tensor:
+    """Count the experts whose load is below ``share`` of the fair one. Meaningful over a window of many tokens only."""
+    return (load_E < share * load_E.double().mean()).sum()
+
+
+def drop_rate(decision: RoutingDecision) -> Tensor:
+    """Return the share of chosen pairs that the capacity step dropped."""
+    return 1 - decision.load_E().sum() / decision.demand_E().sum().clamp(min=1)
+
+
+def overlap(ids_a_TK: Tensor, ids_b_TK: Tensor) -> Tensor:
+    """Return the mean share of a token's K experts that two decisions have in common."""
+    return (ids_a_TK[:, :, None] == ids_b_TK[:, None, :]).any(2).double().mean()

@@ -1,0 +1,86 @@
+"""The MoE layer: a router decides, the shared kernel runs the decision; and the dense MLP of equal active width.
+
+Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, R routed pairs.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rlroute import seeding
+from rlroute.config import ModelConfig
+from rlroute.kernels import ExpertWeights, expert_mlp
+from rlroute.routing import Router, RoutingContext, RoutingDecision, drop_over_capacity
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts. Each expert's initial weights derive from its own key, whatever process holds it."""
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int, num_experts: int, d_expert: int) -> None:
+        super().__init__()
+        self.in_EHD = nn.Parameter(torch.empty(num_experts, 2 * d_expert, config.d_model))
+        self.out_EDF = nn.Parameter(torch.empty(num_experts, config.d_model, d_expert))
+        std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
+        for expert in range(num_experts):
+            seeding.init_normal(self.in_EHD[expert], config.d_model**-0.5, seed, f"layers.{layer}.experts.in", expert)
+            seeding.init_normal(self.out_EDF[expert], std_out, seed, f"layers.{layer}.experts.out", expert)
+
+    def weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """Return the weights in the compute precision."""
+        return ExpertWeights(self.in_EHD.to(dtype), self.out_EDF.to(dtype))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return autocast's precision where it is on, else that of ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def apply_gate_form(decision: RoutingDecision, form: str, k: int) -> RoutingDecision:
+    """Return the decision with its gates as published (``own``), or with value 1/k and the gradient of the router's gate (``unit``)."""
+    if form == "own":
+        return decision
+    return replace(decision, gates_R=1 / k + decision.gates_R - decision.gates_R.detach())
+
+
+class MoELayer(nn.Module):
+    """Route, drop over capacity where there is one, run the experts."""
+
+    def __init__(self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.router = router
+        self.experts = Experts(config, layer, seed, config.num_experts, config.d_expert)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
+        """Return the gated sum of expert outputs, shape (T, D), and the decision that was run, gates in their final form."""
+        dtype = compute_dtype(x_TD)
+        with torch.autocast(
+            x_TD.device.type, enabled=False
+        ):  # a bf16 router diverges (Switch, arXiv 2101.03961, table 2)
+            decision = self.router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
+            decision = apply_gate_form(decision, self.config.gate_form, self.config.k)
+            if self.config.capacity_factor is not None:
+                decision = drop_over_capacity(decision, self._capacity(len(x_TD)))
+            if decision.gates_R.requires_grad:
+                decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit; routers read it in observe()
+            return expert_mlp(x_TD.to(dtype), decision, self.experts.weights(dtype), self.backend), decision
+
+    def _capacity(self, num_tokens: int) -> int:
+        assert self.config.capacity_factor is not None
+        return math.ceil(self.config.capacity_factor * self.config.k * num_tokens / self.config.num_experts)
+
+
+class DenseMLP(nn.Module):
+    """One SwiGLU MLP as wide as the k experts that a token would run: the yardstick of equal active compute."""
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+        super().__init__()
+        self.experts = Experts(config, layer, seed, 1, config.k * config.d_expert)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return the MLP's output, shape (T, D)."""
+        gate_TF, up_TF = nn.functional.linear(x_TD, self.experts.in_EHD[0]).chunk(2, dim=1)
+        return nn.functional.linear(nn.functional.silu(gate_TF) * up_TF, self.experts.out_EDF[0])

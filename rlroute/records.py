@@ -1,0 +1,287 @@
+"""The run store: one folder per run, self-describing, readable without rlroute, and written from outside the router.
+
+``runs/<id>/`` holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``loads.jsonl`` and, once the run has ended,
+``summary.json``; a run without a summary is unfinished and resumes from its ``checkpoint``. A *compact* file holds many ended runs,
+one JSON object a line, for publication.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from rlroute import __version__
+from rlroute.config import SCHEMA, RunConfig
+from rlroute.errors import StoreError
+
+Row = dict[str, Any]
+COMPACT_ROWS = 100
+"""How many load and training rows of a run a compact file keeps at most."""
+LOCK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind. ``config`` is the content of config.json: id, router, seed, config_hash and the configuration."""
+
+    id: str
+    config: Row
+    environment: Row
+    summary: Row
+    evals: list[Row]
+    loads: list[Row]
+    train: list[Row]
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a StoreError that names ``path``."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, whatever happens in between.
+
+    Raises:
+        StoreError: the folder cannot be written; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Row) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def environment(config: RunConfig, backend: str) -> Row:
+    """Describe where a run happens, as far as it can change the result."""
+    device = config.train.device
+    return {
+        "rlroute": __version__,
+        **_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "kernel_backend": backend,
+    }
+
+
+@cache
+def _commit() -> Row:
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(
+            ("git", "-C", str(folder), *arguments), capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):  # an installed wheel has no repository
+        return {"commit": None, "dirty": None}
+
+
+@cache
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class RunFolder:
+    """The folder of one run, held by one process at a time.
+
+    Args:
+        store: the run store's folder, made when missing.
+        config: the run's configuration.
+        seed: the run's seed.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+
+    def __init__(self, store: Path, config: RunConfig, seed: int) -> None:
+        self.id = config.run_id(seed)
+        self.path = store / self.id
+        with storing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
+
+    @contextmanager
+    def lock(self, patience: float = LOCK_SECONDS) -> Iterator[None]:
+        """Hold the run for this process; the system lets go of it when the process ends, however it ends.
+
+        Args:
+            patience: seconds to wait for another process, such as the dying worker of a launcher that was killed.
+
+        Raises:
+            StoreError: another process still holds it.
+        """
+        path = self.path / ".lock"
+        with storing(path), path.open("w") as file:
+            deadline = time.monotonic() + patience
+            while not _try_lock(file):
+                if time.monotonic() > deadline:
+                    raise StoreError(f"run {self.id} is being trained by another process (waited {patience:.0f} s)")
+                time.sleep(0.2)
+            yield
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has finished or diverged."""
+        return (self.path / "summary.json").exists()
+
+    def describe(self, config: RunConfig, seed: int, backend: str) -> None:
+        """Write config.json and environment.json."""
+        identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
+        write_json(self.path / "config.json", {"schema": SCHEMA, **identity, "config": config.to_dict()})
+        write_json(self.path / "environment.json", environment(config, backend))
+
+    def append(self, name: str, row: Row) -> None:
+        """Append one line to ``name``.jsonl."""
+        path = self.path / f"{name}.jsonl"
+        with storing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after ``step``, which a resumed run will write again; a torn last line goes too."""
+        for path in (self.path / "metrics.jsonl", self.path / "loads.jsonl"):
+            if path.exists():
+                kept = [row for row in _read_rows(path, torn_ok=True) if row["step"] <= step]
+                write_atomically(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in kept))
+
+    def finish(self, summary: Row) -> None:
+        """Write summary.json: from now on the run counts as ended."""
+        write_json(self.path / "summary.json", summary)
+
+    def read(self) -> RunRecord:
+        """Return the ended run's record."""
+        return _read_folder(self.path)
+
+
+def progress(path: Path) -> Row | None:
+    """Return the last complete row of a run folder's metrics, None before the first."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return None
+    with file.open("rb") as handle:
+        handle.seek(max(0, file.stat().st_size - 65_536))
+        lines = handle.read().split(b"\n")[:-1]
+    row: Row | None = json.loads(lines[-1]) if lines else None
+    return row
+
+
+def read_runs(path: Path) -> list[RunRecord]:
+    """Return the ended runs of a store folder or of a compact file, sorted by id.
+
+    Raises:
+        StoreError: there is nothing there, or a record is truncated, foreign or of another schema.
+    """
+    if path.is_file():
+        records = [_from_compact(row, path) for row in _read_rows(path)]
+    elif path.is_dir():
+        records = [_read_folder(summary.parent) for summary in path.glob("*/summary.json")]
+    else:
+        raise StoreError(f"no run store or compact file at {path}")
+    return sorted(records, key=lambda record: record.id)
+
+
+def write_compact(records: Iterable[RunRecord], path: Path) -> None:
+    """Write runs as a compact file, with their load and training rows thinned."""
+    lines = []
+    for record in records:
+        parts = {
+            "config": record.config,
+            "environment": record.environment,
+            "summary": record.summary,
+            "evals": record.evals,
+        }
+        lines.append(
+            json.dumps(parts | {"loads": _thin(record.loads), "train": _thin(record.train)}, separators=(",", ":"))
+        )
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def _thin(rows: list[Row]) -> list[Row]:
+    stride = -(-len(rows) // COMPACT_ROWS) or 1
+    return [row for index, row in enumerate(rows, start=1) if index % stride == 0 or index == len(rows)]
+
+
+def _read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    torn = lines.pop()  # what follows the last newline: empty unless a write was cut off
+    if torn and not torn_ok:
+        raise StoreError(f"{path} is truncated: its last line has no end")
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise StoreError(f"{path} holds a line that is not JSON: {error}") from error
+
+
+def _read_json(path: Path) -> Row:
+    try:
+        value: Row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return value
+
+
+def _read_folder(path: Path) -> RunRecord:
+    parts = {name: _read_json(path / f"{name}.json") for name in ("config", "environment", "summary")}
+    metrics = _read_rows(path / "metrics.jsonl")
+    rows = {kind: [row for row in metrics if row.get("kind") == kind] for kind in ("eval", "train")}
+    parts |= {"evals": rows["eval"], "train": rows["train"], "loads": _read_rows(path / "loads.jsonl")}  # type: ignore[dict-item]
+    return _from_compact(parts, path)
+
+
+def _from_compact(parts: Row, path: Path) -> RunRecord:
+    names = ("config", "environment", "summary", "evals", "loads", "train")
+    missing = [name for name in names if name not in parts]
+    if missing:
+        raise StoreError(f"{path} is not a run record: it lacks {', '.join(missing)}")
+    for name in ("config", "summary"):
+        if parts[name].get("schema") != SCHEMA:
+            raise StoreError(f"{path}: {name} has schema {parts[name].get('schema')!r}, this version reads {SCHEMA}")
+    return RunRecord(parts["summary"]["id"], *(parts[name] for name in names))

@@ -1,0 +1,73 @@
+"""Which routers there are: a router's name is its file's name, and there is nothing to register by hand.
+
+Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``; a leading underscore marks a private helper. Third parties plug in
+with an entry point of the group ``rlroute.routers`` whose name is the router's and whose value is its class.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from rlroute.config import DENSE
+from rlroute.errors import ConfigError
+from rlroute.routing import Router
+
+WINGS = ("rlroute.agents", "rlroute.baselines")
+GROUP = "rlroute.routers"
+
+
+@cache
+def _sources() -> dict[str, str | EntryPoint]:
+    """Map each router's name to its module's path, or to the entry point that a third party declares."""
+    found: dict[str, str | EntryPoint] = {}
+    for wing in WINGS:
+        for module in pkgutil.iter_modules(importlib.import_module(wing).__path__):
+            if not module.name.startswith("_"):
+                found[module.name] = f"{wing}.{module.name}"
+    for point in entry_points(group=GROUP):
+        if point.name in found or point.name == DENSE:
+            raise ConfigError(f"entry point {point.value!r} names its router {point.name!r}, which is taken")
+        found[point.name] = point
+    return found
+
+
+def router_names() -> list[str]:
+    """Return the names of all routers, sorted."""
+    return sorted(_sources())
+
+
+def router_class(name: str) -> type[Router]:
+    """Return the router class called ``name``.
+
+    Raises:
+        ConfigError: there is none, or its file or entry point does not define exactly one.
+    """
+    sources = _sources()
+    if name not in sources:
+        near = get_close_matches(name, [*sources, DENSE], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"unknown router {name!r}{hint}: legal are {', '.join(router_names())}")
+    source = sources[name]
+    router = _only_router(source) if isinstance(source, str) else source.load()
+    if not (inspect.isclass(router) and issubclass(router, Router)):
+        raise ConfigError(
+            f"entry point {name!r} of group {GROUP} is {router!r}: want a subclass of rlroute.routing.Router"
+        )
+    if router.Config.name != name:
+        raise ConfigError(f"router {name!r} is defined in a file called {router.Config.name!r}: the names must agree")
+    return router
+
+
+def _only_router(path: str) -> type[Router]:
+    module = importlib.import_module(path)
+    routers = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Router) and value.__module__ == module.__name__
+    ]
+    if len(routers) != 1:
+        raise ConfigError(f"{path} defines {len(routers)} routers: a file holds exactly one")
+    return routers[0]

@@ -1,0 +1,41 @@
+"""Choosing k of E experts, and the log-probability of a sampled choice.
+
+Arg-max is not a sample: for k > 1 the choice is drawn without replacement by Gumbel top-k (Kool et al. 2019, arXiv 1903.06059), and
+its log-probability is Plackett-Luce's, not the sum of the chosen log-softmax values.
+
+Shape suffixes: T tokens, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+from rlroute.seeding import gumbel
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """Return the ids of the k largest scores of each row, best first, ties to the lower id; int64 of shape (T, K)."""
+    return torch.argsort(scores_TE.detach(), dim=1, descending=True, stable=True)[:, :k]
+
+
+def gumbel_top_k(logits_TE: Tensor, k: int, uniform_TE: Tensor) -> Tensor:
+    """Draw k experts of each row in order, without replacement, from softmax(logits); int64 of shape (T, K).
+
+    Args:
+        logits_TE: unnormalised log-probabilities.
+        k: how many to draw.
+        uniform_TE: uniform draws strictly between 0 and 1.
+    """
+    return top_k(logits_TE + gumbel(uniform_TE).to(logits_TE.dtype), k)
+
+
+def plackett_luce_log_prob(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """Return log pi(e_j | e_1 .. e_{j-1}) = z_{e_j} - logsumexp over the experts not yet chosen; shape (T, K), differentiable.
+
+    The sum over j is the log-probability of the ordered draw.
+    """
+    left_TE = logits_TE
+    conditionals = []
+    for ids_T1 in ids_TK.split(1, dim=1):
+        conditionals.append(left_TE.gather(1, ids_T1) - left_TE.logsumexp(1, keepdim=True))
+        left_TE = left_TE.scatter(1, ids_T1, float("-inf"))
+    return torch.cat(conditionals, dim=1)

@@ -1,0 +1,256 @@
+"""Corpora as token streams, and the batches cut out of them. Which window a row shows depends on (seed, sequence id) alone.
+
+A corpus is named by a spec string:
+
+- ``package:NAME``: Python sources of an installed distribution, without its tests. The default is ``package:sympy``, 16.5 MB that
+  are the same on every machine and Python version.
+- ``stdlib``: the sources of the interpreter's own library; they differ between Python versions.
+- ``synth:``, or ``synth:domains=8,vocab=64,length=256,documents=4000,order=1,seed=0`` (any of them): see :mod:`.synthetic`.
+- ``file:GLOB``: each matching file is a document.
+- ``bin:GLOB,vocab=50257,bytes_per_token=4.2``: shards of uint16 tokens, see :mod:`.shards`; with a tokenizer file, ``bin:GLOB``.
+
+Shape suffixes: B sequences, S sequence length, V vocabulary.
+"""
+
+import hashlib
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from rlroute.errors import DataError
+from rlroute.seeding import derive_key
+from rlroute.training.documents import Document, file_documents, package_documents, split_documents, stdlib_documents
+from rlroute.training.shards import read_shards
+from rlroute.training.synthetic import Mixture
+from rlroute.training.tokenizer import ByteEncoder, Encoder, TokenizerFile
+
+EVAL_SEQUENCES = 2**40
+"""Evaluation windows carry sequence ids from here on, apart from every training window's."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Tokenised text, split by document.
+
+    Attributes:
+        train: integer tokens, shape (tokens,), each document opened by BOS; may be memory-mapped.
+        valid: the same of the validation documents.
+        vocab_size: 257 for bytes: 256 and BOS.
+        token_bytes_V: bytes of text that each token stands for, float64; BOS: 0. For ``bin`` without a tokenizer a constant.
+        provenance: spec, sha256 (of all documents' bytes in order; for ``bin`` of the tokens'), distribution and version (None
+            where there is none), tokenizer_sha256, vocab_size, train_tokens, valid_tokens, floor_bits_per_byte (of the validation
+            documents, ``synth`` only, see :meth:`.synthetic.Mixture.floor`).
+        train_domains: hidden domain of each training token, BOS included; ``synth`` only.
+        valid_domains: the same for validation.
+    """
+
+    train: np.ndarray
+    valid: np.ndarray
+    vocab_size: int
+    token_bytes_V: np.ndarray
+    provenance: dict[str, Any]
+    train_domains: np.ndarray | None = None
+    valid_domains: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Windows of the token stream.
+
+    Attributes:
+        tokens_BS: inputs, int64.
+        targets_BS: each input's next token, int64.
+        sequence_B: global sequence id of each row, int64: step * batch_size + row, from 2**40 on for evaluation.
+        domains_BS: hidden domain of each input, where the corpus knows it.
+    """
+
+    tokens_BS: np.ndarray
+    targets_BS: np.ndarray
+    sequence_B: np.ndarray
+    domains_BS: np.ndarray | None
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of tokens, targets and sequence ids as little-endian int64."""
+        arrays = (self.tokens_BS, self.targets_BS, self.sequence_B)
+        return hashlib.sha256(b"".join(array.astype("<i8").tobytes() for array in arrays)).digest()
+
+
+def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
+    """Read the corpus that ``spec`` names (see the module), as bytes or through a Hugging Face ``tokenizers`` JSON file.
+
+    Nothing is cached: the default takes a fraction of a second. A tokenizer file takes seconds for 10 MB of text.
+
+    Raises:
+        DataError: unknown scheme or option, no such package or file, or fewer than two documents.
+        MissingDependencyError: a tokenizer is given and the package ``tokenizers`` is not installed.
+    """
+    scheme, _, rest = spec.partition(":")
+    encoder: Encoder | None = None if tokenizer is None else TokenizerFile(tokenizer)
+    if scheme == "bin":
+        return _load_shards(spec, rest, encoder)
+    encoder = encoder or ByteEncoder()
+    documents, version, mixture = _read(spec)
+    train, valid = split_documents(spec, documents)
+    train_tokens, train_domains = _stream(train, encoder)
+    valid_tokens, valid_domains = _stream(valid, encoder)
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.data)
+    return Corpus(
+        train=train_tokens,
+        valid=valid_tokens,
+        vocab_size=encoder.vocab_size,
+        token_bytes_V=encoder.token_bytes_V,
+        provenance=_provenance(
+            spec,
+            digest.hexdigest(),
+            train_tokens,
+            valid_tokens,
+            vocab_size=encoder.vocab_size,
+            tokenizer_sha256=encoder.sha256,
+            floor_bits_per_byte=None if mixture is None else mixture.floor(valid),
+            **version,
+        ),
+        train_domains=train_domains,
+        valid_domains=valid_domains,
+    )
+
+
+def _provenance(spec: str, sha256: str, train: np.ndarray, valid: np.ndarray, **known: Any) -> dict[str, Any]:
+    unknown = {"distribution": None, "version": None, "tokenizer_sha256": None, "floor_bits_per_byte": None}
+    counts = {"train_tokens": len(train), "valid_tokens": len(valid)}
+    return {"spec": spec, "sha256": sha256} | unknown | counts | known
+
+
+def _read(spec: str) -> tuple[list[Document], dict[str, str], Mixture | None]:
+    """Return a spec's documents, its distribution and version, and the mixture that it was drawn from."""
+    scheme, colon, rest = spec.partition(":")
+    if scheme == "package":
+        documents, found = package_documents(rest)
+        return documents, {"distribution": found.metadata["Name"], "version": found.version}, None
+    if spec == "stdlib":
+        version = {"distribution": platform.python_implementation(), "version": platform.python_version()}
+        return stdlib_documents(), version, None
+    if scheme == "file":
+        return file_documents(rest), {}, None
+    if scheme == "synth" and colon:
+        pairs = rest.split(",") if rest else []
+        mixture = Mixture(**_options(spec, pairs, {field.name: int for field in fields(Mixture)}))
+        return mixture.sample(), {}, mixture
+    raise DataError(
+        f"corpus {spec!r}: unknown, legal are package:NAME, stdlib, synth:OPTIONS, file:GLOB and bin:GLOB,OPTIONS"
+    )
+
+
+def _stream(documents: Sequence[Document], encoder: Encoder) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the documents' tokens, each document after a BOS, and each token's domain where the documents have one."""
+    ids = [encoder.encode(document) for document in documents]
+    bos = np.array([encoder.vocab_size - 1])
+    dtype = np.min_scalar_type(encoder.vocab_size - 1)
+    tokens = np.concatenate([piece for each in ids for piece in (bos, each)], dtype=dtype, casting="unsafe")
+    if documents[0].domain is None:
+        return tokens, None
+    return tokens, np.repeat([document.domain for document in documents], [1 + len(each) for each in ids])
+
+
+def _load_shards(spec: str, rest: str, encoder: Encoder | None) -> Corpus:
+    pattern, *pairs = rest.split(",")
+    options = _options(spec, pairs, {"vocab": int, "bytes_per_token": float} if encoder is None else {})
+    if encoder is None:
+        if len(options) < 2:
+            raise DataError(f"corpus {spec!r}: needs vocab=... and bytes_per_token=..., or a tokenizer file")
+        vocab_size, token_bytes = options["vocab"], options["bytes_per_token"]
+        if not 1 <= vocab_size <= 2**16 or not 0 < token_bytes < math.inf:
+            raise DataError(f"corpus {spec!r}: legal are a vocab of 1 to {2**16} and bytes_per_token above 0")
+        token_bytes_V = np.full(vocab_size, token_bytes)
+    else:
+        vocab_size, token_bytes_V = encoder.vocab_size, encoder.token_bytes_V
+    train, valid, sha256 = read_shards(pattern, vocab_size)
+    tokenizer_sha256 = None if encoder is None else encoder.sha256
+    provenance = _provenance(spec, sha256, train, valid, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
+    return Corpus(train=train, valid=valid, vocab_size=vocab_size, token_bytes_V=token_bytes_V, provenance=provenance)
+
+
+def _options(spec: str, pairs: Sequence[str], legal: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """Parse ``name=value`` pairs by the type of each name."""
+    values = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in legal:
+            raise DataError(f"corpus {spec!r}: unknown option {name!r}, legal are {', '.join(legal) or 'none'}")
+        try:
+            values[name] = legal[name](text)
+        except ValueError as error:
+            raise DataError(f"corpus {spec!r}: {name} = {text!r}, legal is {legal[name].__name__}") from error
+    return values
+
+
+def sample_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> Batch:
+    """Return the training batch of a step: windows uniform over all start offsets, a pure function of (corpus, seed, step).
+
+    A row's offset depends on (seed, its global sequence id) alone, so a resumed run, a micro-batch and a data-parallel rank see the
+    same rows, and there is no sampler state to save.
+
+    Raises:
+        DataError: the training stream is shorter than ``seq_len + 1``.
+    """
+    starts = len(corpus.train) - seq_len
+    if starts < 1:
+        raise _too_short(corpus, f"{len(corpus.train)} training tokens, seq_len = {seq_len} needs {seq_len + 1}")
+    sequence_B = np.arange(step * batch_size, (step + 1) * batch_size)
+    return _windows(corpus.train, corpus.train_domains, _offsets(seed, sequence_B) % starts, sequence_B, seq_len)
+
+
+def _offsets(seed: int, sequence_B: np.ndarray) -> np.ndarray:
+    """Return one uniform 64-bit integer per sequence id, for a run of successive ids: the first of the four words that Philox makes
+    of each counter value."""
+    philox = np.random.Philox(key=derive_key("data", seed) % 2**64, counter=int(sequence_B[0]))
+    return np.asarray(philox.random_raw(4 * len(sequence_B)))[::4]
+
+
+def eval_batches(corpus: Corpus, *, num_tokens: int, batch_size: int, seq_len: int) -> list[Batch]:
+    """Return at least ``num_tokens`` fixed validation tokens: windows that do not overlap, evenly spread, the same for every seed.
+
+    The number of windows is ``num_tokens / seq_len`` rounded up; the last batch may be smaller than ``batch_size``.
+
+    Raises:
+        DataError: the validation stream is too short for them.
+    """
+    windows = -(-num_tokens // seq_len)
+    needed = windows * seq_len + 1
+    if len(corpus.valid) < needed:
+        raise _too_short(
+            corpus,
+            f"{len(corpus.valid)} validation tokens, eval_tokens = {num_tokens} at seq_len = {seq_len} needs {needed}",
+        )
+    ids = np.arange(windows)
+    offsets = ids * (len(corpus.valid) - 1) // windows
+    return [
+        _windows(
+            corpus.valid,
+            corpus.valid_domains,
+            offsets[i : i + batch_size],
+            EVAL_SEQUENCES + ids[i : i + batch_size],
+            seq_len,
+        )
+        for i in range(0, windows, batch_size)
+    ]
+
+
+def _too_short(corpus: Corpus, found: str) -> DataError:
+    return DataError(f"corpus {corpus.provenance['spec']!r} is too short: {found}")
+
+
+def _windows(
+    stream: np.ndarray, domains: np.ndarray | None, offset_B: np.ndarray, sequence_B: np.ndarray, seq_len: int
+) -> Batch:
+    starts = [int(offset) for offset in offset_B]
+    windows = np.stack([stream[start : start + seq_len + 1] for start in starts]).astype(np.int64)
+    domains_BS = (
+        None if domains is None else np.stack([domains[start : start + seq_len] for start in starts]).astype(np.int64)
+    )
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), sequence_B, domains_BS)

@@ -1,0 +1,259 @@
+"""Train one run from its configuration to its summary, resuming from its checkpoint if there is one."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlroute.config import SCHEMA, RunConfig
+from rlroute.errors import ConfigError
+from rlroute.kernels import resolve_backend
+from rlroute.model import ModelShape, Transformer
+from rlroute.model.accounting import costs, fingerprints
+from rlroute.records import RunFolder
+from rlroute.registry import router_class
+from rlroute.routing import Router, RouterShape
+from rlroute.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.evaluate import evaluate
+from rlroute.training.optimizer import Optimizer
+from rlroute.training.step import Device, StepResult, adapt, backward_batch, load_fractions, max_vio_L
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer's state, all that a resume needs."""
+
+    step: int = 0
+    chain: str = ""
+    """Hash chain of the batches seen, hex."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
+
+
+class Diverged(Exception):
+    """A non-finite number turned up; ``what`` says where."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+def build_model(config: RunConfig, corpus: Corpus, seed: int) -> Transformer:
+    """Return the model of a run at its initial weights, on its device.
+
+    Raises:
+        ConfigError: the router or the engine does not fit.
+    """
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device = 'cuda': no CUDA device is there, legal is 'cpu'")
+    shape = ModelShape(
+        vocab_size=corpus.vocab_size,
+        seq_len=config.data.seq_len,
+        seed=seed,
+        backend=resolve_backend(config.train.kernel, config.train.device),
+        token_counts_V=torch.from_numpy(np.bincount(corpus.train, minlength=corpus.vocab_size)),
+    )
+    model = Transformer(config.model, shape, _router_maker(config))
+    return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
+
+
+def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
+    router = config.router
+    if router is None:
+        return None
+    return lambda shape: router_class(router.name)(router, shape)
+
+
+def train(config: RunConfig, seed: int, store: Path, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Train a run to its end and return its summary; an ended run is returned as it is, an unfinished one goes on.
+
+    Args:
+        config: the run's configuration.
+        seed: initial weights, data order and routing noise derive from it.
+        store: the run store's folder.
+        on_step: called with the number of steps done, after each.
+
+    Raises:
+        ConfigError, DataError: bad input, before anything is written.
+        StoreError, CheckpointError: the store cannot be used; nothing in it is lost.
+    """
+    folder = RunFolder(store, config, seed)
+    if folder.ended:
+        return folder.read().summary
+    torch.set_num_threads(config.train.threads)
+    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    with folder.lock():
+        return _Run(config, seed, folder, corpus).train(on_step or (lambda step: None))
+
+
+class _Run:
+    """The parts of one run and the order in which they work."""
+
+    def __init__(self, config: RunConfig, seed: int, folder: RunFolder, corpus: Corpus) -> None:
+        self.config, self.seed, self.folder, self.corpus = config, seed, folder, corpus
+        cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **cut)
+        self.batch = lambda step: sample_batch(corpus, seed=seed, step=step, **cut)
+        self.model = build_model(config, corpus, seed)
+        self.identity = fingerprints(self.model)
+        self.costs = costs(self.model, config.model, config.data.seq_len)
+        self.optimizer = Optimizer(self.model, config.train)
+        self.device = Device(config.train.device, DTYPES[config.train.dtype])
+        self.steps = planned_steps(config, self.costs)
+        self.progress = Progress()
+
+    def train(self, on_step: Callable[[int], None]) -> dict[str, Any]:
+        config = self.config.train
+        self._resume()
+        last, row = None, None
+        try:
+            while (used := self._budget_used()) < 1.0:
+                self._step(used)
+                step = self.progress.step
+                on_step(step)
+                if step % config.eval_every == 0:
+                    last, row = step, self._evaluate(final=step == self.steps)
+                if step % config.checkpoint_every == 0:
+                    self._checkpoint()
+            if last != self.progress.step or row is None:
+                row = self._evaluate(final=True)
+            summary = self._summary("finished", row, None)
+        except Diverged as stop:
+            summary = self._summary("diverged", None, {"step": self.progress.step, "what": stop.what})
+        self.folder.finish(summary)
+        remove_checkpoints(self.folder.path)
+        return summary
+
+    def _budget_used(self) -> float:
+        if self.config.train.budget == "time":
+            assert self.config.train.budget_amount is not None
+            return max(
+                self.progress.seconds["train"] / self.config.train.budget_amount, self.progress.step / self.steps
+            )
+        return self.progress.step / self.steps
+
+    def _step(self, used: float) -> None:
+        config, start = self.config.train, time.perf_counter()
+        step = self.progress.step
+        batch = self.batch(step)
+        result = backward_batch(
+            self.model, batch, self.device, seed=self.seed, step=step, micro_batches=config.micro_batches
+        )
+        if not math.isfinite(result.loss):
+            raise Diverged("the language-model loss is not finite")
+        norms = self.optimizer.step(step, used)
+        if not math.isfinite(norms["grad_norm"] + norms["router_grad_norm"]):
+            raise Diverged("the gradient is not finite")
+        adapt(self.model, result)
+        self.progress.step += 1
+        self.progress.chain = _link(self.progress.chain, batch)
+        self.progress.seconds["train"] += time.perf_counter() - start
+        if self.progress.step % config.log_every == 0:
+            self._log(result, norms)
+
+    def _log(self, result: StepResult, norms: dict[str, float]) -> None:
+        demand_LE = result.demand_LE
+        measured = {"loss": result.loss, "terms": result.terms, "weights": result.weights, **norms}
+        self.folder.append("metrics", self._row("train") | measured | {"max_vio_L": max_vio_L(demand_LE)})
+        self.folder.append("loads", {"step": self.progress.step, "load_LE": load_fractions(demand_LE)})
+
+    def _row(self, kind: str) -> dict[str, Any]:
+        tokens = self.progress.step * self.config.train.batch_size * self.config.data.seq_len
+        return {
+            "kind": kind,
+            "step": self.progress.step,
+            "tokens": tokens,
+            "seconds": round(self.progress.seconds["train"], 3),
+        }
+
+    def _evaluate(self, final: bool) -> dict[str, Any]:
+        start = time.perf_counter()
+        row = evaluate(
+            self.model, self.eval_batches, self.corpus.token_bytes_V, self.device, seed=self.seed, sampled=final
+        )
+        self.progress.seconds["eval"] += time.perf_counter() - start
+        row = self._row("eval") | row | {"chain": self.progress.chain}
+        self.folder.append("metrics", row)
+        return row
+
+    def _checkpoint(self) -> None:
+        trainer = {"optimizer": self.optimizer.adamw.state_dict(), "progress": vars(self.progress)}
+        save_checkpoint(
+            self.folder.path, self.progress.step, self.model, trainer, {"id": self.folder.id, "seed": self.seed}
+        )
+
+    def _resume(self) -> None:
+        trainer = load_checkpoint(self.folder.path, self.model, self.folder.id)
+        if trainer is None:
+            self.folder.describe(
+                self.config, self.seed, resolve_backend(self.config.train.kernel, self.config.train.device)
+            )
+        else:
+            self.optimizer.adamw.load_state_dict(trainer["optimizer"])
+            self.progress = Progress(**trainer["progress"])
+        self.folder.rewind(self.progress.step)
+
+    def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
+        config, progress = self.config, self.progress
+        tokens = progress.step * config.train.batch_size * config.data.seq_len
+        router = None if config.router is None else router_class(config.router.name)
+        return {
+            "schema": SCHEMA,
+            "id": self.folder.id,
+            "router": config.router_name,
+            "seed": self.seed,
+            "config_hash": config.content_hash(),
+            "status": status,
+            "diverged": diverged,
+            "steps": progress.step,
+            "tokens": tokens,
+            "final": final,
+            "fingerprint": self.identity,
+            "batches": {"chain": progress.chain, "steps": progress.step},
+            "eval_tokens_sha256": hashlib.sha256(b"".join(b.digest() for b in self.eval_batches)).hexdigest(),
+            "data": self.corpus.provenance,
+            "model": self.costs,
+            "gate": {"form": config.model.gate_form, "meaning": "none" if router is None else router.gate_meaning},
+            "causal": True if router is None else router.causal,
+            "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or tokens},
+            "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
+            "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
+        }
+
+
+def planned_steps(config: RunConfig, cost: dict[str, int]) -> int:
+    """Return the number of optimizer steps: as configured, or under budget flops what the amount allows (forward and backward count
+    three forwards; a further routing sample counts), rounded down to whole evaluation intervals so that prefixes can be compared.
+
+    Raises:
+        ConfigError: the amount does not pay for one interval.
+    """
+    train = config.train
+    if train.budget != "flops":
+        return train.steps
+    assert train.budget_amount is not None
+    per_step = training_flops_per_step(config, cost)
+    steps = int(train.budget_amount / per_step) // train.eval_every * train.eval_every
+    if not 0 < steps:
+        raise ConfigError(
+            f"train.budget_amount = {train.budget_amount:.3g} FLOPs: {train.eval_every} steps cost {per_step * train.eval_every:.3g}"
+        )
+    return steps
+
+
+def training_flops_per_step(config: RunConfig, cost: dict[str, int]) -> float:
+    """Return the FLOPs of one optimizer step: three forwards, what only training needs included."""
+    tokens = config.train.batch_size * config.data.seq_len
+    return 3.0 * tokens * (cost["flops_per_token"] + cost["training_only_flops_per_token"])
+
+
+def _link(chain: str, batch: Batch) -> str:
+    return hashlib.sha256(bytes.fromhex(chain) + batch.digest()).hexdigest()

@@ -1,0 +1,1 @@
+"""Tests of rlroute; the tree mirrors the package."""

@@ -1,0 +1,72 @@
+"""The house keeps its order: links agree with setup.py, the core stands alone, `rlroute --help` loads nothing heavy."""
+
+import ast
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "rlroute"
+
+
+def _wings() -> tuple[str, ...]:
+    """Read WINGS out of setup.py, which cannot be imported: it would build."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "WINGS":
+            return tuple(ast.literal_eval(node.value))
+    raise AssertionError("setup.py has no WINGS")
+
+
+def _modules(package: Path, name: str) -> list[str]:
+    """List a package and all its modules by their full names, without importing any."""
+    found = [name]
+    for module in pkgutil.iter_modules([str(package)]):
+        if not package.joinpath(module.name).is_symlink():
+            child = f"{name}.{module.name}"
+            found += _modules(package / module.name, child) if module.ispkg else [child]
+    return found
+
+
+def _python(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_links_are_the_wings_of_setup() -> None:
+    links = {path.name: os.readlink(path) for path in PACKAGE.iterdir() if path.is_symlink()}
+    assert links == {wing: f"../{wing}" for wing in _wings()}
+
+
+@pytest.mark.parametrize("wing", _wings())
+def test_wings_are_packages(wing: str) -> None:
+    assert (ROOT / wing / "__init__.py").is_file()
+
+
+def test_core_and_routers_need_no_extra() -> None:
+    extras = ("gymnasium", "pandas", "plotly", "ray", "rich", "scipy", "tokenizers", "tyro", "wandb")
+    routers = [name for wing in ("agents", "baselines") for name in _modules(ROOT / wing, f"rlroute.{wing}")]
+    done = _python(
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({extras}))\n"  # None: as if it were not installed
+        f"for name in {_modules(PACKAGE, 'rlroute') + routers}:\n"
+        "    importlib.import_module(name)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = {"gymnasium", "numpy", "pandas", "plotly", "ray", "scipy", "torch", "wandb"}
+    done = _python(
+        "import sys\n"
+        "from rlroute.experiments.cli import main\n"
+        "sys.argv = ['rlroute', '--help']\n"
+        "try:\n"
+        "    code = main()\n"
+        "except SystemExit as end:\n"
+        "    code = end.code\n"
+        f"print('heavy:', sorted({heavy} & set(sys.modules)), 'code:', code or 0)\n"
+    )
+    assert done.stdout.splitlines()[-1:] == ["heavy: [] code: 0"], done.stdout + done.stderr

@@ -1,0 +1,388 @@
+"""The table says what the records say, is the same for the same records, and refuses what cannot be compared."""
+
+import csv
+import hashlib
+import io
+import json
+import random
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlroute.config import SCHEMA
+from rlroute.errors import ComparisonError
+from rlroute.experiments.statistics import paired_difference, t_interval
+from rlroute.experiments.table import (
+    CHOICES_IN_MODEL,
+    SAME,
+    SAME_IN_TRAIN,
+    Table,
+    TableRow,
+    build_table,
+    columns,
+    to_csv,
+    to_markdown,
+)
+from rlroute.records import RunRecord
+
+EXPERTS, LAYERS, STEPS = 16, 2, 400
+EFFECT = {"switch": 0.0, "bias_balanced": -0.02, "hash": 0.15, "unbalanced": 0.06, "dense": 0.25}
+LOPSIDED = {"switch": 0.2, "bias_balanced": 0.1, "hash": 0.3, "unbalanced": 4.0}
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def load_E(lopsided: float) -> list[float]:
+    """Return loads whose MaxVio is ``lopsided`` at most, and with it dead experts."""
+    weights = [max(1 + lopsided * (1 - 2 * e / (EXPERTS - 1)), 0.0) for e in range(EXPERTS)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def eval_row(router: str, seed: int, step: int, noise: float) -> dict[str, Any]:
+    layers = 0 if router == "dense" else LAYERS
+    loads = [load_E(LOPSIDED.get(router, 0.5) * (1 + 0.1 * layer + 0.05 * seed)) for layer in range(layers)]
+    bits = 2.4 + 4.0 / (1 + step / 40) + EFFECT.get(router, 0.05) * step / STEPS + noise
+    sampled = {"loss": bits * 0.7, "bits_per_byte": bits + 0.03, "overlap_L": [0.8] * layers}
+    return {
+        "kind": "eval",
+        "step": step,
+        "tokens": step * 2048,
+        "seconds": step / 10,
+        "loss": bits * 0.693,
+        "bits_per_byte": bits,
+        "max_vio_L": [max(load) * EXPERTS - 1 for load in loads],
+        "dead_L": [sum(f < 0.05 / EXPERTS for f in load) for load in loads],
+        "load_LE": loads,
+        "sampled": sampled if router == "reinforce" else None,
+        "chain": digest("chain", seed, step),
+    }
+
+
+def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, **changes: Any) -> RunRecord:
+    """Return a finished run; ``fields`` configure the router, ``changes`` set dotted paths of config ("model__k") afterwards."""
+    config: dict[str, Any] = {
+        "data": {"spec": "package:sympy", "tokenizer": None, "seq_len": 128, "eval_tokens": 49_152},
+        "model": {"num_layers": LAYERS, "d_model": 96, "num_dense_layers": 0, "num_experts": EXPERTS, "k": 2}
+        | {"gate_form": "own", "capacity_factor": None},
+        "router": {"name": router} | (fields or {}),
+        "train": {
+            "steps": STEPS,
+            "batch_size": 16,
+            "lr": 4e-3,
+            "dtype": "float32",
+            "budget": "tokens",
+            "budget_amount": None,
+        },
+    }
+    for path, value in changes.items():
+        part, name = path.split("__")
+        config[part][name] = value
+    config_hash = digest(json.dumps(config, sort_keys=True))[:12]
+    identity: dict[str, Any] = {
+        "id": f"{router}-{config_hash}-s{seed}",
+        "router": router,
+        "seed": seed,
+        "config_hash": config_hash,
+    }
+    noise = random.Random(f"{router}{seed}").gauss(0.02 * seed, 0.005)
+    evals = [eval_row(router, seed, step, noise) for step in range(100, STEPS + 1, 100)]
+    moe = router != "dense"
+    load_rows = [{"step": s, "load_LE": eval_row(router, seed, s, 0.0)["load_LE"]} for s in range(10, STEPS + 1, 10)]
+    summary = {
+        "schema": SCHEMA,
+        **identity,
+        "status": "finished",
+        "diverged": None,
+        "steps": STEPS,
+        "tokens": STEPS * 2048,
+        "final": evals[-1],
+        "fingerprint": {"shared": digest("shared", seed, moe), "backbone": digest("backbone", seed)},
+        "batches": {"chain": evals[-1]["chain"], "steps": STEPS},
+        "eval_tokens_sha256": digest("eval"),
+        "data": {"spec": "package:sympy", "sha256": digest("sympy"), "distribution": "sympy", "version": "1.14.0"}
+        | {"vocab_size": 256, "train_tokens": 15_000_000, "valid_tokens": 1_600_000, "floor_bits_per_byte": None},
+        "model": {"active_parameters": 210_000, "total_parameters": 731_000 if moe else 207_000}
+        | {"router_parameters": 3_072, "flops_per_token": 431_000, "training_only_flops_per_token": 0},
+        "gate": {"form": config["model"]["gate_form"], "meaning": "softmax probability" if moe else "none"},
+        "causal": router != "expert_choice",
+        "budget": {"kind": "tokens", "amount": STEPS * 2048},
+        "seconds": {"train": 60.0 + seed, "eval": 4.0},
+        "tokens_per_second": 12_345.6 + seed,
+    }
+    environment = {"rlroute": "0.1.0", "commit": "c0ffee" * 6, "dirty": False, "python": "3.11.7", "torch": "2.13.0"}
+    environment |= {
+        "numpy": "2.4.6",
+        "platform": "Linux",
+        "device": "cpu",
+        "device_name": "Xeon",
+        "cpu_capability": "AVX512",
+    }
+    environment |= {"threads": 1, "kernel_backend": "cpu"}
+    config_json = {"schema": SCHEMA, **identity, "config": config}
+    return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, [])
+
+
+def make_runs(routers: tuple[str, ...] = tuple(EFFECT), seeds: int = 3) -> list[RunRecord]:
+    return [make_run(router, seed) for router in routers for seed in range(seeds)]
+
+
+def changed(run: RunRecord, path: str, value: Any) -> RunRecord:
+    """Return the run with one field set, the path as in ``summary.data.sha256``."""
+    part, *names, last = path.split(".")
+    copy = replace(run, **{part: deepcopy(getattr(run, part))})
+    target = getattr(copy, part)
+    for name in names:
+        target = target[int(name) if isinstance(target, list) else name]
+    target[int(last) if isinstance(target, list) else last] = value
+    return copy
+
+
+def diverged(run: RunRecord, step: int = 150) -> RunRecord:
+    """Return the run as it would be had it stopped after ``step`` steps."""
+    summary = run.summary | {
+        "status": "diverged",
+        "diverged": {"step": step, "what": "the loss is not finite"},
+        "final": None,
+    }
+    summary |= {
+        "steps": step,
+        "tokens": step * 2048,
+        "batches": {"chain": digest("chain", run.config["seed"], step), "steps": step},
+    }
+    kept: dict[str, Any] = {
+        name: [row for row in getattr(run, name) if row["step"] <= step] for name in ("evals", "loads", "train")
+    }
+    return replace(run, summary=summary, **kept)
+
+
+def row_of(table: Table, label: str) -> TableRow:
+    return next(row for row in table.rows if row.label == label)
+
+
+def bits(run: RunRecord) -> float:
+    return run.summary["final"]["bits_per_byte"]
+
+
+def test_rows_say_what_the_records_say() -> None:
+    runs = make_runs()
+    table = build_table(runs)
+    assert table.reference == "switch"
+    means = [row.bits_per_byte.mean for row in table.rows if row.bits_per_byte]
+    assert means == sorted(means) and len(means) == len(EFFECT)
+    by_router = {name: {r.config["seed"]: bits(r) for r in runs if r.config["router"] == name} for name in EFFECT}
+    for row in table.rows:
+        own = by_router[row.router]
+        assert row.n == 3 and row.bits_per_byte == t_interval(list(own.values()))
+        assert row.difference == (None if row.router == "switch" else paired_difference(own, by_router["switch"]))
+    control = row_of(table, "unbalanced")
+    finals = [run.summary["final"] for run in runs if run.config["router"] == "unbalanced"]
+    assert control.max_vio == pytest.approx(sum(final["max_vio_L"][1] for final in finals) / 3)
+    assert control.max_vio_layer == 1 and control.experts == EXPERTS * LAYERS
+    assert (
+        control.dead_experts == pytest.approx(sum(sum(final["dead_L"]) for final in finals) / 3)
+        and control.dead_experts
+    )
+    assert row_of(table, "dense").max_vio is None and row_of(table, "dense").dead_experts is None
+
+
+def test_text_does_not_depend_on_the_order_of_the_records() -> None:
+    runs = make_runs()
+    shuffled = random.Random(0).sample(runs, len(runs))
+    assert to_markdown(build_table(runs)) == to_markdown(build_table(shuffled))
+    assert to_csv(build_table(runs)) == to_csv(build_table(shuffled))
+
+
+def test_without_timings_a_rerun_at_another_speed_gives_the_same_text() -> None:
+    runs = make_runs()
+    slower = [changed(changed(r, "summary.tokens_per_second", 1.0), "summary.seconds.train", 9.0) for r in runs]
+    before, after = build_table(runs), build_table(slower)
+    assert to_markdown(before) != to_markdown(after) and to_csv(before) != to_csv(after)
+    assert to_markdown(before, timings=False) == to_markdown(after, timings=False)
+    assert to_csv(before, timings=False) == to_csv(after, timings=False)
+    assert "tokens/s" not in to_markdown(before, timings=False)
+
+
+def test_markdown_is_one_table_with_marks_and_notes() -> None:
+    text = to_markdown(
+        build_table([*make_runs(), *(make_run("expert_choice", s) for s in range(3))], command="rlroute compare")
+    )
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(EFFECT) + 1 and len({line.count("|") for line in lines}) == 1
+    assert "| dense, yardstick |" in text and "| expert_choice, non-causal |" in text and "| reference |" in text
+    for said in (
+        "rlroute compare",
+        "c0ffee",
+        "2.13.0",
+        "AVX512",
+        "package:sympy",
+        digest("sympy"),
+        digest("shared", 1, True)[:12],
+    ):
+        assert said in text
+
+
+def test_csv_is_full_precision_and_rectangular() -> None:
+    table = build_table(make_runs())
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [row["label"] for row in rows] == [row.label for row in table.rows]
+    for text, row in zip(rows, table.rows, strict=True):
+        assert row.bits_per_byte and float(text["bits_per_byte_mean"]) == row.bits_per_byte.mean
+        assert None not in text and None not in text.values()
+    assert next(row for row in rows if row["label"] == "switch")["difference_mean"] == ""
+
+
+def test_a_difference_whose_interval_holds_zero_is_not_separated() -> None:
+    table = build_table(make_runs())
+    cell = columns(table)["difference to switch"]
+    said = {row.label: cell(row) for row in table.rows}
+    assert said["switch"] == "reference" and "not separated" not in said["hash"]
+    noisy = [changed(r, "summary.final.bits_per_byte", bits(r) + 0.4 * r.config["seed"]) if r.config["router"] == "hash" else r
+             for r in make_runs()]  # fmt: skip
+    row = row_of(build_table(noisy), "hash")
+    assert row.difference and not row.difference.separated and cell(row).endswith("not separated")
+
+
+def test_one_seed_has_no_interval() -> None:
+    table = build_table(make_runs(seeds=1))
+    for row in table.rows:
+        assert row.n == 1 and row.bits_per_byte and row.bits_per_byte.low is None and row.smallest_resolvable is None
+    text = to_markdown(table)
+    assert not any("±" in line for line in text.splitlines() if line.startswith("|"))
+    assert "Holm" not in text and text.count("not separated |") == len(EFFECT) - 1
+
+
+def test_reference_is_switch_or_the_first_by_name_or_what_is_asked() -> None:
+    assert build_table(make_runs(("hash", "dense", "unbalanced"))).reference == "dense"
+    table = build_table(make_runs(), "hash")
+    assert row_of(table, "hash").difference is None and row_of(table, "switch").difference is not None
+    with pytest.raises(ComparisonError, match=r"'nonesuch'.*bias_balanced, dense, hash, switch, unbalanced"):
+        build_table(make_runs(), "nonesuch")
+
+
+def test_several_configurations_of_one_router_are_told_apart() -> None:
+    tables = {"random": 4e-3, "position": 8e-3}
+    runs = [
+        make_run("hash", s, {"table": name, "salt": 1}, train__lr=lr) for name, lr in tables.items() for s in range(2)
+    ]
+    runs += [make_run("switch", s, model__k=k) for k in (1, 2) for s in range(2)]
+    table = build_table(runs)
+    labels = ["hash (table=position)", "hash (table=random)", "switch (model.k=1)", "switch (model.k=2)"]
+    assert sorted(row.label for row in table.rows) == labels and table.reference == labels[2]
+    notes = dict(table.notes)["Deliberate differences"]
+    assert (
+        "train.lr: 0.004" in notes
+        and "0.008 (hash (table=position))" in notes
+        and "model.k: 1 (switch (model.k=1))" in notes
+    )
+
+
+def test_diverged_runs_are_named_and_left_out() -> None:
+    runs = make_runs()
+    broken = [diverged(run) if run.id.startswith("hash") and run.config["seed"] == 1 else run for run in runs]
+    table = build_table(broken)
+    row = row_of(table, "hash")
+    left = {r.config["seed"]: bits(r) for r in runs if r.config["router"] == "hash" and r.config["seed"] != 1}
+    base = {r.config["seed"]: bits(r) for r in runs if r.config["router"] == "switch" and r.config["seed"] != 1}
+    assert (row.n, row.diverged) == (2, 1) and row.difference == paired_difference(left, base)
+    text = to_markdown(table)
+    assert "hash, 1 of 3 diverged" in text and "hash: seed 1 at step 150 (the loss is not finite)" in text
+
+
+def test_an_entry_without_a_finished_run_stands_last() -> None:
+    runs = [diverged(run, step=50) if run.config["router"] == "switch" else run for run in make_runs()]
+    table = build_table(runs)
+    assert table.rows[-1].label == "switch" and table.rows[-1].n == 0
+    assert all(row.difference is None for row in table.rows) and "| diverged |" in to_markdown(table)
+
+
+def test_sampled_loss_of_a_stochastic_router_is_said() -> None:
+    table = build_table([*make_runs(), *(make_run("reinforce", s) for s in range(3))])
+    row = row_of(table, "reinforce")
+    assert row.sampled_bits_per_byte and row.bits_per_byte
+    assert row.sampled_bits_per_byte.mean == pytest.approx(row.bits_per_byte.mean + 0.03)
+    assert "reinforce" in dict(table.notes)["Sampled"]
+
+
+@pytest.mark.parametrize("path", SAME)
+def test_refuses_runs_that_differ_in_what_all_share(path: str) -> None:
+    _refused(path, 77 if path.endswith(("schema", "threads")) else "other", path)
+
+
+SHARED_CONFIG = [f"data.{name}" for name in make_run("switch").config["config"]["data"]]
+SHARED_CONFIG += [
+    f"model.{name}" for name in make_run("switch").config["config"]["model"] if name not in CHOICES_IN_MODEL
+]
+SHARED_CONFIG += [f"train.{name}" for name in SAME_IN_TRAIN]
+
+
+@pytest.mark.parametrize("path", SHARED_CONFIG)
+def test_refuses_configurations_that_differ_in_data_or_model(path: str) -> None:
+    _refused(f"config.config.{path}", 77, f"config.{path}")
+
+
+@pytest.mark.parametrize("name", ["shared", "backbone"])
+def test_refuses_one_changed_shared_weight(name: str) -> None:
+    _refused(f"summary.fingerprint.{name}", digest("changed"), f"fingerprint.{name}")
+
+
+def test_refuses_other_batches() -> None:
+    _refused("summary.batches.chain", digest("changed"), "batches.chain at step 400")
+    _refused("evals.0.chain", digest("changed"), "batches.chain at step 100")
+
+
+def _refused(path: str, value: Any, said: str) -> None:
+    """Change one field of one run, and expect a refusal that names the field, both runs and both values."""
+    runs = make_runs()
+    index = next(i for i, run in enumerate(runs) if run.id.startswith("switch") and run.config["seed"] == 1)
+    runs[index] = changed(runs[index], path, value)
+    with pytest.raises(ComparisonError) as refusal:
+        build_table(runs)
+    message = str(refusal.value)
+    assert message.startswith(f"{said} differs") and runs[index].id in message and repr(value) in message
+    assert sum(run.id in message for run in runs) == 2
+
+
+def test_refuses_unequal_seeds_a_run_twice_and_nothing() -> None:
+    runs = make_runs()
+    with pytest.raises(ComparisonError, match=r"seeds differs: bias_balanced has \[0, 1, 2\], unbalanced has \[0, 1\]"):
+        build_table([run for run in runs if not (run.config["router"] == "unbalanced" and run.config["seed"] == 2)])
+    with pytest.raises(ComparisonError, match="is there twice"):
+        build_table([*runs, runs[0]])
+    with pytest.raises(ComparisonError, match="no ended runs"):
+        build_table([])
+
+
+def test_other_numbers_of_experts_are_a_deliberate_difference() -> None:
+    few = [make_run("switch", seed, model__num_experts=8) for seed in range(2)]
+    few = [changed(run, "summary.fingerprint.shared", digest("8 experts", run.config["seed"])) for run in few]
+    table = build_table([*few, *make_runs(("switch", "hash"), seeds=2)])
+    assert "model.num_experts: 16" in dict(table.notes)["Deliberate differences"]
+    assert "Same initial weights (8 experts)" in dict(table.notes)
+
+
+def test_under_another_budget_shorter_runs_must_be_prefixes() -> None:
+    def shortened(run: RunRecord, steps: int) -> RunRecord:
+        evals = [row for row in run.evals if row["step"] <= steps]
+        batches = {"chain": digest("chain", run.config["seed"], steps), "steps": steps}
+        summary = run.summary | {"steps": steps, "batches": batches, "final": evals[-1] if evals else run.evals[0]}
+        return replace(run, summary=summary, evals=evals)
+
+    runs = [
+        changed(r, "summary.budget", {"kind": "flops", "amount": 1e12}) for r in make_runs(("switch", "hash"), seeds=2)
+    ]
+    shorter = [shortened(run, 300) if run.config["router"] == "hash" else run for run in runs]
+    assert "prefixes" in dict(build_table(shorter).notes)["Same batches"]
+    with pytest.raises(ComparisonError, match=r"batches\.chain at step 300"):
+        build_table([*shorter[:-1], changed(shorter[-1], "summary.batches.chain", digest("changed"))])
+    with pytest.raises(ComparisonError, match=r"batches\.steps"):
+        build_table([*shorter[:-1], shortened(runs[-1], 70)])
+
+
+def test_values_from_records_cannot_break_the_table() -> None:
+    runs = [make_run("hash", seed, {"table": table}) for table in ("a|b", "c\nd") for seed in range(2)]
+    lines = [line for line in to_markdown(build_table(runs)).splitlines() if line.startswith("|")]
+    assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
