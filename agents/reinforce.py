@@ -3,9 +3,10 @@
 RL-R of Clark et al. 2022 (arXiv 2202.01169), on Williams 1992 (doi 10.1007/BF00992696).
 
 The reward is the token's own negative loss, which is biased except after the last attention layer: a token's route changes what later
-tokens attend to. Unlike Clark et al. the experts are drawn without nucleus truncation, and for k > 1 by Gumbel top-k.
+tokens attend to. ``discount`` adds what follows. Unlike Clark et al. the experts are drawn without nucleus truncation, and for k > 1
+by Gumbel top-k, whose ordered draw has a Plackett-Luce log-probability. Advantages are not standardised: they are nats.
 
-Shape suffixes: T tokens (rows of all routing samples), D model width, E experts, K experts per token, R pairs.
+Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per token.
 """
 
 from collections.abc import Mapping
@@ -14,13 +15,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rlroute import seeding
 from rlroute.balance import entropy_T, load_balance
 from rlroute.config import RouterConfig
 from rlroute.errors import ConfigError
-from rlroute.rewards import own_token_reward
+from rlroute.rewards import discounted_return, own_token_reward
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
 
@@ -42,6 +42,8 @@ class ReinforceRouter(Router):
         """Width of the value head's two hidden layers."""
         ema_decay: float = 0.99
         """Decay of the running mean per step; it starts at the first step's mean."""
+        discount: float = 0.0
+        """Discount per token of the rewards that follow in the sequence; 0 is the token's own reward alone."""
         entropy_weight: float = 0.0
         """Weight of the entropy bonus."""
         balance_weight: float = 0.01
@@ -51,26 +53,35 @@ class ReinforceRouter(Router):
         shape_body: bool = False
         """Let the router's losses shape the hidden states too. Off: the router reads them detached."""
         init_std: float = 0.02
+        """Standard deviation of the initial score weights."""
 
         def __post_init__(self) -> None:
             if self.baseline not in ("none", "ema", "value"):
                 raise ConfigError(f"router reinforce.baseline = {self.baseline!r}: legal are 'none', 'ema', 'value'")
-            if not self.temperature > 0:
-                raise ConfigError(f"router reinforce.temperature = {self.temperature}: must be above 0")
+            for name in ("policy_weight", "value_weight", "entropy_weight", "balance_weight", "init_std"):
+                if not getattr(self, name) >= 0:
+                    raise ConfigError(f"router reinforce.{name} = {getattr(self, name)}: legal are numbers from 0")
+            for name in ("value_hidden", "temperature"):
+                if not getattr(self, name) > 0:
+                    raise ConfigError(f"router reinforce.{name} = {getattr(self, name)}: must be above 0")
             if not 0 <= self.ema_decay < 1:
                 raise ConfigError(f"router reinforce.ema_decay = {self.ema_decay}: legal are 0 to below 1")
+            if not 0 <= self.discount <= 1:
+                raise ConfigError(f"router reinforce.discount = {self.discount}: legal are 0 to 1")
 
     learns_from = frozenset({"reward"})
     gate_meaning = "1/k"
     stochastic = True
-    mean_reward: Tensor
+    mean_return: Tensor
+    started: Tensor
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.config = config
         self.scores = LinearScores(shape, "scores", config.init_std)
         self.value = _value_head(shape, config.value_hidden) if config.baseline == "value" else None
-        self.register_buffer("mean_reward", torch.tensor(float("nan")))  # nan until the first step has been seen
+        self.register_buffer("mean_return", torch.zeros(()))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))  # whether mean_return has seen a step
 
     @property
     def batch_dependent(self) -> bool:
@@ -79,54 +90,73 @@ class ReinforceRouter(Router):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Sample k experts in order where exploring, else take the k most probable; gates are 1/k."""
-        k = self.shape.k
-        inputs_TD = x_TD if self.config.shape_body else x_TD.detach()
-        logits_TE = self.scores(inputs_TD) / self.config.temperature
+        k, experts = self.shape.k, self.shape.num_experts
+        logits_TE = self.scores(x_TD if self.config.shape_body else x_TD.detach())
+        policy_TE = logits_TE / self.config.temperature
         log_prob_TK, memo = None, {}
         if context.explore:
-            ids_TK = gumbel_top_k(logits_TE, k, context.noise("reinforce", (self.shape.num_experts,)))
-            log_prob_TK = plackett_luce_log_prob(logits_TE, ids_TK)
+            ids_TK = gumbel_top_k(policy_TE, k, context.noise("reinforce", (experts,)))
+            log_prob_TK = plackett_luce_log_prob(policy_TE, ids_TK)
             if self.value is not None:
                 memo["value_T"] = self.value(x_TD.detach()).squeeze(1)
         else:
-            ids_TK = top_k(logits_TE, k)
+            ids_TK = top_k(policy_TE, k)
+        gates_TK = torch.full_like(ids_TK, 1 / k, dtype=x_TD.dtype)
+        probs_TE = policy_TE.softmax(1)
         return RoutingDecision.token_choice(
-            ids_TK,
-            torch.full(ids_TK.shape, 1 / k, dtype=x_TD.dtype, device=x_TD.device),
-            self.shape.num_experts,
-            log_prob_TK=log_prob_TK,
-            logits_TE=logits_TE,
-            probs_TE=logits_TE.softmax(1),
-            memo=memo,
+            ids_TK, gates_TK, experts, log_prob_TK=log_prob_TK, logits_TE=logits_TE, probs_TE=probs_TE, memo=memo
         )
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the policy-gradient surrogate, the value head's error, the negative entropy and the balance loss."""
-        config = self.config
+        """Return the policy-gradient surrogate, minus the entropy, the balance loss and the value head's squared error.
+
+        The surrogate is -advantage * log pi(draw), averaged over valid tokens; a token counts if all its pairs were kept, for what
+        ran is otherwise not what was drawn.
+        """
         assert decision.log_prob_R is not None and decision.probs_TE is not None
-        reward_T = own_token_reward(feedback.loss_MT).reshape(-1)
-        # Before the first step has been seen there is no mean to compare with: that step only measures.
-        excess_T = torch.where(torch.isnan(self.mean_reward), 0.0, reward_T - self.mean_reward)
-        advantage_T = reward_T if config.baseline == "none" else excess_T
-        terms = {}
+        config, advantage_T, terms = self.config, self._advantage(feedback), {}
         if self.value is not None:
             value_T = decision.memo["value_T"]
-            advantage_T = excess_T - value_T.detach()
-            terms["value"] = Term(
-                feedback.mean(functional.mse_loss(value_T, excess_T, reduction="none")), config.value_weight
-            )
-        executed_T = torch.where(decision.all_kept_T(), advantage_T, torch.zeros_like(advantage_T))
-        log_prob_T = decision.token_sum(decision.log_prob_R)
-        terms["policy"] = Term(feedback.mean(-executed_T * log_prob_T), config.policy_weight)
-        terms["entropy"] = Term(feedback.mean(-entropy_T(decision.probs_TE)), config.entropy_weight)
+            terms["value"] = Term(feedback.mean((advantage_T - value_T).square()), config.value_weight)
+            advantage_T = advantage_T - value_T.detach()
+        credit_T = decision.all_kept_T() * advantage_T
+        policy_T = -credit_T * decision.token_sum(decision.log_prob_R)
         balance = feedback.share * load_balance(decision.probs_TE, decision, feedback.context)
-        return terms | {"balance": Term(balance, config.balance_weight)}
+        return {
+            "policy": Term(feedback.mean(policy_T), config.policy_weight),
+            "entropy": Term(feedback.mean(-entropy_T(decision.probs_TE)), config.entropy_weight),
+            "balance": Term(balance, config.balance_weight),
+        } | terms
+
+    def _advantage(self, feedback: Feedback) -> Tensor:
+        """Return each row's return less its running mean where a baseline is wanted; shape (T,).
+
+        Before the first step has been seen there is nothing to compare with: that step only measures.
+        """
+        return_T = self._return(feedback)
+        if self.config.baseline == "none":
+            return return_T
+        return self.started * (return_T - self.mean_return)
+
+    def _return(self, feedback: Feedback) -> Tensor:
+        context, loss_MT = feedback.context, feedback.loss_MT.detach()
+        reward_MT = own_token_reward(loss_MT) * context.mask_T.view_as(loss_MT)
+        if self.config.discount:
+            sequence_T = context.sequence_T[: loss_MT.shape[1]]
+            reward_MT = discounted_return(reward_MT, sequence_T, self.config.discount)
+        return reward_MT.reshape(-1)
+
+    def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
+        """Return the default sums and the sum of returns."""
+        return_T = self._return(feedback) * feedback.context.mask_T
+        return super().observe(decision, feedback) | {"return": return_T.sum()}
 
     def adapt(self, sums: Mapping[str, Tensor]) -> None:
-        """Move the running mean of the reward; it starts at the first mean seen."""
-        reward = (-sums["loss"] / sums["tokens"]).to(self.mean_reward.dtype)
-        moved = torch.lerp(reward, self.mean_reward, self.config.ema_decay)
-        self.mean_reward.copy_(torch.where(torch.isnan(self.mean_reward), reward, moved))
+        """Move the running mean of the return; it starts at the first step's mean."""
+        mean = (sums["return"] / sums["tokens"]).to(self.mean_return.dtype)
+        moved = torch.lerp(mean, self.mean_return, self.config.ema_decay)
+        self.mean_return.copy_(torch.where(self.started, moved, mean))
+        self.started.fill_(True)
 
     def training_flops_per_token(self) -> int:
         """The value head runs in training only."""
@@ -134,11 +164,11 @@ class ReinforceRouter(Router):
 
 
 def _value_head(shape: RouterShape, hidden: int) -> nn.Sequential:
-    """An MLP from a token's state to its expected reward over the running mean; it starts at 0."""
-    head = nn.Sequential(
-        nn.Linear(shape.d_model, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-    )
+    """An MLP from a token's state to its expected return over the running mean; it starts at 0."""
+    inner, outer = nn.Linear(shape.d_model, hidden), nn.Linear(hidden, 1)
+    head = nn.Sequential(inner, nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), outer)
     for name, parameter in head.named_parameters():
-        std = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 and len(parameter) > 1 else 0.0
+        starts_at_0 = parameter.dim() == 1 or parameter is outer.weight
+        std = 0.0 if starts_at_0 else (2 / parameter.shape[1]) ** 0.5
         seeding.init_normal(parameter, std, shape.seed, f"layers.{shape.layer}.router.value.{name}")
     return head

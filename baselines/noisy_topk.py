@@ -90,10 +90,10 @@ class NoisyTopKRouter(Router):
             return torch.ones_like(clean_TE)
         ranked_TK = noisy_TE.topk(k + 1, dim=1).values
         inside_TE = noisy_TE > ranked_TK[:, k, None]
-        threshold_TE = torch.where(
-            inside_TE, ranked_TK[:, k, None], ranked_TK[:, k - 1, None]
-        )  # the k-th largest but for i
-        return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+        # What expert i has to beat: the k-th largest of the others.
+        threshold_TE = torch.where(inside_TE, ranked_TK[:, k, None], ranked_TK[:, k - 1, None])
+        probability_TE: Tensor = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+        return probability_TE
 
     def training_flops_per_token(self) -> int:
         """The noise's weights are used in training only."""

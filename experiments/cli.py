@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from rlroute.config import DataConfig, ModelConfig, TrainConfig
+from rlroute.config import Budget, DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import RlrouteError
 from rlroute.experiments.launch import Job, Launcher
 
@@ -47,7 +47,7 @@ def train(
     entry: tyro.conf.Positional[str],
     seed: int = 0,
     store: Path = Path("runs"),
-    shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),  # noqa: B008 (frozen)
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),
 ) -> None:
     """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood."""
     from rlroute.experiments.compare import run_jobs
@@ -63,24 +63,29 @@ def compare(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     seeds: int = 3,
     reference: str = "switch",
+    budget: Budget = "tokens",
+    seconds: float | None = None,
     tuned: bool = True,
     out: Path = Path("results"),
-    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),  # noqa: B008
-    shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),  # noqa: B008
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),
 ) -> None:
     """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the report.
 
     Args:
         entries: routers, `router:field=value,...`, or `dense`.
         seeds: each entry is trained with seeds 0 to seeds - 1.
-        reference: the entry that differences are taken to.
+        reference: the entry that differences are taken to; under budget flops, whose training FLOPs everyone gets.
+        budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
+        seconds: training time of each run under budget time; the figures are then not reproducible.
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
         out: folder for table.md, table.csv and report.html.
     """
-    from rlroute.experiments.compare import run_jobs
+    from rlroute.experiments.compare import run_jobs, with_budget
     from rlroute.experiments.recipes import build_comparison, default_entries
 
     configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
+    configs = with_budget(configs, budget, reference, seconds)
     jobs = [Job(config, seed) for seed in range(seeds) for config in configs]
     records = run_jobs(jobs, launch.store, launch.launcher, launch.concurrency)
     print(_publish(records, out, reference))
@@ -167,8 +172,8 @@ def export(out: tyro.conf.Positional[Path], path: Path = Path("runs"), only: tup
 def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
-    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),  # noqa: B008
-    train: TrainConfig = TrainConfig(),  # noqa: B008
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),
+    train: Annotated[TrainConfig, tyro.conf.arg()] = TrainConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rlroute.config import RunConfig
-from rlroute.errors import ComparisonError
+from rlroute.config import Budget, RunConfig
+from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.launch import Job, Launcher, launch, watch
 from rlroute.records import RunFolder, RunRecord
 
@@ -30,14 +30,30 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
     return [folder.read() for folder in folders]
 
 
-def equal_flops(configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """Give every configuration the training FLOPs that the first one spends in its steps."""
+def with_budget(configs: Sequence[RunConfig], budget: Budget, reference: str, seconds: float | None) -> list[RunConfig]:
+    """Return the configurations under a budget: their tokens, the reference's training FLOPs, or so many seconds.
+
+    Raises:
+        ConfigError: seconds without budget time or the reverse, or a reference that is not among the configurations.
+    """
+    if (budget == "time") != (seconds is not None):
+        raise ConfigError(f"--seconds {seconds} with --budget {budget}: time needs it, the others take none")
+    if budget == "tokens":
+        return list(configs)
+    amount = seconds if seconds is not None else _reference_flops(configs, reference)
+    return [replace(c, train=replace(c.train, budget=budget, budget_amount=amount)) for c in configs]
+
+
+def _reference_flops(configs: Sequence[RunConfig], reference: str) -> float:
+    """Return the training FLOPs that the reference spends in its steps."""
     from rlroute.model.accounting import costs
     from rlroute.training.data import load_corpus
     from rlroute.training.loop import build_model, training_flops_per_step
 
-    first = configs[0]
-    corpus = load_corpus(first.data.spec, first.data.tokenizer)
-    cost = costs(build_model(first, corpus, seed=0), first.model, first.data.seq_len)
-    amount = first.train.steps * training_flops_per_step(first, cost)
-    return [replace(c, train=replace(c.train, budget="flops", budget_amount=amount)) for c in configs]
+    found = [config for config in configs if config.router_name == reference]
+    if not found:
+        names = ", ".join(sorted({config.router_name for config in configs}))
+        raise ConfigError(f"reference {reference!r} is not among the entries: {names}")
+    corpus = load_corpus(found[0].data.spec, found[0].data.tokenizer)
+    model = build_model(found[0], corpus, seed=0)
+    return found[0].train.steps * training_flops_per_step(found[0], costs(model, found[0].model, found[0].data.seq_len))

@@ -55,10 +55,8 @@ def launch(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: in
     Raises:
         MissingDependencyError: ``ray`` is asked for and not installed.
     """
-    if launcher == "local":
-        reasons = {job.id: _train(job, store) for job in jobs}
-    else:
-        reasons = _launch_ray(jobs, store, concurrency)
+    local = launcher == "local"
+    reasons = {job.id: _train(job, store) for job in jobs} if local else _launch_ray(jobs, store, concurrency)
     return {run: reason for run, reason in reasons.items() if reason}
 
 

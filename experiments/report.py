@@ -1,6 +1,7 @@
 """One self-contained HTML page about a comparison: it opens from a file, works offline and asks nobody for anything.
 
 Like the table it is a pure function of run records. Every text out of a record is escaped, in the page and inside the figures.
+A third of this file is the page's own template, kept beside the code that fills it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlroute.config import DENSE
 from rlroute.errors import MissingDependencyError
 from rlroute.experiments.statistics import Interval, t_interval
-from rlroute.experiments.table import Entry, Table, TableRow, build_table, columns, legend, make_entries
+from rlroute.experiments.table import Entry, Table, TableRow, build_table, columns, legend, make_entries, short
 from rlroute.records import RunRecord, write_atomically
 
 if TYPE_CHECKING:
@@ -95,13 +96,15 @@ def conclude(table: Table) -> Iterable[str]:
     if not ranked:
         yield "Every run diverged: there is nothing to compare."
         return
-    best, seeds = ranked[0], "1 seed" if ranked[0].n == 1 else f"{ranked[0].n} seeds"
-    yield f"{best.label} has the lowest mean validation loss: {_bits(best.bits_per_byte)} bits per byte over {seeds}."
+    best = next((row for row in ranked if row.causal), ranked[0])
+    seeds = "1 seed" if best.n == 1 else f"{best.n} seeds"
+    among = "" if all(row.causal for row in ranked) else " of all that are causal"
+    yield f"{best.label} has the lowest mean validation loss{among}: {_bits(best.bits_per_byte)} bits per byte over {seeds}."
     yield from _separation(table)
     yield from _balance(ranked)
     future = [row.label for row in ranked if not row.causal]
     if future:
-        yield f"Not causal: {_list(future)}. Routing there sees later tokens, so the loss cannot be held against the others'."
+        yield f"Not causal: {_list(future)}. Such routing sees later tokens, so its loss cannot be held against the others'."
     lost = sum(row.diverged for row in table.rows)
     if lost:
         yield f"Diverged: {lost} {'run' if lost == 1 else 'runs'}, named below and left out of all figures."
@@ -125,7 +128,7 @@ def _separation(table: Table) -> Iterable[str]:
 def _balance(ranked: Sequence[TableRow]) -> Iterable[str]:
     routed = [row for row in ranked if row.max_vio is not None]
     dead = [
-        f"{row.label} ({row.dead_experts:.3g} of {row.experts}, MaxVio {row.max_vio:.2f})"
+        f"{row.label} ({short(row.dead_experts)} of {row.experts}, MaxVio {row.max_vio:.2f})"
         for row in routed
         if row.dead_experts
     ]
@@ -289,7 +292,7 @@ def _new_figure(x_title: str, y_title: str, height: int) -> Figure:
     return figure
 
 
-def _faint(colour: str, alpha: float = 0.14) -> str:
+def _faint(colour: str, alpha: float = 0.1) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
 
@@ -304,6 +307,7 @@ def _conclusion_html(first: str, *others: str) -> str:
 def _figure_html(figure: Figure, name: str, plotlyjs: bool = False) -> str:
     config = {
         "displaylogo": False,
+        "showSendToCloud": False,
         "responsive": True,
         "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
     }
@@ -321,7 +325,7 @@ def _table_html(table: Table, styles: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _row_html(row: TableRow, table: Table, cells: Sequence[str], colour: str) -> str:
-    name, *rest = (escape(cell) for cell in cells)
+    name, *rest = (escape(cell).replace("not separated", "not&nbsp;separated") for cell in cells)
     kind = ' class="reference"' if row.label == table.reference else ""
     chip = f'<span class="chip" style="background:{colour}"></span>'
     return f'<tr{kind}><th scope="row">{chip}{name}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
@@ -333,7 +337,8 @@ def _loads_html(entries: Sequence[Entry]) -> str:
     routers = "".join(f'<option value="{i}">{escape(entry.label)}</option>' for i, entry in enumerate(entries))
     layers = "".join(f'<option value="{i}">{first[0] + i}</option>' for i in sorted({layer for _, layer in drawn}))
     seed = entries[0].runs[0].config["seed"]
-    picker = f'<label>Router <select id="router">{routers}</select></label><label>Layer <select id="layer">{layers}</select></label>'
+    picker = f'<label>Router <select id="router" autocomplete="off">{routers}</select></label>'
+    picker += f'<label>Layer <select id="layer" autocomplete="off">{layers}</select></label>'
     shown = f'<p class="picker">{picker}<span>seed {seed}</span></p>'
     return f"{shown}{_figure_html(figure, 'loads')}<script>const DRAWN = {json.dumps(drawn)};</script>"
 
@@ -350,7 +355,8 @@ PAGE = Template("""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
+ form-action 'none'; base-uri 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Which expert for which token? A comparison of routers</title>
 <style>
@@ -370,7 +376,7 @@ table { border-collapse: collapse; width: 100%; font-size: .81rem; font-variant-
 th, td { padding: .42rem .4rem; text-align: right; border-bottom: 1px solid #e3e7ed; vertical-align: top; }
 td { white-space: nowrap; }
 td:nth-child(4) { white-space: normal; min-width: 8.5rem; }
-th:first-child { text-align: left; }
+th:first-child { text-align: left; min-width: 8.5rem; }
 thead th { border-bottom: 2px solid #1c2330; vertical-align: bottom; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: #fff; }
 tr.reference > * { background: #f1f3f7; }
@@ -428,10 +434,10 @@ function value(cell) {
   const found = cell.textContent.replaceAll(",", "").match(/^([+-]?[\\d.]+)(?: ([kMGT])\\b)?/);
   return found ? Number(found[1]) * (units[found[2]] ?? 1) : NaN;
 }
-function before(a, b) {
+function order(a, b, sign) {
   const x = value(a), y = value(b);
-  if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y) || a.textContent.localeCompare(b.textContent);
-  return x - y;
+  if (isNaN(x) && isNaN(y)) return sign * a.textContent.localeCompare(b.textContent);
+  return isNaN(x) - isNaN(y) || sign * (x - y);
 }
 table.tHead.addEventListener("click", (event) => {
   const head = event.target.closest("th");
@@ -440,7 +446,7 @@ table.tHead.addEventListener("click", (event) => {
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", down ? "descending" : "ascending");
   const rows = [...table.tBodies[0].rows];
-  rows.sort((a, b) => (down ? -1 : 1) * before(a.cells[head.cellIndex], b.cells[head.cellIndex]));
+  rows.sort((a, b) => order(a.cells[head.cellIndex], b.cells[head.cellIndex], down ? -1 : 1));
   table.tBodies[0].append(...rows);
 });
 const pickers = ["router", "layer"].map((id) => document.getElementById(id)).filter(Boolean);

@@ -351,7 +351,7 @@ def _notes(
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
     yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
     yield "Deliberate differences", "; ".join(_deliberate(entries))
-    yield "Gate own", "; ".join(_gates(entries))
+    yield "Gate form own", "; ".join(_gates(entries))
     yield (
         "Gate unit",
         "value 1/k, gradient of the router's own gate" if any(row.gate_form == "unit" for row in rows) else "",
@@ -470,7 +470,7 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
         "validation bits/byte": lambda row: _plus_minus(row.bits_per_byte) if row.n else "diverged",
         f"difference to {table.reference}": lambda row: _difference(row, table),
         "MaxVio": lambda row: "–" if row.max_vio is None else f"{row.max_vio:.2f}",
-        "dead experts": lambda row: "–" if row.dead_experts is None else f"{row.dead_experts:.3g} of {row.experts}",
+        "dead experts": lambda row: "–" if row.dead_experts is None else f"{short(row.dead_experts)} of {row.experts}",
         "tokens/s": lambda row: "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         "parameters active / total": lambda row: f"{_si(row.active_parameters)} / {_si(row.total_parameters)}",
         "FLOPs/token": lambda row: _si(row.flops_per_token),
@@ -538,6 +538,11 @@ def _difference(row: TableRow, table: Table) -> str:
         return "reference" if row.label == table.reference else "–"
     pairs = f" (n = {row.difference.n})" if row.difference.n != row.n else ""
     return _plus_minus(row.difference, "+") + pairs + ("" if row.difference.separated else ", not separated")
+
+
+def short(value: float) -> str:
+    """Return a mean count with two decimals at most."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _si(value: float) -> str:

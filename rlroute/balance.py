@@ -54,4 +54,5 @@ def cv_squared(values_E: Tensor) -> Tensor:
 
 def entropy_T(probs_TE: Tensor) -> Tensor:
     """Return the entropy of each row in nats, shape (T,)."""
-    return torch.special.entr(probs_TE).sum(1)
+    entropy: Tensor = torch.special.entr(probs_TE).sum(1)
+    return entropy

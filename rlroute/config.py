@@ -19,6 +19,7 @@ SCHEMA = 1
 DENSE = "dense"
 
 C = TypeVar("C")
+Budget = Literal["tokens", "flops", "time"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class TrainConfig:
     """Gradient-norm clip of all but the router."""
     router_clip: float = 1.0
     """Gradient-norm clip of the router, a group of its own."""
-    budget: Literal["tokens", "flops", "time"] = "tokens"
+    budget: Budget = "tokens"
     """What is equal between runs."""
     budget_amount: float | None = None
     """Training FLOPs (budget flops) or seconds (budget time)."""

@@ -1,11 +1,14 @@
-"""Per-token rewards, one for training and environments alike: plain arithmetic that serves torch and NumPy.
+"""Per-token rewards and returns, one for training and environments alike: plain arithmetic that serves torch and NumPy.
 
 Shape suffixes: T tokens, M routing samples.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Array = TypeVar("Array")
+import numpy as np
+import torch
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray[Any, Any])
 
 
 def own_token_reward(loss_MT: Array) -> Array:
@@ -13,4 +16,24 @@ def own_token_reward(loss_MT: Array) -> Array:
 
     Biased except after the last attention layer: a token's route also changes what later tokens attend to.
     """
-    return -loss_MT  # type: ignore[no-any-return, operator]
+    return -loss_MT
+
+
+def discounted_return(reward_MT: Array, sequence_T: Array, discount: float) -> Array:
+    """Return each token's reward plus the discounted rewards of the tokens that follow it in its sequence.
+
+    G_t = r_t + discount * G_{t+1}, and G_t = r_t at a sequence's last token (the reward-to-go of Williams 1992, doi
+    10.1007/BF00992696). A discount of 1 takes in all that a token's route can change in a causal model: no bias, most noise.
+
+    Args:
+        reward_MT: rewards of shape (..., T), zero where a token does not count.
+        sequence_T: the sequence of each token; the tokens of one are adjacent and in order.
+        discount: from 0 (the own token alone) to 1.
+    """
+    return_MT = reward_MT * 1.0
+    span = 1
+    while span < len(sequence_T):  # by doubling: return_MT holds the sums over spans of 1, 2, 4 ... tokens
+        same_T = sequence_T[span:] == sequence_T[:-span]
+        return_MT[..., :-span] += discount**span * (same_T * return_MT[..., span:])
+        span *= 2
+    return return_MT

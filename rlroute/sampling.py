@@ -25,7 +25,7 @@ def gumbel_top_k(logits_TE: Tensor, k: int, uniform_TE: Tensor) -> Tensor:
         k: how many to draw.
         uniform_TE: uniform draws strictly between 0 and 1.
     """
-    return top_k(logits_TE + gumbel(uniform_TE).to(logits_TE.dtype), k)
+    return top_k(logits_TE.detach() + gumbel(uniform_TE).to(logits_TE.dtype), k)
 
 
 def plackett_luce_log_prob(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
@@ -35,7 +35,8 @@ def plackett_luce_log_prob(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
     """
     left_TE = logits_TE
     conditionals = []
-    for ids_T1 in ids_TK.split(1, dim=1):
+    for choice in range(ids_TK.shape[1]):
+        ids_T1 = ids_TK[:, choice, None]
         conditionals.append(left_TE.gather(1, ids_T1) - left_TE.logsumexp(1, keepdim=True))
         left_TE = left_TE.scatter(1, ids_T1, float("-inf"))
     return torch.cat(conditionals, dim=1)

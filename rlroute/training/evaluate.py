@@ -33,11 +33,7 @@ def evaluate(
         drawn = _pass(model, batches, token_bytes_V, device, seed, explore=True)
         overlap_L = [_overlap(a, b) for a, b in zip(decisions, drawn["decisions"], strict=True)]
         sampled_row = {"loss": drawn["loss"], "bits_per_byte": drawn["bits_per_byte"], "overlap_L": overlap_L}
-    demand_LE = (
-        torch.stack([sum(d.demand_E() for d in layer) for layer in decisions]).float()
-        if decisions
-        else torch.zeros(0, 0)
-    )  # type: ignore[misc]
+    demand_LE = _demand(decisions)
     probs_L = [[d.probs_TE for d in layer if d.probs_TE is not None] for layer in decisions]
     return greedy | {
         "max_vio_L": max_vio_L(demand_LE),
@@ -68,6 +64,12 @@ def _pass(
         for layer, decision in zip(decisions, made, strict=True):
             layer.append(decision)
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes, "decisions": decisions}
+
+
+def _demand(decisions: list[list[RoutingDecision]]) -> Tensor:
+    """Return the pairs that chose each expert, by layer, over all batches; shape (L, E), empty for the dense model."""
+    layers = [torch.stack([d.demand_E() for d in layer]).sum(0) for layer in decisions]
+    return torch.stack(layers).float() if layers else torch.zeros(0, 0)
 
 
 def _router_entropy(probs: list[Tensor]) -> float:

@@ -99,9 +99,8 @@ class _Run:
 
     def __init__(self, config: RunConfig, seed: int, folder: RunFolder, corpus: Corpus) -> None:
         self.config, self.seed, self.folder, self.corpus = config, seed, folder, corpus
-        cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
-        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **cut)
-        self.batch = lambda step: sample_batch(corpus, seed=seed, step=step, **cut)
+        self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **self.cut)
         self.model = build_model(config, corpus, seed)
         self.identity = fingerprints(self.model)
         self.costs = costs(self.model, config.model, config.data.seq_len)
@@ -143,7 +142,7 @@ class _Run:
     def _step(self, used: float) -> None:
         config, start = self.config.train, time.perf_counter()
         step = self.progress.step
-        batch = self.batch(step)
+        batch = sample_batch(self.corpus, seed=self.seed, step=step, **self.cut)
         result = backward_batch(
             self.model, batch, self.device, seed=self.seed, step=step, micro_batches=config.micro_batches
         )
@@ -242,7 +241,7 @@ def planned_steps(config: RunConfig, cost: dict[str, int]) -> int:
     assert train.budget_amount is not None
     per_step = training_flops_per_step(config, cost)
     steps = int(train.budget_amount / per_step) // train.eval_every * train.eval_every
-    if not 0 < steps:
+    if steps == 0:
         raise ConfigError(
             f"train.budget_amount = {train.budget_amount:.3g} FLOPs: {train.eval_every} steps cost {per_step * train.eval_every:.3g}"
         )

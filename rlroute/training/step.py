@@ -119,7 +119,7 @@ def backward_batch(
             for name, term in terms.items():
                 values[name][layer] += float(term.value.detach())
                 weights[name] = term.weight
-        (total + _weighted(terms_L)).backward()
+        torch.autograd.backward(total + _weighted(terms_L))
         for sums, router, decision in zip(sums_L, model.routers, decisions, strict=True):
             for name, value in router.observe(decision, feedback).items():
                 sums[name] = sums[name] + value if name in sums else value

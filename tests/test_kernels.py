@@ -1,0 +1,181 @@
+"""The shared expert MLP: every engine against the float64 loop, on every decision that the contract allows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlroute.errors import ConfigError, DecisionError
+from rlroute.kernels import ExpertWeights, expert_mlp, resolve_backend
+from rlroute.kernels import cpu as cpu_engine
+from rlroute.routing import RoutingDecision, drop_over_capacity
+
+NAMES = ("out_TD", "x_TD", "in_EHD", "out_EDF", "gates_R")
+
+
+def decision_token_choice(tokens, experts, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids_TK = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k]
+    return RoutingDecision.token_choice(
+        ids_TK, torch.rand(tokens, k, generator=generator, dtype=torch.float64), experts
+    )
+
+
+def decision_variable_k(tokens, experts):
+    base = decision_token_choice(tokens, experts, min(3, experts), seed=1)
+    unused_R = torch.arange(len(base.expert_ids_R)) % 4 == 0
+    unused_R[: base.k] = True  # the first token uses no expert at all
+    return replace(base, k=None, expert_ids_R=torch.where(unused_R, experts, base.expert_ids_R))
+
+
+def decision_expert_choice(tokens, experts):
+    generator = torch.Generator().manual_seed(2)
+    ids_EC = torch.rand(experts, tokens, generator=generator).argsort(1)[:, : max(1, tokens // 2)]
+    return RoutingDecision.expert_choice(
+        ids_EC, torch.rand(ids_EC.shape, generator=generator, dtype=torch.float64), tokens
+    )
+
+
+def decision_collapsed(tokens, experts, k):
+    ids_TK = torch.arange(experts - k, experts).expand(tokens, k)
+    return RoutingDecision.token_choice(ids_TK, torch.full((tokens, k), 0.5, dtype=torch.float64), experts)
+
+
+CASES = {
+    "fixed k": (decision_token_choice(37, 6, 2), 10, 7),
+    "one token, k = E": (decision_token_choice(1, 3, 3), 4, 5),
+    "variable k, some unused": (decision_variable_k(29, 5), 8, 3),
+    "expert choice": (decision_expert_choice(24, 4), 6, 6),
+    "collapsed onto k experts": (decision_collapsed(40, 8, 2), 5, 4),
+    "more experts than pairs": (decision_token_choice(3, 16, 1), 4, 4),
+    "over capacity dropped": (drop_over_capacity(decision_collapsed(20, 4, 2), 7), 6, 4),
+    "all dropped": (drop_over_capacity(decision_token_choice(9, 4, 2), 0), 6, 4),
+    "several chunks of one expert": (decision_collapsed(2 * cpu_engine.CHUNK_ROWS + 5, 2, 1), 3, 2),
+}
+
+
+def run(decision, width, hidden, backend, dtype=torch.float64):
+    """Return the output and every gradient, for fixed inputs of order 1."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    x_TD = draw(decision.num_tokens, width)
+    weights = ExpertWeights(draw(decision.num_experts, 2 * hidden, width), draw(decision.num_experts, width, hidden))
+    gates_R = decision.gates_R.to(dtype).requires_grad_()
+    out_TD = expert_mlp(x_TD, replace(decision, gates_R=gates_R), weights, backend)
+    upstream_TD = torch.randn(out_TD.shape, generator=generator, dtype=torch.float64).to(dtype)
+    gradients = torch.autograd.grad(out_TD, (x_TD, *weights, gates_R), upstream_TD)
+    return dict(zip(NAMES, (out_TD.detach(), *gradients), strict=True))
+
+
+def relative_error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_cpu_engine_equals_the_reference(case, dtype, tolerance):
+    want = run(*case, "reference")
+    got = run(*case, "cpu", dtype)
+    assert {name: e for name in NAMES if (e := relative_error(got[name], want[name])) > tolerance} == {}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_each_expert_and_each_row_is_right(case):
+    """A norm over a whole tensor hides one wrong expert among many: compare each by itself."""
+    want, got = run(*case, "reference"), run(*case, "cpu")
+    for name in NAMES[:4]:
+        for part, (a, b) in enumerate(zip(got[name], want[name], strict=True)):
+            assert relative_error(a, b) < 1e-12 or (a - b).abs().max() < 1e-14, f"{name}[{part}]"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_reruns_are_bit_equal(backend):
+    case = CASES["fixed k"]
+    first, second = run(*case, backend, torch.float32), run(*case, backend, torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_analytic_gradient_equals_finite_differences():
+    decision = decision_token_choice(4, 3, 2)
+    weights = [
+        torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True),
+    ]
+    x_TD = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    gates_R = decision.gates_R.clone().requires_grad_()
+
+    def function(x, w_in, w_out, gates):
+        return expert_mlp(x, replace(decision, gates_R=gates), ExpertWeights(w_in, w_out), "cpu")
+
+    assert torch.autograd.gradcheck(function, (x_TD, *weights, gates_R))
+
+
+def test_gate_gradient_is_the_credit_of_its_pair():
+    """<dL/dout_t, y_r>, for a gate of any value, 0 included."""
+    decision = decision_token_choice(6, 4, 2)
+    zeros = replace(decision, gates_R=torch.zeros_like(decision.gates_R))
+    credit_R = run(zeros, 5, 3, "cpu")["gates_R"]
+    assert torch.allclose(credit_R, run(decision, 5, 3, "cpu")["gates_R"])
+    assert float(credit_R.abs().min()) > 0
+
+
+def test_unused_and_dropped_pairs_touch_nothing():
+    """Their gates may hold anything, NaN included."""
+    decision = drop_over_capacity(decision_collapsed(20, 4, 2), 7)
+    poisoned = replace(decision, gates_R=torch.where(decision.kept_R, decision.gates_R, float("nan")))
+    want, got = run(decision, 6, 4, "cpu"), run(poisoned, 6, 4, "cpu")
+    assert all(torch.equal(want[name], got[name]) for name in NAMES)
+    assert bool((got["gates_R"][~decision.kept_R] == 0).all())
+
+
+def test_without_gradients_the_output_is_the_same():
+    decision, width, hidden = CASES["fixed k"]
+    weights = ExpertWeights(torch.randn(6, 2 * hidden, width), torch.randn(6, width, hidden))
+    x_TD, decision = torch.randn(37, width), replace(decision, gates_R=decision.gates_R.float())
+    with torch.no_grad():
+        quiet = expert_mlp(x_TD, decision, weights)
+    assert torch.equal(quiet, expert_mlp(x_TD.requires_grad_(), decision, weights))
+
+
+def test_a_token_does_not_depend_on_unrelated_ones():
+    """Dropless: what a batch-mate is routed to changes nothing (within the rounding of another matrix shape)."""
+    decision, width, hidden = CASES["fixed k"]
+    alone = RoutingDecision.token_choice(
+        decision.expert_ids_R.view(-1, 2)[:5], decision.gates_R.view(-1, 2)[:5], decision.num_experts
+    )
+    weights = ExpertWeights(torch.randn(6, 2 * hidden, width).double(), torch.randn(6, width, hidden).double())
+    x_TD = torch.randn(37, width).double()
+    assert torch.allclose(expert_mlp(x_TD, decision, weights)[:5], expert_mlp(x_TD[:5], alone, weights), atol=1e-12)
+
+
+BAD = {
+    "ids out of range": (lambda d, x, w: (replace(d, expert_ids_R=d.expert_ids_R + 2), x, w), "0 to 2"),
+    "negative ids": (lambda d, x, w: (replace(d, expert_ids_R=d.expert_ids_R - 1), x, w), "0 to 2"),
+    "tokens disagree": (lambda d, x, w: (d, x[:-1], w), "x_TD"),
+    "experts disagree": (lambda d, x, w: (d, x, ExpertWeights(w.in_EHD[:-1], w.out_EDF[:-1])), "experts"),
+    "widths disagree": (lambda d, x, w: (d, x, ExpertWeights(w.in_EHD, w.out_EDF[:, :, :-1])), "out_EDF"),
+    "dtypes disagree": (lambda d, x, w: (d, x, ExpertWeights(w.in_EHD.double(), w.out_EDF)), "in_EHD"),
+    "gates too short": (lambda d, x, w: (replace(d, gates_R=d.gates_R[:-1]), x, w), "gates_R"),
+}
+
+
+@pytest.mark.parametrize(("breaks", "named"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named(breaks, named):
+    decision = RoutingDecision.token_choice(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), 3)
+    decision, x_TD, weights = breaks(
+        decision, torch.randn(2, 4), ExpertWeights(torch.randn(3, 6, 4), torch.randn(3, 4, 3))
+    )
+    with pytest.raises(DecisionError, match=named):
+        expert_mlp(x_TD, decision, weights)
+
+
+def test_engine_is_chosen_once_and_an_impossible_choice_is_an_error():
+    assert resolve_backend("auto", "cpu") == "cpu"
+    assert resolve_backend("reference", "cpu") == "reference"
+    with pytest.raises(ConfigError, match="does not run on device 'cuda'"):
+        resolve_backend("cpu", "cuda")
+    with pytest.raises(ConfigError, match="'cpu', 'reference'"):
+        resolve_backend("magic", "cpu")

@@ -1,0 +1,458 @@
+"""The proof that two runs differ in the router and in nothing else, and that a run is what its records say."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.errors import CheckpointError, ConfigError, StoreError
+from rlroute.experiments.recipes import build_entry
+from rlroute.model.accounting import costs, fingerprints, is_router
+from rlroute.records import RunFolder, read_runs, write_compact
+from rlroute.registry import router_class, router_names
+from rlroute.routing import Feedback, Router
+from rlroute.training import loop
+from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.optimizer import Optimizer, learning_rate
+from rlroute.training.step import Device, adapt, backward_batch, forward, make_context
+
+DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
+MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
+TRAIN = TrainConfig(steps=8, batch_size=4, warmup_steps=2, eval_every=4, log_every=1, checkpoint_every=4)
+CORPUS = load_corpus(DATA.spec)
+CPU64 = Device("cpu", torch.float64)
+
+
+def config_of(entry, **train):
+    return build_entry(entry, DATA, MODEL, replace(TRAIN, **train))
+
+
+def model_of(entry, seed=0, dtype="float64", model=MODEL):
+    return loop.build_model(build_entry(entry, DATA, model, replace(TRAIN, dtype=dtype)), CORPUS, seed)
+
+
+def batch_of(step, seed=0):
+    return sample_batch(CORPUS, seed=seed, step=step, batch_size=TRAIN.batch_size, seq_len=DATA.seq_len)
+
+
+# --- identity -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", router_names())
+def test_shared_parameters_are_bit_identical_for_every_router(name):
+    reference = dict(model_of("uniform").named_parameters())
+    shared = {n: p for n, p in model_of(name).named_parameters() if not is_router(n)}
+    assert shared.keys() == reference.keys()
+    assert all(torch.equal(p, reference[n]) for n, p in shared.items())
+    assert fingerprints(model_of(name)) == fingerprints(model_of("uniform"))
+
+
+def test_dense_model_shares_the_backbone_and_only_that():
+    dense, sparse = fingerprints(model_of(DENSE)), fingerprints(model_of("uniform"))
+    assert dense["backbone"] == sparse["backbone"]
+    assert dense["shared"] != sparse["shared"]
+
+
+def test_fingerprint_sees_one_changed_weight_and_the_seed():
+    model = model_of("uniform")
+    before = fingerprints(model)
+    with torch.no_grad():
+        model.layers[1].moe.experts.in_EHD[3, 0, 0] += 1e-9
+    assert fingerprints(model)["shared"] != before["shared"]
+    assert fingerprints(model)["backbone"] == before["backbone"]
+    assert fingerprints(model_of("uniform", seed=1)) != before
+
+
+def test_first_ten_batches_and_their_chain_are_the_same_for_every_entry(tmp_path):
+    chains = set()
+    for entry in (DENSE, *router_names()):
+        chains.add(loop.train(config_of(entry, steps=10, eval_every=10), 0, tmp_path)["batches"]["chain"])
+    assert len(chains) == 1
+    expected = ""
+    for step in range(10):
+        expected = loop._link(expected, batch_of(step))
+    assert chains == {expected}
+
+
+def test_costs_count_what_is_active():
+    sparse, dense = (costs(model_of(e), MODEL, DATA.seq_len) for e in ("unbalanced", DENSE))
+    router = MODEL.num_layers * MODEL.d_model * MODEL.num_experts
+    assert dense["active_parameters"] == dense["total_parameters"] == sparse["active_parameters"] - router
+    assert sparse["flops_per_token"] - dense["flops_per_token"] == 2 * router
+    experts = MODEL.num_layers * 3 * MODEL.d_model * MODEL.d_expert
+    assert sparse["total_parameters"] - sparse["active_parameters"] == experts * (MODEL.num_experts - MODEL.k)
+
+
+def test_value_head_is_counted_as_training_only():
+    with_head, without = (costs(model_of(f"reinforce:baseline={b}"), MODEL, DATA.seq_len) for b in ("value", "ema"))
+    assert with_head["flops_per_token"] == without["flops_per_token"]
+    assert with_head["training_only_flops_per_token"] > without["training_only_flops_per_token"] == 0
+
+
+# --- the way of a batch ---------------------------------------------------------------------------------------------------------
+
+
+def gradients(entry, micro_batches):
+    model = model_of(entry)
+    result = backward_batch(model, batch_of(3), CPU64, seed=0, step=3, micro_batches=micro_batches)
+    return result, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def independent_entries():
+    """Every router whose rule does not depend on the batch; those with a balance term, without it."""
+    entries = []
+    for name in router_names():
+        weights = ",".join(f"{f}=0.0" for f in router_class(name).Config.__dataclass_fields__ if f in BATCH_TERMS)
+        entry = f"{name}:{weights}" if weights else name
+        if not model_of(entry).routers[0].batch_dependent:
+            entries.append(entry)
+    return entries
+
+
+BATCH_TERMS = ("balance_weight", "importance_weight", "load_weight")
+
+
+@pytest.mark.parametrize("entry", independent_entries())
+def test_two_micro_batches_equal_one_batch(entry):
+    whole, whole_grads = gradients(entry, 1)
+    halves, half_grads = gradients(entry, 2)
+    assert whole.loss == pytest.approx(halves.loss, rel=1e-12)
+    assert whole_grads.keys() == half_grads.keys()
+    for name, gradient in whole_grads.items():
+        assert torch.allclose(gradient, half_grads[name], rtol=1e-9, atol=1e-14), name
+    for a, b in zip(whole.sums_L, halves.sums_L, strict=True):
+        assert all(torch.allclose(a[n].double(), b[n].double()) for n in a)
+
+
+def test_the_test_above_would_notice_a_batch_dependent_rule():
+    whole_grads, half_grads = gradients("switch:balance_weight=1.0", 1)[1], gradients("switch:balance_weight=1.0", 2)[1]
+    assert any(not torch.allclose(g, half_grads[n], rtol=1e-9, atol=1e-14) for n, g in whole_grads.items())
+
+
+def test_independence_covers_nearly_every_router():
+    """A router that calls itself batch-dependent escapes the equality test; at most its balance terms may excuse it."""
+    assert {entry.partition(":")[0] for entry in independent_entries()} == set(router_names())
+
+
+@pytest.mark.parametrize("entry", ["switch", "reinforce"])
+def test_logged_loss_is_the_language_model_loss_alone(entry):
+    model = model_of(entry)
+    result = backward_batch(model, batch_of(0), CPU64, seed=0, step=0, micro_batches=1)
+    context = make_context(batch_of(0), CPU64, seed=0, step=0, explore=True)
+    loss_MT, _ = forward(model, batch_of(0), context, CPU64)
+    assert result.loss == pytest.approx(float(loss_MT.detach().mean()), rel=1e-12)
+    assert result.terms["balance"] != [0.0, 0.0]
+
+
+def test_a_gate_gradient_is_there_after_backward():
+    model = model_of("switch")
+    seen = []
+
+    def observe(decision, feedback):
+        seen.append(decision.gates_R.grad)
+        return Router.observe(model.routers[0], decision, feedback)
+
+    model.routers[0].observe = observe
+    backward_batch(model, batch_of(0), CPU64, seed=0, step=0, micro_batches=1)
+    assert seen[0].shape == (TRAIN.batch_size * DATA.seq_len * MODEL.k,)
+    assert float(seen[0].abs().min()) > 0
+
+
+@pytest.mark.parametrize("form", ["own", "unit"])
+def test_gate_form_changes_the_value_and_keeps_the_gradient_alive(form):
+    model = model_of("switch", model=replace(MODEL, gate_form=form))
+    context = make_context(batch_of(0), CPU64, seed=0, step=0, explore=True)
+    loss_MT, decisions = forward(model, batch_of(0), context, CPU64)
+    half = torch.full_like(decisions[0].gates_R, 0.5)
+    assert torch.allclose(decisions[0].gates_R, half, atol=1e-12) == (form == "unit")
+    loss_MT.sum().backward()
+    assert float(model.routers[0].scores.weight.grad.abs().max()) > 0
+
+
+def test_capacity_drops_pairs_but_not_demand():
+    tight = model_of("unbalanced", model=replace(MODEL, capacity_factor=0.5))
+    context = make_context(batch_of(0), CPU64, seed=0, step=0, explore=False)
+    _, decisions = forward(tight, batch_of(0), context, CPU64)
+    capacity = TRAIN.batch_size * DATA.seq_len * MODEL.k // MODEL.num_experts // 2
+    assert int(decisions[0].load_E().max()) <= capacity < int(decisions[0].demand_E().max())
+    assert int(decisions[0].demand_E().sum()) == TRAIN.batch_size * DATA.seq_len * MODEL.k
+
+
+def test_future_tokens_do_not_change_the_past():
+    """For causal routers. With capacity, other tokens of the batch may drop a token: dropless is exact."""
+    for name in router_names():
+        if not router_class(name).causal:
+            continue
+        model, batch = model_of(name), batch_of(0)
+        changed = replace(
+            batch, tokens_BS=np.concatenate([batch.tokens_BS[:, :8], (batch.tokens_BS[:, 8:] + 1) % 256], axis=1)
+        )
+        losses = [
+            forward(model, b, make_context(b, CPU64, seed=0, step=0, explore=True), CPU64)[0].view(TRAIN.batch_size, -1)
+            for b in (batch, replace(changed, targets_BS=batch.targets_BS))
+        ]
+        assert torch.allclose(losses[0][:, :8], losses[1][:, :8], atol=1e-10), name
+        assert not torch.allclose(losses[0][:, 8:], losses[1][:, 8:], atol=1e-10), name
+
+
+# --- the policy gradient is connected ---------------------------------------------------------------------------------------------
+
+
+def train_steps(model, steps, seed=0, evaluate_between=False):
+    optimizer = Optimizer(model, replace(TRAIN, lr=1e-2))
+    for step in range(steps):
+        result = backward_batch(model, batch_of(step, seed), CPU64, seed=seed, step=step, micro_batches=1)
+        optimizer.step(step, step / steps)
+        adapt(model, result)
+        if evaluate_between:
+            with torch.no_grad():
+                forward(
+                    model, batch_of(1000), make_context(batch_of(1000), CPU64, seed=seed, step=0, explore=False), CPU64
+                )
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_without_coefficients_the_reinforce_router_stays_at_its_initialisation():
+    entry = "reinforce:policy_weight=0.0,entropy_weight=0.0,balance_weight=0.0,baseline=ema"
+    before = {n: p.detach().clone() for n, p in model_of(entry).named_parameters() if is_router(n)}
+    after = train_steps(model_of(entry), 200)
+    assert before
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+
+
+@pytest.mark.parametrize("name", router_names())
+def test_evaluation_in_between_changes_nothing(name):
+    quiet, disturbed = (train_steps(model_of(name), 5, evaluate_between=e) for e in (False, True))
+    assert all(torch.equal(quiet[n], disturbed[n]) for n in quiet)
+
+
+def policy_alignment(seed, rewards):
+    """Take 20 policy steps on one fixed probe batch with injected rewards; return the advantage-weighted mean change of the probe's
+    log-probabilities, by the true rewards."""
+    model = model_of("reinforce:balance_weight=0.0,baseline=ema,policy_weight=1.0", seed=seed)
+    router, batch = model.routers[-1], batch_of(0, seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, TRAIN.batch_size * DATA.seq_len)
+    true_MT = torch.rand(shape, generator=generator, dtype=torch.float64) * 4
+    shuffled_MT = true_MT[:, torch.randperm(shape[1], generator=generator)]
+    used_MT = {"true": true_MT, "shuffled": shuffled_MT, "flipped": -true_MT}[rewards]
+    context = make_context(batch, CPU64, seed=seed, step=0, explore=True)
+    x_TD = torch.randn(shape[1], MODEL.d_model, generator=generator, dtype=torch.float64)
+    first = router(x_TD, context).detach()
+    feedback = Feedback(context=context, loss_MT=used_MT, num_valid=shape[1])
+    router.adapt(router.observe(first, feedback))
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.1)
+    for _ in range(20):
+        terms = router.objective(replace(first, log_prob_R=log_prob(router, x_TD, first)), feedback)
+        optimizer.zero_grad()
+        (terms["policy"].weight * terms["policy"].value).backward()
+        optimizer.step()
+    advantage_T = -(true_MT - true_MT.mean()).flatten()
+    change_T = first.token_sum(log_prob(router, x_TD, first).detach() - first.log_prob_R)
+    return float((advantage_T * change_T).mean())
+
+
+def log_prob(router, x_TD, decision):
+    from rlroute.sampling import plackett_luce_log_prob
+
+    return plackett_luce_log_prob(router.scores(x_TD), decision.expert_ids_R.view(-1, decision.k)).reshape(-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rewards_move_the_policy_where_they_point(seed):
+    aligned = {rewards: policy_alignment(seed, rewards) for rewards in ("true", "shuffled", "flipped")}
+    assert aligned["true"] > 0 > aligned["flipped"]
+    assert aligned["true"] > aligned["shuffled"]
+
+
+# --- runs and records -------------------------------------------------------------------------------------------------------------
+
+
+def rows(path):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("entry", ["reinforce", "bias_balanced", DENSE])
+def test_resumed_run_equals_undisturbed_one_bit_for_bit(entry, tmp_path, monkeypatch):
+    config = config_of(entry)
+    undisturbed = loop.train(config, 0, tmp_path / "a")
+
+    class Stop(Exception):
+        pass
+
+    def stop(step):
+        if step == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(config, 0, tmp_path / "b", on_step=stop)
+    folder = tmp_path / "b" / config.run_id(0)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000004"]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"train","step":7,"los')  # a line torn by the kill
+    resumed = loop.train(config, 0, tmp_path / "b")
+    assert rows(folder / "metrics.jsonl") == rows(tmp_path / "a" / config.run_id(0) / "metrics.jsonl")
+    assert rows(folder / "loads.jsonl") == rows(tmp_path / "a" / config.run_id(0) / "loads.jsonl")
+    timing = ("seconds", "tokens_per_second")
+    final = [{k: v for k, v in s["final"].items() if k not in timing} for s in (undisturbed, resumed)]
+    assert final[0] == final[1]
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_an_ended_run_is_never_repeated(tmp_path):
+    config = config_of("hash")
+    loop.train(config, 0, tmp_path)
+    summary = tmp_path / config.run_id(0) / "summary.json"
+    stamp = summary.stat().st_mtime_ns
+    assert loop.train(config, 0, tmp_path) == json.loads(summary.read_text())
+    assert summary.stat().st_mtime_ns == stamp
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    for name, lr in (("a", 1e-3), ("b", 2e-3)):
+        config = config_of("hash", lr=lr)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, 0, tmp_path / name, on_step=interrupt_at(5))
+    source = next((tmp_path / "a").glob("*/checkpoint-*"))
+    target = next((tmp_path / "b").glob("*/checkpoint-*"))
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+    with pytest.raises(CheckpointError, match=source.parent.name):
+        loop.train(config, 0, tmp_path / "b")
+
+
+def interrupt_at(stop):
+    def on_step(step):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+def test_a_damaged_checkpoint_is_named(file, tmp_path):
+    config = config_of("hash")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, 0, tmp_path, on_step=interrupt_at(5))
+    damaged = next(tmp_path.glob(f"*/checkpoint-*/{file}"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        loop.train(config, 0, tmp_path)
+
+
+def test_checkpoint_holds_the_weights_and_says_whose_they_are(tmp_path):
+    config = config_of("bias_balanced")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, 0, tmp_path, on_step=interrupt_at(5))
+    state = load_file(next(tmp_path.glob("*/checkpoint-*/model.safetensors")))
+    assert state.keys() == loop.build_model(config, CORPUS, 0).state_dict().keys()
+    assert any(name.endswith("bias_E") and bool(value.any()) for name, value in state.items())
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    folder = RunFolder(tmp_path, config_of("hash"), 0)
+    with (
+        folder.lock(),
+        pytest.raises(StoreError, match="another process"),
+        RunFolder(tmp_path, config_of("hash"), 0).lock(patience=0),
+    ):
+        pass
+
+
+def test_a_diverged_run_says_where(tmp_path):
+    summary = loop.train(config_of("switch", lr=1e30, warmup_steps=0), 0, tmp_path)
+    assert summary["status"] == "diverged"
+    assert 0 < summary["diverged"]["step"] < TRAIN.steps
+    assert "not finite" in summary["diverged"]["what"]
+    assert read_runs(tmp_path)[0].summary == summary
+
+
+def test_compact_file_says_what_the_store_says(tmp_path):
+    loop.train(config_of("switch"), 0, tmp_path / "runs")
+    records = read_runs(tmp_path / "runs")
+    write_compact(records, tmp_path / "compact.jsonl")
+    assert read_runs(tmp_path / "compact.jsonl") == records
+
+
+def test_records_are_of_the_balance_over_the_whole_validation_set(tmp_path):
+    final = loop.train(config_of("unbalanced"), 0, tmp_path)["final"]
+    for load_E, vio in zip(final["load_LE"], final["max_vio_L"], strict=True):
+        assert sum(load_E) == pytest.approx(1, abs=1e-5)
+        assert max(load_E) * MODEL.num_experts - 1 == pytest.approx(vio, abs=1e-4)
+
+
+def test_stochastic_routers_report_the_sampled_policy_too(tmp_path):
+    final = loop.train(config_of("reinforce"), 0, tmp_path)["final"]
+    assert final["sampled"]["loss"] != final["loss"]
+    assert all(0 < share < 1 for share in final["sampled"]["overlap_L"])
+    assert loop.train(config_of("switch"), 0, tmp_path)["final"]["sampled"] is None
+
+
+# --- budget and schedule -----------------------------------------------------------------------------------------------------------
+
+
+def test_flops_budget_counts_what_only_training_needs():
+    amount = 40 * loop.training_flops_per_step(config_of("hash"), costs(model_of("hash"), MODEL, DATA.seq_len))
+    planned = {
+        entry: loop.planned_steps(
+            config_of(entry, budget="flops", budget_amount=amount), costs(model_of(entry), MODEL, DATA.seq_len)
+        )
+        for entry in ("hash", "reinforce")
+    }
+    assert planned["hash"] == 40 > planned["reinforce"] > 0
+    assert planned["reinforce"] % TRAIN.eval_every == 0
+
+
+def test_flops_budget_that_pays_for_nothing_is_refused():
+    with pytest.raises(ConfigError, match="budget_amount"):
+        loop.planned_steps(
+            config_of("hash", budget="flops", budget_amount=1.0), costs(model_of("hash"), MODEL, DATA.seq_len)
+        )
+
+
+def test_time_budget_ends_by_the_clock(tmp_path):
+    summary = loop.train(config_of("hash", steps=10**6, budget="time", budget_amount=0.2), 0, tmp_path)
+    assert summary["status"] == "finished"
+    assert summary["seconds"]["train"] >= 0.2
+    assert 0 < summary["steps"] < 10**6
+
+
+def test_schedule_warms_up_then_decays():
+    config = replace(TRAIN, lr=1.0, warmup_steps=10, final_lr=0.1)
+    rates = [learning_rate(config, step, step / 100) for step in range(101)]
+    assert rates[0] < rates[5] < rates[9]
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_routers_have_their_own_clip_and_no_weight_decay():
+    model = model_of("switch")
+    optimizer = Optimizer(model, replace(TRAIN, clip=1.0, router_clip=0.5))
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 100.0 if is_router(name) else 1e-6)
+    shared_before = [p.grad.clone() for p in optimizer.shared]
+    norms = optimizer_norms_only(optimizer)
+    assert norms["router_grad_norm"] > 0.5 > norms["grad_norm"]
+    assert all(torch.equal(a, b.grad) for a, b in zip(shared_before, optimizer.shared, strict=True))
+    decays = {id(p): g["weight_decay"] for g in optimizer.adamw.param_groups for p in g["params"]}
+    assert {decays[id(p)] for p in optimizer.router} == {0.0}
+
+
+def optimizer_norms_only(optimizer):
+    """Run the clips without the update, so that the gradients can be looked at."""
+    optimizer.adamw.step = lambda: None
+    optimizer.adamw.zero_grad = lambda set_to_none: None
+    return optimizer.step(0, 0.0)
+
+
+def test_run_config_round_trip_and_identity():
+    config = config_of("switch:balance_weight=0.5")
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.content_hash() != config_of("switch").content_hash()
+    assert config.run_id(3) == f"switch-{config.content_hash()}-s3"
