@@ -18,7 +18,7 @@ Overrides = dict[str, dict[str, Any]]
 
 TUNING_SEEDS = (1000,)
 RATES = (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
-WIDE_RATES = (6e-3, 1.2e-2, 2.4e-2)
+NEAR_RATES = (4e-3, 6e-3, 8e-3)
 
 
 def _rates_only() -> list[Overrides]:
@@ -26,7 +26,7 @@ def _rates_only() -> list[Overrides]:
 
 
 def _rates_and(*choices: dict[str, Any]) -> list[Overrides]:
-    return [{"train": {"lr": rate}, "router": choice} for rate in WIDE_RATES for choice in choices]
+    return [{"train": {"lr": rate}, "router": choice} for rate in NEAR_RATES for choice in choices]
 
 
 GRID: dict[str, list[Overrides]] = {
