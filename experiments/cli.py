@@ -54,7 +54,7 @@ def train(
     from rlroute.experiments.recipes import build_entry
 
     config = build_entry(entry, shared.data, shared.model, shared.train)
-    (record,) = run_jobs([Job(config, seed)], store, "local", 1)
+    (record,) = run_jobs([Job(config, seed, _command())], store, "local", 1)
     print(f"{record.summary['status']}: {_score(record.summary)}; record in {store / record.id}")
 
 
@@ -62,7 +62,7 @@ def train(
 def compare(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     seeds: int = 3,
-    reference: str = "switch",
+    reference: str | None = None,
     budget: Budget = "tokens",
     seconds: float | None = None,
     tuned: bool = True,
@@ -75,18 +75,19 @@ def compare(
     Args:
         entries: routers, `router:field=value,...`, or `dense`.
         seeds: each entry is trained with seeds 0 to seeds - 1.
-        reference: the entry that differences are taken to; under budget flops, whose training FLOPs everyone gets.
+        reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by name);
+            under budget flops, whose training FLOPs everyone gets.
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
         seconds: training time of each run under budget time; the figures are then not reproducible.
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
         out: folder for table.md, table.csv and report.html.
     """
-    from rlroute.experiments.compare import run_jobs, with_budget
+    from rlroute.experiments.compare import find_reference, run_jobs, with_budget
     from rlroute.experiments.recipes import build_comparison, default_entries
 
     configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
-    configs = with_budget(configs, budget, reference, seconds)
-    jobs = [Job(config, seed) for seed in range(seeds) for config in configs]
+    configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
+    jobs = [Job(config, seed, _command()) for seed in range(seeds) for config in configs]
     records = run_jobs(jobs, launch.store, launch.launcher, launch.concurrency)
     print(_publish(records, out, reference))
     print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
@@ -148,7 +149,7 @@ def report(
     """
     from rlroute.experiments.report import write_report
 
-    write_report(_select(path, only), out, reference=reference, command=_command())
+    write_report(_select(path, only), out, reference=reference)
     print(f"report in {out}")
 
 
@@ -184,7 +185,7 @@ def tune(
     from rlroute.experiments import tune as tuning
     from rlroute.experiments.recipes import GRID
 
-    rows = tuning.tune(entries or tuple(GRID), train, launch.store, launch.launcher, launch.concurrency)
+    rows = tuning.tune(entries or tuple(GRID), train, launch.store, launch.launcher, launch.concurrency, _command())
     out.parent.mkdir(parents=True, exist_ok=True)
     tuning.write_trials(rows, train, out, _command())
     for entry, overrides in tuning.best(rows).items():
@@ -199,7 +200,7 @@ def _select(path: Path, only: tuple[str, ...]) -> list:  # type: ignore[type-arg
     return [r for r in records if not only or r.id.startswith(only)]
 
 
-def _publish(records: list, out: Path, reference: str) -> str:  # type: ignore[type-arg]
+def _publish(records: list, out: Path, reference: str | None) -> str:  # type: ignore[type-arg]
     """Write table and report, and return the table's text."""
     from rlroute.experiments.report import write_report
     from rlroute.experiments.table import build_table, to_csv, to_markdown
@@ -207,11 +208,11 @@ def _publish(records: list, out: Path, reference: str) -> str:  # type: ignore[t
 
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-    built = build_table(records, reference, command=_command())
+    built = build_table(records, reference)
     text = to_markdown(built)
     write_atomically(out / "table.md", text)
     write_atomically(out / "table.csv", to_csv(built))
-    write_report(records, out / "report.html", reference=reference, command=_command())
+    write_report(records, out / "report.html", reference=reference)
     return text
 
 

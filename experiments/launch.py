@@ -36,6 +36,8 @@ class Job:
 
     config: RunConfig
     seed: int
+    command: str | None = None
+    """The command line behind it, for the run's record."""
 
     @property
     def id(self) -> str:
@@ -65,7 +67,7 @@ def _train(job: Job, store: Path) -> str:
     from rlroute.training.loop import train
 
     try:
-        train(job.config, job.seed, store)
+        train(job.config, job.seed, store, command=job.command)
     except RlrouteError as error:
         return str(error)
     except Exception as error:  # a defect in one router must not take the other runs with it; its reason is printed
@@ -102,11 +104,11 @@ def _launch_ray(jobs: Sequence[Job], store: Path, concurrency: int) -> dict[str,
 
 
 def _tune(tune: Any, jobs: Sequence[Job], store: Path, concurrency: int, scratch: Path) -> dict[str, str]:
-    plain = [(job.config.to_dict(), job.seed) for job in jobs]
+    plain = [(job.config.to_dict(), job.seed, job.command) for job in jobs]
 
     def trial(parameters: dict[str, int]) -> None:
-        values, seed = plain[parameters["job"]]
-        tune.report({"reason": _train(Job(RunConfig.from_dict(values), seed), store)})
+        values, seed, command = plain[parameters["job"]]
+        tune.report({"reason": _train(Job(RunConfig.from_dict(values), seed, command), store)})
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),

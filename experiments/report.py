@@ -45,23 +45,20 @@ LOAD_COLUMNS = 150
 """Points in time that a heatmap shows at most."""
 
 
-def write_report(
-    records: Sequence[RunRecord], path: Path, *, reference: str | None = None, command: str | None = None
-) -> None:
+def write_report(records: Sequence[RunRecord], path: Path, *, reference: str | None = None) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
     Args:
         records: finished and diverged runs.
         path: the HTML file.
         reference: label of the entry that differences are taken to, as in :func:`~rlroute.experiments.table.build_table`.
-        command: what made the runs.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
         MissingDependencyError: Plotly is not installed.
         StoreError: the file cannot be written.
     """
-    table = build_table(records, reference, command)
+    table = build_table(records, reference)
     write_atomically(path, render(table, make_entries(records)))
 
 

@@ -119,13 +119,12 @@ class Table:
     notes: tuple[tuple[str, str], ...]
 
 
-def build_table(records: Sequence[RunRecord], reference: str | None = None, command: str | None = None) -> Table:
+def build_table(records: Sequence[RunRecord], reference: str | None = None) -> Table:
     """Return the table of ``records``, whatever their order.
 
     Args:
         records: finished and diverged runs.
         reference: label of the entry to take differences to; by default ``switch``, or the first by name where it is missing.
-        command: what made the runs, for the notes; by default what the records say, if they do.
 
     Raises:
         ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such reference.
@@ -135,7 +134,7 @@ def build_table(records: Sequence[RunRecord], reference: str | None = None, comm
     base = _reference(entries, reference)
     adjusted = holm(_p_values(entries, base))
     rows = sorted((_row(entry, base, adjusted) for entry in entries), key=_rank)
-    return Table(base.label, tuple(rows), tuple(_notes(entries, base, rows, adjusted, command)))
+    return Table(base.label, tuple(rows), tuple(_notes(entries, base, rows, adjusted)))
 
 
 def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
@@ -336,7 +335,7 @@ def _rank(row: TableRow) -> tuple[float, str]:
 
 
 def _notes(
-    entries: Sequence[Entry], base: Entry, rows: Sequence[TableRow], adjusted: Mapping[str, float], command: str | None
+    entries: Sequence[Entry], base: Entry, rows: Sequence[TableRow], adjusted: Mapping[str, float]
 ) -> Iterable[tuple[str, str]]:
     runs = [run for entry in entries for run in entry.runs]
     yield "Diverged", "; ".join(_diverged(entry) for entry in entries if len(entry.finished) < len(entry.runs))
@@ -358,7 +357,7 @@ def _notes(
     )
     yield "Budget", _budget(runs)
     yield from _identity(runs)
-    yield from _provenance(runs, command)
+    yield from _provenance(runs)
 
 
 def _diverged(entry: Entry) -> str:
@@ -433,7 +432,7 @@ def _per_seed(runs: Sequence[RunRecord], value: Callable[[RunRecord], str]) -> s
     return ", ".join(f"seed {seed} {digest}" for seed, digest in sorted(by_seed.items()))
 
 
-def _provenance(runs: Sequence[RunRecord], command: str | None) -> Iterable[tuple[str, str]]:
+def _provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     data = runs[0].summary["data"]
     version = f" ({data['distribution']} {data['version']})" if data["distribution"] else ""
     sizes = f"{data['train_tokens']:,} training and {data['valid_tokens']:,} validation tokens"
@@ -442,7 +441,7 @@ def _provenance(runs: Sequence[RunRecord], command: str | None) -> Iterable[tupl
     yield "Entropy floor", "" if floor is None else f"{floor:.4f} bits/byte"
     yield "Validation tokens", f"sha256 {runs[0].summary['eval_tokens_sha256']}"
     yield "Seeds", ", ".join(map(str, sorted({run.config["seed"] for run in runs})))
-    yield "Command", command or "; ".join(sorted({run.config["command"] for run in runs if run.config.get("command")}))
+    yield "Command", "; ".join(sorted({run.config["command"] for run in runs if run.config.get("command")}))
     yield "Commit", ", ".join(sorted({_commit(run.environment) for run in runs}))
     versions = [f"{name} {_all(runs, name)}" for name in ("rlroute", "python", "torch", "numpy")]
     yield "Versions", ", ".join(versions)

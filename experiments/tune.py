@@ -16,7 +16,7 @@ from rlroute.records import write_atomically
 
 
 def tune(
-    entries: Sequence[str], train: TrainConfig, store: Path, launcher: Launcher, concurrency: int
+    entries: Sequence[str], train: TrainConfig, store: Path, launcher: Launcher, concurrency: int, command: str
 ) -> list[dict[str, Any]]:
     """Run the grid of each entry and return all trials, best first within an entry.
 
@@ -31,7 +31,7 @@ def tune(
     data, model = DataConfig(), ModelConfig()
     trials = [(entry, choice) for entry in entries for choice in GRID[entry]]
     configs = [build_entry(entry, data, model, train, choice) for entry, choice in trials]
-    jobs = [Job(config, seed) for config in configs for seed in TUNING_SEEDS]
+    jobs = [Job(config, seed, command) for config in configs for seed in TUNING_SEEDS]
     scores = {record.id: _score(record.summary) for record in run_jobs(jobs, store, launcher, concurrency)}
     rows = []
     for (entry, choice), config in zip(trials, configs, strict=True):

@@ -173,10 +173,11 @@ class RunFolder:
         """Whether the run has finished or diverged."""
         return (self.path / "summary.json").exists()
 
-    def describe(self, config: RunConfig, seed: int, backend: str) -> None:
+    def describe(self, config: RunConfig, seed: int, backend: str, command: str | None) -> None:
         """Write config.json and environment.json."""
         identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
-        write_json(self.path / "config.json", {"schema": SCHEMA, **identity, "config": config.to_dict()})
+        described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict()}
+        write_json(self.path / "config.json", described)
         write_json(self.path / "environment.json", environment(config, backend))
 
     def append(self, name: str, row: Row) -> None:

@@ -11,7 +11,7 @@ from rlroute.errors import ComparisonError, StoreError
 from rlroute.experiments.report import balance_figure, conclude, curves_figure, loads_figure, make_styles, write_report
 from rlroute.experiments.statistics import t_interval
 from rlroute.experiments.table import build_table, columns, make_entries
-from tests.test_table import EFFECT, EXPERTS, LAYERS, diverged, make_run, make_runs
+from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 
@@ -36,7 +36,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(make_runs(), path, reference=None, command="rlroute compare --seeds 3")
+    write_report(make_runs(), path, reference=None)
     assert list(path.parent.iterdir()) == [path]  # no temporary file is left
     return path.read_text()
 
@@ -63,7 +63,7 @@ def test_nothing_is_fetched(text: str) -> None:
 
 def test_page_says_what_the_table_says(text: str) -> None:
     said = " ".join("".join(Page(text).texts).replace("\xa0", " ").split())
-    table = build_table(make_runs(), command="rlroute compare --seeds 3")
+    table = build_table(make_runs())
     for row in table.rows:
         for cell in columns(table).values():
             assert cell(row) in said
@@ -72,13 +72,13 @@ def test_page_says_what_the_table_says(text: str) -> None:
 
 
 def test_same_records_give_the_same_bytes(text: str, tmp_path: Path) -> None:
-    write_report(make_runs()[::-1], tmp_path / "again.html", command="rlroute compare --seeds 3")
+    write_report(make_runs()[::-1], tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == text
 
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:
-    runs = [make_run(router, seed) for router in (HOSTILE, "switch") for seed in range(2)]
-    write_report(runs, tmp_path / "report.html", command=HOSTILE)
+    runs = [changed(make_run(router, s), "config.command", HOSTILE) for router in (HOSTILE, "switch") for s in range(2)]
+    write_report(runs, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert not [tag for tag, _ in page.tags if tag == "img"] and not [a for _, a in page.tags if "onerror" in a]
     assert HOSTILE in "".join(page.texts)  # seen as it is, not as markup

@@ -122,7 +122,7 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
         "cpu_capability": "AVX512",
     }
     environment |= {"threads": 1, "kernel_backend": "cpu"}
-    config_json = {"schema": SCHEMA, **identity, "config": config}
+    config_json = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config}
     return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, [])
 
 
@@ -207,9 +207,7 @@ def test_without_timings_a_rerun_at_another_speed_gives_the_same_text() -> None:
 
 
 def test_markdown_is_one_table_with_marks_and_notes() -> None:
-    text = to_markdown(
-        build_table([*make_runs(), *(make_run("expert_choice", s) for s in range(3))], command="rlroute compare")
-    )
+    text = to_markdown(build_table([*make_runs(), *(make_run("expert_choice", s) for s in range(3))]))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(EFFECT) + 1 and len({line.count("|") for line in lines}) == 1
     assert "| dense, yardstick |" in text and "| expert_choice, non-causal |" in text and "| reference |" in text

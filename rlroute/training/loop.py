@@ -72,13 +72,21 @@ def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
     return lambda shape: router_class(router.name)(router, shape)
 
 
-def train(config: RunConfig, seed: int, store: Path, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    seed: int,
+    store: Path,
+    *,
+    command: str | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
     """Train a run to its end and return its summary; an ended run is returned as it is, an unfinished one goes on.
 
     Args:
         config: the run's configuration.
         seed: initial weights, data order and routing noise derive from it.
         store: the run store's folder.
+        command: the command line behind this run, for its record.
         on_step: called with the number of steps done, after each.
 
     Raises:
@@ -91,14 +99,14 @@ def train(config: RunConfig, seed: int, store: Path, on_step: Callable[[int], No
     torch.set_num_threads(config.train.threads)
     corpus = load_corpus(config.data.spec, config.data.tokenizer)
     with folder.lock():
-        return _Run(config, seed, folder, corpus).train(on_step or (lambda step: None))
+        return _Run(config, seed, folder, corpus, command).train(on_step)
 
 
 class _Run:
     """The parts of one run and the order in which they work."""
 
-    def __init__(self, config: RunConfig, seed: int, folder: RunFolder, corpus: Corpus) -> None:
-        self.config, self.seed, self.folder, self.corpus = config, seed, folder, corpus
+    def __init__(self, config: RunConfig, seed: int, folder: RunFolder, corpus: Corpus, command: str | None) -> None:
+        self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
         self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
         self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **self.cut)
         self.model = build_model(config, corpus, seed)
@@ -192,9 +200,8 @@ class _Run:
     def _resume(self) -> None:
         trainer = load_checkpoint(self.folder.path, self.model, self.folder.id)
         if trainer is None:
-            self.folder.describe(
-                self.config, self.seed, resolve_backend(self.config.train.kernel, self.config.train.device)
-            )
+            backend = resolve_backend(self.config.train.kernel, self.config.train.device)
+            self.folder.describe(self.config, self.seed, backend, self.command)
         else:
             self.optimizer.adamw.load_state_dict(trainer["optimizer"])
             self.progress = Progress(**trainer["progress"])
@@ -202,7 +209,8 @@ class _Run:
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress
-        tokens = progress.step * config.train.batch_size * config.data.seq_len
+        per_step = config.train.batch_size * config.data.seq_len
+        tokens = progress.step * per_step
         router = None if config.router is None else router_class(config.router.name)
         return {
             "schema": SCHEMA,
@@ -222,7 +230,7 @@ class _Run:
             "model": self.costs,
             "gate": {"form": config.model.gate_form, "meaning": "none" if router is None else router.gate_meaning},
             "causal": True if router is None else router.causal,
-            "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or tokens},
+            "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or self.steps * per_step},
             "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
             "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
         }
