@@ -1,8 +1,8 @@
 """The run store: one folder per run, self-describing, readable without rlroute, and written from outside the router.
 
 ``runs/<id>/`` holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``loads.jsonl`` and, once the run has ended,
-``summary.json``; a run without a summary is unfinished and resumes from its ``checkpoint``. A *compact* file holds many ended runs,
-one JSON object a line, for publication.
+``summary.json``, and in ``checkpoint-<step>/`` its weights; a run without a summary is unfinished and resumes from there. A *compact*
+file holds many ended runs, one JSON object a line, for publication.
 """
 
 from __future__ import annotations

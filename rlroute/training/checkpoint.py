@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path, model: nn.Module, run_id: str) -> dict[str, An
     return trainer
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints of a run."""
+def drop_trainer_state(folder: Path) -> None:
+    """Keep the weights of an ended run and forget what only a resume needs."""
     for path in _checkpoints(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        (path / "trainer.pt").unlink(missing_ok=True)

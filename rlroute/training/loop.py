@@ -19,7 +19,7 @@ from rlroute.model.accounting import costs, fingerprints
 from rlroute.records import RunFolder
 from rlroute.registry import router_class
 from rlroute.routing import Router, RouterShape
-from rlroute.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
 from rlroute.training.optimizer import Optimizer
@@ -132,11 +132,13 @@ class _Run:
                     self._checkpoint()
             if last != self.progress.step or row is None:
                 row = self._evaluate(final=True)
+            if self.progress.step % config.checkpoint_every:
+                self._checkpoint()
             summary = self._summary("finished", row, None)
         except Diverged as stop:
             summary = self._summary("diverged", None, {"step": self.progress.step, "what": stop.what})
         self.folder.finish(summary)
-        remove_checkpoints(self.folder.path)
+        drop_trainer_state(self.folder.path)
         return summary
 
     def _budget_used(self) -> float:
