@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from rlroute.errors import StoreError
-from rlroute.records import RunRecord, progress, read_runs
+from rlroute.records import RunRecord, last_row, read_runs
 from rlroute.registry import router_class, router_names
 
 
@@ -44,7 +44,7 @@ def runs_text(path: Path) -> str:
     if path.is_dir():
         for folder in sorted(folder.parent for folder in path.glob("*/config.json")):
             if not (folder / "summary.json").exists():
-                row = progress(folder)
+                row = last_row(folder)
                 lines.append(f"{folder.name:48} {'unfinished':10} {row['step'] if row else 0:7} {'-':>9}")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rlroute.records import progress
+from rlroute.records import last_row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +59,7 @@ class Monitor:
         folder = self.store / job.id
         if (folder / "summary.json").exists():
             return 1.0
-        row = progress(folder)
+        row = last_row(folder)
         return min(0.99, row["step"] / job.config.train.steps) if row else 0.0
 
     def _done(self) -> float:
@@ -83,7 +83,7 @@ class Monitor:
             by_label.setdefault(job.id.rpartition("-s")[0], []).append(job)
         for jobs in by_label.values():
             shares = [self._share(job) for job in jobs]
-            rows = [row for job in jobs if (row := progress(self.store / job.id))]
+            rows = [row for job in jobs if (row := last_row(self.store / job.id))]
             loss = f"{rows[-1]['loss']:.3f}" if rows else ""
             bar = "".join("█" if share == 1.0 else "▓▒░"[2 - int(share * 3)] if share else "·" for share in shares)
             name = jobs[0].config.router_name

@@ -202,7 +202,7 @@ class RunFolder:
         return _read_folder(self.path)
 
 
-def progress(path: Path) -> Row | None:
+def last_row(path: Path) -> Row | None:
     """Return the last complete row of a run folder's metrics, None before the first."""
     file = path / "metrics.jsonl"
     if not file.exists():

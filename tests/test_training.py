@@ -302,7 +302,24 @@ def test_resumed_run_equals_undisturbed_one_bit_for_bit(entry, tmp_path, monkeyp
     timing = ("seconds", "tokens_per_second")
     final = [{k: v for k, v in s["final"].items() if k not in timing} for s in (undisturbed, resumed)]
     assert final[0] == final[1]
-    assert [p.name for p in folder.glob("checkpoint-*/*")] == ["model.safetensors"]  # of the last step, the trainer's state gone
+    assert [p.name for p in folder.glob("checkpoint-*/*")] == [
+        "model.safetensors"
+    ]  # of the last step, the trainer's state gone
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_not_evaluated_twice(tmp_path, monkeypatch):
+    config = config_of("reinforce")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "finish", interrupt)
+        loop.train(config, 0, tmp_path)
+    summary = loop.train(config, 0, tmp_path)
+    evals = read_runs(tmp_path)[0].evals
+    assert [row["step"] for row in evals] == [4, 8]
+    assert summary["final"] == evals[-1]
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_an_ended_run_is_never_repeated(tmp_path):

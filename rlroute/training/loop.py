@@ -16,7 +16,7 @@ from rlroute.errors import ConfigError
 from rlroute.kernels import resolve_backend
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints
-from rlroute.records import RunFolder
+from rlroute.records import RunFolder, last_row
 from rlroute.registry import router_class
 from rlroute.routing import Router, RouterShape
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
@@ -119,18 +119,16 @@ class _Run:
 
     def train(self, on_step: Callable[[int], None]) -> dict[str, Any]:
         config = self.config.train
-        self._resume()
-        last, row = None, None
+        row = self._resume()
         try:
             while (used := self._budget_used()) < 1.0:
                 self._step(used)
                 step = self.progress.step
                 on_step(step)
-                if step % config.eval_every == 0:
-                    last, row = step, self._evaluate(final=step == self.steps)
+                row = self._evaluate(final=step == self.steps) if step % config.eval_every == 0 else None
                 if step % config.checkpoint_every == 0:
                     self._checkpoint()
-            if last != self.progress.step or row is None:
+            if row is None:
                 row = self._evaluate(final=True)
             if self.progress.step % config.checkpoint_every:
                 self._checkpoint()
@@ -199,7 +197,8 @@ class _Run:
             self.folder.path, self.progress.step, self.model, trainer, {"id": self.folder.id, "seed": self.seed}
         )
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Take the run up where its checkpoint left it; return that step's evaluation if it was made."""
         trainer = load_checkpoint(self.folder.path, self.model, self.folder.id)
         if trainer is None:
             backend = resolve_backend(self.config.train.kernel, self.config.train.device)
@@ -208,6 +207,8 @@ class _Run:
             self.optimizer.adamw.load_state_dict(trainer["optimizer"])
             self.progress = Progress(**trainer["progress"])
         self.folder.rewind(self.progress.step)
+        row = last_row(self.folder.path)
+        return row if row and row["kind"] == "eval" and row["step"] == self.progress.step else None
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress
