@@ -43,7 +43,17 @@ GRID: dict[str, list[Overrides]] = {
     "reinforce": _rates_and({"balance_weight": 0.01}, {"balance_weight": 0.1}),
 }
 
-TUNED: dict[str, Overrides] = {}
+TUNED: dict[str, Overrides] = {
+    "dense": {"train": {"lr": 0.006}},
+    "hash": {"train": {"lr": 0.006}},
+    "hash:table=position": {"train": {"lr": 0.008}},
+    "uniform": {"train": {"lr": 0.008}},
+    "unbalanced": {"train": {"lr": 0.006}},
+    "switch": {"train": {"lr": 0.008}, "router": {"balance_weight": 0.03}},
+    "noisy_topk": {"train": {"lr": 0.008}, "router": {"importance_weight": 0.01, "load_weight": 0.01}},
+    "bias_balanced": {"train": {"lr": 0.008}, "router": {"update_rate": 0.01}},
+    "reinforce": {"train": {"lr": 0.008}, "router": {"balance_weight": 0.1}},
+}
 
 
 def default_entries() -> list[str]:

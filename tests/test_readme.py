@@ -1,0 +1,83 @@
+"""What the README shows is what the repository does: its table comes from the stored records, its example is a working router."""
+
+import json
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlroute.config import RunConfig
+from rlroute.experiments.recipes import GRID, TUNED, TUNING_SEEDS
+from rlroute.experiments.table import build_table, to_markdown
+from rlroute.experiments.tune import best
+from rlroute.records import read_runs
+from rlroute.routing import RouterShape, RoutingContext
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_table_is_what_the_stored_records_say():
+    shown, *_ = re.findall(r"<!-- table: experiments/results/(\S+) -->\n(.*?)<!-- end of table -->", README, re.S)
+    name, text = shown
+    table = to_markdown(build_table(read_runs(RESULTS / name)))
+    assert text.strip() == "\n".join(line for line in table.splitlines() if line.startswith("|"))
+
+
+def test_stored_comparison_used_seeds_that_tuning_did_not_and_the_tuned_settings():
+    records = read_runs(RESULTS / "comparison.jsonl")
+    assert not {record.config["seed"] for record in records} & set(TUNING_SEEDS)
+    for record in records:
+        entry = record.config["router"]
+        if record.config["config"]["router"].get("table") == "position":
+            entry = "hash:table=position"
+        config = record.config["config"]
+        assert RunConfig.from_dict(config).to_dict() == config
+        assert config["train"] | TUNED[entry]["train"] == config["train"]
+        assert config["router"] | TUNED[entry].get("router", {}) == config["router"]
+
+
+def test_every_entry_had_the_same_number_of_trials_and_the_best_was_taken():
+    stored = json.loads((RESULTS / "tuning.json").read_text())
+    assert len({len(choices) for choices in GRID.values()}) == 1
+    ran = {entry: [row["overrides"] for row in stored["trials"] if row["entry"] == entry] for entry in GRID}
+    for entry, choices in GRID.items():
+        assert sorted(map(str, ran[entry])) == sorted(map(str, choices))
+    assert best(stored["trials"]) == TUNED
+
+
+@pytest.fixture
+def example():
+    """The README's router, executed as a module of its own."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    module = types.ModuleType("cosine")
+    exec(
+        "import torch.nn.functional as F\n"
+        "from rlroute.config import RouterConfig\n"
+        "from rlroute.routing import LinearScores, Router, RoutingDecision\n" + code,
+        module.__dict__,
+    )
+    return module.CosineRouter
+
+
+def test_readme_example_is_a_working_router(example):
+    assert example.Config.name == "cosine"
+    router = example(example.Config(), RouterShape(d_model=8, num_experts=4, k=2, layer=0, vocab_size=9, seed=0))
+    rows = torch.arange(6)
+    context = RoutingContext(
+        seed=0,
+        layer=0,
+        step=0,
+        token_ids_T=rows,
+        position_T=rows,
+        sequence_T=torch.zeros_like(rows),
+        mask_T=torch.ones(6, dtype=torch.bool),
+        explore=True,
+    )
+    decision = router(torch.randn(6, 8), context)
+    assert int(decision.demand_E().sum()) == 12
+    (decision.gates_R * torch.randn(12)).sum().backward()
+    assert float(router.scores.weight.grad.abs().max()) > 0
