@@ -88,7 +88,7 @@ class ModelConfig:
 class TrainConfig:
     """How one run is trained."""
 
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps under budget tokens; the most steps under the others."""
     batch_size: int = 16
     """Sequences per step."""

@@ -473,3 +473,17 @@ def test_run_config_round_trip_and_identity():
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.content_hash() != config_of("switch").content_hash()
     assert config.run_id(3) == f"switch-{config.content_hash()}-s3"
+
+
+@pytest.mark.parametrize("entry", ["switch", "reinforce", "hash", DENSE])
+def test_bfloat16_runs_with_a_router_in_float32(entry):
+    """A bf16 router diverges (Switch, table 2), so it must not follow the rest of the model into that precision."""
+    model, device = model_of(entry, dtype="bfloat16"), Device("cpu", torch.bfloat16)
+    result = backward_batch(model, batch_of(0), device, seed=0, step=0, micro_batches=1)
+    assert np.isfinite(result.loss)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    context = make_context(batch_of(0), device, seed=0, step=0, explore=True)
+    _, decisions = forward(model, batch_of(0), context, device)
+    for decision in decisions:
+        assert decision.gates_R.dtype == torch.float32
+        assert decision.logits_TE is None or decision.logits_TE.dtype == torch.float32
