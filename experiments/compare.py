@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rlroute.config import Budget, RunConfig
 from rlroute.errors import ComparisonError, ConfigError
-from rlroute.experiments.launch import Job, Launcher, launch, watch
+from rlroute.experiments.launch import Job, Launcher, launch
+from rlroute.experiments.progress import Monitor
 from rlroute.records import RunFolder, RunRecord
 
 
@@ -17,16 +17,20 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
     """Train all jobs and return their records.
 
     Raises:
+        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
         ComparisonError: some failed; the finished ones stay in the store.
     """
-    folders = [RunFolder(store, job.config, job.seed) for job in jobs]  # an unwritable store is found before any work
-    failed = watch(jobs, store, lambda: launch(jobs, store, launcher, concurrency))
-    for run, reason in failed.items():
-        print(f"failed: {run}: {reason}", file=sys.stderr)
+    from rlroute.training.loop import check
+
+    check(dict.fromkeys(job.config for job in jobs))
+    folders = [RunFolder(store, job.config, job.seed) for job in jobs]
+    for folder in folders:
+        folder.create()
+    with Monitor(jobs, store):
+        failed = launch(jobs, store, launcher, concurrency)
     if failed:
-        raise ComparisonError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept in {store}, run again to go on"
-        )
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
+        raise ComparisonError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept in {store}: {reasons}")
     return [folder.read() for folder in folders]
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,11 +126,3 @@ def _tune(tune: Any, jobs: Sequence[Job], store: Path, concurrency: int, scratch
         job = jobs[result.config["job"]]
         reasons[job.id] = str(result.error) if result.error else result.metrics["reason"]
     return reasons
-
-
-def watch(jobs: Sequence[Job], store: Path, work: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Do ``work`` while a live table shows how far the jobs are; see :mod:`rlroute.experiments.progress`."""
-    from rlroute.experiments.progress import Monitor
-
-    with Monitor(jobs, store):
-        return work()

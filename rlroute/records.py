@@ -134,17 +134,21 @@ class RunFolder:
     """The folder of one run, held by one process at a time.
 
     Args:
-        store: the run store's folder, made when missing.
+        store: the run store's folder.
         config: the run's configuration.
         seed: the run's seed.
-
-    Raises:
-        StoreError: the folder cannot be written.
     """
 
     def __init__(self, store: Path, config: RunConfig, seed: int) -> None:
         self.id = config.run_id(seed)
         self.path = store / self.id
+
+    def create(self) -> None:
+        """Make the folder, and find out whether it can be written.
+
+        Raises:
+            StoreError: it cannot.
+        """
         with storing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".lock").touch()
@@ -157,8 +161,9 @@ class RunFolder:
             patience: seconds to wait for another process, such as the dying worker of a launcher that was killed.
 
         Raises:
-            StoreError: another process still holds it.
+            StoreError: another process still holds it, or the folder cannot be written.
         """
+        self.create()
         path = self.path / ".lock"
         with storing(path), path.open("w") as file:
             deadline = time.monotonic() + patience

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlroute.config import SCHEMA, RunConfig
+from rlroute.config import SCHEMA, DataConfig, RunConfig
 from rlroute.errors import ConfigError
 from rlroute.kernels import resolve_backend
 from rlroute.model import ModelShape, Transformer
@@ -97,9 +97,22 @@ def train(
     if folder.ended:
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command)
     with folder.lock():
-        return _Run(config, seed, folder, corpus, command).train(on_step)
+        return run.train(on_step)
+
+
+def check(configs: Iterable[RunConfig]) -> None:
+    """Find out whether runs can be trained, without writing anything: their corpora are read and their models built.
+
+    Raises:
+        ConfigError, DataError: one cannot.
+    """
+    corpora: dict[DataConfig, Corpus] = {}
+    for config in configs:
+        if config.data not in corpora:
+            corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
+        _Run(config, 0, RunFolder(Path(), config, 0), corpora[config.data], None)
 
 
 class _Run:
