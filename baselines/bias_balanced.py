@@ -32,10 +32,14 @@ class BiasBalancedRouter(Router):
         route_scale: float = 1.0
         """Factor on all gates; DeepSeek-V3 uses 2.5."""
         init_std: float = 0.02
+        """Standard deviation of the initial score weights."""
 
         def __post_init__(self) -> None:
-            if self.update_rate < 0:
-                raise ConfigError(f"router bias_balanced.update_rate = {self.update_rate}: legal are numbers from 0")
+            for name in ("update_rate", "sequence_balance_weight", "init_std"):
+                if not getattr(self, name) >= 0:
+                    raise ConfigError(f"router bias_balanced.{name} = {getattr(self, name)}: legal are numbers from 0")
+            if not self.route_scale > 0:
+                raise ConfigError(f"router bias_balanced.route_scale = {self.route_scale}: must be above 0")
 
     learns_from = frozenset({"gate", "load"})
     gate_meaning = "sigmoid, unbiased, normalised over the chosen for k > 1"
@@ -54,8 +58,8 @@ class BiasBalancedRouter(Router):
         ids_TK = top_k(scores_TE + self.bias_E, self.shape.k)
         gates_TK = scores_TE.gather(1, ids_TK)
         if self.shape.k > 1:
-            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
-        probs_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+            gates_TK = _normalize(gates_TK)
+        probs_TE = _normalize(scores_TE)
         return RoutingDecision.token_choice(
             ids_TK, self.config.route_scale * gates_TK, self.shape.num_experts, logits_TE=logits_TE, probs_TE=probs_TE
         )
@@ -72,3 +76,8 @@ class BiasBalancedRouter(Router):
         """Raise the bias of experts that less than the mean chose, lower that of the others."""
         demand_E = sums["demand_E"].to(self.bias_E.dtype)
         self.bias_E += self.config.update_rate * torch.sign(demand_E.mean() - demand_E)
+
+
+def _normalize(scores: Tensor) -> Tensor:
+    """Divide each row by its sum, which all sigmoids of a row may underflow to 0."""
+    return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -3,6 +3,8 @@
 Noisy top-k gating, Shazeer et al. 2017 (arXiv 1701.06538).
 
 Both weight matrices start at zero as in the paper: at first the noise alone chooses, and loads start balanced.
+
+For k = 1 the gate is the expert's share of the softmax over all: over the chosen one alone it would be a constant.
 """
 
 from dataclasses import dataclass
@@ -32,9 +34,9 @@ class NoisyTopKRouter(Router):
         """Weight of CV^2 of the smooth load estimate."""
 
         def __post_init__(self) -> None:
-            if self.importance_weight < 0 or self.load_weight < 0:
-                weights = (self.importance_weight, self.load_weight)
-                raise ConfigError(f"router noisy_topk weights = {weights}: legal are numbers from 0")
+            for name in ("importance_weight", "load_weight"):
+                if not getattr(self, name) >= 0:
+                    raise ConfigError(f"router noisy_topk.{name} = {getattr(self, name)}: legal are numbers from 0")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over the chosen noisy logits"

@@ -32,10 +32,14 @@ class SwitchRouter(Router):
         normalize: bool = True
         """Renormalise the gates over the chosen where k > 1."""
         init_std: float = 0.02
+        """Standard deviation of the initial score weights."""
 
         def __post_init__(self) -> None:
             if not 0 <= self.jitter < 1:
                 raise ConfigError(f"router switch.jitter = {self.jitter}: legal are 0 to below 1")
+            for name in ("balance_weight", "z_weight", "init_std"):
+                if not getattr(self, name) >= 0:
+                    raise ConfigError(f"router switch.{name} = {getattr(self, name)}: legal are numbers from 0")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over all experts, renormalised over the chosen for k > 1"

@@ -54,5 +54,6 @@ def cv_squared(values_E: Tensor) -> Tensor:
 
 def entropy_T(probs_TE: Tensor) -> Tensor:
     """Return the entropy of each row in nats, shape (T,)."""
-    entropy: Tensor = torch.special.entr(probs_TE).sum(1)
+    above_0_TE = probs_TE.clamp(min=torch.finfo(probs_TE.dtype).tiny)  # at exactly 0 the gradient is 0 * infinity
+    entropy: Tensor = torch.special.entr(above_0_TE).sum(1)
     return entropy

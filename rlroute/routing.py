@@ -169,7 +169,7 @@ def drop_over_capacity(
     Args:
         decision: any decision.
         capacity: the most pairs that one expert runs.
-        order: who comes first: ``position`` (earlier tokens, then earlier choices; Switch, arXiv 2101.03961) or ``gate`` (larger
+        order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv 2006.16668) or ``gate`` (larger
             gates; batch-prioritised routing, arXiv 2106.05974).
 
     Returns:
@@ -263,7 +263,7 @@ class Feedback:
     @property
     def share(self) -> Tensor:
         """This micro-batch's share of the step's valid tokens: the weight of a term that is a mean over the micro-batch."""
-        return self.context.mask_T.sum() / (self.num_valid * self.context.num_samples)
+        return self.context.mask_T.sum().double() / (self.num_valid * self.context.num_samples)
 
 
 class Term(NamedTuple):
@@ -315,7 +315,8 @@ class Router(nn.Module):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        cls.Config.name = cls.__module__.rpartition(".")[2]
+        if "Config" in vars(cls):
+            cls.Config.name = cls.__module__.rpartition(".")[2]
 
     def __init__(self, config: RouterConfig, shape: RouterShape) -> None:
         if not 1 <= shape.k <= shape.num_experts:

@@ -1,0 +1,53 @@
+"""Small factories shared by the tests of routers and of what routers are made of.
+
+Shape suffixes: T tokens (rows of all routing samples), D model width, V vocabulary, M routing samples.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlroute.routing import Feedback, RouterShape, RoutingContext
+
+pytest.register_assert_rewrite("tests.router_laws")
+
+D, V = 6, 11
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Return fixed standard normal draws in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_shape(experts: int = 8, k: int = 2, **fields: Any) -> RouterShape:
+    """Return a layer of 6 features and 11 tokens whose counts are known and skewed."""
+    counts_V = torch.arange(1, V + 1) ** 2
+    defaults: dict[str, Any] = {"d_model": D, "layer": 1, "vocab_size": V, "seed": 0, "token_counts_V": counts_V}
+    return RouterShape(num_experts=experts, k=k, **(defaults | fields))
+
+
+def make_context(tokens: int = 12, length: int = 4, samples: int = 1, **fields: Any) -> RoutingContext:
+    """Return the context of ``tokens`` tokens in sequences of ``length``, in training, repeated for each routing sample."""
+    rows_T = torch.arange(tokens).repeat(samples)
+    defaults: dict[str, Any] = {
+        "seed": 0,
+        "layer": 1,
+        "step": 0,
+        "token_ids_T": 7 * rows_T % V,
+        "position_T": rows_T % length,
+        "sequence_T": 100 + rows_T // length,
+        "mask_T": torch.ones_like(rows_T, dtype=torch.bool),
+        "explore": True,
+        "num_samples": samples,
+    }
+    return RoutingContext(**(defaults | fields))
+
+
+def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_valid: int | None = None) -> Feedback:
+    """Return feedback on all rows of a context; losses are 2 nats and the step is this micro-batch unless said otherwise."""
+    rows, samples = len(context.mask_T), context.num_samples
+    loss_T = torch.full((rows,), 2.0, dtype=torch.float64) if loss_T is None else loss_T
+    valid = int(context.mask_T.sum()) // samples if num_valid is None else num_valid
+    return Feedback(context=context, loss_MT=loss_T.view(samples, -1), num_valid=valid)

@@ -1,0 +1,388 @@
+"""The laws of the router contract, as functions that assert; ``test_router_contract`` runs them on every router.
+
+Shape suffixes: T tokens (rows of all routing samples), D model width, E experts, K experts per token, R routed pairs.
+"""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlroute.config import RouterConfig
+from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, drop_over_capacity
+from tests.conftest import D, draw, make_context, make_feedback, make_shape
+
+SHAPES = [(12, 8, 2), (12, 8, 1), (6, 3, 3), (1, 4, 2)]  # (T, E, k), with k = E and a single token among them
+
+
+@dataclass(frozen=True)
+class Case:
+    """A router and a configuration of it."""
+
+    router: type[Router]
+    config: RouterConfig
+    changed: tuple[str, ...] = ()
+
+    def make(self, experts: int = 8, k: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64) -> Router:
+        return self.router(self.config, make_shape(experts, k, seed=seed)).to(dtype)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether terms have weights: with none, a router that learns by its objective learns nothing."""
+        return not any(name.endswith("_weight") and not getattr(self.config, name) for name in self.changed)
+
+
+# What happens to a router in a step of training.
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a step hands to a router: inputs, keys, each token's loss, and what each expert's output would be worth to a token."""
+
+    x_TD: Tensor
+    credit_TE: Tensor
+    loss_T: Tensor
+    context: RoutingContext
+    num_valid: int
+
+    def rows(self, keep: Tensor) -> "Batch":
+        """Return the micro-batch of these rows (or the same rows in another order)."""
+        keys = ("token_ids_T", "position_T", "sequence_T", "mask_T")
+        context = replace(self.context, **{name: getattr(self.context, name)[keep] for name in keys})
+        return Batch(self.x_TD[keep], self.credit_TE[keep], self.loss_T[keep], context, self.num_valid)
+
+    @property
+    def feedback(self) -> Feedback:
+        return make_feedback(self.context, self.loss_T, self.num_valid)
+
+
+def make_batch(router: Router, tokens: int = 12, loss_seed: int = 3, **context: Any) -> Batch:
+    made = make_context(tokens, samples=router.num_samples, **context)
+    rows, dtype = tokens * router.num_samples, next((p.dtype for p in router.parameters()), torch.float64)
+    x_TD = draw(rows, D, seed=1).to(dtype)
+    credit_TE = draw(rows, router.shape.num_experts, seed=2).to(dtype)
+    valid = int(made.mask_T.sum()) // router.num_samples
+    return Batch(x_TD, credit_TE, draw(rows, seed=loss_seed).abs().to(dtype), made, valid)
+
+
+def decide(router: Router, tokens: int = 12, **context: Any) -> RoutingDecision:
+    batch = make_batch(router, tokens, **context)
+    return router(batch.x_TD, batch.context)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Weighted terms, gradients by parameter, and sums for ``adapt``."""
+
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    sums: dict[str, Tensor]
+
+    def __add__(self, other: "Outcome") -> "Outcome":
+        parts = ("values", "gradients", "sums")
+        pairs = [(getattr(self, part), getattr(other, part)) for part in parts]
+        return Outcome(*({name: mine[name] + theirs[name] for name in mine} for mine, theirs in pairs))
+
+    def close_to(self, other: "Outcome", tolerance: float = 1e-12) -> bool:
+        mine, theirs = (outcome.values | outcome.gradients | outcome.sums for outcome in (self, other))
+        assert mine.keys() == theirs.keys()
+        return all(torch.allclose(mine[n].double(), theirs[n].double(), rtol=0, atol=tolerance) for n in mine)
+
+
+def backward(router: Router, batch: Batch, *, terms: bool = True, interrupted: bool = False) -> Outcome:
+    """Run one micro-batch as the loop does; the language-model loss is the gates times what each expert is worth to the token."""
+    router.zero_grad()
+    decision = router(batch.x_TD, batch.context)
+    if interrupted:
+        evaluate(router)
+    found = router.objective(decision, batch.feedback) if terms else {}
+    used_R = (decision.expert_ids_R < decision.num_experts) & batch.context.mask_T[decision.token_ids_R]
+    credit_R = batch.credit_TE[decision.token_ids_R, decision.expert_ids_R.clamp(max=decision.num_experts - 1)]
+    loss = torch.where(used_R, decision.gates_R * credit_R, 0.0).sum() / batch.num_valid
+    loss = loss + sum(term.weight * term.value for term in found.values() if term.weight)
+    if loss.requires_grad:
+        loss.backward()
+    return Outcome(
+        {name: term.weight * term.value.detach() for name, term in found.items()},
+        {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in router.named_parameters()},
+        router.observe(decision, batch.feedback),
+    )
+
+
+def evaluate(router: Router) -> RoutingDecision:
+    with torch.no_grad():
+        return decide(router, tokens=8, explore=False)
+
+
+@torch.no_grad()
+def adapt(router: Router, sums: dict[str, Tensor]) -> None:
+    router.adapt(sums)
+
+
+def with_a_past(router: Router) -> Router:
+    """Let the router see one step: running means start there."""
+    adapt(router, backward(router, make_batch(router, loss_seed=9)).sums)
+    return router
+
+
+def state(router: Router) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in router.state_dict().items()}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two decisions (or parts of decisions, or states) agree bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, RoutingDecision):
+        return all(same(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return a == b
+
+
+def gates_TE(decision: RoutingDecision) -> Tensor:
+    """The gate of each expert for each token, 0 where it was not chosen: a decision whatever the order of its pairs."""
+    table_TE = decision.gates_R.new_zeros(decision.num_tokens, decision.num_experts + 1)
+    places = (decision.token_ids_R, decision.expert_ids_R)
+    return table_TE.index_put(places, decision.gates_R, accumulate=True)[:, :-1].detach()
+
+
+# The laws.
+
+
+def law_attributes(case: Case) -> None:
+    router = case.make()
+    assert router.learns_from <= {"gate", "reward", "load"} and router.gate_meaning and router.num_samples >= 1
+    assert router.flops_per_token() >= 0 and router.training_flops_per_token() >= 0
+
+
+def law_pairs(case: Case) -> None:
+    for tokens, experts, k in SHAPES:
+        router = case.make(experts, k)
+        for explore in (True, False):
+            decision = decide(router, tokens, explore=explore)
+            rows = tokens * router.num_samples
+            used_R = decision.expert_ids_R < experts
+            assert (decision.num_tokens, decision.num_experts) == (rows, experts)
+            assert bool(((decision.expert_ids_R >= 0) & (decision.expert_ids_R <= experts)).all())
+            assert bool(((decision.token_ids_R >= 0) & (decision.token_ids_R < rows)).all())
+            pairs_R = (decision.token_ids_R * experts + decision.expert_ids_R)[used_R]
+            assert len(pairs_R.unique()) == len(pairs_R), "an expert twice for a token"
+            assert bool(decision.gates_R.isfinite().all()) and bool(decision.kept_R.all())
+            if decision.k is not None:
+                assert decision.k == k
+                assert torch.equal(decision.token_ids_R, torch.arange(rows).repeat_interleave(k))
+
+
+def law_scores(case: Case) -> None:
+    for tokens, experts, k in SHAPES:
+        decision = decide(case.make(experts, k), tokens)
+        for scores_TE in (decision.logits_TE, decision.probs_TE):
+            assert scores_TE is None or scores_TE.shape == (decision.num_tokens, experts)
+            assert scores_TE is None or bool(scores_TE.isfinite().all())
+        if decision.probs_TE is not None:
+            assert bool((decision.probs_TE >= 0).all())
+            assert torch.allclose(decision.probs_TE.sum(1), torch.ones(decision.num_tokens).double(), atol=1e-12)
+        if decision.log_prob_R is not None:
+            assert bool((decision.log_prob_R <= 1e-12).all()) and bool(decision.log_prob_R.isfinite().all())
+
+
+def law_precision(case: Case) -> None:
+    for dtype in (torch.float32, torch.float64):
+        router = case.make(dtype=dtype)
+        batch = make_batch(router)
+        decision = router(batch.x_TD.to(dtype), batch.context)
+        parts = (decision.gates_R, decision.logits_TE, decision.probs_TE, decision.log_prob_R)
+        assert all(part is None or part.dtype == dtype for part in parts)
+
+
+def law_terms(case: Case) -> None:
+    for tokens, experts, k in SHAPES:
+        router = case.make(experts, k)
+        batch = make_batch(router, tokens)
+        for term in router.objective(router(batch.x_TD, batch.context), batch.feedback).values():
+            assert term.value.shape == () and bool(term.value.isfinite()) and term.weight >= 0
+
+
+def law_evaluation(case: Case) -> None:
+    """Greedy evaluation is deterministic, changes no state, samples nothing, and does not ask whether the module is training."""
+    router = with_a_past(case.make())
+    before = state(router)
+    first, again = decide(router, explore=False), decide(router, explore=False)
+    assert same(first, again) and same(first, decide(router.eval(), explore=False))
+    assert same(decide(router, explore=True), decide(router.train(), explore=True))
+    assert same(before, state(router)) and first.log_prob_R is None
+
+
+def law_keys(case: Case) -> None:
+    """The keys of the context decide what is drawn, and nothing else does."""
+    router = case.make()
+    torch.manual_seed(1)
+    first = decide(router, tokens=64)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert same(first, decide(router, tokens=64))
+    assert torch.equal(before, torch.get_rng_state())
+    others = [decide(router, tokens=64, **key) for key in ({"seed": 5}, {"step": 5}, {"layer": 5})]
+    if router.stochastic:
+        assert not any(torch.equal(first.expert_ids_R, other.expert_ids_R) for other in others)
+    if not case.changed:  # a choice may add noise that is no sampling of the policy, as jitter does
+        greedy = decide(router, tokens=64, explore=False)
+        assert router.stochastic != torch.equal(first.expert_ids_R, greedy.expert_ids_R)
+
+
+def law_initialisation(case: Case) -> None:
+    """Initial weights and tables derive from the seed alone."""
+    torch.manual_seed(1)
+    first = state(case.make(seed=4))
+    torch.manual_seed(2)
+    assert same(first, state(case.make(seed=4)))
+
+
+def law_purity(case: Case) -> None:
+    """Forward, objective and observe change neither state nor input."""
+    router = with_a_past(case.make())
+    batch, before = make_batch(router), state(router)
+    x_TD = batch.x_TD.clone()
+    backward(router, batch)
+    assert same(before, state(router)) and torch.equal(x_TD, batch.x_TD)
+
+
+def law_pickle(case: Case) -> None:
+    router = with_a_past(case.make())
+    assert same(decide(router).detach(), decide(pickle.loads(pickle.dumps(router))).detach())
+    assert pickle.loads(pickle.dumps(case.config)) == case.config
+
+
+def law_permutation(case: Case) -> None:
+    """Tokens in another order, keys with them, get the same experts and gates."""
+    router = case.make()
+    batch = make_batch(router)
+    order_T = torch.arange(12).flip(0).view(4, 3).t().reshape(-1)
+    order_T = torch.cat([order_T + 12 * sample for sample in range(router.num_samples)])
+    moved = batch.rows(order_T)
+    got, want = router(moved.x_TD, moved.context), router(batch.x_TD, batch.context)
+    assert torch.allclose(gates_TE(got), gates_TE(want)[order_T], rtol=0, atol=1e-12)
+
+
+def law_neighbours(case: Case) -> None:
+    """Where the rule does not mix tokens, a token is routed alike whatever else is in the batch."""
+    router = case.make()
+    if not router.batch_dependent:
+        batch = make_batch(router)
+        first_T = batch.context.sequence_T == batch.context.sequence_T[0]
+        part = batch.rows(first_T)
+        got, want = router(part.x_TD, part.context), router(batch.x_TD, batch.context)
+        assert torch.allclose(gates_TE(got), gates_TE(want)[first_T], rtol=0, atol=1e-12)
+
+
+def law_accumulation(case: Case) -> None:
+    """Two micro-batches equal one batch in values, gradients and sums, unless the rule is declared to mix tokens; then they do not."""
+    router = with_a_past(case.make())
+    mask_T = torch.tensor(
+        [1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0], dtype=torch.bool
+    )  # 5 + 3 valid tokens, unequal on purpose
+    batch = make_batch(router, mask_T=mask_T.repeat(router.num_samples))
+    last_T = batch.context.sequence_T == batch.context.sequence_T[-1]
+    parts = backward(router, batch.rows(~last_T)) + backward(router, batch.rows(last_T))
+    whole = backward(router, batch)
+    assert parts.close_to(whole) != router.batch_dependent
+
+
+def law_padding(case: Case) -> None:
+    """What stands in padding rows counts nowhere."""
+    router = with_a_past(case.make())
+    mask_T = (torch.arange(12) % 4 != 3).repeat(router.num_samples)
+    batch = make_batch(router, mask_T=mask_T)
+    other = Batch(
+        torch.where(mask_T[:, None], batch.x_TD, 9 * batch.x_TD + 1),
+        batch.credit_TE,
+        torch.where(mask_T, batch.loss_T, 50.0),
+        batch.context,
+        batch.num_valid,
+    )
+    assert backward(router, batch).close_to(backward(router, other))
+
+
+def law_demand(case: Case) -> None:
+    """Demand is what was chosen: dropping pairs changes neither it nor any term but those that speak of rewards."""
+    router = with_a_past(case.make())
+    batch = make_batch(router)
+    decision = router(batch.x_TD, batch.context)
+    dropped = drop_over_capacity(decision, 1)
+    assert int(dropped.load_E().sum()) < int(decision.load_E().sum())
+    assert torch.equal(dropped.demand_E(), decision.demand_E())
+    observed, want = router.observe(dropped, batch.feedback), router.observe(decision, batch.feedback)
+    assert torch.equal(observed["demand_E"], want["demand_E"])
+    terms = router.objective(decision, batch.feedback)
+    rewarded = router.objective(decision, replace(batch.feedback, loss_MT=2 * batch.feedback.loss_MT + 1))
+    after = router.objective(dropped, batch.feedback)
+    for name in terms:
+        if torch.equal(terms[name].value, rewarded[name].value):
+            assert torch.equal(after[name].value, terms[name].value), name
+
+
+def law_gate_signal(case: Case) -> None:
+    """The loss reaches the parameters through the gates exactly where the router says so, k = 1 and an evaluation in between included."""
+    for tokens, experts, k in SHAPES:
+        outcome = backward(
+            case.make(experts, k), make_batch(case.make(experts, k), tokens), terms=False, interrupted=True
+        )
+        reached = any(gradient.any() for gradient in outcome.gradients.values())
+        assert reached == ("gate" in case.router.learns_from), f"T = {tokens}, E = {experts}, k = {k}"
+
+
+def law_reward_signal(case: Case) -> None:
+    """Other losses teach something else exactly where the router says that it learns from reward."""
+
+    def learned(loss_seed: int, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        router = with_a_past(case.make(k=k))
+        outcome = backward(router, make_batch(router, loss_seed=loss_seed), interrupted=True)
+        adapt(router, outcome.sums)
+        return outcome.gradients, state(router)
+
+    for k in (1, 2):
+        (gradients, after), (other_gradients, other_after) = learned(3, k), learned(4, k)
+        differs = not same(gradients, other_gradients)
+        if "reward" in case.router.learns_from:
+            assert differs or not case.teaches, f"k = {k}"
+        else:
+            assert not differs and same(after, other_after), f"k = {k}"
+
+
+def law_load_signal(case: Case) -> None:
+    """Only what learns from load or reward moves in ``adapt``, and what learns from load does."""
+    router = case.make()
+    before = state(router)
+    moved = not same(before, state(with_a_past(router)))
+    if "load" in router.learns_from:
+        assert moved
+    elif "reward" not in router.learns_from:
+        assert not moved
+
+
+def law_every_parameter_moves(case: Case) -> None:
+    """No parameter is idle: plain gradient descent moves each of them within four steps, evaluations in between or not."""
+    router = case.make()
+    before = state(router)
+    for step in range(4):
+        outcome = backward(router, make_batch(router, step=step), interrupted=True)
+        with torch.no_grad():
+            for name, parameter in router.named_parameters():
+                parameter.sub_(0.1 * outcome.gradients[name])
+            router.adapt(outcome.sums)
+    idle = [name for name, p in router.named_parameters() if torch.equal(p, before[name])]
+    assert not idle or not case.teaches, idle
+
+
+def law_interruption(case: Case) -> None:
+    """A forward without gradient between decision and objective changes nothing of what is learned."""
+    router = with_a_past(case.make())
+    batch = make_batch(router)
+    assert backward(router, batch, interrupted=True).close_to(backward(router, batch), tolerance=0)
+
+
+LAWS: list[Callable[[Case], None]] = [law for name, law in list(globals().items()) if name.startswith("law_")]
