@@ -1,5 +1,6 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
+# make aot        registers and shared memory of the Triton kernels on three chips
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: compare test check slow clean
+.PHONY: compare test check slow aot clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -36,6 +37,10 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(PIP) -e ".[all,dev]"
 	@touch $@
 	@echo "... installed."
+
+# What the pinned kernels cost on chips that need not be there: an A100, an H100, a B200.
+aot: $(INSTALLED)
+	for chip in 80 90 100; do echo "sm_$$chip" && $(BIN)/python -m rlroute.kernels.aot $$chip || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -117,7 +117,7 @@ class TrainConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute precision; router and residual loss stay in float32 at least."""
-    kernel: Literal["auto", "cpu", "reference"] = "auto"
+    kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
     threads: int = 1
     """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
 

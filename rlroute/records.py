@@ -27,6 +27,7 @@ import torch
 from rlroute import __version__
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
+from rlroute.kernels.tiles import table_hash
 
 Row = dict[str, Any]
 COMPACT_ROWS = 100
@@ -96,6 +97,7 @@ def environment(config: RunConfig, backend: str) -> Row:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "kernel_backend": backend,
+        "kernel_tiles": table_hash() if backend == "triton" else None,
     }
 
 

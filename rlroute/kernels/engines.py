@@ -5,17 +5,20 @@ The expert is SwiGLU (Shazeer 2020, arXiv 2002.05202): expert e maps a row x to 
 Shape suffixes: T tokens, D model width, F expert width, H = 2F (gate rows, then up rows), E experts, R routed pairs.
 """
 
+import importlib.util
+import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlroute.errors import ConfigError, DecisionError
+from rlroute.errors import ConfigError, DecisionError, MissingDependencyError
 from rlroute.kernels.cpu import sorted_expert_mlp
 from rlroute.kernels.reference import reference_expert_mlp
 from rlroute.routing import RoutingDecision
 
-BACKENDS = {"cpu": sorted_expert_mlp, "reference": reference_expert_mlp}
+ENGINES = ("cpu", "triton", "reference")
 
 
 class ExpertWeights(NamedTuple):
@@ -26,18 +29,32 @@ class ExpertWeights(NamedTuple):
 
 
 def resolve_backend(requested: str, device: str) -> str:
-    """Return the engine that ``requested`` means on ``device``: ``auto`` is ``cpu`` on the CPU and ``reference`` elsewhere.
+    """Return the engine that ``requested`` means on ``device``: ``auto`` is ``cpu`` on the CPU and ``triton`` on CUDA.
 
     Raises:
-        ConfigError: the engine does not exist, or not on that device.
+        ConfigError: the engine does not exist, or does not run on that device.
+        MissingDependencyError: it is Triton's, which is not installed.
     """
     if requested == "auto":
-        return "cpu" if device == "cpu" else "reference"
-    if requested not in BACKENDS:
-        raise ConfigError(f"kernel {requested!r}: legal are 'auto', {', '.join(map(repr, BACKENDS))}")
-    if requested == "cpu" and device != "cpu":
-        raise ConfigError(f"kernel 'cpu' does not run on device {device!r}: legal there are 'auto', 'reference'")
+        requested = "cpu" if device == "cpu" else "triton"
+    if requested not in ENGINES:
+        raise ConfigError(f"kernel {requested!r}: legal are 'auto', {', '.join(map(repr, ENGINES))}")
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if (requested == "cpu" and device != "cpu") or (requested == "triton" and device == "cpu" and not interpreting):
+        raise ConfigError(
+            f"kernel {requested!r} does not run on device {device!r}: legal there are 'auto', 'reference'"
+        )
+    if requested == "triton" and importlib.util.find_spec("triton") is None:
+        raise MissingDependencyError("kernel 'triton' needs the package triton (extra 'triton')")
     return requested
+
+
+def _engine(backend: str) -> Callable[[Tensor, RoutingDecision, Tensor, Tensor], Tensor]:
+    if backend == "triton":
+        from rlroute.kernels.sparse import triton_expert_mlp  # triton is not there on every machine
+
+        return triton_expert_mlp
+    return sorted_expert_mlp if backend == "cpu" else reference_expert_mlp
 
 
 def expert_mlp(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str = "cpu") -> Tensor:
@@ -59,7 +76,7 @@ def expert_mlp(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, 
         DecisionError: shapes, dtypes or devices disagree, or an expert id lies outside 0 to E.
     """
     _check(x_TD, decision, weights)
-    return BACKENDS[backend](x_TD, decision, weights.in_EHD, weights.out_EDF)
+    return _engine(backend)(x_TD, decision, weights.in_EHD, weights.out_EDF)
 
 
 def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights) -> None:

@@ -1,0 +1,234 @@
+"""The Triton engine: launches the kernels of ``triton_kernels.py`` and gives them gradients.
+
+Saved for backward are the input, the pre-activations and the plan; the activation is computed again. Two primitives are public,
+:func:`gather_linear` (tokens to pairs) and :func:`linear_combine` (pairs to tokens); the expert MLP composes the same kernels with the
+activation in their epilogues.
+
+Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, R routed pairs (rows, sorted by expert), N output columns,
+K the summed dimension.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlroute.errors import DecisionError
+from rlroute.kernels import triton_kernels as kernels
+from rlroute.kernels.plan import Plan, make_plan
+from rlroute.kernels.tiles import Tile, Tiles, pick_tiles
+from rlroute.routing import RoutingDecision
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+COMBINE_COLUMNS = 1024
+
+
+def triton_expert_mlp(x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor) -> Tensor:
+    """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it.
+
+    Raises:
+        DecisionError: float64, which these kernels do not sum in.
+    """
+    if x_TD.dtype == torch.float64:
+        raise DecisionError("x_TD is float64: the triton engine takes float32, bfloat16 and float16")
+    inputs = (x_TD.contiguous(), in_EHD, out_EDF, decision.gates_R)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    out_TD: Tensor = _ExpertMLP.apply(*inputs, make_plan(decision), save)  # type: ignore[no-untyped-call]
+    return out_TD
+
+
+def gather_linear(x_TK: Tensor, plan: Plan, weights_ENK: Tensor) -> Tensor:
+    """Return y_RN, one row per running pair in the plan's order: y_r = W_expert(r) x_token(r). Rows that do not run are zero.
+
+    Args:
+        x_TK: inputs of shape (T, K).
+        plan: from :func:`rlroute.kernels.plan.make_plan`.
+        weights_ENK: one (N, K) matrix per expert.
+    """
+    y_RN: Tensor = _GatherLinear.apply(x_TK, weights_ENK, plan)  # type: ignore[no-untyped-call]
+    return y_RN
+
+
+def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tensor) -> Tensor:
+    """Return out_TN: each token's sum over its running pairs of gate * W_expert y_r.
+
+    Args:
+        y_RK: one row per pair in the plan's order.
+        plan: from :func:`rlroute.kernels.plan.make_plan`.
+        weights_ENK: one (N, K) matrix per expert.
+        gates_R: one gate per *pair*, in the order of the decision.
+    """
+    out_TN: Tensor = _LinearCombine.apply(y_RK, weights_ENK, gates_R, plan)  # type: ignore[no-untyped-call]
+    return out_TN
+
+
+class _Launcher:
+    """Launches kernels over one plan with the tiles pinned for it."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
+        self.plan = plan
+        self.rows = len(plan.pairs_R)
+        name = "float32" if dtype == torch.float32 else "bfloat16"
+        self.tiles: Tiles = pick_tiles(name, self.rows / plan.num_experts, INTERPRETING)
+        self.upcast = INTERPRETING and dtype != torch.float32
+
+    def new_rows(self, like: Tensor, columns: int) -> Tensor:
+        """Return an output with one row per pair; the rows that do not run are never read."""
+        return like.new_empty(self.rows, columns)
+
+    def _over_tiles(self, kernel: Any, tile: Tile, columns: int, *arguments: Any, **constants: Any) -> None:
+        experts_G, rows_G = self.plan.tiles(tile.BM)
+        if len(experts_G) == 0:
+            return
+        grid = (len(experts_G), triton.cdiv(columns, tile.BN))
+        kernel[grid](
+            *arguments,
+            **constants,
+            tile_experts=experts_G,
+            tile_rows=rows_G,
+            tokens=self.plan.tokens_R,
+            starts=self.plan.starts_E,
+            UPCAST=self.upcast,
+            **tile._asdict(),
+        )
+
+    def rows_times_weights(
+        self, inputs: Tensor, weights: Tensor, *, gather: bool, transposed: bool, tile: Tile
+    ) -> Tensor:
+        columns, summed = (weights.shape[2], weights.shape[1]) if transposed else (weights.shape[1], weights.shape[2])
+        outputs = self.new_rows(inputs, columns)
+        self._over_tiles(
+            kernels.rows_times_weights, tile, columns, inputs, weights, outputs,
+            N=columns, K=summed, GATHER=gather, TRANSPOSED=transposed,
+        )  # fmt: skip
+        return outputs
+
+    def swiglu_up(self, x_TD: Tensor, in_EHD: Tensor, gates_R: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+        width = in_EHD.shape[1] // 2
+        hidden_RH = self.new_rows(x_TD, 2 * width if save else 0)
+        act_RF = self.new_rows(x_TD, width)
+        self._over_tiles(
+            kernels.swiglu_up, self.tiles.up, width, x_TD, in_EHD, gates_R, hidden_RH, act_RF,
+            pairs=self.plan.pairs_R, F=width, K=x_TD.shape[1], SAVE_HIDDEN=save,
+        )  # fmt: skip
+        return hidden_RH, act_RF
+
+    def swiglu_down_backward(
+        self, dout_TD: Tensor, out_EDF: Tensor, gates_R: Tensor, hidden_RH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width, tile = out_EDF.shape[2], self.tiles.back
+        dhidden_RH, act_RF = torch.empty_like(hidden_RH), self.new_rows(dout_TD, width)
+        parts_CR = torch.empty(triton.cdiv(width, tile.BN), self.rows, device=dout_TD.device)
+        self._over_tiles(
+            kernels.swiglu_down_backward, tile, width, dout_TD, out_EDF, gates_R, hidden_RH, dhidden_RH, act_RF, parts_CR,
+            pairs=self.plan.pairs_R, num_rows=self.rows, F=width, K=dout_TD.shape[1],
+        )  # fmt: skip
+        return dhidden_RH, act_RF, parts_CR.sum(0)
+
+    def rows_times_rows(self, left: Tensor, right: Tensor, *, gather_left: bool) -> Tensor:
+        tile, m, n = self.tiles.weights, left.shape[1], right.shape[1]
+        outputs = left.new_empty(self.plan.num_experts, m, n)
+        grid = (self.plan.num_experts, triton.cdiv(m, tile.BM), triton.cdiv(n, tile.BN))
+        kernels.rows_times_rows[grid](
+            left, right, outputs, self.plan.tokens_R, self.plan.starts_E,
+            M=m, N=n, GATHER_LEFT=gather_left, UPCAST=self.upcast, **tile._asdict(),
+        )  # fmt: skip
+        return outputs
+
+    def sum_rows(self, inputs: Tensor) -> Tensor:
+        """Return each token's sum of its rows."""
+        columns = inputs.shape[1]
+        outputs = inputs.new_empty(self.plan.num_tokens, columns)
+        block = min(triton.next_power_of_2(columns), COMBINE_COLUMNS)
+        grid = (self.plan.num_tokens, triton.cdiv(columns, block))
+        kernels.sum_rows_of_tokens[grid](self.plan.rows_R, self.plan.first_T, inputs, outputs, D=columns, BD=block)
+        return outputs
+
+    def to_pairs(self, values_R: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a value per row as a value per pair of the decision, 0 for pairs that do not run."""
+        runs_R = torch.arange(self.rows, device=values_R.device) < self.plan.starts_E[-1]
+        pairs_R = torch.empty_like(values_R, dtype=dtype)
+        pairs_R[self.plan.pairs_R] = torch.where(runs_R, values_R, 0.0).to(dtype)
+        return pairs_R
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, in_EHD: Tensor, out_EDF: Tensor, gates_R: Tensor, plan: Plan, save: bool
+    ) -> Tensor:
+        launch = _Launcher(plan, x_TD.dtype)
+        hidden_RH, act_RF = launch.swiglu_up(x_TD, in_EHD, gates_R, save)
+        y_RD = launch.rows_times_weights(act_RF, out_EDF, gather=False, transposed=False, tile=launch.tiles.down)
+        ctx.save_for_backward(x_TD, in_EHD, out_EDF, gates_R, hidden_RH)
+        ctx.plan = plan
+        return launch.sum_rows(y_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, in_EHD, out_EDF, gates_R, hidden_RH = ctx.saved_tensors
+        launch, dout_TD = _Launcher(ctx.plan, x_TD.dtype), dout_TD.contiguous()
+        dhidden_RH, act_RF, dgates_R = launch.swiglu_down_backward(dout_TD, out_EDF, gates_R, hidden_RH)
+        dx_RD = launch.rows_times_weights(dhidden_RH, in_EHD, gather=False, transposed=True, tile=launch.tiles.rows)
+        return (
+            launch.sum_rows(dx_RD),
+            launch.rows_times_rows(dhidden_RH, x_TD, gather_left=False),
+            launch.rows_times_rows(dout_TD, act_RF, gather_left=True),
+            launch.to_pairs(dgates_R, gates_R.dtype) if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+        )
+
+
+class _GatherLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weights_ENK: Tensor, plan: Plan) -> Tensor:
+        launch = _Launcher(plan, x_TK.dtype)
+        ctx.save_for_backward(x_TK, weights_ENK)
+        ctx.plan = plan
+        y_RN = launch.rows_times_weights(x_TK, weights_ENK, gather=True, transposed=False, tile=launch.tiles.rows)
+        return y_RN.masked_fill_(_idle(plan), 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, weights_ENK = ctx.saved_tensors
+        launch, dy_RN = _Launcher(ctx.plan, x_TK.dtype), dy_RN.contiguous()
+        dx_RK = launch.rows_times_weights(dy_RN, weights_ENK, gather=False, transposed=True, tile=launch.tiles.rows)
+        return launch.sum_rows(dx_RK), launch.rows_times_rows(dy_RN, x_TK, gather_left=False), None
+
+
+class _LinearCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RK: Tensor, weights_ENK: Tensor, gates_R: Tensor, plan: Plan) -> Tensor:
+        launch = _Launcher(plan, y_RK.dtype)
+        ctx.save_for_backward(y_RK, weights_ENK, gates_R)
+        ctx.plan = plan
+        gated_RK = y_RK * gates_R[plan.pairs_R, None].to(y_RK.dtype)
+        z_RN = launch.rows_times_weights(gated_RK, weights_ENK, gather=False, transposed=False, tile=launch.tiles.down)
+        return launch.sum_rows(z_RN)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TN: Tensor) -> tuple[Tensor | None, ...]:
+        y_RK, weights_ENK, gates_R = ctx.saved_tensors
+        launch, dout_TN = _Launcher(ctx.plan, y_RK.dtype), dout_TN.contiguous()
+        gates_R1 = gates_R[ctx.plan.pairs_R, None].to(y_RK.dtype)
+        dy_RK = launch.rows_times_weights(dout_TN, weights_ENK, gather=True, transposed=True, tile=launch.tiles.back)
+        dy_RK.masked_fill_(_idle(ctx.plan), 0.0)
+        dgates_R = (dy_RK.float() * y_RK.float()).sum(1)
+        return (
+            dy_RK * gates_R1,
+            launch.rows_times_rows(dout_TN, y_RK * gates_R1, gather_left=True),
+            launch.to_pairs(dgates_R, gates_R.dtype) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def _idle(plan: Plan) -> Tensor:
+    """Say of each row, as a column, whether it does not run."""
+    return (torch.arange(len(plan.pairs_R), device=plan.starts_E.device) >= plan.starts_E[-1])[:, None]
