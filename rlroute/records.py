@@ -106,7 +106,7 @@ def _commit() -> Row:
     def git(*arguments: str) -> str:
         folder = Path(__file__).resolve().parent
         return subprocess.run(
-            ("git", "-C", str(folder), *arguments), capture_output=True, text=True, check=True
+            ("git", "--no-optional-locks", "-C", str(folder), *arguments), capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

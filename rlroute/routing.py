@@ -169,8 +169,8 @@ def drop_over_capacity(
     Args:
         decision: any decision.
         capacity: the most pairs that one expert runs.
-        order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv 2006.16668) or ``gate`` (larger
-            gates; batch-prioritised routing, arXiv 2106.05974).
+        order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv 2006.16668) or
+            ``gate`` (larger gates; batch-prioritised routing, arXiv 2106.05974).
 
     Returns:
         The decision with ``kept_R`` false for pairs over capacity.

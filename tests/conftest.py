@@ -3,11 +3,15 @@
 Shape suffixes: T tokens (rows of all routing samples), D model width, V vocabulary, M routing samples.
 """
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
 from rlroute.routing import Feedback, RouterShape, RoutingContext
 
