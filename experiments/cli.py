@@ -10,7 +10,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -191,6 +191,34 @@ def tune(
     for entry, overrides in tuning.best(rows).items():
         print(f"{entry}: {overrides}")
     print(f"{len(rows)} trials in {out}")
+
+
+@app.command
+def bench(
+    what: tyro.conf.Positional[Literal["kernels"]],
+    device: Literal["cpu", "cuda"] = "cpu",
+    rounds: int = 15,
+    out: Path = Path("results/bench.json"),
+) -> None:
+    """Benchmark the expert kernel against its peers: interleaved rounds, times as ratios, one thread. Run it alone.
+
+    Args:
+        what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs.
+        device: cpu in float32, cuda in bfloat16.
+        rounds: interleaved repetitions, after one that warms up.
+        out: all figures, as JSON.
+    """
+    import torch
+
+    from rlroute.experiments.bench import SHAPES, bench_kernels, row_text, write_bench
+
+    torch.set_num_threads(1)
+    rows = []
+    for row in bench_kernels(device, SHAPES[device], rounds):
+        print(row_text(row), flush=True)
+        rows.append(row)
+    write_bench(rows, device, rounds, _command(), out)
+    print(f"{len(rows)} rows in {out}")
 
 
 def _select(path: Path, only: tuple[str, ...]) -> list:  # type: ignore[type-arg]
