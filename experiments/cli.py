@@ -10,13 +10,16 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from rlroute.config import Budget, DataConfig, ModelConfig, TrainConfig
-from rlroute.errors import RlrouteError
+from rlroute.errors import RlrouteError, StoreError
 from rlroute.experiments.launch import Job, Launcher
+
+if TYPE_CHECKING:
+    from rlroute.records import RunRecord
 
 app = tyro.extras.SubcommandApp()
 
@@ -52,10 +55,12 @@ def train(
     """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood."""
     from rlroute.experiments.compare import run_jobs
     from rlroute.experiments.recipes import build_entry
+    from rlroute.records import RunFolder
 
     config = build_entry(entry, shared.data, shared.model, shared.train)
+    already = "already " if RunFolder(store, config, seed).ended else ""
     (record,) = run_jobs([Job(config, seed, _command())], store, "local", 1)
-    print(f"{record.summary['status']}: {_score(record.summary)}; record in {store / record.id}")
+    print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {store / record.id}")
 
 
 @app.command
@@ -221,14 +226,22 @@ def bench(
     print(f"{len(rows)} rows in {out}")
 
 
-def _select(path: Path, only: tuple[str, ...]) -> list:  # type: ignore[type-arg]
+def _select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
+    """Return the ended runs of a store whose ids start as ``only`` says.
+
+    Raises:
+        StoreError: there are none.
+    """
     from rlroute.records import read_runs
 
-    records = read_runs(path)
-    return [r for r in records if not only or r.id.startswith(only)]
+    records = [r for r in read_runs(path) if not only or r.id.startswith(only)]
+    if not records:
+        wanted = f" whose id starts with {' or '.join(map(repr, only))}" if only else ""
+        raise StoreError(f"{path} holds no ended run{wanted}")
+    return records
 
 
-def _publish(records: list, out: Path, reference: str | None) -> str:  # type: ignore[type-arg]
+def _publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
     """Write table and report, and return the table's text."""
     from rlroute.experiments.report import write_report
     from rlroute.experiments.table import build_table, to_csv, to_markdown
@@ -244,7 +257,7 @@ def _publish(records: list, out: Path, reference: str | None) -> str:  # type: i
     return text
 
 
-def _score(summary: dict) -> str:  # type: ignore[type-arg]
+def _score(summary: dict[str, Any]) -> str:
     final = summary["final"]
     return f"{final['bits_per_byte']:.4f} bits per byte" if final else str(summary["diverged"])
 
@@ -261,7 +274,7 @@ def main() -> None:
             description="Compare the routers of mixture-of-experts transformers inside identical models.",
         )
     except RlrouteError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -19,13 +19,12 @@ def routers_text() -> str:
 def _router_text(name: str) -> str:
     router = router_class(name)
     module = __import__(router.__module__, fromlist=["__doc__"])
-    what, paper = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
+    described = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
     marks = [] if router.causal else ["non-causal: a token's route depends on later tokens"]
     options = ", ".join(f"{f.name}={getattr(router.Config(), f.name)!r}" for f in fields(router.Config))
     lines = [
         f"{name}  ({router.__module__})",
-        what,
-        paper,
+        *described,
         f"learns from: {', '.join(sorted(router.learns_from)) or 'nothing'}; gate: {router.gate_meaning}",
         *marks,
         f"fields: {options or 'none'}",

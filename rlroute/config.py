@@ -42,7 +42,12 @@ class DataConfig:
     eval_tokens: int = 49_152
     """Fixed validation tokens, the same for every run."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse illegal values by name.
+
+        Raises:
+            ConfigError: a value is illegal.
+        """
         _require_positive(self, "seq_len", "eval_tokens")
 
 
@@ -66,7 +71,12 @@ class ModelConfig:
     """Capacity of an expert over its fair share of pairs; none: dropless."""
     rope_base: float = 10_000.0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse illegal values by name.
+
+        Raises:
+            ConfigError: a value is illegal.
+        """
         _require_positive(self, "num_layers", "d_model", "num_heads", "num_experts", "k", "d_expert", "rope_base")
         if self.k > self.num_experts:
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}")
@@ -121,7 +131,12 @@ class TrainConfig:
     threads: int = 1
     """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse illegal values by name.
+
+        Raises:
+            ConfigError: a value is illegal.
+        """
         names = ("steps", "batch_size", "micro_batches", "lr", "clip", "router_clip", "eval_every", "log_every")
         _require_positive(self, *names, "checkpoint_every", "threads", "router_lr_scale")
         if self.batch_size % self.micro_batches:
@@ -142,12 +157,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run but for its seed. ``router`` None is the dense model of equal active width, the yardstick."""
+    """One training run but for its seed. ``router`` None is the dense model of equal active width, the yardstick.
+
+    Raises:
+        ConfigError: a part holds an illegal value. The parts themselves are plain values until they meet here, so that the command
+            line can parse any and refuse it in our words.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for part in (self.data, self.model, self.train):
+            part.check()
 
     @property
     def router_name(self) -> str:

@@ -186,6 +186,9 @@ class RunFolder:
         described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict()}
         write_json(self.path / "config.json", described)
         write_json(self.path / "environment.json", environment(config, backend))
+        with storing(self.path):
+            for name in ("metrics", "loads"):
+                (self.path / f"{name}.jsonl").touch()
 
     def append(self, name: str, row: Row) -> None:
         """Append one line to ``name``.jsonl."""
@@ -210,14 +213,26 @@ class RunFolder:
 
 
 def last_row(path: Path) -> Row | None:
-    """Return the last complete row of a run folder's metrics, None before the first."""
+    """Return the last complete row of a run folder's metrics, None before the first.
+
+    Raises:
+        StoreError: it is not JSON.
+    """
     file = path / "metrics.jsonl"
     if not file.exists():
         return None
+    size, window = file.stat().st_size, 4096
     with file.open("rb") as handle:
-        handle.seek(max(0, file.stat().st_size - 65_536))
-        lines = handle.read().split(b"\n")[:-1]
-    row: Row | None = json.loads(lines[-1]) if lines else None
+        while True:  # from the end, twice as far back until a whole line is in sight
+            handle.seek(max(0, size - window))
+            lines = handle.read().split(b"\n")[:-1]
+            if len(lines) > 1 or window >= size:
+                break
+            window *= 2
+    try:
+        row: Row | None = json.loads(lines[-1]) if lines else None
+    except ValueError as error:
+        raise StoreError(f"{file} holds a line that is not JSON: {error}") from error
     return row
 
 
@@ -228,7 +243,7 @@ def read_runs(path: Path) -> list[RunRecord]:
         StoreError: there is nothing there, or a record is truncated, foreign or of another schema.
     """
     if path.is_file():
-        records = [_from_compact(row, path) for row in _read_rows(path)]
+        records = [_to_record(row, path) for row in _read_rows(path)]
     elif path.is_dir():
         records = [_read_folder(summary.parent) for summary in path.glob("*/summary.json")]
     else:
@@ -257,8 +272,15 @@ def _thin(rows: list[Row]) -> list[Row]:
     return [row for index, row in enumerate(rows, start=1) if index % stride == 0 or index == len(rows)]
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+
+
 def _read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _read_text(path).split("\n")
     torn = lines.pop()  # what follows the last newline: empty unless a write was cut off
     if torn and not torn_ok:
         raise StoreError(f"{path} is truncated: its last line has no end")
@@ -270,26 +292,44 @@ def _read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
 
 def _read_json(path: Path) -> Row:
     try:
-        value: Row = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        value: Row = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     return value
 
 
 def _read_folder(path: Path) -> RunRecord:
-    parts = {name: _read_json(path / f"{name}.json") for name in ("config", "environment", "summary")}
+    parts: Row = {name: _read_json(path / f"{name}.json") for name in ("config", "environment", "summary")}
     metrics = _read_rows(path / "metrics.jsonl")
-    rows = {kind: [row for row in metrics if row.get("kind") == kind] for kind in ("eval", "train")}
-    parts |= {"evals": rows["eval"], "train": rows["train"], "loads": _read_rows(path / "loads.jsonl")}  # type: ignore[dict-item]
-    return _from_compact(parts, path)
+    parts["evals"] = [row for row in metrics if row.get("kind") == "eval"]
+    parts["train"] = [row for row in metrics if row.get("kind") == "train"]
+    return _to_record(parts | {"loads": _read_rows(path / "loads.jsonl")}, path)
 
 
-def _from_compact(parts: Row, path: Path) -> RunRecord:
+def _to_record(parts: Row, path: Path) -> RunRecord:
     names = ("config", "environment", "summary", "evals", "loads", "train")
     missing = [name for name in names if name not in parts]
     if missing:
         raise StoreError(f"{path} is not a run record: it lacks {', '.join(missing)}")
     for name in ("config", "summary"):
-        if parts[name].get("schema") != SCHEMA:
-            raise StoreError(f"{path}: {name} has schema {parts[name].get('schema')!r}, this version reads {SCHEMA}")
-    return RunRecord(parts["summary"]["id"], *(parts[name] for name in names))
+        schema = parts[name].get("schema") if isinstance(parts[name], dict) else None
+        if schema != SCHEMA:
+            raise StoreError(f"{path}: {name} has schema {schema!r}, this version reads {SCHEMA}")
+    record = RunRecord(parts["summary"]["id"], *(parts[name] for name in names))
+    _refuse_truncated(record, path)
+    return record
+
+
+def _refuse_truncated(record: RunRecord, path: Path) -> None:
+    """Hold the rows against the summary, which was written last."""
+    final, steps, every = (
+        record.summary["final"],
+        record.summary["steps"],
+        record.config["config"]["train"]["log_every"],
+    )
+    if final is not None and record.evals[-1:] != [final]:
+        raise StoreError(f"{path} is truncated: its evaluations do not end with the summary's")
+    for name, rows in (("loads", record.loads), ("training rows", record.train)):
+        last = rows[-1]["step"] if rows else 0
+        if last != steps // every * every:
+            raise StoreError(f"{path} is truncated: its {name} end at step {last}, the run at step {steps}")

@@ -10,6 +10,7 @@ import pkgutil
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from rlroute.config import DENSE
 from rlroute.errors import ConfigError
@@ -51,7 +52,7 @@ def router_class(name: str) -> type[Router]:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"unknown router {name!r}{hint}: legal are {', '.join(router_names())}")
     source = sources[name]
-    router = _only_router(source) if isinstance(source, str) else source.load()
+    router = _only_router(source) if isinstance(source, str) else _load(source)
     if not (inspect.isclass(router) and issubclass(router, Router)):
         raise ConfigError(
             f"entry point {name!r} of group {GROUP} is {router!r}: want a subclass of rlroute.routing.Router"
@@ -59,6 +60,13 @@ def router_class(name: str) -> type[Router]:
     if router.Config.name != name:
         raise ConfigError(f"router {name!r} is defined in a file called {router.Config.name!r}: the names must agree")
     return router
+
+
+def _load(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # another distribution's import may fail in any way
+        raise ConfigError(f"router {point.name!r}: {point.value} cannot be imported: {error}") from error
 
 
 def _only_router(path: str) -> type[Router]:

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,24 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes a reader raise into a CheckpointError that says the way out."""
+    try:
+        yield
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}; remove it to start this run anew") from error
+
+
 def load_checkpoint(folder: Path, model: nn.Module, run_id: str) -> dict[str, Any] | None:
     """Load the newest checkpoint under ``folder`` into ``model`` and return the trainer's state; None where there is no checkpoint.
 
@@ -73,27 +93,17 @@ def load_checkpoint(folder: Path, model: nn.Module, run_id: str) -> dict[str, An
     if not found:
         return None
     path = found[-1]
-    try:
+    with _reading(path):
         with safe_open(path / "model.safetensors", framework="pt") as file:
             header = file.metadata()
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        trainer: dict[str, Any] = torch.load(path / "trainer.pt", weights_only=True)
         owner = json.loads(header["run"])["id"]
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {error}; remove it to start this run anew") from error
     if owner != run_id or header["schema"] != str(SCHEMA):
         raise CheckpointError(
             f"checkpoint {path} is of run {owner!r}, schema {header['schema']}: want {run_id!r}, schema {SCHEMA}"
         )
+    with _reading(path):
+        trainer: dict[str, Any] = torch.load(path / "trainer.pt", weights_only=True)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

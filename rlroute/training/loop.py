@@ -122,6 +122,7 @@ class _Run:
         self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
         self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
         self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **self.cut)
+        sample_batch(corpus, seed=seed, step=0, **self.cut)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed)
         self.identity = fingerprints(self.model)
         self.costs = costs(self.model, config.model, config.data.seq_len)
@@ -129,6 +130,7 @@ class _Run:
         self.device = Device(config.train.device, DTYPES[config.train.dtype])
         self.steps = planned_steps(config, self.costs)
         self.progress = Progress()
+        self.saved: int | None = None  # the step of the newest checkpoint
 
     def train(self, on_step: Callable[[int], None]) -> dict[str, Any]:
         config = self.config.train
@@ -143,7 +145,7 @@ class _Run:
                     self._checkpoint()
             if row is None:
                 row = self._evaluate(final=True)
-            if self.progress.step % config.checkpoint_every:
+            if self.saved != self.progress.step:
                 self._checkpoint()
             summary = self._summary("finished", row, None)
         except Diverged as stop:
@@ -200,6 +202,8 @@ class _Run:
             self.model, self.eval_batches, self.corpus.token_bytes_V, self.device, seed=self.seed, sampled=final
         )
         self.progress.seconds["eval"] += time.perf_counter() - start
+        if not math.isfinite(row["loss"]) or (row["sampled"] and not math.isfinite(row["sampled"]["loss"])):
+            raise Diverged("the validation loss is not finite")
         row = self._row("eval") | row | {"chain": self.progress.chain}
         self.folder.append("metrics", row)
         return row
@@ -209,6 +213,7 @@ class _Run:
         save_checkpoint(
             self.folder.path, self.progress.step, self.model, trainer, {"id": self.folder.id, "seed": self.seed}
         )
+        self.saved = self.progress.step
 
     def _resume(self) -> dict[str, Any] | None:
         """Take the run up where its checkpoint left it; return that step's evaluation if it was made."""
@@ -219,6 +224,7 @@ class _Run:
         else:
             self.optimizer.adamw.load_state_dict(trainer["optimizer"])
             self.progress = Progress(**trainer["progress"])
+            self.saved = self.progress.step
         self.folder.rewind(self.progress.step)
         row = last_row(self.folder.path)
         return row if row and row["kind"] == "eval" and row["step"] == self.progress.step else None

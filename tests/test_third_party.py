@@ -1,0 +1,193 @@
+"""A router of another distribution plugs in by its entry point: it is listed, compared, and refused by name where it does not fit."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlroute import registry
+from tests.test_cli import ROOT, STEPS, TINY, ran, refused, rlroute, rows, start
+
+ROUTER = '''
+"""Top-k of a softmax that goes wrong when it is told to.
+
+Nobody et al. 2026 (no paper).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from rlroute.config import RouterConfig
+from rlroute.routing import LinearScores, Router, RoutingDecision
+
+
+class FragileRouter(Router):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        fault: str = "none"
+        """none; gates: infinite gates in training; greedy: the same in evaluation; raise: an error of two lines."""
+        step: int = 0
+        """The training step of the fault."""
+        seed: int = 0
+        """The run's seed in which it happens."""
+
+    learns_from = frozenset({"gate"})
+    gate_meaning = "softmax over all experts"
+
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        self.config = config
+        self.scores = LinearScores(shape, "scores", 0.02)
+
+    def forward(self, x_TD, context):
+        probs_TE = self.scores(x_TD).softmax(1)
+        gates_TK, ids_TK = probs_TE.topk(self.shape.k)
+        if context.seed == self.config.seed and self.config.fault != "none":
+            now = context.explore and context.step == self.config.step
+            if self.config.fault == "raise" and now:
+                raise RuntimeError("two lines\\nof trouble")
+            if (self.config.fault == "gates" and now) or (self.config.fault == "greedy" and not context.explore):
+                gates_TK = gates_TK * torch.inf
+        return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts, probs_TE=probs_TE)
+'''
+
+
+def install(
+    folder: Path, name: str = "fragile", value: str = "acme.fragile:FragileRouter", source: str = ROUTER
+) -> str:
+    """Write a distribution with one module and one entry point; return the folder that belongs on the path."""
+    module = folder / Path(*value.partition(":")[0].split(".")).with_suffix(".py")
+    module.parent.mkdir(parents=True, exist_ok=True)
+    if module.parent != folder:
+        (module.parent / "__init__.py").touch()
+    module.write_text(source)
+    described = folder / f"{name}_by_{module.stem}-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-by-{module.stem}\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(f"[{registry.GROUP}]\n{name} = {value}\n")
+    return str(folder)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder for distributions that this process sees until the test ends."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    registry._sources.cache_clear()
+    known = set(sys.modules)
+    yield folder
+    registry._sources.cache_clear()
+    for name in set(sys.modules) - known:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_a_new_process_lists_and_compares_it(tmp_path):
+    path = os.pathsep.join((str(ROOT), install(tmp_path / "site")))
+    process = start(tmp_path, "compare", "fragile", "hash", *TINY, "--launcher", "local", path=path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "\n| fragile | own |" in out
+    assert "softmax over all experts (fragile)" in out
+    for folder in (tmp_path / "runs").iterdir():
+        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        assert len(rows(folder, "train")) == STEPS
+
+
+def test_it_is_listed_with_its_paper_and_fields(site):
+    install(site)
+    text = ran("routers")
+    (part,) = (part for part in text.split("\n\n") if part.startswith("fragile "))
+    assert "(acme.fragile)" in part
+    assert "Nobody et al. 2026" in part
+    assert "fault='none'" in part
+
+
+def test_it_is_part_of_the_default_comparison(site):
+    from rlroute.experiments.recipes import default_entries
+
+    install(site)
+    assert "fragile" in default_entries()
+
+
+def test_it_learns_and_takes_its_fields_from_the_entry(site, tmp_path):
+    install(site)
+    ran("train", "fragile:step=7", "--store", tmp_path / "runs", *TINY)
+    (folder,) = (tmp_path / "runs").iterdir()
+    config = json.loads((folder / "config.json").read_text())["config"]["router"]
+    assert config == {"name": "fragile", "fault": "none", "step": 7, "seed": 0}
+    assert all(row["router_grad_norm"] > 0 for row in rows(folder, "train"))
+    assert "'stp'" in refused(rlroute("train", "fragile:stp=7", "--store", tmp_path / "runs", *TINY))
+
+
+def test_a_module_without_a_paper_does_not_break_the_list(site):
+    install(site, source='"""One line."""\n' + ROUTER[ROUTER.index("from dataclasses") :])
+    assert "fragile  (acme.fragile)" in ran("routers")
+
+
+@pytest.mark.parametrize("taken", ["switch", "dense"])
+def test_a_name_that_is_taken_is_refused(site, tmp_path, taken):
+    install(site, taken, f"acme.{taken}:FragileRouter")
+    for command in (("routers",), ("train", "hash", "--store", tmp_path / "runs", *TINY)):
+        said = refused(rlroute(*command))
+        assert f"{taken!r}" in said
+        assert f"acme.{taken}:FragileRouter" in said
+        assert "taken" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_distributions_with_one_name_are_refused(site):
+    install(site)
+    install(site, value="emca.fragile2:FragileRouter")
+    said = refused(rlroute("routers"))
+    assert "'fragile'" in said
+    assert "taken" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "source", "said"),
+    [
+        ("acme.other:FragileRouter", ROUTER, "'other'"),
+        ("acme.fragile:Config", "class Config:\n    pass\n", "want a subclass of rlroute.routing.Router"),
+        ("acme.fragile:Missing", ROUTER, "acme.fragile:Missing"),
+        ("acme.fragile:FragileRouter", "import not_there_at_all\n", "not_there_at_all"),
+    ],
+    ids=["other name", "no router", "no such class", "cannot be imported"],
+)
+def test_an_entry_point_that_does_not_fit_is_refused_by_name(site, tmp_path, value, source, said):
+    install(site, value=value, source=source)
+    for command in (("routers",), ("train", "fragile", "--store", tmp_path / "runs", *TINY)):
+        error = refused(rlroute(*command))
+        assert "'fragile'" in error
+        assert said in error
+    assert not (tmp_path / "runs").exists()
+    ran("train", "hash", "--store", tmp_path / "runs", *TINY)  # the others are not held up
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_router_made_from_one_of_ours_leaves_that_alone(site, tmp_path, own):
+    """Without a Config of its own it would give ours its name."""
+    source = '"""Switch by another name.\n\nNo paper."""\nfrom rlroute.baselines.switch import SwitchRouter\n\n\n'
+    body = "    class Config(SwitchRouter.Config):\n        pass\n" if own else "    pass\n"
+    install(site, source=source + "class FragileRouter(SwitchRouter):\n" + body)
+    done = rlroute("train", "fragile", "--store", tmp_path / "runs", *TINY)
+    assert done.code == 0 if own else "'fragile'" in refused(done)
+    ran("train", "switch", "--store", tmp_path / "runs", *TINY)
+    names = sorted(path.name.partition("-")[0] for path in (tmp_path / "runs").iterdir())
+    assert names == (["fragile", "switch"] if own else ["switch"])
+
+
+def test_a_router_that_fails_takes_no_other_run_with_it(site, tmp_path, monkeypatch):
+    install(site)
+    monkeypatch.chdir(tmp_path)
+    entries = ("fragile:fault=raise,step=5,seed=0", "hash")
+    said = refused(rlroute("compare", *entries, *TINY, "--seeds", "2", "--launcher", "local"))
+    assert "1 of 4 runs failed" in said
+    assert "RuntimeError" in said
+    assert "of trouble" in said
+    ended = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/summary.json"))
+    assert [run.partition("-")[0] + run[-3:] for run in ended] == ["fragile-s1", "hash-s0", "hash-s1"]
