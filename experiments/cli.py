@@ -92,6 +92,7 @@ def compare(
 
     configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
+    _make_folder(out)
     jobs = [Job(config, seed, _command()) for seed in range(seeds) for config in configs]
     records = run_jobs(jobs, launch.store, launch.launcher, launch.concurrency)
     print(_publish(records, out, reference))
@@ -190,8 +191,8 @@ def tune(
     from rlroute.experiments import tune as tuning
     from rlroute.experiments.recipes import GRID
 
+    _make_folder(out.parent)
     rows = tuning.tune(entries or tuple(GRID), train, launch.store, launch.launcher, launch.concurrency, _command())
-    out.parent.mkdir(parents=True, exist_ok=True)
     tuning.write_trials(rows, train, out, _command())
     for entry, overrides in tuning.best(rows).items():
         print(f"{entry}: {overrides}")
@@ -245,16 +246,22 @@ def _publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
     """Write table and report, and return the table's text."""
     from rlroute.experiments.report import write_report
     from rlroute.experiments.table import build_table, to_csv, to_markdown
-    from rlroute.records import storing, write_atomically
+    from rlroute.records import write_atomically
 
-    with storing(out):
-        out.mkdir(parents=True, exist_ok=True)
     built = build_table(records, reference)
     text = to_markdown(built)
     write_atomically(out / "table.md", text)
     write_atomically(out / "table.csv", to_csv(built))
     write_report(records, out / "report.html", reference=reference)
     return text
+
+
+def _make_folder(path: Path) -> None:
+    """Make the folder that a command will write into, before its work."""
+    from rlroute.records import storing
+
+    with storing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _score(summary: dict[str, Any]) -> str:

@@ -229,11 +229,7 @@ def last_row(path: Path) -> Row | None:
             if len(lines) > 1 or window >= size:
                 break
             window *= 2
-    try:
-        row: Row | None = json.loads(lines[-1]) if lines else None
-    except ValueError as error:
-        raise StoreError(f"{file} holds a line that is not JSON: {error}") from error
-    return row
+    return _parse(lines[-1], file) if lines else None
 
 
 def read_runs(path: Path) -> list[RunRecord]:
@@ -284,10 +280,17 @@ def _read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
     torn = lines.pop()  # what follows the last newline: empty unless a write was cut off
     if torn and not torn_ok:
         raise StoreError(f"{path} is truncated: its last line has no end")
+    return [_parse(line, path) for line in lines]
+
+
+def _parse(line: str | bytes, path: Path) -> Row:
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+        row = json.loads(line)
+    except ValueError as error:
         raise StoreError(f"{path} holds a line that is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise StoreError(f"{path} holds a line that is not a record: {row!r}")
+    return row
 
 
 def _read_json(path: Path) -> Row:

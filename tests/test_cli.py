@@ -272,6 +272,8 @@ def test_an_exported_file_says_what_the_store_says(compared, tmp_path):
     for options in ((), ("--csv",), ("--no-timings",), ("--reference", "hash")):
         assert ran("table", file, *options) == ran("table", compared / "runs", *options)
     assert ran("runs", file) == ran("runs", compared / "runs")
+    for path in (compared / "runs").iterdir():
+        assert ran("runs", file, path.name) == ran("runs", compared / "runs", path.name)
 
 
 def test_an_export_of_no_runs_is_refused_and_keeps_the_old_file(compared, tmp_path):

@@ -211,6 +211,7 @@ BROKEN = {
     "metrics empty": ("metrics.jsonl", lambda data: b""),
     "metrics missing": ("metrics.jsonl", None),
     "metrics zeroed": ("metrics.jsonl", lambda data: half(data) + b"\0" * 100 + b"\n"),
+    "metrics with a line of another thing": ("metrics.jsonl", lambda data: b"42\n" + data),
     "loads torn": ("loads.jsonl", torn),
     "loads cut at a line": ("loads.jsonl", last_line_missing),
     "loads empty": ("loads.jsonl", lambda data: b""),
@@ -395,7 +396,7 @@ def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path):
     steps = 100
     command = (
         *("compare", "hash", "switch", *TINY, "--seeds", "2", "--launcher", launcher, "--concurrency", "2"),
-        *("--train.steps", steps, "--train.eval-every", steps // 2, "--train.checkpoint-every", 5),
+        *("--train.steps", steps, "--train.eval-every", steps // 2, "--train.checkpoint-every", 20),
     )
     killed, calm = tmp_path / "killed", tmp_path / "calm"
     killed.mkdir()
@@ -429,11 +430,12 @@ def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path):
 
 
 def wait_until_in_the_middle(store: Path, process) -> None:
-    """Wait until a run has ended and another one has a checkpoint."""
+    """Wait until a run has ended and another one is some steps beyond its checkpoint."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         done = {path.parent for path in store.glob("*/summary.json")}
-        if done and {path.parent for path in store.glob("*/checkpoint-*")} - done:
+        begun = [path for path in store.glob("*/checkpoint-*") if path.parent not in done]
+        if done and any((last_row(path.parent) or {"step": 0})["step"] > int(path.name[-8:]) + 4 for path in begun):
             return
         time.sleep(0.005)
     raise AssertionError(f"never in the middle: exit code {process.poll()}")

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ def train(
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
     run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command)
-    with folder.lock():
-        return run.train(on_step)
+    with folder.lock():  # whoever held it may have ended the run
+        return folder.read().summary if folder.ended else run.train(on_step)
 
 
 def check(configs: Iterable[RunConfig]) -> None:
@@ -140,10 +140,11 @@ class _Run:
                 self._step(used)
                 step = self.progress.step
                 on_step(step)
-                row = self._evaluate(final=step == self.steps) if step % config.eval_every == 0 else None
+                final = self._budget_used() >= 1.0
+                row = self._evaluate(final) if final or step % config.eval_every == 0 else None
                 if step % config.checkpoint_every == 0:
                     self._checkpoint()
-            if row is None:
+            if row is None:  # resumed from a checkpoint of the last step whose evaluation was not written
                 row = self._evaluate(final=True)
             if self.saved != self.progress.step:
                 self._checkpoint()
@@ -247,7 +248,7 @@ class _Run:
             "final": final,
             "fingerprint": self.identity,
             "batches": {"chain": progress.chain, "steps": progress.step},
-            "eval_tokens_sha256": hashlib.sha256(b"".join(b.digest() for b in self.eval_batches)).hexdigest(),
+            "eval_tokens_sha256": _tokens_sha256(self.eval_batches),
             "data": self.corpus.provenance,
             "model": self.costs,
             "gate": {"form": config.model.gate_form, "meaning": "none" if router is None else router.gate_meaning},
@@ -282,6 +283,14 @@ def training_flops_per_step(config: RunConfig, cost: dict[str, int]) -> float:
     """Return the FLOPs of one optimizer step: three forwards, what only training needs included."""
     tokens = config.train.batch_size * config.data.seq_len
     return 3.0 * tokens * (cost["flops_per_token"] + cost["training_only_flops_per_token"])
+
+
+def _tokens_sha256(batches: Sequence[Batch]) -> str:
+    """Return the SHA-256 of the tokens and targets of batches, however they are cut."""
+    digest = hashlib.sha256()
+    for part in ("tokens_BS", "targets_BS"):
+        digest.update(b"".join(getattr(batch, part).tobytes() for batch in batches))
+    return digest.hexdigest()
 
 
 def _link(chain: str, batch: Batch) -> str:
