@@ -24,10 +24,10 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
 
     ids = [job.id for job in jobs]
     twice = sorted({run for run in ids if ids.count(run) > 1})
-    if twice or not ids:
-        raise ConfigError(
-            f"run {twice[0]} is asked for twice: want each entry once" if twice else "no runs: want at least 1 seed"
-        )
+    if twice:
+        raise ConfigError(f"run {twice[0]} is asked for twice: want each entry once")
+    if not ids:
+        raise ConfigError("no runs: want at least 1 seed and 1 entry")
     check(dict.fromkeys(job.config for job in jobs))
     folders = [RunFolder(store, job.config, job.seed) for job in jobs]
     for folder in folders:

@@ -27,7 +27,6 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "MALLOC_ARENA_MAX": "2",  # each trial is a new thread: without it every one leaves its freed memory in an arena of its own
 }
 
 

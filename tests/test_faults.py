@@ -1,4 +1,7 @@
-"""What goes wrong costs one clear line and nothing that was there: bad input, broken records, full disks, kills, diverging runs."""
+"""What goes wrong costs one clear line and nothing that was there: bad input, broken records, full disks, kills, diverging runs.
+
+Longer than most: one list of everything that can go wrong, so that a reader sees what is covered.
+"""
 
 import contextlib
 import json

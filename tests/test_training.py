@@ -1,4 +1,7 @@
-"""The proof that two runs differ in the router and in nothing else, and that a run is what its records say."""
+"""The proof that two runs differ in the router and in nothing else, and that a run is what its records say.
+
+Longer than most: identity, the way of a batch, resuming and the budget are proven on one tiny model and corpus, set up once.
+"""
 
 import json
 import shutil
@@ -438,6 +441,14 @@ def test_time_budget_ends_by_the_clock(tmp_path):
     assert summary["status"] == "finished"
     assert summary["seconds"]["train"] >= 0.2
     assert 0 < summary["steps"] < 10**6
+
+
+def test_time_budget_ends_with_a_full_evaluation(tmp_path):
+    """Also where the clock ends the run on a step that is evaluated anyway."""
+    config = config_of("reinforce", steps=10**6, budget="time", budget_amount=0.1, eval_every=1)
+    summary = loop.train(config, 0, tmp_path)
+    assert summary["final"]["step"] == summary["steps"]
+    assert summary["final"]["sampled"] is not None
 
 
 def test_schedule_warms_up_then_decays():
