@@ -40,7 +40,7 @@ $(INSTALLED): setup.py pyproject.toml
 
 # What the pinned kernels cost on chips that need not be there: an A100, an H100, a B200.
 aot: $(INSTALLED)
-	for chip in 80 90 100; do echo "sm_$$chip" && $(BIN)/python -m rlroute.kernels.aot $$chip || exit 1; done
+	for chip in 80 90 100; do $(BIN)/python -m rlroute.kernels.aot $$chip || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rlroute.config import Budget, RunConfig
 from rlroute.errors import ComparisonError, ConfigError
-from rlroute.experiments.launch import Job, Launcher, launch
+from rlroute.experiments.launch import Job, Launcher, launch, require
 from rlroute.experiments.progress import Monitor
 from rlroute.records import RunFolder, RunRecord
 
@@ -18,6 +19,7 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
 
     Raises:
         ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
+        MissingDependencyError: the launcher is not installed.
         ComparisonError: some failed; the finished ones stay in the store.
     """
     from rlroute.training.loop import check
@@ -29,15 +31,27 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
     if not ids:
         raise ConfigError("no runs: want at least 1 seed and 1 entry")
     check(dict.fromkeys(job.config for job in jobs))
+    require(launcher)
     folders = [RunFolder(store, job.config, job.seed) for job in jobs]
     for folder in folders:
         folder.create()
+    print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {store}/; {_engines(jobs)}", file=sys.stderr)
     with Monitor(jobs, store):
         failed = launch(jobs, store, launcher, concurrency)
     if failed:
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise ComparisonError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept in {store}: {reasons}")
     return [folder.read() for folder in folders]
+
+
+def _engines(jobs: Sequence[Job]) -> str:
+    """Say which engine runs the experts: chosen before any work, never changed afterwards."""
+    from rlroute.kernels import resolve_backend
+
+    chosen = {(resolve_backend(job.config.train.kernel, job.config.train.device), job.config.train) for job in jobs}
+    return ", ".join(
+        sorted({f"experts run on the {engine} engine, device {t.device}, {t.dtype}" for engine, t in chosen})
+    )
 
 
 def find_reference(configs: Sequence[RunConfig], label: str | None) -> RunConfig:

@@ -53,9 +53,6 @@ def launch(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: in
         store: the run store's folder.
         launcher: ``local`` trains in this process, one after the other; ``ray`` as Tune trials.
         concurrency: trials at a time under ``ray``.
-
-    Raises:
-        MissingDependencyError: ``ray`` is asked for and not installed.
     """
     local = launcher == "local"
     reasons = {job.id: _train(job, store) for job in jobs} if local else _launch_ray(jobs, store, concurrency)
@@ -75,7 +72,17 @@ def _train(job: Job, store: Path) -> str:
     return ""
 
 
-def _launch_ray(jobs: Sequence[Job], store: Path, concurrency: int) -> dict[str, str]:
+def require(launcher: Launcher) -> None:
+    """Refuse a launcher that is not installed.
+
+    Raises:
+        MissingDependencyError: it is ``ray``, and Ray is not there.
+    """
+    if launcher == "ray":
+        _import_ray()
+
+
+def _import_ray() -> tuple[Any, Any]:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -85,6 +92,11 @@ def _launch_ray(jobs: Sequence[Job], store: Path, concurrency: int) -> dict[str,
         raise MissingDependencyError(
             "--launcher ray needs the extra 'ray' (ray[tune]); --launcher local needs none"
         ) from error
+    return ray, tune
+
+
+def _launch_ray(jobs: Sequence[Job], store: Path, concurrency: int) -> dict[str, str]:
+    ray, tune = _import_ray()
     scratch = Path(tempfile.mkdtemp(prefix="rlroute-"))  # private (0700): Ray's own folders are open to all users
     ray.init(
         address="local",

@@ -65,6 +65,8 @@ class ModelConfig:
     """Experts per token."""
     d_expert: int = 96
     """Hidden width of one expert."""
+    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    """Between an expert's projections; swiglu is gated and has a third weight matrix."""
     gate_form: Literal["own", "unit"] = "own"
     """own: the gate as published (1/k where it does not learn); unit: value 1/k, gradient of the router's gate."""
     capacity_factor: float | None = None
@@ -86,8 +88,7 @@ class ModelConfig:
             )
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
-        if self.gate_form not in ("own", "unit"):
-            raise ConfigError(f"model.gate_form = {self.gate_form!r}: legal are 'own', 'unit'")
+        _require_choices(self, "activation", "gate_form")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ConfigError(
                 f"model.capacity_factor = {self.capacity_factor}: legal are numbers above 0, or none (dropless)"
@@ -143,10 +144,7 @@ class TrainConfig:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"
             )
-        for name in ("budget", "device", "dtype", "kernel"):
-            legal = typing.get_args(typing.get_type_hints(TrainConfig)[name])
-            if getattr(self, name) not in legal:
-                raise ConfigError(f"train.{name} = {getattr(self, name)!r}: legal are {', '.join(map(repr, legal))}")
+        _require_choices(self, "budget", "device", "dtype", "kernel")
         if (self.budget == "tokens") != (self.budget_amount is None):
             raise ConfigError(
                 f"train.budget_amount = {self.budget_amount} with budget {self.budget!r}: flops and time need one, tokens takes none"
@@ -258,8 +256,22 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _section(config: Any) -> str:
+    return type(config).__name__.removesuffix("Config").lower()
+
+
 def _require_positive(config: Any, *names: str) -> None:
-    where = type(config).__name__.removesuffix("Config").lower()
     for name in names:
         if not getattr(config, name) > 0:
-            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: must be above 0")
+            raise ConfigError(f"{_section(config)}.{name} = {getattr(config, name)}: must be above 0")
+
+
+def _require_choices(config: Any, *names: str) -> None:
+    """Hold fields that are literals to them."""
+    hints = typing.get_type_hints(type(config))
+    for name in names:
+        legal = typing.get_args(hints[name])
+        if getattr(config, name) not in legal:
+            raise ConfigError(
+                f"{_section(config)}.{name} = {getattr(config, name)!r}: legal are {', '.join(map(repr, legal))}"
+            )

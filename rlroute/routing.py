@@ -34,7 +34,8 @@ class RoutingDecision:
         expert_ids_R: int64, the expert that was *chosen*; the value E marks an unused slot of a router with variable k, so that R
             is known on the host and nothing waits for the device.
         kept_R: bool, false where a capacity step dropped the pair.
-        gates_R: the weight of the pair's expert output in the token's sum.
+        gates_R: the weight of the pair's expert output in the token's sum. Where it requires a gradient, after backward
+            ``gates_R.grad`` is the pair's credit, <dL/dout_t, y_r>; a router of constant gates asks by ``requires_grad_()``.
         logits_TE: clean scores, before noise and bias; None for routers without scores.
         probs_TE: the routing distribution, rows sum to 1 (what f.P and entropy read); None for routers without scores.
         log_prob_R: Plackett-Luce conditional log-probabilities of the *ordered* draw; their sum over a token's pairs is the

@@ -8,6 +8,7 @@ import torch
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels import ExpertWeights, expert_mlp, resolve_backend
 from rlroute.kernels import cpu as cpu_engine
+from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.routing import RoutingDecision, drop_over_capacity
 
 NAMES = ("out_TD", "x_TD", "in_EHD", "out_EDF", "gates_R")
@@ -54,17 +55,17 @@ CASES = {
 }
 
 
-def run(decision, width, hidden, backend, dtype=torch.float64):
+def run(decision, width, hidden, backend, dtype=torch.float64, activation="swiglu"):
     """Return the output and every gradient, for fixed inputs of order 1."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    x_TD = draw(decision.num_tokens, width)
-    weights = ExpertWeights(draw(decision.num_experts, 2 * hidden, width), draw(decision.num_experts, width, hidden))
+    x_TD, experts = draw(decision.num_tokens, width), decision.num_experts
+    weights = ExpertWeights(draw(experts, hidden_rows(activation, hidden), width), draw(experts, width, hidden))
     gates_R = decision.gates_R.detach().clone().to(dtype).requires_grad_()
-    out_TD = expert_mlp(x_TD, replace(decision, gates_R=gates_R), weights, backend)
+    out_TD = expert_mlp(x_TD, replace(decision, gates_R=gates_R), weights, backend, activation)
     upstream_TD = torch.randn(out_TD.shape, generator=generator, dtype=torch.float64).to(dtype)
     gradients = torch.autograd.grad(out_TD, (x_TD, *weights, gates_R), upstream_TD)
     return dict(zip(NAMES, (out_TD.detach(), *gradients), strict=True))
@@ -91,6 +92,29 @@ def test_each_expert_and_each_row_is_right(case):
             assert relative_error(a, b) < 1e-12 or (a - b).abs().max() < 1e-14, f"{name}[{part}]"
 
 
+@pytest.mark.parametrize("name", ["fixed k", "variable k, some unused", "over capacity dropped"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_cpu_engine_equals_the_reference_with_other_activations(name, activation):
+    want = run(*CASES[name], "reference", activation=activation)
+    got = run(*CASES[name], "cpu", activation=activation)
+    assert {name: e for name in NAMES if (e := relative_error(got[name], want[name])) > 1e-13} == {}
+
+
+@pytest.mark.parametrize("counts", [[3], [0, 0], [512, 512, 1], [5000, 0, 7, 511, 513], [1] * 3000, [1024, 1024]])
+def test_chunks_cover_every_row_once_and_cut_an_expert_where_its_neighbours_do_not_matter(counts):
+    end, sizes = 0, {}
+    for rows, pieces in cpu_engine.chunks(counts):
+        assert rows.start == end
+        end += sum(piece.size for piece in pieces)
+        assert rows.stop == end and rows.stop - rows.start <= cpu_engine.CHUNK_ROWS
+        for expert, size, first in pieces:
+            assert first == (expert not in sizes)
+            sizes.setdefault(expert, []).append(size)
+    assert end == sum(counts)
+    alone = {e: [p.size for _, ps in cpu_engine.chunks([c]) for p in ps] for e, c in enumerate(counts) if c}
+    assert sizes == alone
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_reruns_are_bit_equal(backend):
     case = CASES["fixed k"]
@@ -98,17 +122,18 @@ def test_reruns_are_bit_equal(backend):
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
-def test_analytic_gradient_equals_finite_differences():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_analytic_gradient_equals_finite_differences(activation):
     decision = decision_token_choice(4, 3, 2)
     weights = [
-        torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, hidden_rows(activation, 2), 3, dtype=torch.float64, requires_grad=True),
         torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True),
     ]
     x_TD = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     gates_R = decision.gates_R.clone().requires_grad_()
 
     def function(x, w_in, w_out, gates):
-        return expert_mlp(x, replace(decision, gates_R=gates), ExpertWeights(w_in, w_out), "cpu")
+        return expert_mlp(x, replace(decision, gates_R=gates), ExpertWeights(w_in, w_out), "cpu", activation)
 
     assert torch.autograd.gradcheck(function, (x_TD, *weights, gates_R))
 
@@ -120,6 +145,20 @@ def test_gate_gradient_is_the_credit_of_its_pair():
     credit_R = run(zeros, 5, 3, "cpu")["gates_R"]
     assert torch.allclose(credit_R, run(decision, 5, 3, "cpu")["gates_R"])
     assert float(credit_R.abs().min()) > 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_router_with_constant_gates_gets_its_credit_by_asking(backend):
+    decision = decision_token_choice(6, 4, 2)
+    want_R = run(decision, 5, 3, backend)["gates_R"]
+    generator = torch.Generator().manual_seed(7)
+    x_TD, w_in, w_out = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 5), (4, 6, 5), (4, 5, 3))
+    )
+    asking = replace(decision, gates_R=torch.full_like(decision.gates_R, 0.5).requires_grad_())
+    out_TD = expert_mlp(x_TD, asking, ExpertWeights(w_in, w_out), backend)
+    out_TD.backward(torch.randn(6, 5, generator=generator, dtype=torch.float64))
+    assert torch.allclose(asking.gates_R.grad, want_R)
 
 
 def test_unused_and_dropped_pairs_touch_nothing():
@@ -158,6 +197,13 @@ BAD = {
     "experts disagree": (lambda d, x, w: (d, x, ExpertWeights(w.in_EHD[:-1], w.out_EDF[:-1])), "experts"),
     "widths disagree": (lambda d, x, w: (d, x, ExpertWeights(w.in_EHD, w.out_EDF[:, :, :-1])), "out_EDF"),
     "dtypes disagree": (lambda d, x, w: (d, x, ExpertWeights(w.in_EHD.double(), w.out_EDF)), "in_EHD"),
+    "x not contiguous": (lambda d, x, w: (d, x.repeat(1, 2)[:, ::2], w), "x_TD has strides"),
+    "weights not contiguous": (
+        lambda d, x, w: (d, x, ExpertWeights(w.in_EHD.transpose(1, 2).contiguous().transpose(1, 2), w.out_EDF)),
+        "in_EHD has strides",
+    ),
+    "gates of another precision": (lambda d, x, w: (replace(d, gates_R=d.gates_R.half()), x, w), "float16"),
+    "another device": (lambda d, x, w: (replace(d, gates_R=d.gates_R.to("meta")), x, w), "gates_R is on meta"),
     "gates too short": (lambda d, x, w: (replace(d, gates_R=d.gates_R[:-1]), x, w), "gates_R"),
 }
 
@@ -170,6 +216,40 @@ def test_bad_input_is_named(breaks, named):
     )
     with pytest.raises(DecisionError, match=named):
         expert_mlp(x_TD, decision, weights)
+
+
+def test_an_unknown_activation_is_named():
+    decision = RoutingDecision.token_choice(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), 3)
+    with pytest.raises(ConfigError, match="'tanh': legal are 'swiglu', 'gelu', 'relu'"):
+        expert_mlp(
+            torch.randn(2, 4), decision, ExpertWeights(torch.randn(3, 6, 4), torch.randn(3, 4, 3)), "cpu", "tanh"
+        )
+
+
+BAD_VALUES = {
+    "NaN gate": (lambda d: replace(d, gates_R=torch.tensor([1.0, 1, float("nan"), 1])), r"gates_R\[2\] is nan"),
+    "infinite gate": (lambda d: replace(d, gates_R=torch.tensor([float("inf"), 1, 1, 1])), r"gates_R\[0\] is inf"),
+    "expert": (lambda d: replace(d, expert_ids_R=d.expert_ids_R + 2), "expert_ids_R holds 4: legal are 0 to 3"),
+    "token": (lambda d: replace(d, token_ids_R=d.token_ids_R - 1), "token_ids_R holds -1: legal are 0 to 1"),
+}
+
+
+@pytest.mark.parametrize(("breaks", "named"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
+def test_values_are_looked_at_when_the_switch_is_set(breaks, named, monkeypatch):
+    decision = RoutingDecision.token_choice(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), 3)
+    arguments = torch.randn(2, 4), breaks(decision), ExpertWeights(torch.randn(3, 6, 4), torch.randn(3, 4, 3))
+    monkeypatch.setenv("RLROUTE_CHECK_VALUES", "1")
+    with pytest.raises(DecisionError, match=named):
+        expert_mlp(*arguments, "reference")
+    monkeypatch.setenv("RLROUTE_CHECK_VALUES", "0")
+    if "gate" in named:
+        expert_mlp(*arguments, "reference")
+
+
+def test_the_switch_does_not_mind_what_pairs_that_do_not_run_hold(monkeypatch):
+    monkeypatch.setenv("RLROUTE_CHECK_VALUES", "1")
+    decision = drop_over_capacity(decision_collapsed(20, 4, 2), 7)
+    run(replace(decision, gates_R=torch.where(decision.kept_R, decision.gates_R, float("nan"))), 6, 4, "cpu")
 
 
 def test_engine_is_chosen_once_and_an_impossible_choice_is_an_error():

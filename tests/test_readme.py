@@ -35,7 +35,8 @@ def test_stored_comparison_used_seeds_that_tuning_did_not_and_the_tuned_settings
         if record.config["config"]["router"].get("table") == "position":
             entry = "hash:table=position"
         config = record.config["config"]
-        assert RunConfig.from_dict(config).to_dict() == config
+        now = RunConfig.from_dict(config).to_dict()  # fields that are newer than the record take their defaults
+        assert {part: {name: now[part][name] for name in config[part]} for part in config} == config
         assert config["train"] | TUNED[entry]["train"] == config["train"]
         assert config["router"] | TUNED[entry].get("router", {}) == config["router"]
 

@@ -168,6 +168,29 @@ def test_a_gate_gradient_is_there_after_backward():
 
 
 @pytest.mark.parametrize("form", ["own", "unit"])
+def test_constant_gates_get_their_credit_by_asking_and_nothing_else_changes(form):
+    quiet, asking = (model_of("hash", model=replace(MODEL, gate_form=form)) for _ in range(2))
+    router, credits_R = asking.routers[0], []
+    decide, observe = router.forward, router.observe
+
+    def ask(x_TD, context):
+        decision = decide(x_TD, context)
+        decision.gates_R.requires_grad_()
+        return decision
+
+    def read(decision, feedback):
+        credits_R.append(decision.gates_R.grad)
+        return observe(decision, feedback)
+
+    router.forward, router.observe = ask, read
+    for model in (quiet, asking):
+        backward_batch(model, batch_of(0), CPU64, seed=0, step=0, micro_batches=1)
+    assert float(credits_R[0].abs().min()) > 0
+    gradients = [[p.grad for p in model.parameters()] for model in (quiet, asking)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("form", ["own", "unit"])
 def test_gate_form_changes_the_value_and_keeps_the_gradient_alive(form):
     model = model_of("switch", model=replace(MODEL, gate_form=form))
     context = make_context(batch_of(0), CPU64, seed=0, step=0, explore=True)

@@ -16,12 +16,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rlroute.kernels import triton_kernels as kernels
-from rlroute.kernels.tiles import TABLE, Tile
+from rlroute.kernels.sparse import HAVE_TMA
+from rlroute.kernels.tiles import Entry, Tile, pinned
 
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 """The instructions that multiply matrices in 16 bits: of a warp (all chips), of a warp group (90), of a thread block (100)."""
+TMA_LOAD = "UTMALDG"
+"""The tensor memory accelerator's load."""
 D, F = 2048, 768
-"""The model and expert widths that the kernels are compiled for."""
+"""The model and expert widths that lines of the table without their own are compiled for."""
+
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that a block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Compiled:
     """One compiled kernel.
 
     Attributes:
-        name: table key and kernel body.
+        name: precision, rows per expert from which it is used, and kernel body.
         registers: per thread.
         spilled: bytes of local memory a thread uses: registers that did not fit.
         shared: bytes of shared memory a block uses.
@@ -43,45 +50,45 @@ class Compiled:
     instructions: dict[str, int]
 
 
-def sources(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield (body, kernel, types of the run-time arguments, constants) for each launch of the engine."""
+def sources(entry: Entry, tma: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """Yield (body, kernel, types of the run-time arguments, constants) for each launch of the engine at SwiGLU's shapes."""
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[entry.dtype]
+    width, inner = entry.D or D, entry.F or F
     value, index = f"*{dtype}", "*i64"
+
+    def weights(tile: Tile, transposed: bool) -> str:
+        block = (tile.BK, tile.BN) if transposed else (tile.BN, tile.BK)
+        return f"tensordesc<{dtype}[{block[0]}, {block[1]}]>" if tma else value
+
     plan = {"tokens": index, "starts": index, "tile_experts": index, "tile_rows": index}
-    rows = {"inputs": value, "weights": value, "outputs": value, **plan}
-    shapes = {
-        "down": {"N": D, "K": F, "GATHER": False, "TRANSPOSED": False},
-        "rows": {"N": D, "K": 2 * F, "GATHER": False, "TRANSPOSED": True},
+    for_gates = {"gates": "*fp32", "pairs": index}
+    tiles = entry.tiles
+    up = {"inputs": value, "weights": weights(tiles.up, False), "hidden": value, "activated": value}
+    constants: dict[str, Any] = {"F": inner, "K": width, "ACTIVATION": "swiglu", "TMA": tma}
+    yield "up", kernels.expert_up, up | for_gates | plan, constants | {"SAVE_HIDDEN": True}
+    down = {"inputs": value, "weights": weights(tiles.down, False), "outputs": value}
+    shape: dict[str, Any] = {"N": width, "K": inner, "GATHER": False, "TRANSPOSED": False, "TMA": tma}
+    yield "down", kernels.rows_times_weights, down | plan, shape
+    back = {name: value for name in ("doutputs", "hidden", "dhidden", "activated")} | {
+        "weights": weights(tiles.back, True)
     }
-    up = {
-        "inputs": value,
-        "weights": value,
-        "gates": "*fp32",
-        "hidden": value,
-        "activated": value,
-        "pairs": index,
-        **plan,
-    }
-    yield "up", kernels.swiglu_up, up, {"F": F, "K": D, "SAVE_HIDDEN": True}
-    for body, constants in shapes.items():
-        yield body, kernels.rows_times_weights, rows, constants
-    back = {
-        "doutputs": value, "weights": value, "gates": "*fp32", "hidden": value, "dhidden": value, "activated": value,
-        "dgate_parts": "*fp32", "pairs": index, "num_rows": "i32", **plan,
-    }  # fmt: skip
-    yield "back", kernels.swiglu_down_backward, back, {"F": F, "K": D}
-    sides = {"left": value, "right": value, "outputs": value, "tokens": index, "starts": index}
-    yield "weights", kernels.rows_times_rows, sides, {"M": 2 * F, "N": D, "GATHER_LEFT": False}
+    back |= {"dgate_parts": "*fp32", "num_rows": "i32"}
+    yield "back", kernels.expert_down_backward, back | for_gates | plan, constants
+    rows = down | {"weights": weights(tiles.rows, True)}
+    yield "rows", kernels.rows_times_weights, rows | plan, shape | {"K": 2 * inner, "TRANSPOSED": True}
+    sides = {"left": value, "right": value, "outputs": value, "tokens": index, "starts": index, "order": index}
+    yield "weights", kernels.rows_times_rows, sides, {"M": 2 * inner, "N": width, "GATHER_LEFT": False}
 
 
 def compile_pinned(capability: int) -> Iterator[Compiled]:
-    """Compile every pinned configuration for a compute capability (90 for an H100)."""
-    for key, tiles in TABLE.items():
-        if key == "interpreter":
-            continue
-        dtype = "fp32" if key == "float32" else "bf16"
-        for body, kernel, types, constants in sources(dtype):
-            tile: Tile = getattr(tiles, body)
-            yield _compile(f"{key} {body}", kernel, types, constants, tile, capability)
+    """Compile every pinned configuration for a compute capability: 80 (A100), 90 (H100), 100 (B200)."""
+    chip = f"sm_{capability}"
+    for entry in pinned():
+        if entry.chip == chip:
+            for body, kernel, types, constants in sources(entry, chip in HAVE_TMA):
+                widths = f" D={entry.D} F={entry.F}" if entry.D else ""
+                name = f"{entry.dtype} from {entry.rows_from}{widths} {body}"
+                yield _compile(name, kernel, types, constants, getattr(entry.tiles, body), capability)
 
 
 def _compile(
@@ -97,7 +104,7 @@ def _compile(
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage, assembly = _cuobjdump("-res-usage", binary), _cuobjdump("-sass", binary)
-    counted = (*TENSOR_CORE, "UTMALDG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")
+    counted = (*TENSOR_CORE, TMA_LOAD, "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")
     instructions = {word: len(re.findall(rf"\b{word}\b", assembly)) for word in counted}
     registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[-1]) for field in ("REG", "STACK"))
     local = int(re.findall(r"LOCAL:(\d+)", usage)[-1])
@@ -109,16 +116,37 @@ def _cuobjdump(option: str, binary: Path) -> str:
     return subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True).stdout
 
 
-def report(capability: int) -> str:
-    """Return the table of all pinned kernels on a chip."""
-    lines = [f"{'kernel':28} {'registers':>9} {'spilled':>8} {'shared':>8}  instructions"]
-    for one in compile_pinned(capability):
-        found = ", ".join(f"{word} {count}" for word, count in one.instructions.items() if count)
-        lines.append(f"{one.name:28} {one.registers:9} {one.spilled:8} {one.shared:8}  {found}")
-    return "\n".join(lines)
+def faults(one: Compiled, capability: int) -> list[str]:
+    """Return what must not be: spilled registers, too much shared memory, atomics, bfloat16 products beside the tensor cores, weights
+    beside the tensor memory accelerator where the chip has one."""
+    found = one.instructions
+    body = one.name.rpartition(" ")[2]
+    wants_tma = f"sm_{capability}" in HAVE_TMA and body != "weights"
+    checks = {
+        f"spills {one.spilled} bytes": one.spilled > 0,
+        f"takes {one.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}": one.shared
+        > SHARED_LIMIT[capability],
+        "uses atomics": any(found[word] for word in ("ATOM", "ATOMG", "RED", "REDG")),
+        "misses the tensor cores": one.name.startswith("bfloat16") and not any(found[word] for word in TENSOR_CORE),
+        "misses the tensor memory accelerator": wants_tma and not found[TMA_LOAD],
+    }
+    return [f"{one.name} {fault}" for fault, there in checks.items() if there]
+
+
+def main(capability: int) -> int:
+    """Print the table of all pinned kernels on a chip, then their faults; return how many there are."""
+    print(f"sm_{capability}, triton {triton.__version__}")
+    print(f"{'kernel':28} {'registers':>9} {'spilled':>8} {'shared':>8}  instructions")
+    kernels = list(compile_pinned(capability))
+    for one in kernels:
+        counts = ", ".join(f"{word} {count}" for word, count in one.instructions.items() if count)
+        print(f"{one.name:28} {one.registers:9} {one.spilled:8} {one.shared:8}  {counts}")
+    wrong = [fault for one in kernels for fault in faults(one, capability)]
+    print("\n".join(wrong) or f"{len(kernels)} kernels, no fault")
+    return len(wrong)
 
 
 if __name__ == "__main__":
     import sys
 
-    print(report(int(sys.argv[1]) if len(sys.argv) > 1 else 90))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 90) > 0)

@@ -1,8 +1,9 @@
 """One function through which every router's tokens reach their experts, and the choice of the engine behind it.
 
-The expert is SwiGLU (Shazeer 2020, arXiv 2002.05202): expert e maps a row x to W_down,e (silu(W_gate,e x) * (W_up,e x)).
+Expert e maps a row x to W_out,e a(W_in,e x). The activation a is one of ``rlroute.kernels.activations``: SwiGLU by default, whose
+W_in holds gate rows above up rows.
 
-Shape suffixes: T tokens, D model width, F expert width, H = 2F (gate rows, then up rows), E experts, R routed pairs.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R routed pairs.
 """
 
 import importlib.util
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from rlroute.errors import ConfigError, DecisionError, MissingDependencyError
+from rlroute.kernels.activations import hidden_rows
 from rlroute.kernels.cpu import sorted_expert_mlp
 from rlroute.kernels.reference import reference_expert_mlp
 from rlroute.routing import RoutingDecision
 
 ENGINES = ("cpu", "triton", "reference")
+CHECK_VALUES = "RLROUTE_CHECK_VALUES"
+"""The environment variable that, set to 1, has every call look at ids and gates too; on a GPU that waits for the device."""
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of E experts: ``in_EHD`` holds each expert's gate rows above its up rows, ``out_EDF`` its down projection."""
+    """The weights of E experts: ``in_EHD`` (gate rows above up rows for a gated activation) and ``out_EDF``."""
 
     in_EHD: Tensor
     out_EDF: Tensor
@@ -49,7 +53,7 @@ def resolve_backend(requested: str, device: str) -> str:
     return requested
 
 
-def _engine(backend: str) -> Callable[[Tensor, RoutingDecision, Tensor, Tensor], Tensor]:
+def _engine(backend: str) -> Callable[[Tensor, RoutingDecision, Tensor, Tensor, str], Tensor]:
     if backend == "triton":
         from rlroute.kernels.sparse import triton_expert_mlp  # triton is not there on every machine
 
@@ -57,34 +61,47 @@ def _engine(backend: str) -> Callable[[Tensor, RoutingDecision, Tensor, Tensor],
     return sorted_expert_mlp if backend == "cpu" else reference_expert_mlp
 
 
-def expert_mlp(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str = "cpu") -> Tensor:
+def expert_mlp(
+    x_TD: Tensor,
+    decision: RoutingDecision,
+    weights: ExpertWeights,
+    backend: str = "cpu",
+    activation: str = "swiglu",
+) -> Tensor:
     """Run the kept pairs of ``decision`` and sum each token's gated expert outputs.
 
     Differentiable in ``x_TD``, both weight tensors and ``decision.gates_R``. The gradient of a gate is <dL/dout_t, y_r>, y_r being
-    the pair's ungated expert output; pairs that were dropped or unused get 0.
+    the pair's ungated expert output, whatever the gate's value; pairs that were dropped or unused get 0. A router whose gates are
+    constants asks for it with ``gates.requires_grad_()`` and finds it in ``decision.gates_R.grad``.
 
     Args:
         x_TD: hidden states of shape (T, D).
         decision: which pairs to run; gates in the dtype of ``x_TD`` or in float32.
         weights: tensors of the dtype and on the device of ``x_TD``.
         backend: a name from :func:`resolve_backend`.
+        activation: ``swiglu``, ``gelu`` or ``relu``.
 
     Returns:
         out_TD; tokens without pairs get zeros.
 
     Raises:
-        DecisionError: shapes, dtypes or devices disagree, or an expert id lies outside 0 to E.
+        ConfigError: there is no such activation.
+        DecisionError: shapes, dtypes, devices or memory layouts disagree. Values are looked at where the environment variable
+            ``RLROUTE_CHECK_VALUES`` is 1 (expert ids by the CPU engine always): ids out of range, gates that are not finite.
     """
-    _check(x_TD, decision, weights)
-    return _engine(backend)(x_TD, decision, weights.in_EHD, weights.out_EDF)
+    _check(x_TD, decision, weights, activation)
+    if os.environ.get(CHECK_VALUES) == "1":
+        check_values(decision)
+    return _engine(backend)(x_TD, decision, *weights, activation)
 
 
-def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights) -> None:
+def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, activation: str) -> None:
     """Compare what the host knows; no value is read, so no device is waited for."""
-    experts, hidden, width = weights.in_EHD.shape
-    if weights.out_EDF.shape != (experts, width, hidden // 2):
+    experts, width, inner = weights.out_EDF.shape
+    want = (experts, hidden_rows(activation, inner), width)
+    if weights.in_EHD.shape != want:
         raise DecisionError(
-            f"in_EHD is {(experts, hidden, width)}, out_EDF {tuple(weights.out_EDF.shape)}: want (E, D, H / 2)"
+            f"in_EHD is {tuple(weights.in_EHD.shape)}: want {want} for {activation} and out_EDF {(experts, width, inner)}"
         )
     if x_TD.shape != (decision.num_tokens, width):
         raise DecisionError(f"x_TD is {tuple(x_TD.shape)}: want {(decision.num_tokens, width)} by decision and weights")
@@ -97,5 +114,35 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights) -> N
     if decision.gates_R.dtype not in (x_TD.dtype, torch.float32):
         raise DecisionError(f"gates_R is {decision.gates_R.dtype}: legal are float32 and {x_TD.dtype} as x_TD")
     for name, tensor in (("in_EHD", weights.in_EHD), ("out_EDF", weights.out_EDF)):
-        if tensor.dtype != x_TD.dtype or tensor.device != x_TD.device:
-            raise DecisionError(f"{name} is {tensor.dtype} on {tensor.device}, x_TD {x_TD.dtype} on {x_TD.device}")
+        if tensor.dtype != x_TD.dtype:
+            raise DecisionError(f"{name} is {tensor.dtype}, x_TD {x_TD.dtype}: want one dtype")
+    pairs_of = {name: getattr(decision, name) for name in ("token_ids_R", "expert_ids_R", "kept_R", "gates_R")}
+    for name, tensor in ({"in_EHD": weights.in_EHD, "out_EDF": weights.out_EDF} | pairs_of).items():
+        if tensor.device != x_TD.device:
+            raise DecisionError(f"{name} is on {tensor.device}, x_TD on {x_TD.device}: want one device")
+    for name, tensor in {"x_TD": x_TD, "in_EHD": weights.in_EHD, "out_EDF": weights.out_EDF}.items():
+        if not tensor.is_contiguous():
+            raise DecisionError(
+                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}: want contiguous"
+            )
+
+
+def check_values(decision: RoutingDecision) -> None:
+    """Look at every value that a kernel would trust.
+
+    Raises:
+        DecisionError: an id out of range, or a gate of a pair that runs that is not finite.
+    """
+    experts_R = decision.expert_ids_R
+    for name, ids, most in (
+        ("expert_ids_R", experts_R, decision.num_experts),
+        ("token_ids_R", decision.token_ids_R, decision.num_tokens - 1),
+    ):
+        bad = ids[(ids < 0) | (ids > most)]
+        if len(bad):
+            raise DecisionError(f"{name} holds {int(bad[0])}: legal are 0 to {most}")
+    runs_R = decision.kept_R & (experts_R < decision.num_experts)
+    bad = torch.nonzero(runs_R & ~torch.isfinite(decision.gates_R))
+    if len(bad):
+        pair = int(bad[0])
+        raise DecisionError(f"gates_R[{pair}] is {float(decision.gates_R[pair])}: want finite gates")

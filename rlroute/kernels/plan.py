@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, E experts, R routed pairs (rows, once sorted), G tiles.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Plan:
     starts_E: Tensor
     rows_R: Tensor
     first_T: Tensor
+    _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Tiles by size: several kernels use one, in forward and backward."""
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:
         """Cut the rows of each expert into tiles of at most ``size`` rows.
@@ -40,6 +42,11 @@ class Plan:
             The expert and the first row of each of R // size + min(E, R) tiles, a number known on the host; the expert of a tile that
             is not needed is -1.
         """
+        if size not in self._tiles:
+            self._tiles[size] = self._cut(size)
+        return self._tiles[size]
+
+    def _cut(self, size: int) -> tuple[Tensor, Tensor]:
         count = len(self.pairs_R) // size + min(self.num_experts, len(self.pairs_R))
         starts_E = self.starts_E[:-1]
         needed_E = (self.starts_E.diff() + size - 1) // size

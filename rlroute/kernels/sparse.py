@@ -4,8 +4,8 @@ Saved for backward are the input, the pre-activations and the plan; the activati
 :func:`gather_linear` (tokens to pairs) and :func:`linear_combine` (pairs to tokens); the expert MLP composes the same kernels with the
 activation in their epilogues.
 
-Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, R routed pairs (rows, sorted by expert), N output columns,
-K the summed dimension.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where the activation is gated), E experts, R routed pairs
+(rows, sorted by expert), N output columns, K the summed dimension.
 """
 
 import os
@@ -15,18 +15,22 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlroute.errors import DecisionError
 from rlroute.kernels import triton_kernels as kernels
 from rlroute.kernels.plan import Plan, make_plan
-from rlroute.kernels.tiles import Tile, Tiles, pick_tiles
+from rlroute.kernels.tiles import INTERPRETER, Tile, chip_of, pick_tiles
 from rlroute.routing import RoutingDecision
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 COMBINE_COLUMNS = 1024
+HAVE_TMA = ("sm_90", "sm_100", INTERPRETER)
 
 
-def triton_expert_mlp(x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor) -> Tensor:
+def triton_expert_mlp(
+    x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor, activation: str
+) -> Tensor:
     """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it.
 
     Raises:
@@ -34,9 +38,9 @@ def triton_expert_mlp(x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, o
     """
     if x_TD.dtype == torch.float64:
         raise DecisionError("x_TD is float64: the triton engine takes float32, bfloat16 and float16")
-    inputs = (x_TD.contiguous(), in_EHD, out_EDF, decision.gates_R)
+    inputs = (x_TD, in_EHD, out_EDF, decision.gates_R.contiguous())
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    out_TD: Tensor = _ExpertMLP.apply(*inputs, make_plan(decision), save)  # type: ignore[no-untyped-call]
+    out_TD: Tensor = _ExpertMLP.apply(*inputs, make_plan(decision), activation, save)  # type: ignore[no-untyped-call]
     return out_TD
 
 
@@ -66,27 +70,48 @@ def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tenso
 
 
 class _Launcher:
-    """Launches kernels over one plan with the tiles pinned for it."""
+    """Launches kernels over one plan with the tiles pinned for it.
 
-    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
+    Args:
+        plan: the order of the rows.
+        like: a tensor of the compute precision on the device.
+        width: model width D, by which (with ``inner``) tiles are looked up.
+        inner: expert width F.
+    """
+
+    def __init__(self, plan: Plan, like: Tensor, width: int, inner: int) -> None:
         self.plan = plan
         self.rows = len(plan.pairs_R)
-        name = "float32" if dtype == torch.float32 else "bfloat16"
-        self.tiles: Tiles = pick_tiles(name, self.rows / plan.num_experts, INTERPRETING)
-        self.upcast = INTERPRETING and dtype != torch.float32
+        self.chip = INTERPRETER if INTERPRETING else chip_of(like.device)
+        precision = "float32" if like.dtype == torch.float32 else "bfloat16"
+        self.tiles = pick_tiles(self.chip, precision, self.rows / plan.num_experts, width, inner)
+        self.upcast = INTERPRETING and like.dtype != torch.float32
 
     def new_rows(self, like: Tensor, columns: int) -> Tensor:
         """Return an output with one row per pair; the rows that do not run are never read."""
         return like.new_empty(self.rows, columns)
 
-    def _over_tiles(self, kernel: Any, tile: Tile, columns: int, *arguments: Any, **constants: Any) -> None:
+    def _over_tiles(
+        self,
+        kernel: Any,
+        tile: Tile,
+        columns: int,
+        inputs: Tensor,
+        weights: Tensor,
+        transposed: bool,
+        *arguments: Any,
+        **constants: Any,
+    ) -> None:
         experts_G, rows_G = self.plan.tiles(tile.BM)
         if len(experts_G) == 0:
             return
-        grid = (len(experts_G), triton.cdiv(columns, tile.BN))
-        kernel[grid](
+        described = self._describe(weights, (tile.BK, tile.BN) if transposed else (tile.BN, tile.BK), transposed)
+        kernel[(len(experts_G) * triton.cdiv(columns, tile.BN),)](
+            inputs,
+            weights if described is None else described,
             *arguments,
             **constants,
+            TMA=described is not None,
             tile_experts=experts_G,
             tile_rows=rows_G,
             tokens=self.plan.tokens_R,
@@ -95,45 +120,56 @@ class _Launcher:
             **tile._asdict(),
         )
 
+    def _describe(self, weights_EAB: Tensor, block: tuple[int, int], transposed: bool) -> TensorDescriptor | None:
+        """Return the descriptor of all experts' rows, stacked; None where the chip, the alignment or the block does not allow one."""
+        experts, rows, columns = weights_EAB.shape
+        aligned = columns * weights_EAB.element_size() % 16 == 0 and weights_EAB.data_ptr() % 16 == 0
+        ends_with_expert = not transposed or rows % block[0] == 0
+        if self.chip not in HAVE_TMA or not aligned or not ends_with_expert:
+            return None
+        return TensorDescriptor(weights_EAB, [experts * rows, columns], [columns, 1], list(block))
+
     def rows_times_weights(
         self, inputs: Tensor, weights: Tensor, *, gather: bool, transposed: bool, tile: Tile
     ) -> Tensor:
         columns, summed = (weights.shape[2], weights.shape[1]) if transposed else (weights.shape[1], weights.shape[2])
         outputs = self.new_rows(inputs, columns)
         self._over_tiles(
-            kernels.rows_times_weights, tile, columns, inputs, weights, outputs,
+            kernels.rows_times_weights, tile, columns, inputs, weights, transposed, outputs,
             N=columns, K=summed, GATHER=gather, TRANSPOSED=transposed,
         )  # fmt: skip
         return outputs
 
-    def swiglu_up(self, x_TD: Tensor, in_EHD: Tensor, gates_R: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-        width = in_EHD.shape[1] // 2
-        hidden_RH = self.new_rows(x_TD, 2 * width if save else 0)
-        act_RF = self.new_rows(x_TD, width)
+    def expert_up(
+        self, x_TD: Tensor, in_EHD: Tensor, gates_R: Tensor, inner: int, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        hidden_RH = self.new_rows(x_TD, in_EHD.shape[1] if save else 0)
+        act_RF = self.new_rows(x_TD, inner)
         self._over_tiles(
-            kernels.swiglu_up, self.tiles.up, width, x_TD, in_EHD, gates_R, hidden_RH, act_RF,
-            pairs=self.plan.pairs_R, F=width, K=x_TD.shape[1], SAVE_HIDDEN=save,
+            kernels.expert_up, self.tiles.up, inner, x_TD, in_EHD, False, gates_R, hidden_RH, act_RF,
+            pairs=self.plan.pairs_R, F=inner, K=x_TD.shape[1], ACTIVATION=activation, SAVE_HIDDEN=save,
         )  # fmt: skip
         return hidden_RH, act_RF
 
-    def swiglu_down_backward(
-        self, dout_TD: Tensor, out_EDF: Tensor, gates_R: Tensor, hidden_RH: Tensor
+    def expert_down_backward(
+        self, dout_TD: Tensor, out_EDF: Tensor, gates_R: Tensor, hidden_RH: Tensor, activation: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width, tile = out_EDF.shape[2], self.tiles.back
-        dhidden_RH, act_RF = torch.empty_like(hidden_RH), self.new_rows(dout_TD, width)
-        parts_CR = torch.empty(triton.cdiv(width, tile.BN), self.rows, device=dout_TD.device)
+        inner, tile = out_EDF.shape[2], self.tiles.back
+        dhidden_RH, act_RF = torch.empty_like(hidden_RH), self.new_rows(dout_TD, inner)
+        parts_CR = torch.empty(triton.cdiv(inner, tile.BN), self.rows, device=dout_TD.device)
         self._over_tiles(
-            kernels.swiglu_down_backward, tile, width, dout_TD, out_EDF, gates_R, hidden_RH, dhidden_RH, act_RF, parts_CR,
-            pairs=self.plan.pairs_R, num_rows=self.rows, F=width, K=dout_TD.shape[1],
+            kernels.expert_down_backward, tile, inner, dout_TD, out_EDF, True,
+            gates_R, hidden_RH, dhidden_RH, act_RF, parts_CR,
+            pairs=self.plan.pairs_R, num_rows=self.rows, F=inner, K=dout_TD.shape[1], ACTIVATION=activation,
         )  # fmt: skip
         return dhidden_RH, act_RF, parts_CR.sum(0)
 
     def rows_times_rows(self, left: Tensor, right: Tensor, *, gather_left: bool) -> Tensor:
         tile, m, n = self.tiles.weights, left.shape[1], right.shape[1]
         outputs = left.new_empty(self.plan.num_experts, m, n)
-        grid = (self.plan.num_experts, triton.cdiv(m, tile.BM), triton.cdiv(n, tile.BN))
-        kernels.rows_times_rows[grid](
-            left, right, outputs, self.plan.tokens_R, self.plan.starts_E,
+        fullest_first_E = self.plan.starts_E.diff().argsort(descending=True, stable=True)
+        kernels.rows_times_rows[(self.plan.num_experts * triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
+            left, right, outputs, self.plan.tokens_R, self.plan.starts_E, fullest_first_E,
             M=m, N=n, GATHER_LEFT=gather_left, UPCAST=self.upcast, **tile._asdict(),
         )  # fmt: skip
         return outputs
@@ -158,21 +194,28 @@ class _Launcher:
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, in_EHD: Tensor, out_EDF: Tensor, gates_R: Tensor, plan: Plan, save: bool
+        ctx: Any,
+        x_TD: Tensor,
+        in_EHD: Tensor,
+        out_EDF: Tensor,
+        gates_R: Tensor,
+        plan: Plan,
+        activation: str,
+        save: bool,
     ) -> Tensor:
-        launch = _Launcher(plan, x_TD.dtype)
-        hidden_RH, act_RF = launch.swiglu_up(x_TD, in_EHD, gates_R, save)
+        launch = _Launcher(plan, x_TD, *out_EDF.shape[1:])
+        hidden_RH, act_RF = launch.expert_up(x_TD, in_EHD, gates_R, out_EDF.shape[2], activation, save)
         y_RD = launch.rows_times_weights(act_RF, out_EDF, gather=False, transposed=False, tile=launch.tiles.down)
         ctx.save_for_backward(x_TD, in_EHD, out_EDF, gates_R, hidden_RH)
-        ctx.plan = plan
+        ctx.launch, ctx.activation = launch, activation
         return launch.sum_rows(y_RD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, in_EHD, out_EDF, gates_R, hidden_RH = ctx.saved_tensors
-        launch, dout_TD = _Launcher(ctx.plan, x_TD.dtype), dout_TD.contiguous()
-        dhidden_RH, act_RF, dgates_R = launch.swiglu_down_backward(dout_TD, out_EDF, gates_R, hidden_RH)
+        launch, dout_TD = ctx.launch, dout_TD.contiguous()
+        dhidden_RH, act_RF, dgates_R = launch.expert_down_backward(dout_TD, out_EDF, gates_R, hidden_RH, ctx.activation)
         dx_RD = launch.rows_times_weights(dhidden_RH, in_EHD, gather=False, transposed=True, tile=launch.tiles.rows)
         return (
             launch.sum_rows(dx_RD),
@@ -181,23 +224,26 @@ class _ExpertMLP(torch.autograd.Function):
             launch.to_pairs(dgates_R, gates_R.dtype) if ctx.needs_input_grad[3] else None,
             None,
             None,
+            None,
         )
 
 
 class _GatherLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weights_ENK: Tensor, plan: Plan) -> Tensor:
-        launch = _Launcher(plan, x_TK.dtype)
+        launch = _Launcher(plan, x_TK, weights_ENK.shape[2], weights_ENK.shape[1])
         ctx.save_for_backward(x_TK, weights_ENK)
-        ctx.plan = plan
-        y_RN = launch.rows_times_weights(x_TK, weights_ENK, gather=True, transposed=False, tile=launch.tiles.rows)
+        ctx.launch = launch
+        y_RN: Tensor = launch.rows_times_weights(
+            x_TK, weights_ENK, gather=True, transposed=False, tile=launch.tiles.rows
+        )
         return y_RN.masked_fill_(_idle(plan), 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, weights_ENK = ctx.saved_tensors
-        launch, dy_RN = _Launcher(ctx.plan, x_TK.dtype), dy_RN.contiguous()
+        launch, dy_RN = ctx.launch, dy_RN.contiguous()
         dx_RK = launch.rows_times_weights(dy_RN, weights_ENK, gather=False, transposed=True, tile=launch.tiles.rows)
         return launch.sum_rows(dx_RK), launch.rows_times_rows(dy_RN, x_TK, gather_left=False), None
 
@@ -205,9 +251,9 @@ class _GatherLinear(torch.autograd.Function):
 class _LinearCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RK: Tensor, weights_ENK: Tensor, gates_R: Tensor, plan: Plan) -> Tensor:
-        launch = _Launcher(plan, y_RK.dtype)
+        launch = _Launcher(plan, y_RK, weights_ENK.shape[1], weights_ENK.shape[2])
         ctx.save_for_backward(y_RK, weights_ENK, gates_R)
-        ctx.plan = plan
+        ctx.launch = launch
         gated_RK = y_RK * gates_R[plan.pairs_R, None].to(y_RK.dtype)
         z_RN = launch.rows_times_weights(gated_RK, weights_ENK, gather=False, transposed=False, tile=launch.tiles.down)
         return launch.sum_rows(z_RN)
@@ -216,10 +262,11 @@ class _LinearCombine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TN: Tensor) -> tuple[Tensor | None, ...]:
         y_RK, weights_ENK, gates_R = ctx.saved_tensors
-        launch, dout_TN = _Launcher(ctx.plan, y_RK.dtype), dout_TN.contiguous()
-        gates_R1 = gates_R[ctx.plan.pairs_R, None].to(y_RK.dtype)
+        launch, dout_TN = ctx.launch, dout_TN.contiguous()
+        plan = launch.plan
+        gates_R1 = gates_R[plan.pairs_R, None].to(y_RK.dtype)
         dy_RK = launch.rows_times_weights(dout_TN, weights_ENK, gather=True, transposed=True, tile=launch.tiles.back)
-        dy_RK.masked_fill_(_idle(ctx.plan), 0.0)
+        dy_RK.masked_fill_(_idle(plan), 0.0)
         dgates_R = (dy_RK.float() * y_RK.float()).sum(1)
         return (
             dy_RK * gates_R1,

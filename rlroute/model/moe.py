@@ -1,6 +1,6 @@
 """The MoE layer: a router decides, the shared kernel runs the decision; and the dense MLP of equal active width.
 
-Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, R routed pairs.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where gated), E experts, R routed pairs.
 """
 
 import math
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.kernels import ExpertWeights, expert_mlp
+from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.routing import Router, RoutingContext, RoutingDecision, drop_over_capacity
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts. Each expert's initial weights derive from its own key, whatever process holds it."""
+    """E experts. Each expert's initial weights derive from its own key, whatever process holds it."""
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, num_experts: int, d_expert: int) -> None:
         super().__init__()
-        self.in_EHD = nn.Parameter(torch.empty(num_experts, 2 * d_expert, config.d_model))
+        self.in_EHD = nn.Parameter(torch.empty(num_experts, hidden_rows(config.activation, d_expert), config.d_model))
         self.out_EDF = nn.Parameter(torch.empty(num_experts, config.d_model, d_expert))
         std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
         for expert in range(num_experts):
@@ -66,7 +67,8 @@ class MoELayer(nn.Module):
                 decision = drop_over_capacity(decision, self._capacity(len(x_TD)))
             if decision.gates_R.requires_grad:
                 decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit; routers read it in observe()
-            return expert_mlp(x_TD.to(dtype), decision, self.experts.weights(dtype), self.backend), decision
+            weights = self.experts.weights(dtype)
+            return expert_mlp(x_TD.to(dtype), decision, weights, self.backend, self.config.activation), decision
 
     def _capacity(self, num_tokens: int) -> int:
         assert self.config.capacity_factor is not None
@@ -74,13 +76,14 @@ class MoELayer(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """One SwiGLU MLP as wide as the k experts that a token would run: the yardstick of equal active compute."""
+    """One MLP as wide as the k experts that a token would run: the yardstick of equal active compute."""
 
     def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
         super().__init__()
+        self.activation = config.activation
         self.experts = Experts(config, layer, seed, 1, config.k * config.d_expert)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return the MLP's output, shape (T, D)."""
-        gate_TF, up_TF = nn.functional.linear(x_TD, self.experts.in_EHD[0]).chunk(2, dim=1)
-        return nn.functional.linear(nn.functional.silu(gate_TF) * up_TF, self.experts.out_EDF[0])
+        hidden_TH = nn.functional.linear(x_TD, self.experts.in_EHD[0])
+        return nn.functional.linear(activate(hidden_TH, self.activation), self.experts.out_EDF[0])
