@@ -1,6 +1,7 @@
 """REINFORCE: experts are sampled, and sampled experts of tokens that were predicted well become more likely.
 
-RL-R of Clark et al. 2022 (arXiv 2202.01169), on Williams 1992 (doi 10.1007/BF00992696).
+RL-R of Clark et al. 2022 (arXiv 2202.01169), on Williams 1992 (doi 10.1007/BF00992696); the leave-one-out baseline is that of Kool et
+al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE).
 
 The reward is the token's own negative loss, which is biased except after the last attention layer: a token's route changes what later
 tokens attend to. ``discount`` adds what follows. Unlike Clark et al. the experts are drawn without nucleus truncation, and for k > 1
@@ -14,161 +15,120 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlroute import seeding
-from rlroute.balance import entropy_T, load_balance
-from rlroute.config import RouterConfig
+from rlroute.agents._policy import RewardConfig, RewardRouter, RunningMean, critic, future_rewards, matrix_flops
 from rlroute.errors import ConfigError
-from rlroute.rewards import discounted_return, own_token_reward
-from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
-from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
+from rlroute.routing import Feedback, RouterShape, RoutingContext, RoutingDecision, Term
 
 
-class ReinforceRouter(Router):
+class ReinforceRouter(RewardRouter):
     """A policy-gradient router: the output is not scaled by a learned gate, so the reward alone teaches it."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(RouterConfig):
+    class Config(RewardConfig):
         """Fields of REINFORCE."""
 
-        policy_weight: float = 0.1
-        """Weight of the policy-gradient term."""
-        baseline: Literal["none", "ema", "value"] = "value"
-        """What is subtracted from the reward: nothing, its running mean, or that plus a learned value of the token."""
-        value_weight: float = 0.01
-        """Weight of the value head's squared error."""
-        value_hidden: int = 128
-        """Width of the value head's two hidden layers."""
-        ema_decay: float = 0.99
-        """Decay of the running mean per step; it starts at the first step's mean."""
-        discount: float = 0.0
-        """Discount per token of the rewards that follow in the sequence; 0 is the token's own reward alone."""
-        entropy_weight: float = 0.0
-        """Weight of the entropy bonus."""
-        balance_weight: float = 0.01
-        """Weight of the f.P balance loss."""
-        temperature: float = 1.0
-        """Of the sampling distribution; logits are divided by it."""
-        shape_body: bool = False
-        """Let the router's losses shape the hidden states too. Off: the router reads them detached."""
-        init_std: float = 0.02
-        """Standard deviation of the initial score weights."""
+        baseline: Literal["none", "batch", "ema", "value", "leave_one_out"] = "value"
+        """What is subtracted from the return: nothing; the mean of the micro-batch's other rows; its running mean; that plus a learned
+        value of the token; or the mean return of the same token in the other routing samples."""
+        samples: int | None = None
+        """Routing samples of each token, each a forward and a backward; none: 2 where ``baseline`` or ``resample`` needs them, else 1."""
+        resample: Literal["all", "one"] = "all"
+        """Which layers differ between samples: all, or one per step in turn, the others held at the first sample's choice; only the
+        layer that differs learns in that step."""
 
         def __post_init__(self) -> None:
-            if self.baseline not in ("none", "ema", "value"):
-                raise ConfigError(f"router reinforce.baseline = {self.baseline!r}: legal are 'none', 'ema', 'value'")
-            for name in ("policy_weight", "value_weight", "entropy_weight", "balance_weight", "init_std"):
-                if not getattr(self, name) >= 0:
-                    raise ConfigError(f"router reinforce.{name} = {getattr(self, name)}: legal are numbers from 0")
-            for name in ("value_hidden", "temperature"):
-                if not getattr(self, name) > 0:
-                    raise ConfigError(f"router reinforce.{name} = {getattr(self, name)}: must be above 0")
-            if not 0 <= self.ema_decay < 1:
-                raise ConfigError(f"router reinforce.ema_decay = {self.ema_decay}: legal are 0 to below 1")
-            if not 0 <= self.discount <= 1:
-                raise ConfigError(f"router reinforce.discount = {self.discount}: legal are 0 to 1")
+            super().__post_init__()
+            self.require_choice("baseline", "none", "batch", "ema", "value", "leave_one_out")
+            self.require_choice("resample", "all", "one")
+            self.require(f"from {self.fewest_samples}", lambda v: v is None or v >= self.fewest_samples, "samples")
 
-    learns_from = frozenset({"reward"})
-    gate_meaning = "1/k"
-    stochastic = True
-    mean_return: Tensor
-    started: Tensor
+        @property
+        def fewest_samples(self) -> int:
+            """How many routing samples the baseline and the resampling need."""
+            return 2 if self.baseline == "leave_one_out" or self.resample == "one" else 1
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.config = config
-        self.scores = LinearScores(shape, "scores", config.init_std)
-        self.value = _value_head(shape, config.value_hidden) if config.baseline == "value" else None
-        self.register_buffer("mean_return", torch.zeros(()))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))  # whether mean_return has seen a step
+        self.value = critic(shape, config.value_hidden) if config.baseline == "value" else None
+        self.mean_return = RunningMean(config.ema_decay)
 
     @property
     def batch_dependent(self) -> bool:
-        """The balance loss mixes the tokens of a micro-batch."""
-        return self.config.balance_weight > 0
+        """The balance term and the batch baseline mix the tokens of a micro-batch."""
+        return super().batch_dependent or self.config.baseline == "batch"
 
-    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        """Sample k experts in order where exploring, else take the k most probable; gates are 1/k."""
-        k, experts = self.shape.k, self.shape.num_experts
-        logits_TE = self.scores(x_TD if self.config.shape_body else x_TD.detach())
-        policy_TE = logits_TE / self.config.temperature
-        log_prob_TK, memo = None, {}
-        if context.explore:
-            ids_TK = gumbel_top_k(policy_TE, k, context.noise("reinforce", (experts,)))
-            log_prob_TK = plackett_luce_log_prob(policy_TE, ids_TK)
-            if self.value is not None:
-                memo["value_T"] = self.value(x_TD.detach()).squeeze(1)
-        else:
-            ids_TK = top_k(policy_TE, k)
-        gates_TK = torch.full_like(ids_TK, 1 / k, dtype=x_TD.dtype)
-        probs_TE = policy_TE.softmax(1)
-        return RoutingDecision.token_choice(
-            ids_TK, gates_TK, experts, log_prob_TK=log_prob_TK, logits_TE=logits_TE, probs_TE=probs_TE, memo=memo
-        )
+    @property
+    def num_samples(self) -> int:
+        """As configured."""
+        return self.config.samples or self.config.fewest_samples
+
+    def draw(self, policy_TE: Tensor, context: RoutingContext) -> Tensor:
+        """Draw, and hold this layer at the first sample's choice where it is not its turn to be resampled."""
+        ids_TK = super().draw(policy_TE, context)
+        if self._learns(context):
+            return ids_TK
+        return ids_TK.view(context.num_samples, -1, self.shape.k)[0].repeat(context.num_samples, 1)
+
+    def _learns(self, context: RoutingContext) -> bool:
+        """Whether the samples differ in this layer in this step."""
+        turn = context.step % self.shape.moe_layers == self.shape.moe_index
+        return self.config.resample == "all" or context.num_samples == 1 or turn
+
+    def remember(self, x_TD: Tensor) -> dict[str, Tensor]:
+        """Return the value of each row over the running mean."""
+        return {} if self.value is None else {"value_T": self.value(x_TD).squeeze(1)}
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
         """Return the policy-gradient surrogate, minus the entropy, the balance loss and the value head's squared error.
 
-        The surrogate is -advantage * log pi(draw), averaged over valid tokens; a token counts if all its pairs were kept, for what
-        ran is otherwise not what was drawn.
+        Raises:
+            ConfigError: fewer routing samples were run than the baseline or the resampling needs.
         """
-        assert decision.log_prob_R is not None and decision.probs_TE is not None
-        config, advantage_T, terms = self.config, self._advantage(feedback), {}
+        if feedback.context.num_samples < self.config.fewest_samples:
+            raise ConfigError(
+                f"router reinforce:baseline={self.config.baseline},resample={self.config.resample} needs "
+                f"{self.config.fewest_samples} routing samples: {feedback.context.num_samples} was run"
+            )
+        config, terms = self.config, self.regularisers(decision, feedback)
+        advantage_T = self._advantage(decision, feedback)
         if self.value is not None:
             value_T = decision.memo["value_T"]
             terms["value"] = Term(feedback.mean((advantage_T - value_T).square()), config.value_weight)
             advantage_T = advantage_T - value_T.detach()
-        credit_T = decision.all_kept_T() * advantage_T
-        policy_T = -credit_T * decision.token_sum(decision.log_prob_R)
-        balance = feedback.share * load_balance(decision.probs_TE, decision, feedback.context)
-        return {
-            "policy": Term(feedback.mean(policy_T), config.policy_weight),
-            "entropy": Term(feedback.mean(-entropy_T(decision.probs_TE)), config.entropy_weight),
-            "balance": Term(balance, config.balance_weight),
-        } | terms
+        if not self._learns(feedback.context):
+            advantage_T = torch.zeros_like(advantage_T)
+        return {"policy": self.surrogate(decision, advantage_T, feedback)} | terms
 
-    def _advantage(self, feedback: Feedback) -> Tensor:
-        """Return each row's return less its running mean where a baseline is wanted; shape (T,).
+    def _return(self, decision: RoutingDecision, feedback: Feedback) -> Tensor:
+        return future_rewards(self.reward(decision, feedback), feedback, self.config.discount)
 
-        Before the first step has been seen there is nothing to compare with: that step only measures.
-        """
-        return_T = self._return(feedback)
-        if self.config.baseline == "none":
-            return return_T
-        return self.started * (return_T - self.mean_return)
-
-    def _return(self, feedback: Feedback) -> Tensor:
-        context, loss_MT = feedback.context, feedback.loss_MT.detach()
-        reward_MT = own_token_reward(loss_MT) * context.mask_T.view_as(loss_MT)
-        if self.config.discount:
-            sequence_T = context.sequence_T[: loss_MT.shape[1]]
-            reward_MT = discounted_return(reward_MT, sequence_T, self.config.discount)
-        return reward_MT.reshape(-1)
+    def _advantage(self, decision: RoutingDecision, feedback: Feedback) -> Tensor:
+        """Return each row's return less its baseline, without the learned value; shape (T,)."""
+        return_MT, baseline = self._return(decision, feedback), self.config.baseline
+        if baseline == "none":
+            return return_MT.reshape(-1)
+        if baseline == "leave_one_out":
+            samples = len(return_MT)
+            return ((return_MT - return_MT.mean(0)) * samples / (samples - 1)).reshape(-1)
+        if baseline == "batch":
+            valid_T = feedback.context.mask_T
+            others = (valid_T.sum() - 1).clamp(min=1)
+            return_T = return_MT.reshape(-1)
+            return return_T - ((return_T * valid_T).sum() - return_T) / others
+        return self.mean_return.centre(return_MT.reshape(-1))
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
         """Return the default sums and the sum of returns."""
-        return_T = self._return(feedback) * feedback.context.mask_T
+        return_T = self._return(decision, feedback).reshape(-1) * feedback.context.mask_T
         return super().observe(decision, feedback) | {"return": return_T.sum()}
 
     def adapt(self, sums: Mapping[str, Tensor]) -> None:
-        """Move the running mean of the return; it starts at the first step's mean."""
-        mean = (sums["return"] / sums["tokens"]).to(self.mean_return.dtype)
-        moved = torch.lerp(mean, self.mean_return, self.config.ema_decay)
-        self.mean_return.copy_(torch.where(self.started, moved, mean))
-        self.started.fill_(True)
+        """Move the running mean of the return."""
+        self.mean_return.update(sums, "return")
 
     def training_flops_per_token(self) -> int:
         """The value head runs in training only."""
-        return 0 if self.value is None else 2 * sum(p.numel() for p in self.value.parameters() if p.dim() == 2)
-
-
-def _value_head(shape: RouterShape, hidden: int) -> nn.Sequential:
-    """An MLP from a token's state to its expected return over the running mean; it starts at 0."""
-    inner, outer = nn.Linear(shape.d_model, hidden), nn.Linear(hidden, 1)
-    head = nn.Sequential(inner, nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), outer)
-    for name, parameter in head.named_parameters():
-        starts_at_0 = parameter.dim() == 1 or parameter is outer.weight
-        std = 0.0 if starts_at_0 else (2 / parameter.shape[1]) ** 0.5
-        seeding.init_normal(parameter, std, shape.seed, f"layers.{shape.layer}.router.value.{name}")
-    return head
+        return matrix_flops(self.value)

@@ -42,6 +42,19 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     return (loss_B * tokens_B).sum() / tokens_B.sum()
 
 
+def overload_T(decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return how full each row's experts are: the mean over its chosen experts of E f_e - 1, float64 of shape (T,).
+
+    0 on average over pairs at perfect balance, E / k - 1 at collapse onto k experts. Not differentiable: for a reward.
+    """
+    experts = decision.num_experts
+    demand_E = context.sum_over_scope(decision.demand_E(context.mask_T).double())
+    over_E = torch.cat([experts * demand_E / demand_E.sum().clamp(min=1) - 1, demand_E.new_zeros(1)])  # 0 for unused
+    used_R = (decision.expert_ids_R < experts).double()
+    chosen_T = decision.token_sum(used_R).clamp(min=1)
+    return decision.token_sum(over_E[decision.expert_ids_R]) / chosen_T
+
+
 def router_z(logits_TE: Tensor) -> Tensor:
     """Return (logsumexp of a token's logits)^2, shape (T,) (ST-MoE, arXiv 2202.08906)."""
     return logits_TE.logsumexp(1).square()

@@ -37,3 +37,20 @@ def discounted_return(reward_MT: Array, sequence_T: Array, discount: float) -> A
         return_MT[..., :-span] += discount**span * (same_T * return_MT[..., span:])
         span *= 2
     return return_MT
+
+
+def temporal_differences(reward_MT: Array, value_MT: Array, sequence_T: Array, discount: float) -> Array:
+    """Return r_t + discount * V_{t+1} - V_t, with V_{t+1} = 0 after a sequence's last token; of the shape of ``reward_MT``.
+
+    Their discounted sum with discount * lambda is the generalised advantage (Schulman et al. 2016, arXiv 1506.02438).
+
+    Args:
+        reward_MT: rewards of shape (..., T), zero where a token does not count.
+        value_MT: values of the tokens' states, likewise.
+        sequence_T: the sequence of each token; the tokens of one are adjacent and in order.
+        discount: from 0 to 1.
+    """
+    differences_MT: Array = reward_MT - value_MT
+    same_T = sequence_T[1:] == sequence_T[:-1]
+    differences_MT[..., :-1] += discount * (same_T * value_MT[..., 1:])
+    return differences_MT

@@ -281,6 +281,7 @@ class RouterShape:
     Attributes:
         d_model, num_experts, k: D, E and experts per token.
         layer: index of the transformer layer.
+        moe_index, moe_layers: which of how many MoE layers this is.
         vocab_size: V.
         seed: initial weights and tables derive from it.
         token_counts_V: how often each token occurs in the training corpus, int64 (V,); None where unknown.
@@ -293,6 +294,8 @@ class RouterShape:
     vocab_size: int
     seed: int
     token_counts_V: Tensor | None = None
+    moe_index: int = 0
+    moe_layers: int = 1
 
 
 class Router(nn.Module):
@@ -305,14 +308,15 @@ class Router(nn.Module):
         learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load".
         gate_meaning: one line for the table: what the published gate is.
         causal: false if a token's route depends on later tokens.
-        stochastic: true if ``explore`` draws; evaluation then reports the sampled policy beside the greedy one.
+        stochastic: true if ``explore`` draws; evaluation then reports the sampled policy beside the greedy one. An instance may say
+            otherwise than its class.
     """
 
     Config: ClassVar[type[RouterConfig]]
     learns_from: ClassVar[frozenset[str]] = frozenset()
     gate_meaning: ClassVar[str]
     causal: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = False
+    stochastic: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

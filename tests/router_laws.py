@@ -338,15 +338,15 @@ def law_gate_signal(case: Case) -> None:
 def law_reward_signal(case: Case) -> None:
     """Other losses teach something else exactly where the router says that it learns from reward."""
 
-    def learned(loss_seed: int, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def learned(loss_seed: int, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         router = with_a_past(case.make(k=k))
         outcome = backward(router, make_batch(router, loss_seed=loss_seed), interrupted=True)
         adapt(router, outcome.sums)
-        return outcome.gradients, state(router)
+        return outcome.gradients, state(router), decide(router, tokens=64, explore=False).expert_ids_R
 
     for k in (1, 2):
-        (gradients, after), (other_gradients, other_after) = learned(3, k), learned(4, k)
-        differs = not same(gradients, other_gradients)
+        (gradients, after, ids_R), (other_gradients, other_after, other_ids_R) = learned(3, k), learned(4, k)
+        differs = not same(gradients, other_gradients) or not torch.equal(ids_R, other_ids_R)
         if "reward" in case.router.learns_from:
             assert differs or not case.teaches, f"k = {k}"
         else:

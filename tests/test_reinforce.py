@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlroute.agents import reinforce
+from rlroute.agents import _policy
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.errors import ConfigError
 from rlroute.routing import Feedback, RouterShape, RoutingContext, Term, drop_over_capacity
@@ -102,7 +102,7 @@ def expected_surrogate_gradient(
     """The policy term's gradient in expectation over all draws, from the router's own forward and objective."""
     context, expected = make_context(len(x_TD)), torch.zeros((), dtype=x_TD.dtype)
     for draws, chance in all_draws(router, x_TD):
-        monkeypatch.setattr(reinforce, "gumbel_top_k", lambda *_, draws=draws: torch.tensor(draws))
+        monkeypatch.setattr(_policy, "gumbel_top_k", lambda *_, draws=draws: torch.tensor(draws))
         terms = router.objective(router(x_TD, context), make_feedback(loss_of(draws), context))
         expected = expected + chance.detach() * terms["policy"].value
     return torch.autograd.grad(expected, router.scores.weight)[0]
@@ -163,7 +163,7 @@ WRONG: dict[str, Callable[[ReinforceRouter], tuple[str, Callable[..., Tensor]]]]
 @pytest.mark.parametrize("mistake", WRONG)
 def test_wrong_estimators_fail_the_same_check(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     router, x_TD, loss_of = make_router(baseline="none"), inputs(2), own_losses(2, 2)
-    monkeypatch.setattr(reinforce, *WRONG[mistake](router))
+    monkeypatch.setattr(_policy, *WRONG[mistake](router))
     estimate = expected_surrogate_gradient(router, x_TD, loss_of, monkeypatch)
     assert float((estimate - exact_gradient(router, x_TD, loss_of)).abs().max()) > 1e-3
 
@@ -295,7 +295,7 @@ def test_the_running_mean_starts_at_the_first_mean_and_moves_in_adapt_alone() ->
         sums = router.observe(decision, make_feedback(loss_T))
         assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
         router.adapt(sums)
-        assert float(router.mean_return) == pytest.approx(expected, abs=1e-12)
+        assert float(router.mean_return.mean) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_value_head_predicts_what_the_running_mean_leaves_over() -> None:
@@ -307,7 +307,7 @@ def test_the_value_head_predicts_what_the_running_mean_leaves_over() -> None:
         optimizer.zero_grad()
         router.objective(router(x_TD, make_context(16)), make_feedback(losses(16)))["value"].value.backward()
         optimizer.step()
-    residual_T = -losses(16) - router.mean_return
+    residual_T = -losses(16) - router.mean_return.mean
     torch.testing.assert_close(head(x_TD)[:, 0].detach(), residual_T, rtol=0, atol=0.1)
 
 
@@ -350,7 +350,7 @@ def test_it_finds_the_better_expert(flip: bool, monkeypatch: pytest.MonkeyPatch)
     x_TD = inputs(128)
     best_T = (x_TD[:, 0] > 0).long()
     if flip:
-        monkeypatch.setattr(reinforce, "own_token_reward", lambda loss_MT: loss_MT)
+        monkeypatch.setattr(_policy, "own_token_reward", lambda loss_MT: loss_MT)
     for step in range(150):
         context = make_context(128, step=step)
         decision = router(x_TD, context)

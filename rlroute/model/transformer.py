@@ -143,6 +143,8 @@ class Transformer(nn.Module):
                 vocab_size=shape.vocab_size,
                 seed=shape.seed,
                 token_counts_V=shape.token_counts_V,
+                moe_index=layer - config.num_dense_layers,
+                moe_layers=config.num_layers - config.num_dense_layers,
             )
         )
 

@@ -1,0 +1,164 @@
+"""A contextual bandit: each expert has a linear model of the reward it brings a token, and the choice is optimistic or a posterior draw.
+
+LinUCB (Li et al. 2010, arXiv 1003.0146) and linear Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352), with forgetting, because
+experts and hidden states move while they are being learned about. No gradient reaches the router: a posterior moves once per step.
+
+The models see a fixed random projection of the hidden state and a constant. With k > 1 every chosen expert of a token is credited with
+the token's reward.
+
+Shape suffixes: T tokens (rows of all routing samples), D model width, P features, M routing samples, E experts, K experts per token,
+R pairs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlroute import seeding
+from rlroute.agents._policy import RunningMean
+from rlroute.balance import overload_T
+from rlroute.config import RouterConfig
+from rlroute.errors import ConfigError
+from rlroute.rewards import own_token_reward
+from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
+from rlroute.sampling import top_k
+
+
+class BanditRouter(Router):
+    """Bayesian linear regression of the reward, per expert."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Fields of the bandit."""
+
+        exploration: Literal["optimism", "thompson"] = "thompson"
+        """Score by the mean plus ``width`` standard deviations, or by a draw from the posterior widened so."""
+        width: float = 1.0
+        """How many posterior standard deviations, in nats."""
+        features: int = 32
+        """P, the width of the random projection of the hidden state."""
+        ridge: float = 1.0
+        """Precision of the prior."""
+        init_std: float = 0.02
+        """Standard deviation of the prior's means, without which all tokens would start with the same experts."""
+        forget: float = 0.99
+        """Decay per step of what was seen."""
+        balance_weight: float = 0.1
+        """Charge on the reward, in nats: the mean over a token's experts of E f_e - 1."""
+        ema_decay: float = 0.99
+        """Decay of the running mean reward, which is subtracted from every reward."""
+
+        def __post_init__(self) -> None:
+            if self.exploration not in ("optimism", "thompson"):
+                raise ConfigError(f"router bandit.exploration = {self.exploration!r}: legal are 'optimism', 'thompson'")
+            for name in ("width", "balance_weight", "init_std"):
+                if not getattr(self, name) >= 0:
+                    raise ConfigError(f"router bandit.{name} = {getattr(self, name)}: legal are numbers from 0")
+            for name in ("features", "ridge"):
+                if not getattr(self, name) > 0:
+                    raise ConfigError(f"router bandit.{name} = {getattr(self, name)}: must be above 0")
+            for name in ("forget", "ema_decay"):
+                if not 0 <= getattr(self, name) < 1:
+                    raise ConfigError(f"router bandit.{name} = {getattr(self, name)}: legal are 0 to below 1")
+
+    learns_from = frozenset({"reward"})
+    gate_meaning = "1/k"
+    projection_DP: Tensor
+    prior_EP: Tensor
+    gram_EPP: Tensor
+    moment_EP: Tensor
+    mean_EP: Tensor
+    covariance_EPP: Tensor
+
+    def __init__(self, config: Config, shape: RouterShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.stochastic = config.exploration == "thompson"
+        size, experts = config.features + 1, shape.num_experts
+        projection_DP = torch.empty(shape.d_model, config.features)
+        seeding.init_normal(projection_DP, shape.d_model**-0.5, shape.seed, f"layers.{shape.layer}.router.projection")
+        prior_EP = torch.empty(experts, size)
+        seeding.init_normal(prior_EP, config.init_std, shape.seed, f"layers.{shape.layer}.router.prior")
+        self.register_buffer("projection_DP", projection_DP)
+        self.register_buffer("prior_EP", prior_EP)
+        self.register_buffer("gram_EPP", torch.zeros(experts, size, size))
+        self.register_buffer("moment_EP", torch.zeros(experts, size))
+        self.register_buffer("mean_EP", prior_EP.clone())
+        self.register_buffer("covariance_EPP", torch.eye(size).repeat(experts, 1, 1) / config.ridge)
+        self.mean_reward = RunningMean(config.ema_decay)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """The charge for full experts mixes the tokens of a micro-batch."""
+        return self.config.balance_weight > 0
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Take the k experts of the highest score; of the highest mean where greedy. Gates are 1/k."""
+        features_TP = self._features(x_TD.detach())
+        scores_TE = features_TP @ self.mean_EP.to(features_TP.dtype).t()
+        if context.explore:
+            scores_TE = scores_TE + self.config.width * self._spread(features_TP, context)
+        ids_TK = top_k(scores_TE, self.shape.k)
+        gates_TK = torch.full_like(ids_TK, 1 / self.shape.k, dtype=x_TD.dtype)
+        return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts, memo={"features_TP": features_TP})
+
+    def _features(self, x_TD: Tensor) -> Tensor:
+        return torch.cat([x_TD @ self.projection_DP.to(x_TD.dtype), x_TD.new_ones(len(x_TD), 1)], dim=1)
+
+    def _spread(self, features_TP: Tensor, context: RoutingContext) -> Tensor:
+        """Return each expert's posterior standard deviation for each token, times a normal draw under Thompson; (T, E)."""
+        covariance_EPP = self.covariance_EPP.to(features_TP.dtype)
+        seen_ETP = features_TP @ covariance_EPP
+        std_TE = (seen_ETP * features_TP).sum(2).clamp(min=0).sqrt().t()
+        if self.config.exploration == "optimism":
+            return std_TE
+        return std_TE * seeding.normal(context.noise("bandit", (self.shape.num_experts,))).to(std_TE.dtype)
+
+    def _reward(self, decision: RoutingDecision, feedback: Feedback) -> Tensor:
+        """Return each row's reward, shape (T,): its own negative loss less the charge for full experts."""
+        charge_T = overload_T(decision, feedback.context).to(feedback.loss_MT.dtype)
+        return own_token_reward(feedback.loss_MT.detach()).reshape(-1) - self.config.balance_weight * charge_T
+
+    def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
+        """Return the default sums, the sum of rewards, and each expert's sums of feature products and of rewarded features.
+
+        A pair counts if it ran and its token is valid.
+        """
+        reward_T, mask_T = self._reward(decision, feedback), feedback.context.mask_T
+        features_TP, experts = decision.memo["features_TP"].to(reward_T.dtype), self.shape.num_experts
+        centred_T = self.mean_reward.centre(reward_T)
+        counts_R = decision.kept_R & (decision.expert_ids_R < experts) & mask_T[decision.token_ids_R]
+        counts_ET = reward_T.new_zeros(experts + 1, len(reward_T)).index_put_(
+            (decision.expert_ids_R, decision.token_ids_R), counts_R.to(reward_T.dtype)
+        )[:experts]
+        grams = [features_TP.t() @ (counts_T[:, None] * features_TP) for counts_T in counts_ET]
+        return super().observe(decision, feedback) | {
+            "reward": (reward_T * mask_T).sum(),
+            "gram_EPP": torch.stack(grams),
+            "moment_EP": (counts_ET * centred_T) @ features_TP,
+        }
+
+    def adapt(self, sums: Mapping[str, Tensor]) -> None:
+        """Forget a little, add what the step saw, and move the posterior."""
+        config, kind = self.config, self.gram_EPP
+        self.gram_EPP.copy_(config.forget * self.gram_EPP + sums["gram_EPP"].to(kind))
+        self.moment_EP.copy_(config.forget * self.moment_EP + sums["moment_EP"].to(kind))
+        precision_EPP = self.gram_EPP + config.ridge * torch.eye(kind.shape[1], dtype=kind.dtype, device=kind.device)
+        factor_EPP = torch.linalg.cholesky(precision_EPP)
+        self.covariance_EPP.copy_(torch.cholesky_inverse(factor_EPP))
+        moment_EP = self.moment_EP + config.ridge * self.prior_EP
+        self.mean_EP.copy_(torch.cholesky_solve(moment_EP[..., None], factor_EPP).squeeze(2))
+        self.mean_reward.update(sums, "reward")
+
+    def flops_per_token(self) -> int:
+        """The projection and the experts' means."""
+        size = self.config.features + 1
+        return 2 * (self.shape.d_model * self.config.features + self.shape.num_experts * size)
+
+    def training_flops_per_token(self) -> int:
+        """The posterior widths, and the sums of feature products over k pairs."""
+        size = self.config.features + 1
+        return 2 * size**2 * (self.shape.num_experts + self.shape.k)
