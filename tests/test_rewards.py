@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlroute.rewards import discounted_return, own_token_reward
+from rlroute.rewards import discounted_return, own_token_reward, temporal_differences
 
 SEQUENCE_T = [4, 4, 4, 4, 4, 9, 2, 2, 2]
 LOSS_MT = np.random.default_rng(0).random((2, 9))
@@ -37,3 +37,23 @@ def test_discounted_return(discount: float) -> None:
 
 def test_discount_0_is_the_own_reward() -> None:
     np.testing.assert_array_equal(discounted_return(LOSS_MT, np.array(SEQUENCE_T), 0.0), LOSS_MT)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.7, 1.0])
+def test_temporal_differences(discount: float) -> None:
+    value_MT = np.random.default_rng(1).random((2, 9))
+    ends_T = np.append(np.diff(SEQUENCE_T) != 0, True)
+    following_MT = np.where(ends_T, 0.0, np.roll(value_MT, -1, axis=1))
+    want_MT = LOSS_MT + discount * following_MT - value_MT
+    in_numpy = temporal_differences(LOSS_MT, value_MT, np.array(SEQUENCE_T), discount)
+    tensors = torch.from_numpy(LOSS_MT), torch.from_numpy(value_MT), torch.tensor(SEQUENCE_T)
+    np.testing.assert_allclose(in_numpy, want_MT, rtol=1e-13)
+    np.testing.assert_allclose(temporal_differences(*tensors, discount).numpy(), want_MT, rtol=1e-13)
+
+
+@pytest.mark.parametrize("discount", [0.5, 1.0])
+def test_their_discounted_sum_is_the_return_over_the_value(discount: float) -> None:
+    value_MT, sequence_T = np.random.default_rng(1).random((2, 9)), np.array(SEQUENCE_T)
+    differences_MT = temporal_differences(LOSS_MT, value_MT, sequence_T, discount)
+    advantage_MT = discounted_return(differences_MT, sequence_T, discount)
+    np.testing.assert_allclose(advantage_MT, discounted_return(LOSS_MT, sequence_T, discount) - value_MT, atol=1e-13)
