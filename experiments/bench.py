@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D model width, F expert width, E experts, K experts pe
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -91,8 +92,10 @@ def measure(problem: Problem, calls: dict[str, Call], rounds: int, backward: boo
     """
     upstream_TD = torch.randn_like(problem.x_TD)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        # In a new order each round: what a call finds in caches and allocator is what the one before it left there.
+        for name, call in order.sample(list(calls.items()), len(calls)):
             for leaf in problem.leaves:
                 leaf.grad = None
             elapsed = _timed(partial(_once, call, upstream_TD, backward), problem.x_TD.is_cuda)

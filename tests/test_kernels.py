@@ -101,9 +101,10 @@ def test_cpu_engine_equals_the_reference_with_other_activations(name, activation
 
 
 @pytest.mark.parametrize("counts", [[3], [0, 0], [512, 512, 1], [5000, 0, 7, 511, 513], [1] * 3000, [1024, 1024]])
-def test_chunks_cover_every_row_once_and_cut_an_expert_where_its_neighbours_do_not_matter(counts):
+@pytest.mark.parametrize("hidden", [1, 300, 10**6])
+def test_chunks_cover_every_row_once_and_cut_an_expert_where_its_neighbours_do_not_matter(counts, hidden):
     end, sizes = 0, {}
-    for rows, pieces in cpu_engine.chunks(counts):
+    for rows, pieces in cpu_engine.chunks(counts, hidden):
         assert rows.start == end
         end += sum(piece.size for piece in pieces)
         assert rows.stop == end and rows.stop - rows.start <= cpu_engine.CHUNK_ROWS
@@ -111,7 +112,7 @@ def test_chunks_cover_every_row_once_and_cut_an_expert_where_its_neighbours_do_n
             assert first == (expert not in sizes)
             sizes.setdefault(expert, []).append(size)
     assert end == sum(counts)
-    alone = {e: [p.size for _, ps in cpu_engine.chunks([c]) for p in ps] for e, c in enumerate(counts) if c}
+    alone = {e: [p.size for _, ps in cpu_engine.chunks([c], hidden) for p in ps] for e, c in enumerate(counts) if c}
     assert sizes == alone
 
 

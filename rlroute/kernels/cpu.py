@@ -22,8 +22,8 @@ from rlroute.kernels.activations import activate
 from rlroute.routing import RoutingDecision
 
 CHUNK_ROWS = 1024
-PIECE_ROWS = 512
-"""Rows of one expert in one product. Bits depend on it, as they do not on CHUNK_ROWS."""
+PIECE_ELEMENTS = 2**18
+"""Pre-activations of one product: what stays in a core's cache. Bits depend on how an expert is cut, not on ``CHUNK_ROWS``."""
 
 
 class Piece(NamedTuple):
@@ -53,15 +53,20 @@ def sorted_expert_mlp(
     return out_TD
 
 
-def chunks(counts: list[int]) -> Iterator[tuple[slice, list[Piece]]]:
+def chunks(counts: list[int], hidden: int) -> Iterator[tuple[slice, list[Piece]]]:
     """Cut the sorted pairs into chunks of at most ``CHUNK_ROWS`` rows; yield each one's rows and pieces.
 
-    An expert is cut at multiples of ``PIECE_ROWS`` from its own first row, whatever its neighbours: its sums do not depend on them.
+    An expert is cut at multiples of the same number from its own first row, whatever its neighbours: its sums do not depend on them.
+
+    Args:
+        counts: rows of each expert.
+        hidden: H; the wider, the fewer rows in a piece.
     """
+    most = min(CHUNK_ROWS, max(CHUNK_ROWS // 2, PIECE_ELEMENTS // hidden))
     start, size, pieces = 0, 0, list[Piece]()
     for expert, count in enumerate(counts):
-        for offset in range(0, count, PIECE_ROWS):
-            piece = Piece(expert, min(PIECE_ROWS, count - offset), offset == 0)
+        for offset in range(0, count, most):
+            piece = Piece(expert, min(most, count - offset), offset == 0)
             if size + piece.size > CHUNK_ROWS:
                 yield slice(start, start + size), pieces
                 start, size, pieces = start + size, 0, []
@@ -91,7 +96,7 @@ class _SortedExperts(torch.autograd.Function):
         buffer_CD = x_TD.new_empty(rows_most, x_TD.shape[1])
         hidden_NH = x_TD.new_empty(len(tokens_N) if save else rows_most, in_EHD.shape[1])
         out_TD = torch.zeros_like(x_TD)
-        for rows, pieces in chunks(counts):
+        for rows, pieces in chunks(counts, in_EHD.shape[1]):
             tokens_C, sizes = tokens_N[rows], [piece.size for piece in pieces]
             size = len(tokens_C)
             x_CD, hidden_CH = buffer_CD[:size], hidden_NH[rows] if save else hidden_NH[:size]
@@ -126,7 +131,7 @@ class _SortedExperts(torch.autograd.Function):
         x_buffer_CD, dout_buffer_CD = x_TD.new_empty(2, rows_most, x_TD.shape[1]).unbind(0)
         dhidden_buffer_CH = hidden_NH.new_empty(rows_most, hidden_NH.shape[1])
         dact_buffer_CF = hidden_NH.new_empty(rows_most, out_EDF.shape[2])
-        for rows, pieces in chunks(ctx.counts):
+        for rows, pieces in chunks(ctx.counts, in_EHD.shape[1]):
             tokens_C, hidden_CH, sizes = tokens_N[rows], hidden_NH[rows], [piece.size for piece in pieces]
             size = len(tokens_C)
             x_CD, dout_CD, dact_CF, dhidden_CH = (
