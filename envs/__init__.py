@@ -1,1 +1,29 @@
-"""Gymnasium environments in which routing is the action."""
+"""Gymnasium environments in which routing is the action: ids, and nothing that is not needed to name them.
+
+``gym.make("rlroute:rlroute/TokenBandit-v0")`` needs no prior import; ``gym.make_vec`` of the same id gives the native vector
+environment. docs/environments.md describes each.
+"""
+
+from __future__ import annotations
+
+from rlroute.errors import MissingDependencyError
+
+try:
+    import gymnasium
+except ImportError as error:
+    raise MissingDependencyError("environments need the package gymnasium (extra 'envs')") from error
+
+IDS = {
+    "rlroute/TokenBandit-v0": "token_bandit:TokenBandit",
+    "rlroute/TokenBandits-v0": "token_bandit:TokenBandits",
+    "rlroute/Dispatch-v0": "dispatch:Dispatch",
+}
+"""Each environment's module and the stem of its classes: ``<stem>Env`` steps one copy, ``<stem>VectorEnv`` many at once."""
+
+
+for _id, _stem in IDS.items():
+    gymnasium.register(
+        _id,
+        entry_point=f"rlroute.envs.{_stem}Env",
+        vector_entry_point=f"rlroute.envs.{_stem}VectorEnv",
+    )

@@ -1,14 +1,18 @@
 """Per-token rewards and returns, one for training and environments alike: plain arithmetic that serves torch and NumPy.
 
+Nothing here imports torch at run time: environments run where it is not loaded.
+
 Shape suffixes: T tokens, M routing samples.
 """
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
-Array = TypeVar("Array", torch.Tensor, np.ndarray[Any, Any])
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array", "torch.Tensor", np.ndarray[Any, Any])
 
 
 def own_token_reward(loss_MT: Array) -> Array:
