@@ -1,6 +1,7 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
+# make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: compare test check slow aot clean
+.PHONY: compare test check slow aot gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -41,6 +42,10 @@ $(INSTALLED): setup.py pyproject.toml
 # What the pinned kernels cost on chips that need not be there: an A100, an H100, a B200.
 aot: $(INSTALLED)
 	for chip in 80 90 100; do $(BIN)/python -m rlroute.kernels.aot $$chip || exit 1; done
+
+# Nothing is installed: the machine's own Python has torch for its card.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m rlroute.experiments.gpu
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -201,30 +201,40 @@ def tune(
 
 @app.command
 def bench(
-    what: tyro.conf.Positional[Literal["kernels"]],
+    what: tyro.conf.Positional[Literal["kernels", "layer", "table"]],
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: int = 15,
+    minutes: float = 60.0,
+    shapes: tuple[str, ...] = (),
+    routings: tuple[str, ...] = (),
+    contenders: tuple[str, ...] = (),
+    tune: bool = False,
     out: Path = Path("results/bench.json"),
 ) -> None:
-    """Benchmark the expert kernel against its peers: interleaved rounds, times as ratios, one thread. Run it alone.
+    """Benchmark experts or MoE layers: interleaved rounds, times as ratios, one thread. Run it alone on its machine.
 
     Args:
-        what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs.
+        what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the whole layer for
+            each router; table: print the result in --out once more.
         device: cpu in float32, cuda in bfloat16.
         rounds: interleaved repetitions, after one that warms up.
-        out: all figures, as JSON.
+        minutes: no new row is begun after so many.
+        shapes: T,D,F,E,K each; the device's standard ones if none are given.
+        routings: of kernels: balanced, zipf, collapsed; all if none are given.
+        contenders: peers, or routers; all if none are given.
+        tune: first search tiles for these shapes, and write the best into the engine's table (cuda).
+        out: all figures, as JSON; the same as tables beside it, as Markdown.
     """
-    import torch
+    from rlroute.experiments import benches
 
-    from rlroute.experiments.bench import SHAPES, bench_kernels, row_text, write_bench
-
-    torch.set_num_threads(1)
-    rows = []
-    for row in bench_kernels(device, SHAPES[device], rounds):
-        print(row_text(row), flush=True)
-        rows.append(row)
-    write_bench(rows, device, rounds, _command(), out)
-    print(f"{len(rows)} rows in {out}")
+    if what == "table":
+        print(benches.read_table(out))
+        return
+    if tune:
+        benches.tune_tiles(device, shapes, rounds)
+    bench_of = benches.kernels if what == "kernels" else benches.layer
+    text = bench_of(device, shapes, routings, contenders, rounds=rounds, minutes=minutes, out=out, command=_command())
+    print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")
 
 
 def _select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:

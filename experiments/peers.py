@@ -5,6 +5,7 @@ Every contender computes sum_j gate_tj * (silu(W_gate x_t) * (W_up x_t)) W_down 
 Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, K experts per token, R pairs, C rows of the fullest expert.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -114,13 +115,78 @@ def transformers_experts(implementation: str) -> Contender:
     return prepare
 
 
-def contenders() -> dict[str, Contender]:
-    """Return every contender that is installed, ours and the dense denominator first."""
-    own = {"dense": dense, "rlroute": ours, "loop": loop, "grouped_mm": grouped_mm, "padded_bmm": padded_bmm}
-    found: dict[str, Contender] = {name: partial(partial, work) for name, work in own.items()}
+def liger(problem: Problem) -> Tensor:
+    """Liger-Kernel's fused MoE (github.com/linkedin/Liger-Kernel): Triton, gate rows above up rows."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    ids_TK = problem.ids_TK.to(torch.int32)
+    out_TD: Tensor = LigerFusedMoEFunction.apply(problem.x_TD, *problem.weights, ids_TK, problem.gates_TK)
+    return out_TD
+
+
+def scattermoe(problem: Problem) -> Tensor:
+    """ScatterMoE (arXiv 2403.08245): Triton, rows scattered and gathered inside its products; weights stored (E, in, out)."""
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    experts, k = len(problem.weights.in_EHD), problem.ids_TK.shape[1]
+    order = flatten_sort_count(problem.ids_TK, num_experts=experts)
+    in_EDH, out_EFD = (weights.transpose(1, 2) for weights in problem.weights)
+    hidden_RH = parallel_linear(problem.x_TD, in_EDH, k, *order, grouped_out=True)
+    out_TD: Tensor = parallel_linear(_swiglu(hidden_RH), out_EFD, 1, *order, gates=problem.gates_TK, grouped_in=True)
+    return out_TD
+
+
+def moe_ops(problem: Problem) -> Tensor:
+    """moe-ops: Triton permute, grouped GEMM by TMA, unpermute."""
+    from moe_ops import grouped_gemm, permute, unpermute
+
+    (tokens, k), experts = problem.ids_TK.shape, len(problem.weights.in_EHD)
+    x_RD, rows, offsets = permute(problem.x_TD, problem.ids_TK.to(torch.int32), E=experts)
+    hidden_RH = grouped_gemm(x_RD, problem.weights.in_EHD, offsets)
+    y_RD = grouped_gemm(_swiglu(hidden_RH), problem.weights.out_EDF, offsets)
+    out_TD: Tensor = unpermute(y_RD, rows, problem.gates_TK.float(), tokens, k)
+    return out_TD
+
+
+def sonicmoe(problem: Problem) -> Tensor:
+    """SonicMoE (arXiv 2512.14080): CuTe; weights given as (H, D, E) and (D, F, E), gate rows above up rows."""
+    from sonicmoe import moe_general_routing_inputs
+    from sonicmoe.enums import ActivationType
+
+    (tokens, k), experts = problem.ids_TK.shape, len(problem.weights.in_EHD)
+    device = problem.x_TD.device
+    out_TD: Tensor = moe_general_routing_inputs(
+        x=problem.x_TD,
+        router_scores=problem.gates_TK.reshape(-1),
+        token_indices=torch.arange(tokens, device=device, dtype=torch.int32).repeat_interleave(k),
+        expert_indices=problem.ids_TK.reshape(-1).to(torch.int32),
+        w1=problem.weights.in_EHD.permute(1, 2, 0),
+        b1=None,
+        w2=problem.weights.out_EDF.permute(1, 2, 0),
+        b2=None,
+        E=experts,
+        stream_id=torch.cuda.current_stream(device).cuda_stream,
+        activation_type=ActivationType.SWIGLU,
+        concat_layout=True,
+    )[0]
+    return out_TD
+
+
+EVERYWHERE = {"dense": dense, "rlroute": ours, "loop": loop, "grouped_mm": grouped_mm, "padded_bmm": padded_bmm}
+ON_CUDA = {"liger_kernel": liger, "scattermoe": scattermoe, "moe_ops": moe_ops, "sonicmoe": sonicmoe}
+"""By the name of the package that must be installed."""
+
+
+def contenders(cuda: bool) -> dict[str, Contender]:
+    """Return every contender that is installed, the dense denominator and ours first.
+
+    A peer that is not there is left out; the result's list of contenders says so.
+    """
+    there = {name: work for name, work in ON_CUDA.items() if cuda and importlib.util.find_spec(name)}
+    found: dict[str, Contender] = {name: partial(partial, work) for name, work in (EVERYWHERE | there).items()}
     for implementation in ("eager", "grouped_mm"):
         try:
             found[f"transformers_{implementation}"] = transformers_experts(implementation)
-        except ImportError:  # a peer that is not there is left out, and the result's list of contenders says so
+        except ImportError:
             break
     return found

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from rlroute.experiments.bench import Shape, make_problem, measure
+from rlroute.experiments.bench_kernels import Shape, make_problem, passes
 from rlroute.experiments.peers import Problem, ours
+from rlroute.experiments.timing import measure
 from rlroute.kernels import sparse, tiles
 from rlroute.kernels.tiles import BUCKETS, INTERPRETER, Entry, Tile, Tiles, chip_of, pick_tiles, pinned, with_entry
 
@@ -105,7 +106,8 @@ def _seconds(problem: Problem, entry: Entry, rounds: int) -> float:
     before = list(pinned())
     tiles.pin(with_entry(before, entry))
     try:
-        seconds = measure(problem, {"rlroute": lambda: ours(problem)}, rounds, backward=True)["rlroute"]
+        work = passes(problem, lambda: ours(problem))["forward+backward"]
+        seconds = measure({"ours": work}, "ours", rounds, problem.x_TD.is_cuda).seconds["ours"]
     except (
         Exception
     ) as error:  # a candidate that wants more shared memory or registers than there are is out of the race

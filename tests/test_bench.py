@@ -1,24 +1,26 @@
-"""The benches compare like with like: every contender computes the same function, and ratios come from the same rounds."""
+"""The benches compare like with like: every contender computes the same function, ratios come from the same rounds, and what fails is
+said and holds up nobody."""
 
 import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from rlroute.experiments.bench import (
-    ROUTINGS,
-    Shape,
-    bench_kernels,
-    choose_experts,
-    make_problem,
-    measure,
-    ratio,
-    write_bench,
-)
+from rlroute.errors import ConfigError, StoreError
+from rlroute.experiments import bench_kernels, bench_layer, benches, peers, timing
+from rlroute.experiments.bench_kernels import ROUTINGS, Shape, choose_experts, make_problem, parse_shape, prepare
 from rlroute.experiments.peers import contenders
+from rlroute.experiments.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
+from rlroute.registry import router_names
 
 SHAPE = Shape(24, 16, 8, 4, 2)
-PEERS = [name for name in contenders() if name not in ("dense", "loop")]
+PEERS = [name for name in contenders(cuda=False) if name not in ("dense", "loop")]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -29,7 +31,7 @@ def test_every_contender_computes_the_same_function(name, routing):
     upstream = torch.randn(24, 16)
     results = []
     for contender in ("loop", name):
-        out_TD = contenders()[contender](problem)()
+        out_TD = contenders(cuda=False)[contender](problem)()
         results.append((out_TD, *torch.autograd.grad(out_TD, leaves, upstream)))
     for want, got in zip(*results, strict=True):
         assert torch.allclose(want, got, rtol=1e-4, atol=1e-5)
@@ -51,6 +53,9 @@ def test_routings_are_what_they_are_called(routing):
     assert {"balanced": spread == 0, "zipf": spread > 200, "collapsed": int((load_E > 0).sum()) == 2}[routing]
 
 
+# Measuring.
+
+
 def test_ratio_is_of_the_same_rounds():
     """A machine that slows down by the round disturbs both alike: paired, the ratio is exact."""
     base = [1.0, 2.0, 4.0, 8.0]
@@ -59,15 +64,177 @@ def test_ratio_is_of_the_same_rounds():
     assert ratio([2.0, 2.0, 2.0, 2.0], base)["low"] < 1 < ratio([2.0, 2.0, 2.0, 2.0], base)["high"]
 
 
-def test_rounds_and_rows_are_complete(tmp_path):
+def made_up(monkeypatch, seconds):
+    """Let a call's time be what ``seconds`` says of it."""
+    monkeypatch.setattr(timing, "_cpu_seconds", lambda call: seconds[call()])
+    return {name: partial(str, name) for name in seconds}
+
+
+def test_who_is_hopeless_in_three_rounds_is_not_called_again(monkeypatch):
+    calls = made_up(monkeypatch, {"ours": 1.0, "close": 3.9, "hopeless": 4.1})
+    contest = measure(calls, "ours", 10, cuda=False)
+    assert {name: len(values) for name, values in contest.seconds.items()} == {"ours": 10, "close": 10, "hopeless": 3}
+    rows = figures(contest, "ours", "close", tokens=8)
+    assert rows["hopeless"]["rounds"] == 3 and rows["hopeless"]["speed_of_ours"]["mean"] == pytest.approx(4.1)
+    assert rows["ours"]["tokens_per_second"] == 8 and rows["ours"]["time_over_base"]["mean"] == pytest.approx(1 / 3.9)
+
+
+def test_every_round_has_its_own_order():
+    seen = []
+    measure({name: partial(seen.append, name) for name in "abcd"}, "a", 20, cuda=False)
+    rounds = [tuple(seen[i : i + 4]) for i in range(0, len(seen), 4)]
+    assert all(sorted(one) == list("abcd") for one in rounds) and len(set(rounds)) > 10
+
+
+def test_a_failing_peer_is_recorded_and_a_failing_kernel_is_an_error():
+    def fail():
+        raise MemoryError("too much\nof it")
+
+    contest = measure({"ours": str, "peer": fail}, "ours", 2, cuda=False)
+    assert contest.failed == {"peer": "MemoryError: too much of it"} and list(contest.seconds) == ["ours"]
+    with pytest.raises(MemoryError):
+        measure({"ours": fail, "peer": str}, "ours", 2, cuda=False)
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     problem = make_problem(SHAPE, "balanced", "cpu", torch.float32)
-    calls = {name: prepare(problem) for name, prepare in contenders().items()}
-    seconds = measure(problem, calls, rounds=2, backward=True)
-    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(calls, 2)
-    rows = list(bench_kernels("cpu", [SHAPE], 2))
-    write_bench(rows, "cpu", 2, "rlroute bench kernels", tmp_path / "out" / "bench.json")
+    wrong = {"gateless": lambda p: 2 * peers.loop(p), "broken": lambda p: 1 / 0}
+    monkeypatch.setattr(peers, "EVERYWHERE", peers.EVERYWHERE | wrong)
+    calls, failed = prepare(problem, ["dense", "rlroute", "loop", *wrong])
+    assert list(calls) == ["dense", "rlroute", "loop"]
+    assert "computes something else: output is off by" in failed["gateless"]
+    assert failed["broken"] == "ZeroDivisionError: division by zero"
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def work():
+        for _ in range(3):
+            a = torch.empty(2**18)
+            b = torch.empty(2**18)
+            del a, b
+
+    assert 2**21 <= peak_bytes(work, cuda=False) < 2**21 + 2**16
+
+
+# The commands.
+
+
+def run(bench, tmp_path, **changes):
+    wanted = {"device": "cpu", "shapes": ["24,16,8,4,2"], "routings": (), "names": ()} | changes
+    return bench(*wanted.values(), rounds=2, minutes=60, out=tmp_path / "out" / "bench.json", command="rlroute bench")
+
+
+def test_kernels_bench_is_complete_and_its_table_is_in_its_file(tmp_path):
+    text = run(benches.kernels, tmp_path)
     stored = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [(r["routing"], r["direction"]) for r in stored["rows"]] == [
         (routing, direction) for routing in ROUTINGS for direction in ("forward", "forward+backward")
     ]
     assert stored["environment"]["tile_table"] and stored["environment"]["kernel_backend"] == "cpu"
+    for row in stored["rows"]:
+        assert set(row["contenders"]) == set(contenders(cuda=False))
+        assert all(values["peak_bytes"] > 0 for values in row["contenders"].values())
+    assert text == to_markdown(stored) == (tmp_path / "out" / "bench.md").read_text()
+    assert text.strip() == benches.read_table(tmp_path / "out" / "bench.json").strip()
+
+
+def test_layer_bench_takes_every_router(tmp_path):
+    run(benches.layer, tmp_path, names=router_names())
+    stored = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["direction"] for row in stored["rows"]] == ["forward", "training"]
+    for row in stored["rows"]:
+        assert set(row["contenders"]) == {"dense", *router_names()}
+        assert not [values for values in row["contenders"].values() if "failed" in values]
+
+
+def test_layer_training_is_that_of_the_loop():
+    """Bias balancing moves its bias, REINFORCE its running mean: observe and adapt are part of the work."""
+    x_TD = torch.randn(24, 16)
+    for entry, buffer in (("bias_balanced", "bias_E"), ("reinforce", "started")):
+        made = []
+
+        class Layer(bench_layer.MoELayer):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                made.append(self)  # noqa: B023 (used within the loop)
+
+        original, bench_layer.MoELayer = bench_layer.MoELayer, Layer
+        try:
+            work = bench_layer._passes(bench_layer.config_of(entry, SHAPE, "cpu"), SHAPE, x_TD)
+        finally:
+            bench_layer.MoELayer = original
+        state = {name: value for name, value in made[0].router.named_buffers() if buffer in name}
+        assert state and not any(value.any() for value in state.values())
+        work["forward"]()
+        assert not any(value.any() for value in state.values())
+        work["training"]()
+        assert any(value.any() for value in state.values())
+        assert made[0].experts.in_EHD.grad is not None
+
+
+def test_time_is_up_after_a_row_and_what_was_measured_is_kept(tmp_path):
+    path = tmp_path / "bench.json"
+    benches.kernels("cpu", ["24,16,8,4,2"], (), ("dense",), rounds=2, minutes=0, out=path, command="")
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"shapes": ["1,2,3"]}, "shape '1,2,3': want T,D,F,E,K"),
+        ({"shapes": ["24,16,8,4,0"]}, "want T,D,F,E,K as five positive numbers"),
+        ({"shapes": ["24,16,8,2,4"]}, "K = 4 exceeds E = 2"),
+        ({"routings": ["skewed"]}, "routing 'skewed': legal are balanced, zipf, collapsed"),
+        ({"names": ["megablocks"]}, "contender 'megablocks': legal are dense, rlroute"),
+        ({"device": "cuda"}, "no CUDA device"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_any_work(changes, named, tmp_path):
+    if torch.cuda.is_available() and "device" in changes:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ConfigError, match=named):
+        run(benches.kernels, tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_refuses_what_it_does_not_take(tmp_path):
+    with pytest.raises(ConfigError, match="takes none"):
+        run(benches.layer, tmp_path, routings=["zipf"])
+    with pytest.raises(ConfigError, match="nobody"):
+        run(benches.layer, tmp_path, names=["nobody"])
+    with pytest.raises(StoreError, match="is not a bench's result"):
+        benches.read_table(tmp_path / "nothing.json")
+    assert choose((), ["a", "b"], "x") == ["a", "b"] and choose(["b"], ["a", "b"], "x") == ["b"]
+    assert parse_shape("1,2,3,4,4") == Shape(1, 2, 3, 4, 4)
+
+
+def test_figures_of_a_failure_are_its_reason():
+    assert figures(Contest({"ours": [1.0, 1.0]}, {"peer": "why"}), "ours", "ours")["peer"] == {"failed": "why"}
+
+
+# What a machine with a card runs.
+
+
+def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
+    missing = ("ray", "tyro", "gymnasium", "wandb", "plotly")
+    for name in missing:
+        (tmp_path / "without" / name).mkdir(parents=True)
+        (tmp_path / "without" / name / "__init__.py").write_text(f"raise ImportError('no {name} here')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "rlroute.experiments.gpu",
+        "--device",
+        "cpu",
+        "--quick",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    own = os.environ | {"PYTHONPATH": f"{tmp_path / 'without'}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [step["outcome"] for step in summary["steps"].values()] == ["passed"] * 4
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tests.txt", "kernels.json", "kernels.md", "layer.json", "layer.md", "comparison.jsonl"} <= names
+    assert bench_kernels.BASE in (tmp_path / "out" / "kernels.md").read_text()

@@ -12,8 +12,17 @@ import torch
 pytest.importorskip("triton")
 
 from rlroute.errors import ConfigError, DecisionError
-from rlroute.kernels import ExpertWeights, aot, expert_mlp, resolve_backend, sparse, tiles
-from rlroute.kernels.plan import make_plan
+from rlroute.kernels import (
+    ExpertWeights,
+    aot,
+    expert_mlp,
+    gather_linear,
+    linear_combine,
+    make_plan,
+    resolve_backend,
+    sparse,
+    tiles,
+)
 from rlroute.routing import RoutingDecision
 from tests.test_kernels import CASES, NAMES, relative_error, run
 
@@ -144,7 +153,8 @@ def test_without_gradients_nothing_is_saved_and_the_output_is_the_same(monkeypat
     assert torch.equal(quiet, expert_mlp(x_TD.requires_grad_(), decision, weights, "triton"))
 
 
-def test_primitives_compose_to_a_linear_expert_layer():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_primitives_compose_to_a_linear_expert_layer(backend):
     """gather_linear and linear_combine against the plain loop, with their gradients."""
     decision, width, _ = CASES["over capacity dropped"]
     plan, generator = make_plan(decision), torch.Generator().manual_seed(3)
@@ -152,8 +162,10 @@ def test_primitives_compose_to_a_linear_expert_layer():
     gates_R = decision.gates_R.float().requires_grad_()
     upstream = torch.randn(20, 3, generator=generator)
     x_TK, first_ENK, second_ENK = leaves
-    y_RN = sparse.gather_linear(x_TK, plan, first_ENK)
-    out = sparse.linear_combine(y_RN.tanh(), plan, second_ENK, gates_R)
+    y_RN = gather_linear(x_TK, plan, first_ENK, backend)
+    idle = int(plan.starts_E[-1])
+    assert not bool(y_RN[idle:].any()) and len(y_RN) == len(gates_R)
+    out = linear_combine(y_RN.tanh(), plan, second_ENK, gates_R, backend)
     want = torch.zeros(20, 3)
     for pair in torch.nonzero(decision.kept_R).flatten().tolist():
         token, expert = int(decision.token_ids_R[pair]), int(decision.expert_ids_R[pair])

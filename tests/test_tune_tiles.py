@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from rlroute.experiments import tune_tiles
-from rlroute.experiments.bench import Shape
+from rlroute.experiments.bench_kernels import Shape
+from rlroute.experiments.timing import Contest
 from rlroute.kernels import sparse, tiles
 from rlroute.kernels.tiles import Tile
 
@@ -25,11 +26,10 @@ def restored():
 def tune(monkeypatch, seconds, candidates):
     """Tune with made-up times: ``seconds`` of the tiles in use."""
 
-    def measure(problem, calls, rounds, backward):
-        for call in calls.values():
-            call().sum().backward()
+    def measure(calls, ours, rounds, cuda):
+        calls[ours]()
         used = tiles.pick_tiles("interpreter", "float32", 4, SHAPE.D, SHAPE.F)
-        return {"rlroute": [seconds(used)] * rounds}
+        return Contest({ours: [seconds(used)] * rounds})
 
     monkeypatch.setattr(tune_tiles, "measure", measure)
     return tune_tiles.tune(SHAPE, "cpu", torch.float32, 3, lambda text: None, candidates)

@@ -1,5 +1,7 @@
-"""The shared sparse expert MLP: :func:`expert_mlp` is the only way to run experts, whatever router decided."""
+"""The expert MLP that every router's tokens go through, its engines, and the primitives that it is made of."""
 
 from rlroute.kernels.engines import ExpertWeights, expert_mlp, resolve_backend
+from rlroute.kernels.plan import Plan, make_plan
+from rlroute.kernels.primitives import gather_linear, linear_combine
 
-__all__ = ["ExpertWeights", "expert_mlp", "resolve_backend"]
+__all__ = ["ExpertWeights", "Plan", "expert_mlp", "gather_linear", "linear_combine", "make_plan", "resolve_backend"]

@@ -1,8 +1,7 @@
 """The Triton engine: launches the kernels of ``triton_kernels.py`` and gives them gradients.
 
-Saved for backward are the input, the pre-activations and the plan; the activation is computed again. Two primitives are public,
-:func:`gather_linear` (tokens to pairs) and :func:`linear_combine` (pairs to tokens); the expert MLP composes the same kernels with the
-activation in their epilogues.
+Saved for backward are the input, the pre-activations and the plan; the activation is computed again. The expert MLP composes the
+kernels of :mod:`rlroute.kernels.primitives` with the activation in their epilogues.
 
 Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where the activation is gated), E experts, R routed pairs
 (rows, sorted by expert), N output columns, K the summed dimension.
@@ -45,27 +44,14 @@ def triton_expert_mlp(
 
 
 def gather_linear(x_TK: Tensor, plan: Plan, weights_ENK: Tensor) -> Tensor:
-    """Return y_RN, one row per running pair in the plan's order: y_r = W_expert(r) x_token(r). Rows that do not run are zero.
-
-    Args:
-        x_TK: inputs of shape (T, K).
-        plan: from :func:`rlroute.kernels.plan.make_plan`.
-        weights_ENK: one (N, K) matrix per expert.
-    """
+    """Return y_RN as :func:`rlroute.kernels.gather_linear` defines it."""
     y_RN: Tensor = _GatherLinear.apply(x_TK, weights_ENK, plan)  # type: ignore[no-untyped-call]
     return y_RN
 
 
 def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tensor) -> Tensor:
-    """Return out_TN: each token's sum over its running pairs of gate * W_expert y_r.
-
-    Args:
-        y_RK: one row per pair in the plan's order.
-        plan: from :func:`rlroute.kernels.plan.make_plan`.
-        weights_ENK: one (N, K) matrix per expert.
-        gates_R: one gate per *pair*, in the order of the decision.
-    """
-    out_TN: Tensor = _LinearCombine.apply(y_RK, weights_ENK, gates_R, plan)  # type: ignore[no-untyped-call]
+    """Return out_TN as :func:`rlroute.kernels.linear_combine` defines it."""
+    out_TN: Tensor = _LinearCombine.apply(y_RK, weights_ENK, gates_R.contiguous(), plan)  # type: ignore[no-untyped-call]
     return out_TN
 
 

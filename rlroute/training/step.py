@@ -119,15 +119,15 @@ def backward_batch(
             for name, term in terms.items():
                 values[name][layer] += float(term.value.detach())
                 weights[name] = term.weight
-        torch.autograd.backward(total + _weighted(terms_L))
+        torch.autograd.backward(total + weighted(terms_L))
         for sums, router, decision in zip(sums_L, model.routers, decisions, strict=True):
             for name, value in router.observe(decision, feedback).items():
                 sums[name] = sums[name] + value if name in sums else value
     return StepResult(loss, dict(values), weights, sums_L)
 
 
-def _weighted(terms_L: list[dict[str, Term]]) -> Tensor | float:
-    """Sum the weighted terms over layers; a term of weight 0 is left out, so that it cannot touch a gradient."""
+def weighted(terms_L: list[dict[str, Term]]) -> Tensor | float:
+    """Return the sum of the weighted terms over layers; a term of weight 0 is left out, so that it cannot touch a gradient."""
     return sum((term.weight * term.value for terms in terms_L for term in terms.values() if term.weight), start=0.0)
 
 

@@ -1,0 +1,56 @@
+"""The two halves of an expert layer, for layers that put something else between them (experts of attention, say).
+
+Rows are pairs in a plan's order, sorted by expert; on CUDA these are the kernels that the expert MLP is made of.
+
+Shape suffixes: T tokens, E experts, R routed pairs (rows), N output columns, K the summed dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from rlroute.kernels.plan import Plan
+
+
+def gather_linear(x_TK: Tensor, plan: Plan, weights_ENK: Tensor, backend: str = "cpu") -> Tensor:
+    """Return y_RN, one row per pair in the plan's order: y_r = W_expert(r) x_token(r). Rows that do not run are zero.
+
+    Args:
+        x_TK: inputs of shape (T, K).
+        plan: from :func:`rlroute.kernels.plan.make_plan`.
+        weights_ENK: one (N, K) matrix per expert.
+        backend: ``triton`` runs the kernel; others run plain PyTorch, expert by expert.
+    """
+    if backend == "triton":
+        from rlroute.kernels import sparse  # triton is not there on every machine
+
+        return sparse.gather_linear(x_TK, plan, weights_ENK)
+    bounds = plan.starts_E.tolist()
+    rows = [
+        x_TK[plan.tokens_R[start:end]] @ weights_NK.t()
+        for start, end, weights_NK in zip(bounds, bounds[1:], weights_ENK.unbind(0), strict=False)
+    ]
+    return torch.cat([*rows, x_TK.new_zeros(len(plan.pairs_R) - bounds[-1], weights_ENK.shape[1])])
+
+
+def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tensor, backend: str = "cpu") -> Tensor:
+    """Return out_TN: each token's sum over its running pairs of gate * W_expert y_r.
+
+    Args:
+        y_RK: one row per pair in the plan's order.
+        plan: from :func:`rlroute.kernels.plan.make_plan`.
+        weights_ENK: one (N, K) matrix per expert.
+        gates_R: one gate per *pair*, in the order of the decision.
+        backend: ``triton`` runs the kernel; others run plain PyTorch, expert by expert.
+    """
+    if backend == "triton":
+        from rlroute.kernels import sparse
+
+        return sparse.linear_combine(y_RK, plan, weights_ENK, gates_R)
+    bounds = plan.starts_E.tolist()
+    gates_R1 = gates_R[plan.pairs_R, None].to(y_RK.dtype)
+    rows = [
+        (gates_R1[start:end] * y_RK[start:end]) @ weights_NK.t()
+        for start, end, weights_NK in zip(bounds, bounds[1:], weights_ENK.unbind(0), strict=False)
+    ]
+    out_TN = y_RK.new_zeros(plan.num_tokens, weights_ENK.shape[1])
+    return out_TN.index_add(0, plan.tokens_R[: bounds[-1]], torch.cat(rows))
