@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from rlroute.experiments.bench import ratio
+from rlroute.experiments.timing import ratio
 
 PEER = "CartPole-v1"
 CONTENDERS = (PEER, "rlroute:rlroute/TokenBandit-v0", "rlroute:rlroute/Dispatch-v0")

@@ -200,6 +200,36 @@ def tune(
 
 
 @app.command
+def play(
+    environment: tyro.conf.Positional[str] = "rlroute/TokenBandit-v0",
+    policies: tyro.conf.Positional[tuple[str, ...]] = (),
+    episodes: int = 256,
+    seed: int = 0,
+    updates: int = 400,
+    copies: int = 32,
+    rollout: int = 8,
+    lr: float = 0.02,
+) -> None:
+    """Play an environment in which routing is the action; print scores (0 uniform, 1 oracle) and regrets with 95 % intervals.
+
+    Args:
+        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0.
+        policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference policies if none
+            are given.
+        episodes: episodes per policy.
+        seed: of episodes, initial weights and draws.
+        updates: rollouts that a router learns from.
+        copies: environments stepped together while it does.
+        rollout: steps of a rollout.
+        lr: learning rate of Adam.
+    """
+    from rlroute.experiments import play as playing
+
+    results = playing.play(environment, policies, episodes, seed, playing.Learning(updates, copies, rollout, lr))
+    print(playing.to_markdown(environment, results))
+
+
+@app.command
 def bench(
     what: tyro.conf.Positional[Literal["kernels", "layer", "table"]],
     device: Literal["cpu", "cuda"] = "cpu",

@@ -1,0 +1,135 @@
+"""Routers in environments: the same router, learning by the same code, from rewards in place of losses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gymnasium")
+
+from rlroute.agents.reinforce import ReinforceRouter
+from rlroute.errors import ConfigError
+from rlroute.experiments import play as playing
+from rlroute.experiments.play import Learning, RouterPlayer, play, to_markdown
+from rlroute.routing import RoutingDecision
+
+QUICK = Learning(updates=80, copies=32, rollout=8)
+
+
+def player_of(environment, name="reinforce", copies=4, **fields):
+    envs = playing._make(environment, copies)
+    router = playing.router_class(name)
+    return RouterPlayer(router.Config(**fields), envs, seed=0), envs
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", ["reinforce", "reinforce:baseline=leave_one_out", "actor_critic", "bandit"])
+def test_every_agent_that_learns_from_reward_passes_nine_tenths_of_the_oracle(name, seed):
+    greedy, *_ = play("TokenBandit-v0", (name,), 32, seed, QUICK)
+    assert greedy.score > 0.9
+
+
+def test_what_learns_from_gates_or_not_at_all_is_evaluated_and_says_so():
+    switch, hashed, _, sampled = play("TokenBandit-v0", ("switch", "hash", "credit"), 16, 0, QUICK)
+    for result in (switch, hashed):
+        assert "untaught" in result.name and result.score < 0.2
+    assert sampled.name == "credit (sampled)" and abs(sampled.score) < 0.1
+
+
+@pytest.mark.parametrize("environment", ["TokenBandit-v0", "TokenBandits-v0", "Dispatch-v0"])
+def test_a_rollout_decided_again_is_what_was_played(environment, monkeypatch):
+    player, envs = player_of(environment, init_std=1.0)
+    played, again = [], []
+    decide, forward = player.decide, player.router.forward
+
+    def note(*arguments, **keys):
+        played.append(decide(*arguments, **keys))
+        return played[-1]
+
+    def listen(x_TD, context):
+        decision = forward(x_TD, context)
+        if torch.is_grad_enabled():
+            again.append(decision.expert_ids_R)
+        return decision
+
+    monkeypatch.setattr(player, "decide", note)
+    monkeypatch.setattr(player.router, "forward", listen)
+    rollout = envs.world.length // 2 + 5  # the second one sees the episodes end
+    player.learn(envs, Learning(updates=2, copies=4, rollout=rollout))
+    for update in range(2):
+        steps = [d.expert_ids_R.view(4, 1, -1) for d in played[rollout * update : rollout * (update + 1)]]
+        assert torch.equal(torch.cat(steps, dim=1).flatten(), again[update])
+
+
+def test_another_episode_is_another_sequence():
+    player, _ = player_of("Dispatch-v0")
+    ended = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    context = player.context(torch.zeros(2, 3, 1, dtype=torch.long), ended, step=7, first=0, explore=True)
+    first, second = context.sequence_T.view(2, 3).tolist()
+    assert first[0] == first[1] != first[2] and second[0] != second[1] == second[2]
+    assert not set(first) & set(second) and context.position_T.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_learning_is_the_reward_s(monkeypatch):
+    """With the reward's sign turned, the router finds the experts to avoid."""
+    monkeypatch.setattr(playing, "_token_losses", lambda outcomes, skip, actions, rewards_C, batched: rewards_C)
+    greedy, _ = play("TokenBandit-v0", ("reinforce",), 16, 0, QUICK)
+    assert greedy.score < 0.1
+
+
+def test_the_batched_form_takes_a_batch_of_tokens_a_step():
+    greedy, *_ = play("TokenBandits-v0", ("reinforce",), 16, 0, Learning(updates=80, copies=8, rollout=2))
+    assert greedy.score > 0.9
+
+
+def test_a_router_learns_to_dispatch():
+    names = ("uniform", "reinforce:discount=0.9,baseline=ema")
+    uniform, greedy, _ = play("Dispatch-v0", names, 32, 0, Learning(updates=200))
+    assert greedy.score > uniform.score + 0.2
+
+
+def test_tokens_take_their_strongest_pair_and_none_without_one():
+    player, _ = player_of("TokenBandits-v0", copies=1)
+    experts, tokens = player.world.num_experts, 32
+    decision = RoutingDecision(
+        num_tokens=tokens,
+        num_experts=experts,
+        k=None,
+        token_ids_R=torch.tensor([0, 0, 1, 2]),
+        expert_ids_R=torch.tensor([3, 5, 2, experts]),
+        kept_R=torch.tensor([True, True, False, True]),
+        gates_R=torch.tensor([0.9, 0.1, 1.0, 1.0]),
+    )
+    actions = player.actions(decision, 1)[0]
+    assert actions[0] == 3 and all(actions[1:] == experts)
+
+
+def test_losses_of_a_batch_are_those_of_the_experts_taken():
+    outcomes = np.array([[[1.0, 2.0], [3.0, 4.0]]])
+    losses = playing._token_losses(outcomes, np.array([[9.0, 8.0]]), np.array([[1, 2]]), np.zeros(1), True)
+    assert losses.tolist() == [[2.0, 8.0]]
+
+
+def test_reference_policies_are_played_when_nobody_is_named():
+    results = play("TokenBandit-v0", (), 16, 0, QUICK)
+    assert [r.name for r in results] == ["uniform", "fixed", "bayes", "oracle"]
+    assert abs(results[-1].regret) < 0.01 < results[0].regret
+    table = to_markdown("TokenBandit-v0", results)
+    assert table.index("oracle") < table.index("uniform") and not math.isnan(results[0].half_width)
+
+
+def test_what_cannot_play_is_refused_by_name(monkeypatch):
+    with pytest.raises(ConfigError, match="environment 'CartPole-v1': legal are rlroute/TokenBandit-v0"):
+        play("CartPole-v1", (), 16, 0, QUICK)
+    for name in ("dense", "nobody"):
+        with pytest.raises(ConfigError, match=f"policy '{name}': legal are uniform, fixed, bayes, oracle, sb3:FILE"):
+            play("TokenBandit-v0", (name,), 16, 0, QUICK)
+    with pytest.raises(ConfigError, match="wants 2 outcomes of each token"):
+        player_of("Dispatch-v0", baseline="leave_one_out")
+    with pytest.raises(ConfigError, match="episodes = 1"):
+        play("TokenBandit-v0", (), 1, 0, QUICK)
+    monkeypatch.setattr(ReinforceRouter, "causal", False)
+    with pytest.raises(ConfigError, match="decides over a batch: legal is rlroute/TokenBandits-v0"):
+        player_of("TokenBandit-v0")
+    player_of("TokenBandits-v0")
