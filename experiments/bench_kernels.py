@@ -92,9 +92,9 @@ def passes(problem: Problem, call: Callable[[], Tensor]) -> dict[str, Call]:
             call()
 
     def both() -> None:
-        for leaf in problem.leaves:
-            leaf.grad = None
         torch.autograd.backward(call(), upstream_TD)
+        for leaf in problem.leaves:  # at the end, so that the next call finds no memory of this one
+            leaf.grad = None
 
     return {"forward": forward, "forward+backward": both}
 

@@ -103,13 +103,19 @@ def _passes(config: RunConfig, shape: Shape, x_TD: Tensor) -> dict[str, Call]:
                 dense(x_TD)
 
         def dense_training() -> None:
-            dense.zero_grad()
             with autocast():
                 out_TD = dense(leaf_TD)
             out_TD.sum().backward()
+            _forget(dense, leaf_TD)
 
         return {"forward": dense_forward, "training": dense_training}
     return _routed_passes(config, shape, x_TD, autocast)
+
+
+def _forget(module: torch.nn.Module, leaf_TD: Tensor) -> None:
+    """Drop all gradients, so that the next call finds no memory of this one."""
+    module.zero_grad()
+    leaf_TD.grad = None
 
 
 def _routed_passes(
@@ -139,12 +145,12 @@ def _routed_passes(
             layer(x_TD, greedy)
 
     def training() -> None:
-        layer.zero_grad()
         with autocast():
             out_TD, decision = layer(leaf_TD, sampled)
         (out_TD.float().sum() + weighted([router.objective(decision, feedback)])).backward()
         sums = router.observe(decision, feedback)
         with torch.no_grad():
             router.adapt(sums)
+        _forget(layer, leaf_TD)
 
     return {"forward": forward, "training": training}

@@ -7,6 +7,7 @@ disturb less than the clock. What cannot run, or computes something else, is rec
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from rlroute.kernels import resolve_backend
 from rlroute.kernels.tiles import table_hash
 from rlroute.records import environment, storing, write_json
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, tells of its starts and stops
 Call = Callable[[], Any]
 HOPELESS, TRIAL = 4.0, 3
 """A contender that took more than 4 times as long as ours in each of its first 3 rounds is not called again."""
