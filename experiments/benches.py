@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from rlroute.config import DENSE
 from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments import bench_kernels, bench_layer
 from rlroute.experiments.bench_kernels import Shape, parse_shape
 from rlroute.experiments.peers import contenders
-from rlroute.experiments.recipes import default_entries
 from rlroute.experiments.timing import choose, run_bench, to_markdown
 from rlroute.kernels import resolve_backend, tiles
 from rlroute.records import storing, write_atomically
+from rlroute.registry import router_names
 
 
 def kernels(
@@ -56,7 +55,7 @@ def layer(
     out: Path,
     command: str,
 ) -> str:
-    """Run ``bench layer`` and return its tables; ``names`` are entries, the default comparison's if there are none.
+    """Run ``bench layer`` and return its tables; ``names`` are entries, every router if there are none.
 
     Raises:
         ConfigError: an unknown shape, router or device, or a routing, which is the routers' own here; before any work.
@@ -66,7 +65,7 @@ def layer(
     if routings:
         raise ConfigError(f"routing {routings[0]!r}: bench layer takes none, its routers decide")
     chosen = _shapes(shapes, bench_layer.SHAPES[device])
-    entries = list(names or [entry for entry in default_entries() if entry != DENSE])
+    entries = list(names or router_names())
     for shape in chosen:
         for entry in entries:
             bench_layer.config_of(entry, shape, device)

@@ -67,6 +67,7 @@ def train(
 def compare(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     seeds: int = 3,
+    task: Literal["text", "clusters"] = "text",
     reference: str | None = None,
     budget: Budget = "tokens",
     seconds: float | None = None,
@@ -80,6 +81,8 @@ def compare(
     Args:
         entries: routers, `router:field=value,...`, or `dense`.
         seeds: each entry is trained with seeds 0 to seeds - 1.
+        task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every router (of the
+            other options it takes --out and --concurrency).
         reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by name);
             under budget flops, whose training FLOPs everyone gets.
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
@@ -87,6 +90,9 @@ def compare(
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
         out: folder for table.md, table.csv and report.html.
     """
+    if task == "clusters":
+        _compare_clusters(entries, seeds, out, launch.concurrency)
+        return
     from rlroute.experiments.compare import find_reference, run_jobs, with_budget
     from rlroute.experiments.recipes import build_comparison, default_entries
 
@@ -265,6 +271,22 @@ def bench(
     bench_of = benches.kernels if what == "kernels" else benches.layer
     text = bench_of(device, shapes, routings, contenders, rounds=rounds, minutes=minutes, out=out, command=_command())
     print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")
+
+
+def _compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
+    from rlroute.experiments import clusters
+    from rlroute.records import write_atomically, write_json
+    from rlroute.registry import router_names
+
+    _make_folder(out)
+    how = clusters.Ladder()
+    rows = clusters.compare(
+        entries or router_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
+    )
+    text = clusters.to_markdown(rows)
+    write_json(out / "clusters.json", {"command": _command(), "training": vars(how), "rows": rows})
+    write_atomically(out / "clusters.md", text)
+    print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")
 
 
 def _select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:

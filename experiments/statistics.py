@@ -51,6 +51,18 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     return Interval(mean, mean - half, mean + half, n)
 
 
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Wilson's interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953): sound for few trials, and near 0 and 1.
+
+    Raises:
+        ComparisonError: no trials, or more successes than trials.
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise ComparisonError(f"{successes} of {n}: want at least one trial and no more successes than trials")
+    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def differences(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float]) -> list[float]:
     """Return a - b seed by seed, in the order of the seeds.
 
