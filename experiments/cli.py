@@ -219,7 +219,8 @@ def play(
     """Play an environment in which routing is the action; print scores (0 uniform, 1 oracle) and regrets with 95 % intervals.
 
     Args:
-        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0.
+        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which REINFORCE shows on three seeds that it is
+            right (it takes one router and none of the options).
         policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference policies if none
             are given.
         episodes: episodes per policy.
@@ -229,6 +230,12 @@ def play(
         rollout: steps of a rollout.
         lr: learning rate of Adam.
     """
+    if environment == "CartPole-v1":
+        from rlroute.experiments import cartpole
+
+        entry = policies[0] if policies else cartpole.ENTRY
+        print(cartpole.to_markdown(entry, cartpole.play(entry, range(3))))
+        return
     from rlroute.experiments import play as playing
 
     results = playing.play(environment, policies, episodes, seed, playing.Learning(updates, copies, rollout, lr))

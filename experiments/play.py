@@ -50,34 +50,62 @@ class Learning:
     """Learning rate of Adam."""
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What a router must know of an environment.
+
+    Attributes:
+        width, num_experts, vocabulary: D, E and the number of token ids.
+        batched: whether a step shows a batch of tokens.
+        counterfactual: whether it tells what every expert would have cost.
+    """
+
+    width: int
+    num_experts: int
+    vocabulary: int
+    batched: bool = False
+    counterfactual: bool = False
+
+    @classmethod
+    def of(cls, envs: RoutingVectorEnv) -> Spec:
+        """Return an environment's."""
+        world, observed = envs.world, envs.single_observation_space.shape
+        bandit = isinstance(world, BanditWorld)
+        if isinstance(world, DispatchWorld):
+            vocabulary = world.num_experts * KINDS_PER_TOPIC
+        else:
+            assert isinstance(world, BanditWorld)
+            vocabulary = int(world.table.token_ids_N.max()) + 1
+        return cls(observed[-1], world.num_experts, vocabulary, batched=len(observed) == 2, counterfactual=bandit)
+
+
 class RouterPlayer:
     """A router in an environment.
 
     Args:
         config: the router's configuration.
-        envs: the environment.
+        spec: the environment.
         seed: its initial weights and its draws derive from it.
 
     Raises:
         ConfigError: the router cannot play there, named with the reason.
     """
 
-    def __init__(self, config: RouterConfig, envs: RoutingVectorEnv, seed: int) -> None:
-        self.world, self.seed = envs.world, seed
-        self.batched = len(envs.single_observation_space.shape) == 2
+    def __init__(self, config: RouterConfig, spec: Spec, seed: int) -> None:
+        self.spec, self.seed = spec, seed
         shape = RouterShape(
-            d_model=envs.single_observation_space.shape[-1],
-            num_experts=envs.world.num_experts,
+            d_model=spec.width,
+            num_experts=spec.num_experts,
             k=1,
             layer=0,
-            vocab_size=_vocabulary(envs),
+            vocab_size=spec.vocabulary,
             seed=seed,
-            token_counts_V=torch.ones(_vocabulary(envs), dtype=torch.long),
+            token_counts_V=torch.ones(spec.vocabulary, dtype=torch.long),
         )
         self.router: Router = router_class(config.name)(config, shape)
-        if not self.router.causal and not self.batched:
+        if not self.router.causal and not spec.batched:
             raise ConfigError(f"router {config.name!r} decides over a batch: legal is rlroute/TokenBandits-v0")
-        if self.router.num_samples > 1 and not isinstance(self.world, BanditWorld):
+        if self.router.num_samples > 1 and not spec.counterfactual:
             raise ConfigError(
                 f"router {config.name!r} wants {self.router.num_samples} outcomes of each token: legal is a TokenBandit, "
                 "which knows what every expert would have cost"
@@ -113,7 +141,7 @@ class RouterPlayer:
     def decide(self, observations: Array, infos: dict[str, Any], ended_C: Array, **keys: Any) -> RoutingDecision:
         """Route what C copies show now."""
         x_TD = torch.from_numpy(observations).reshape(-1, observations.shape[-1])
-        tokens = torch.from_numpy(np.asarray(infos["token_id"])).reshape(len(observations), 1, -1)
+        tokens = torch.from_numpy(_tokens(observations, infos)).reshape(len(observations), 1, -1)
         with torch.no_grad():
             decision: RoutingDecision = self.router(
                 x_TD, self.context(tokens, torch.from_numpy(ended_C)[:, None], **keys)
@@ -122,13 +150,13 @@ class RouterPlayer:
 
     def actions(self, decision: RoutingDecision, copies: int) -> Array:
         """Return the action of each copy: the expert of each token's strongest pair, E (none) for a token without one."""
-        experts = self.world.num_experts
+        experts = self.spec.num_experts
         chosen_T = torch.full((decision.num_tokens,), experts)
         order_R = decision.gates_R.argsort(stable=True)
         runs_R = (decision.kept_R & (decision.expert_ids_R < experts))[order_R]
         order_R = order_R[runs_R]
         chosen_T[decision.token_ids_R[order_R]] = decision.expert_ids_R[order_R]  # the strongest comes last
-        return chosen_T.view(copies, -1).numpy() if self.batched else chosen_T.numpy()
+        return chosen_T.view(copies, -1).numpy() if self.spec.batched else chosen_T.numpy()
 
     def policy(self, *, explore: bool) -> Policy:
         """Return the router as a policy, greedy or sampled."""
@@ -143,8 +171,8 @@ class RouterPlayer:
 
         return act
 
-    def learn(self, envs: RoutingVectorEnv, how: Learning) -> None:
-        """Let the router learn from rollouts."""
+    def learn(self, envs: Any, how: Learning) -> None:
+        """Let the router learn from rollouts of a vector environment that resets finished copies in the same step."""
         parameters = list(self.router.parameters())
         optimizer = torch.optim.Adam(parameters, lr=how.lr) if parameters else None
         observations, infos = envs.reset(seed=self.seed)
@@ -154,12 +182,12 @@ class RouterPlayer:
             for position in range(how.rollout):
                 decision = self.decide(observations, infos, ended_C, step=update, first=position, explore=True)
                 actions = self.actions(decision, envs.num_envs)
-                tokens, outcomes = infos["token_id"], infos.get("expert_losses")
-                following, rewards_C, _, truncated_C, next_infos = envs.step(actions)
-                losses = _token_losses(outcomes, infos.get("skip_loss"), actions, rewards_C, self.batched)
+                tokens, outcomes = _tokens(observations, infos), infos.get("expert_losses")
+                following, rewards_C, terminated_C, truncated_C, next_infos = envs.step(actions)
+                losses = _token_losses(outcomes, infos.get("skip_loss"), actions, rewards_C, self.spec.batched)
                 outcomes = np.zeros((envs.num_envs, 0)) if outcomes is None else outcomes
                 kept.append((observations, tokens, ended_C, losses, outcomes))
-                observations, infos, ended_C = following, next_infos, ended_C + truncated_C
+                observations, infos, ended_C = following, next_infos, ended_C + (terminated_C | truncated_C)
             self._update([np.stack(values, axis=1) for values in zip(*kept, strict=True)], update, optimizer)
 
     def _update(self, rollout: list[Array], update: int, optimizer: Any) -> None:
@@ -186,6 +214,12 @@ class RouterPlayer:
             self.router.adapt(sums)
 
 
+def _tokens(observations: Array, infos: dict[str, Any]) -> Array:
+    """Return the token ids that the environment tells, else zeros."""
+    tokens = infos.get("token_id")
+    return np.zeros(len(observations), dtype=np.int64) if tokens is None else np.asarray(tokens)
+
+
 def _token_losses(outcomes: Array | None, skip: Array | None, actions: Array, rewards_C: Array, batched: bool) -> Array:
     """Return the loss of each token: of its expert where the environment tells, else its reward's negative."""
     if not batched or outcomes is None:
@@ -193,14 +227,6 @@ def _token_losses(outcomes: Array | None, skip: Array | None, actions: Array, re
     experts = outcomes.shape[-1]
     chosen = np.take_along_axis(outcomes, np.minimum(actions, experts - 1)[..., None], axis=-1)[..., 0]
     return chosen if skip is None else np.where(actions == experts, skip, chosen)
-
-
-def _vocabulary(envs: RoutingVectorEnv) -> int:
-    world = envs.world
-    if isinstance(world, DispatchWorld):
-        return int(world.num_experts * KINDS_PER_TOPIC)
-    assert isinstance(world, BanditWorld)
-    return int(world.table.token_ids_N.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -276,7 +302,7 @@ def _policies(
     config = build_entry(name, DataConfig(), ModelConfig(), TrainConfig()).router
     assert config is not None
     training = _make(environment, how.copies)
-    player, taught = RouterPlayer(config, training, seed), list[bool]()
+    player, taught = RouterPlayer(config, Spec.of(training), seed), list[bool]()
 
     def prepare(explore: bool) -> Policy:
         if player.learns and not taught:

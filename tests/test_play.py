@@ -10,8 +10,9 @@ pytest.importorskip("gymnasium")
 
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.errors import ConfigError
+from rlroute.experiments import cartpole
 from rlroute.experiments import play as playing
-from rlroute.experiments.play import Learning, RouterPlayer, play, to_markdown
+from rlroute.experiments.play import Learning, RouterPlayer, Spec, play, to_markdown
 from rlroute.routing import RoutingDecision
 
 QUICK = Learning(updates=80, copies=32, rollout=8)
@@ -20,7 +21,7 @@ QUICK = Learning(updates=80, copies=32, rollout=8)
 def player_of(environment, name="reinforce", copies=4, **fields):
     envs = playing._make(environment, copies)
     router = playing.router_class(name)
-    return RouterPlayer(router.Config(**fields), envs, seed=0), envs
+    return RouterPlayer(router.Config(**fields), Spec.of(envs), seed=0), envs
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -91,7 +92,7 @@ def test_a_router_learns_to_dispatch():
 
 def test_tokens_take_their_strongest_pair_and_none_without_one():
     player, _ = player_of("TokenBandits-v0", copies=1)
-    experts, tokens = player.world.num_experts, 32
+    experts, tokens = player.spec.num_experts, 32
     decision = RoutingDecision(
         num_tokens=tokens,
         num_experts=experts,
@@ -120,8 +121,8 @@ def test_reference_policies_are_played_when_nobody_is_named():
 
 
 def test_what_cannot_play_is_refused_by_name(monkeypatch):
-    with pytest.raises(ConfigError, match="environment 'CartPole-v1': legal are rlroute/TokenBandit-v0"):
-        play("CartPole-v1", (), 16, 0, QUICK)
+    with pytest.raises(ConfigError, match="environment 'Acrobot-v1': legal are rlroute/TokenBandit-v0"):
+        play("Acrobot-v1", (), 16, 0, QUICK)
     for name in ("dense", "nobody"):
         with pytest.raises(ConfigError, match=f"policy '{name}': legal are uniform, fixed, bayes, oracle, sb3:FILE"):
             play("TokenBandit-v0", (name,), 16, 0, QUICK)
@@ -133,3 +134,13 @@ def test_what_cannot_play_is_refused_by_name(monkeypatch):
     with pytest.raises(ConfigError, match="decides over a batch: legal is rlroute/TokenBandits-v0"):
         player_of("TokenBandit-v0")
     player_of("TokenBandits-v0")
+
+
+def test_cartpole_is_played_by_the_same_agent_code():
+    """A short run that already balances far longer than a coin does; the whole of it is `rlroute play CartPole-v1`."""
+    how = Learning(updates=25, copies=8, rollout=128, lr=0.03)
+    (result,) = cartpole.play(cartpole.ENTRY, [0], how)
+    assert result.steps == 25 * 8 * 128 and result.mean > 60
+    assert "0 of 1 seeds" in cartpole.to_markdown("x", [result._replace(mean=474.9)])
+    with pytest.raises(ConfigError, match="legal are routers"):
+        cartpole.play("dense", [0], how)
