@@ -182,6 +182,37 @@ def export(out: tyro.conf.Positional[Path], path: Path = Path("runs"), only: tup
 
 
 @app.command
+def export_tokens(
+    run: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[Path] = Path("results/tokens.npz"),
+    path: Path = Path("runs"),
+    tokens: int = 16_384,
+) -> None:
+    """Write the last MoE layer of a trained run as a table that TokenBandit-v0 plays: what each expert would cost each token.
+
+    Args:
+        run: the run's id or the start of it.
+        out: the table, a .npz file.
+        path: the run store.
+        tokens: about how many validation tokens.
+    """
+    from rlroute.errors import ConfigError
+    from rlroute.experiments.token_table import token_table
+    from rlroute.records import storing
+
+    records = _select(path, (run,))
+    if len(records) > 1:
+        raise ConfigError(f"run {run!r}: {len(records)} start so, the first {records[0].id}")
+    _make_folder(out.parent)
+    table = token_table(records[0], path, tokens)
+    with storing(out):
+        table.save(out)
+    print(
+        f"{len(table.x_ND)} tokens in {out}; loss uniform {table.uniform:.4f}, fixed {table.fixed:.4f}, oracle {table.oracle:.4f}"
+    )
+
+
+@app.command
 def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
@@ -209,6 +240,7 @@ def tune(
 def play(
     environment: tyro.conf.Positional[str] = "rlroute/TokenBandit-v0",
     policies: tyro.conf.Positional[tuple[str, ...]] = (),
+    table: Path | None = None,
     episodes: int = 256,
     seed: int = 0,
     updates: int = 400,
@@ -223,6 +255,7 @@ def play(
             right (it takes one router and none of the options).
         policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference policies if none
             are given.
+        table: the tokens of a bandit, from `rlroute export-tokens`; synthetic clusters without one.
         episodes: episodes per policy.
         seed: of episodes, initial weights and draws.
         updates: rollouts that a router learns from.
@@ -238,7 +271,9 @@ def play(
         return
     from rlroute.experiments import play as playing
 
-    results = playing.play(environment, policies, episodes, seed, playing.Learning(updates, copies, rollout, lr))
+    results = playing.play(
+        environment, policies, episodes, seed, playing.Learning(updates, copies, rollout, lr), table=table
+    )
     print(playing.to_markdown(environment, results))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,9 @@ class Result:
     regret: float
 
 
-def play(environment: str, names: tuple[str, ...], episodes: int, seed: int, how: Learning) -> list[Result]:
+def play(
+    environment: str, names: tuple[str, ...], episodes: int, seed: int, how: Learning, table: Path | None = None
+) -> list[Result]:
     """Play episodes with each policy; routers learn first.
 
     Args:
@@ -254,17 +257,19 @@ def play(environment: str, names: tuple[str, ...], episodes: int, seed: int, how
         episodes: as many copies play one episode each.
         seed: of the episodes; training uses others.
         how: how routers learn.
+        table: the tokens of a bandit; synthetic clusters without one.
 
     Raises:
         ConfigError: an unknown environment or policy, or a router that cannot play there; before any work.
     """
     if episodes < 2:
         raise ConfigError(f"episodes = {episodes}: want 2 or more, an interval needs them")
-    envs = _make(environment, episodes)
+    make = partial(_make, environment, table)
+    envs = make(episodes)
     references = reference_policies(envs, seed)
     played = []
     for name in names or tuple(references):
-        played += list(_policies(name, environment, envs, references, seed, how).items())
+        played += list(_policies(name, make, references, seed, how).items())
     results = []
     for name, prepare in played:
         rewards_C = play_episode(envs, prepare(), seed=10**6 + seed)
@@ -273,19 +278,21 @@ def play(environment: str, names: tuple[str, ...], episodes: int, seed: int, how
     return results
 
 
-def _make(environment: str, copies: int) -> RoutingVectorEnv:
+def _make(environment: str, table: Path | None, copies: int) -> RoutingVectorEnv:
     name = environment if environment.startswith("rlroute/") else f"rlroute/{environment}"
     if name not in IDS:
         raise ConfigError(f"environment {environment!r}: legal are {', '.join(IDS)}")
+    settings = {} if table is None else {"table": str(table)}
     # SAME_STEP: under the default, a finished copy's next action would be ignored and its reward mean nothing.
-    envs: RoutingVectorEnv = gymnasium.make_vec(f"rlroute:{name}", num_envs=copies, autoreset_mode="SameStep").unwrapped
+    envs: RoutingVectorEnv = gymnasium.make_vec(
+        f"rlroute:{name}", num_envs=copies, autoreset_mode="SameStep", **settings
+    ).unwrapped
     return envs
 
 
 def _policies(
     name: str,
-    environment: str,
-    envs: RoutingVectorEnv,
+    make: Callable[[int], RoutingVectorEnv],
     references: dict[str, Policy],
     seed: int,
     how: Learning,
@@ -301,7 +308,7 @@ def _policies(
         raise ConfigError(f"policy {name!r}: legal are {', '.join(references)}, sb3:FILE, {', '.join(router_names())}")
     config = build_entry(name, DataConfig(), ModelConfig(), TrainConfig()).router
     assert config is not None
-    training = _make(environment, how.copies)
+    training = make(how.copies)
     player, taught = RouterPlayer(config, Spec.of(training), seed), list[bool]()
 
     def prepare(explore: bool) -> Policy:

@@ -19,7 +19,7 @@ QUICK = Learning(updates=80, copies=32, rollout=8)
 
 
 def player_of(environment, name="reinforce", copies=4, **fields):
-    envs = playing._make(environment, copies)
+    envs = playing._make(environment, None, copies)
     router = playing.router_class(name)
     return RouterPlayer(router.Config(**fields), Spec.of(envs), seed=0), envs
 

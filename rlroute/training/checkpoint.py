@@ -89,6 +89,20 @@ def load_checkpoint(folder: Path, model: nn.Module, run_id: str) -> dict[str, An
     Raises:
         CheckpointError: the checkpoint is damaged or of another run.
     """
+    path = load_weights(folder, model, run_id)
+    if path is None:
+        return None
+    with _reading(path):
+        trainer: dict[str, Any] = torch.load(path / "trainer.pt", weights_only=True)
+    return trainer
+
+
+def load_weights(folder: Path, model: nn.Module, run_id: str) -> Path | None:
+    """Load the weights of the newest checkpoint under ``folder`` into ``model`` and return its path; None where there is none.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another run.
+    """
     found = _checkpoints(folder)
     if not found:
         return None
@@ -102,13 +116,11 @@ def load_checkpoint(folder: Path, model: nn.Module, run_id: str) -> dict[str, An
         raise CheckpointError(
             f"checkpoint {path} is of run {owner!r}, schema {header['schema']}: want {run_id!r}, schema {SCHEMA}"
         )
-    with _reading(path):
-        trainer: dict[str, Any] = torch.load(path / "trainer.pt", weights_only=True)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {path} does not fit the model: {error}") from error
-    return trainer
+    return path
 
 
 def drop_trainer_state(folder: Path) -> None:

@@ -1,0 +1,79 @@
+"""The bandit of a trained layer: each expert's counterfactual loss is what the model would really have said."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gymnasium")
+
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
+from rlroute.errors import ConfigError, StoreError
+from rlroute.experiments.play import Learning, play
+from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.token_table import token_table
+from rlroute.records import read_runs
+from rlroute.routing import RoutingDecision
+from rlroute.training.checkpoint import load_weights
+from rlroute.training.data import eval_batches, load_corpus
+from rlroute.training.loop import build_model, train
+from rlroute.training.step import Device, forward, make_context
+
+DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=64)
+MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=4, d_expert=8)
+TRAIN = TrainConfig(steps=2, batch_size=4, log_every=1, eval_every=2, checkpoint_every=2, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for entry in ("switch", "dense"):
+        train(build_entry(entry, DATA, MODEL, TRAIN), 0, folder)
+    return folder
+
+
+def run_of(store, router):
+    (record,) = [r for r in read_runs(store) if r.config["router"] == router]
+    return record
+
+
+def test_every_expert_s_loss_is_the_model_s_own(store, monkeypatch):
+    record = run_of(store, "switch")
+    table = token_table(record, store, 64)
+    config = build_entry("switch", DATA, MODEL, TRAIN)
+    corpus, device = load_corpus(DATA.spec, None), Device("cpu", torch.float32)
+    model = build_model(config, corpus, 0)
+    load_weights(store / record.id, model, record.id)
+    (batch,) = eval_batches(corpus, num_tokens=64, batch_size=4, seq_len=16)
+    context, last = make_context(batch, device, seed=0, step=0, explore=False), model.routers[-1]
+    assert table.x_ND.shape == (64, 16) and np.array_equal(table.token_ids_N, batch.tokens_BS.reshape(-1))
+    for expert in (*range(4), None):
+
+        def only(x_TD, context, expert=expert):
+            ids_T1 = torch.full((len(x_TD), 1), 4 if expert is None else expert)
+            gates_T1 = torch.ones(len(x_TD), 1)
+            decision = RoutingDecision.token_choice(ids_T1.clamp(max=3), gates_T1, 4)
+            return (
+                decision if expert is not None else replace(decision, kept_R=torch.zeros(len(x_TD), dtype=torch.bool))
+            )
+
+        monkeypatch.setattr(last, "forward", only)
+        with torch.no_grad():
+            loss_MT, _ = forward(model, batch, context, device)
+        got_N = table.skip_N if expert is None else table.losses_NE[:, expert]
+        np.testing.assert_allclose(got_N, loss_MT[0].numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_the_table_is_played(store, tmp_path):
+    path = tmp_path / "tokens.npz"
+    token_table(run_of(store, "switch"), store, 64).save(path)
+    uniform, fixed, oracle = play("TokenBandit-v0", ("uniform", "fixed", "oracle"), 8, 0, Learning(), table=path)
+    assert uniform.score < fixed.score < oracle.score and oracle.score == pytest.approx(1.0, abs=0.2)
+
+
+def test_runs_without_experts_or_weights_are_refused(store, tmp_path):
+    with pytest.raises(ConfigError, match="has no MoE layer"):
+        token_table(run_of(store, "dense"), store, 64)
+    with pytest.raises(StoreError, match="holds no checkpoint"):
+        token_table(run_of(store, "switch"), tmp_path, 64)
