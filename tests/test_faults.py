@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory):
 
 CORPUS = "synth:documents=64,length=64"
 BAD_INPUT = {
-    "unknown router": (("train", "swich"), ("'swich'", "did you mean 'switch'", "bias_balanced, hash")),
+    "unknown router": (("train", "swich"), ("'swich'", "did you mean 'switch'", "bias_balanced, credit, hash")),
     "one unknown router of several": (("compare", "hash", "dens"), ("'dens'", "did you mean 'dense'")),
     "unknown field": (("train", "switch:blance_weight=1"), ("'blance_weight'", "balance_weight, init_std")),
     "field without value": (("train", "switch:jitter"), ("'switch:jitter'", "FIELD=VALUE")),

@@ -240,7 +240,7 @@ def test_a_routers_name_is_its_files_name() -> None:
 
 def test_unknown_routers_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        ConfigError, match=r"unknown router 'hsah' \(did you mean 'hash'\?\): legal are bias_balanced, "
+        ConfigError, match=r"unknown router 'hsah' \(did you mean 'hash'\?\): legal are actor_critic, "
     ):
         router_class("hsah")
     with pytest.raises(ConfigError, match="unknown router '_softmax_topk'"):
