@@ -3,6 +3,7 @@ said and holds up nobody."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -248,3 +249,13 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tests.txt", "kernels.json", "kernels.md", "layer.json", "layer.md", "comparison.jsonl"} <= names
     assert bench_kernels.BASE in (tmp_path / "out" / "kernels.md").read_text()
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_stored_results():
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    shown = re.findall(r"<!-- bench: (\S+) -->\n(.*?)<!-- end of bench -->", text, re.S)
+    assert len(shown) == 2
+    for path, table in shown:
+        stored = json.loads((ROOT / path).read_text())
+        assert table == to_markdown(stored) == (ROOT / path).with_suffix(".md").read_text()
+        assert not stored["environment"]["dirty"] and stored["rounds"] >= 15

@@ -239,9 +239,7 @@ def test_a_routers_name_is_its_files_name() -> None:
 
 
 def test_unknown_routers_are_refused_with_the_nearest_name() -> None:
-    with pytest.raises(
-        ConfigError, match=r"unknown router 'hsah' \(did you mean 'hash'\?\): legal are actor_critic, "
-    ):
+    with pytest.raises(ConfigError, match=r"unknown router 'hsah' \(did you mean 'hash'\?\): legal are actor_critic, "):
         router_class("hsah")
     with pytest.raises(ConfigError, match="unknown router '_softmax_topk'"):
         router_class("_softmax_topk")
