@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rlroute.kernels import triton_kernels as kernels
+from rlroute.kernels.activations import ACTIVATIONS
 from rlroute.kernels.sparse import HAVE_TMA
 from rlroute.kernels.tiles import Entry, Tile, pinned
 
@@ -51,7 +52,7 @@ class Compiled:
 
 
 def sources(entry: Entry, tma: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield (body, kernel, types of the run-time arguments, constants) for each launch of the engine at SwiGLU's shapes."""
+    """Yield (body and activation, kernel, types of the run-time arguments, constants) for each launch of the engine."""
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[entry.dtype]
     width, inner = entry.D or D, entry.F or F
     value, index = f"*{dtype}", "*i64"
@@ -64,16 +65,15 @@ def sources(entry: Entry, tma: bool) -> Iterator[tuple[str, Any, dict[str, str],
     for_gates = {"gates": "*fp32", "pairs": index}
     tiles = entry.tiles
     up = {"inputs": value, "weights": weights(tiles.up, False), "hidden": value, "activated": value}
-    constants: dict[str, Any] = {"F": inner, "K": width, "ACTIVATION": "swiglu", "TMA": tma}
-    yield "up", kernels.expert_up, up | for_gates | plan, constants | {"SAVE_HIDDEN": True}
+    back = {name: value for name in ("doutputs", "hidden", "dhidden", "activated")}
+    back |= {"weights": weights(tiles.back, True), "dgate_parts": "*fp32", "num_rows": "i32"}
+    for activation in ACTIVATIONS:
+        constants: dict[str, Any] = {"F": inner, "K": width, "ACTIVATION": activation, "TMA": tma}
+        yield f"up {activation}", kernels.expert_up, up | for_gates | plan, constants | {"SAVE_HIDDEN": True}
+        yield f"back {activation}", kernels.expert_down_backward, back | for_gates | plan, constants
     down = {"inputs": value, "weights": weights(tiles.down, False), "outputs": value}
     shape: dict[str, Any] = {"N": width, "K": inner, "GATHER": False, "TRANSPOSED": False, "TMA": tma}
     yield "down", kernels.rows_times_weights, down | plan, shape
-    back = {name: value for name in ("doutputs", "hidden", "dhidden", "activated")} | {
-        "weights": weights(tiles.back, True)
-    }
-    back |= {"dgate_parts": "*fp32", "num_rows": "i32"}
-    yield "back", kernels.expert_down_backward, back | for_gates | plan, constants
     rows = down | {"weights": weights(tiles.rows, True)}
     yield "rows", kernels.rows_times_weights, rows | plan, shape | {"K": 2 * inner, "TRANSPOSED": True}
     sides = {"left": value, "right": value, "outputs": value, "tokens": index, "starts": index, "order": index}
@@ -88,7 +88,7 @@ def compile_pinned(capability: int) -> Iterator[Compiled]:
             for body, kernel, types, constants in sources(entry, chip in HAVE_TMA):
                 widths = f" D={entry.D} F={entry.F}" if entry.D else ""
                 name = f"{entry.dtype} from {entry.rows_from}{widths} {body}"
-                yield _compile(name, kernel, types, constants, getattr(entry.tiles, body), capability)
+                yield _compile(name, kernel, types, constants, getattr(entry.tiles, body.partition(" ")[0]), capability)
 
 
 def _compile(
@@ -120,8 +120,7 @@ def faults(one: Compiled, capability: int) -> list[str]:
     """Return what must not be: spilled registers, too much shared memory, atomics, bfloat16 products beside the tensor cores, weights
     beside the tensor memory accelerator where the chip has one."""
     found = one.instructions
-    body = one.name.rpartition(" ")[2]
-    wants_tma = f"sm_{capability}" in HAVE_TMA and body != "weights"
+    wants_tma = f"sm_{capability}" in HAVE_TMA and not one.name.endswith("weights")
     checks = {
         f"spills {one.spilled} bytes": one.spilled > 0,
         f"takes {one.shared} bytes of shared memory, the chip has {SHARED_LIMIT[capability]}": one.shared
@@ -136,11 +135,11 @@ def faults(one: Compiled, capability: int) -> list[str]:
 def main(capability: int) -> int:
     """Print the table of all pinned kernels on a chip, then their faults; return how many there are."""
     print(f"sm_{capability}, triton {triton.__version__}")
-    print(f"{'kernel':28} {'registers':>9} {'spilled':>8} {'shared':>8}  instructions")
+    print(f"{'kernel':32} {'registers':>9} {'spilled':>8} {'shared':>8}  instructions")
     kernels = list(compile_pinned(capability))
     for one in kernels:
         counts = ", ".join(f"{word} {count}" for word, count in one.instructions.items() if count)
-        print(f"{one.name:28} {one.registers:9} {one.spilled:8} {one.shared:8}  {counts}")
+        print(f"{one.name:32} {one.registers:9} {one.spilled:8} {one.shared:8}  {counts}")
     wrong = [fault for one in kernels for fault in faults(one, capability)]
     print("\n".join(wrong) or f"{len(kernels)} kernels, no fault")
     return len(wrong)
