@@ -73,6 +73,20 @@ def layer(
     return _run("layer", rows, device, rounds, minutes, out, command)
 
 
+def envs(rounds: int) -> None:
+    """Run ``bench envs`` and print each speed as it is known.
+
+    Raises:
+        ConfigError: too few rounds.
+        MissingDependencyError: Gymnasium is not installed.
+    """
+    _check("cpu", rounds)
+    from rlroute.experiments.bench_envs import bench_envs, speed_text  # Gymnasium is not there on every machine
+
+    for speed in bench_envs(rounds):
+        print(speed_text(speed), flush=True)
+
+
 def tune_tiles(device: str, shapes: Sequence[str], rounds: int) -> None:
     """Search tiles for each shape and write the best into the table that the engine reads.
 

@@ -279,7 +279,7 @@ def play(
 
 @app.command
 def bench(
-    what: tyro.conf.Positional[Literal["kernels", "layer", "table"]],
+    what: tyro.conf.Positional[Literal["kernels", "layer", "envs", "table"]],
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: int = 15,
     minutes: float = 60.0,
@@ -289,11 +289,12 @@ def bench(
     tune: bool = False,
     out: Path = Path("results/bench.json"),
 ) -> None:
-    """Benchmark experts or MoE layers: interleaved rounds, times as ratios, one thread. Run it alone on its machine.
+    """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on its machine.
 
     Args:
         what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the whole layer for
-            each router; table: print the result in --out once more.
+            each router; envs: how fast the environments step, beside Gymnasium's CartPole (it takes --rounds alone); table: print the
+            result in --out once more.
         device: cpu in float32, cuda in bfloat16.
         rounds: interleaved repetitions, after one that warms up.
         minutes: no new row is begun after so many.
@@ -305,6 +306,9 @@ def bench(
     """
     from rlroute.experiments import benches
 
+    if what == "envs":
+        benches.envs(rounds)
+        return
     if what == "table":
         print(benches.read_table(out))
         return
