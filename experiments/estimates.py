@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlroute.experiments.exact import CHUNK_ROWS, ENUMERABLE, Target, count_choices, joint_choices, measure_target
-from rlroute.experiments.gradient_statistics import Signal, measure, measure_enumerated
+from rlroute.experiments.gradient_statistics import Signal, measure, measure_enumerated, without_target_error
 from rlroute.experiments.probe import Probe
 from rlroute.seeding import derive_key
 
@@ -48,7 +48,7 @@ class Measurement:
             whole, choice = (measure(estimates_NP, target_P) for target_P in targets)
         else:
             whole, choice = (measure_enumerated(estimates_NP, self.prob_N.numpy(), target_P) for target_P in targets)
-        return whole, choice, len(by_turn) // len(live)
+        return without_target_error(whole, self.target.error_L[layer]), choice, len(by_turn) // len(live)
 
 
 def measure_probe(probe: Probe, *, draws: int, samples: int, seed: int) -> Measurement:

@@ -98,6 +98,17 @@ def measure_enumerated(estimates_NP: Floats, prob_N: Floats, target_P: Floats) -
     )
 
 
+def without_target_error(signal: Signal, error: float) -> Signal:
+    """Return a signal whose squared bias is rid of the target's own noise, which it holds on top: a target known to ``error`` |G|.
+
+    |E g - G'|^2 is on average |E g - G|^2 + error^2 |G'|^2 for a noisy target G'. The other figures stay: cosines and gains are too low
+    by error^2 / 2 and error^2.
+    """
+    found = signal.squared_bias
+    low, high = (None if end is None else end - error**2 for end in (found.low, found.high))
+    return replace(signal, squared_bias=Interval(found.mean - error**2, low, high, found.n))
+
+
 def relative_bias(squared: Interval) -> Interval:
     """Return |E g - G| / |G| from its square, cut off at 0."""
     low, high = (None if end is None else _root(end) for end in (squared.low, squared.high))
