@@ -30,9 +30,9 @@ MEASURED_STEP = 2**32
 ESTIMATORS = (
     "reinforce:baseline=none",
     "reinforce:baseline=ema",
-    "reinforce:baseline=none,discount=1",
-    "reinforce:baseline=ema,discount=1",
     "reinforce:discount=1",
+    "reinforce:baseline=leave_one_out,discount=1",
+    "reinforce:baseline=leave_one_out,discount=1,resample=one",
 )
 """What the default sweep adds to the routers' own defaults."""
 
