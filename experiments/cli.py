@@ -19,6 +19,7 @@ from rlroute.errors import RlrouteError, StoreError
 from rlroute.experiments.launch import Job, Launcher
 
 if TYPE_CHECKING:
+    from rlroute.experiments.gradients import Sweep
     from rlroute.records import RunRecord
 
 app = tyro.extras.SubcommandApp()
@@ -333,6 +334,82 @@ def _compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: 
     write_json(out / "clusters.json", {"command": _command(), "training": vars(how), "rows": rows})
     write_atomically(out / "clusters.md", text)
     print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")
+
+
+@app.command
+def gradients(
+    entries: tyro.conf.Positional[tuple[str, ...]] = (),
+    experts: str = "4",
+    k: str = "1",
+    layers: str = "1,2",
+    tokens: str = "3",
+    train_steps: str = "0,50",
+    draws: int = 1000,
+    samples: int = 32,
+    warm_up: int = 20,
+    seeds: int = 4,
+    gate_form: Literal["own", "unit"] = "own",
+    corpus: str = "synth:documents=512,vocab=32,domains=4",
+    out: Path = Path("results/gradients"),
+) -> None:
+    """Measure the learning signal at the router's logits: what training micro-batches give ENTRIES against the exact gradient.
+
+    Args:
+        entries: routers or estimators, as `reinforce:baseline=ema`; by default every router, and the estimators of reinforce.
+        experts: numbers of experts, as `2,4`; this and the next four make a sweep over all combinations.
+        k: experts per token.
+        layers: MoE layers of the model.
+        tokens: tokens of the measured micro-batch, one sequence. Exact to 4096 joint choices: for k = 1, E^(tokens * layers).
+        train_steps: measure after so many steps of real training.
+        draws: micro-batches drawn per measurement, where what they can give is not enumerated as well.
+        samples: sampled joint choices of a conditional gradient, beyond 4096.
+        warm_up: steps for running means and value heads before a measurement.
+        seeds: seeds 0 to seeds - 1: weights, data, measured tokens and draws.
+        gate_form: own: the router's gate; unit: value 1/k, gradient of the router's gate.
+        corpus: what is trained and measured on.
+        out: folder for gradients.md, gradients.json and gradients.html.
+    """
+    import torch
+
+    from rlroute.experiments import gradients as instrument
+
+    numbers = instrument.parse_numbers
+    sweep = instrument.Sweep(
+        entries=entries or instrument.default_entries(),
+        experts=numbers("experts", experts),
+        k=numbers("k", k),
+        layers=numbers("layers", layers),
+        tokens=numbers("tokens", tokens),
+        train_steps=numbers("train_steps", train_steps),
+        draws=draws,
+        samples=samples,
+        warm_up=warm_up,
+        seeds=seeds,
+        gate_form=gate_form,
+        corpus=corpus,
+    )
+    _make_folder(out)
+    torch.set_num_threads(1)
+    print(_publish_gradients(sweep, out))
+    print(f"table in {out}/gradients.md, all figures in {out}/gradients.json, page in {out}/gradients.html")
+
+
+def _publish_gradients(sweep: Sweep, out: Path) -> str:
+    """Measure, write the table, the figures and the page, and return the table's text."""
+    from rlroute.experiments import gradient_page as page
+    from rlroute.experiments.gradients import run
+    from rlroute.experiments.report import new_figure
+    from rlroute.records import write_atomically, write_json
+    from rlroute.training.data import load_corpus
+
+    new_figure("", "", 100)  # without Plotly this fails now rather than after the work
+    rows, unmeasured = run(sweep, lambda text: print(text, file=sys.stderr, flush=True))
+    text = page.to_markdown(rows, unmeasured)
+    provenance = load_corpus(sweep.corpus).provenance
+    write_atomically(out / "gradients.md", text + "\n")
+    write_json(out / "gradients.json", page.to_json(sweep, rows, unmeasured, _command(), provenance))
+    write_atomically(out / "gradients.html", page.render(rows, unmeasured, sweep, _command()))
+    return text
 
 
 def _select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:

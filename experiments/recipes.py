@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict
+from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig, from_dict
 from rlroute.errors import ConfigError
 from rlroute.registry import router_class, router_names
 
@@ -106,8 +106,18 @@ def build_entry(
         if fields:
             raise ConfigError(f"entry {entry!r}: the dense model has no fields")
         return RunConfig(data=data, model=model, train=train)
-    router = from_dict(router_class(name).Config, overrides.get("router", {}) | fields, f"router {name}")
+    config = router_class(name).Config
+    router = from_dict(config, overrides.get("router", {}) | _choices(config, fields), f"router {name}")
     return RunConfig(data=data, model=model, router=router, train=train)
+
+
+def _choices(config: type[RouterConfig], fields: dict[str, Any]) -> dict[str, Any]:
+    """Take ``none`` for the word where a field has it among its choices, as ``reinforce:baseline=none``."""
+    hints = get_type_hints(config)
+    return {
+        name: "none" if value is None and "none" in get_args(hints.get(name)) else value
+        for name, value in fields.items()
+    }
 
 
 def build_comparison(

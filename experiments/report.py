@@ -73,11 +73,12 @@ def render(table: Table, entries: Sequence[Entry]) -> str:
     ordered = [by_label[row.label] for row in table.rows]
     routed = [entry for entry in ordered if entry.router != DENSE and entry.runs[0].loads]
     return PAGE.substitute(
+        style=STYLE,
         conclusion=_conclusion_html(*conclude(table)),
         table=_table_html(table, styles),
         legend=escape(legend(table)),
-        curves=_figure_html(curves_figure(ordered, styles), "curves", plotlyjs=True),
-        balance=_figure_html(balance_figure(table, by_label, styles), "balance"),
+        curves=figure_html(curves_figure(ordered, styles), "curves", plotlyjs=True),
+        balance=figure_html(balance_figure(table, by_label, styles), "balance"),
         loads=_loads_html(routed) if routed else "<p>No entry has experts.</p>",
         notes="".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in table.notes if text),
         configs="".join(_config_html(entry) for entry in ordered),
@@ -164,7 +165,7 @@ def make_styles(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
 
 def curves_figure(entries: Sequence[Entry], styles: Mapping[str, Mapping[str, str]]) -> Figure:
     """Draw validation bits per byte against training tokens: means over seeds, with t intervals as bands."""
-    figure = _new_figure("training tokens", "validation loss (bits per byte)", height=460)
+    figure = new_figure("training tokens", "validation loss (bits per byte)", height=460)
     for entry in entries:
         points = _curve(entry)
         colour, name = styles[entry.label]["colour"], escape(entry.label)
@@ -193,7 +194,7 @@ def curves_figure(entries: Sequence[Entry], styles: Mapping[str, Mapping[str, st
 
 def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[str, Mapping[str, str]]) -> Figure:
     """Draw quality against balance: the mean with its interval over all seeds' own points; the dense model is a line."""
-    figure = _new_figure("MaxVio (worst layer, validation set)", "validation loss (bits per byte)", height=470)
+    figure = new_figure("MaxVio (worst layer, validation set)", "validation loss (bits per byte)", height=470)
     vios = []
     for row in table.rows:
         if row.bits_per_byte is None:
@@ -235,7 +236,7 @@ def loads_figure(entries: Sequence[Entry]) -> tuple[Figure, list[tuple[int, int]
     Returns:
         The figure, and the (entry, MoE layer) indices of its heatmaps.
     """
-    figure = _new_figure("training step", "expert", height=470)
+    figure = new_figure("training step", "expert", height=470)
     drawn: list[tuple[int, int]] = []
     for index, entry in enumerate(entries):
         rows = entry.runs[0].loads
@@ -273,7 +274,12 @@ def _curve(entry: Entry) -> dict[int, Interval]:
     return {tokens: t_interval(values) for tokens, values in sorted(bits.items()) if len(values) == len(entry.finished)}
 
 
-def _new_figure(x_title: str, y_title: str, height: int) -> Figure:
+def new_figure(x_title: str, y_title: str, height: int) -> Figure:
+    """Return an empty figure in the house's style.
+
+    Raises:
+        MissingDependencyError: Plotly is not installed.
+    """
     try:
         from plotly import graph_objects
     except ImportError as error:
@@ -301,7 +307,8 @@ def _conclusion_html(first: str, *others: str) -> str:
     return f"<p>{escape(first)}</p><ul>{''.join(f'<li>{escape(other)}</li>' for other in others)}</ul>"
 
 
-def _figure_html(figure: Figure, name: str, plotlyjs: bool = False) -> str:
+def figure_html(figure: Figure, name: str, plotlyjs: bool = False) -> str:
+    """Return a figure as a part of a page; one figure of a page brings Plotly's script."""
     config = {
         "displaylogo": False,
         "showSendToCloud": False,
@@ -337,7 +344,7 @@ def _loads_html(entries: Sequence[Entry]) -> str:
     picker = f'<label>Router <select id="router" autocomplete="off">{routers}</select></label>'
     picker += f'<label>Layer <select id="layer" autocomplete="off">{layers}</select></label>'
     shown = f'<p class="picker">{picker}<span>seed {seed}</span></p>'
-    return f"{shown}{_figure_html(figure, 'loads')}<script>const DRAWN = {json.dumps(drawn)};</script>"
+    return f"{shown}{figure_html(figure, 'loads')}<script>const DRAWN = {json.dumps(drawn)};</script>"
 
 
 def _config_html(entry: Entry) -> str:
@@ -347,17 +354,7 @@ def _config_html(entry: Entry) -> str:
     return f"<details><summary>{escape(entry.label)}</summary><p>Runs: {ids}</p><pre>{text}</pre></details>"
 
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
- form-action 'none'; base-uri 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which expert for which token? A comparison of routers</title>
-<style>
-:root { color: #1c2330; background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+STYLE = """:root { color: #1c2330; background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 body { margin: 0 auto; max-width: 1200px; padding: 2.2rem 1.5rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .9rem; letter-spacing: -.015em; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
@@ -392,7 +389,20 @@ dd { margin: 0; overflow-wrap: anywhere; }
 details { margin: .35rem 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: #f6f7f9; padding: .7rem; }
-</style>
+"""
+"""Of every page."""
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
+ form-action 'none'; base-uri 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Which expert for which token? A comparison of routers</title>
+<style>
+$style</style>
 </head>
 <body>
 <header>

@@ -13,7 +13,9 @@ from unittest import mock
 
 import pytest
 
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments.cli import main
+from rlroute.experiments.recipes import build_entry
 from rlroute.registry import router_names
 
 ROOT = Path(__file__).parents[1]
@@ -304,3 +306,8 @@ def test_routers_lists_every_router_with_its_paper():
         assert "learns from: " in part
         assert "fields: " in part
     assert "arXiv 2202.01169" in text
+
+
+def test_an_entry_may_say_none_where_it_is_a_word_among_choices():
+    config = build_entry("reinforce:baseline=none", DataConfig(), ModelConfig(), TrainConfig())
+    assert config.to_dict()["router"]["baseline"] == "none"
