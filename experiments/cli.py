@@ -1,5 +1,7 @@
 """The command line. Every command that writes says where; bad input is one line on stderr and exit code 2.
 
+Longer than most files: one function per command, each little more than its options and what they mean.
+
 Heavy packages are imported inside the commands, so that ``rlroute --help`` answers at once.
 """
 
