@@ -99,7 +99,7 @@ class ModelConfig:
 class TrainConfig:
     """How one run is trained."""
 
-    steps: int = 250
+    steps: int = 200
     """Optimizer steps under budget tokens; the most steps under the others."""
     batch_size: int = 16
     """Sequences per step."""
