@@ -171,6 +171,17 @@ def test_unused_and_dropped_pairs_touch_nothing():
     assert bool((got["gates_R"][~decision.kept_R] == 0).all())
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_cpu_engine_reads_nothing_that_it_did_not_write(case, monkeypatch):
+    """Every uninitialised buffer starts as NaN."""
+    want = run(*case, "cpu")
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    got = run(*case, "cpu")
+    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+
+
 def test_without_gradients_the_output_is_the_same():
     decision, width, hidden = CASES["fixed k"]
     weights = ExpertWeights(torch.randn(6, 2 * hidden, width), torch.randn(6, width, hidden))
