@@ -104,7 +104,9 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per step."""
     micro_batches: int = 1
-    """A step's batch is cut into this many (gradient accumulation)."""
+    """A step's batch is cut into this many: gradient accumulation, or shares of the workers that train together."""
+    balance_scope: Literal["micro_batch", "batch"] = "micro_batch"
+    """What balance losses look at: a micro-batch, or the whole batch (which needs as many workers as micro-batches)."""
     lr: float = 8e-3
     """Peak learning rate of AdamW."""
     router_lr_scale: float = 1.0
@@ -144,7 +146,7 @@ class TrainConfig:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"
             )
-        _require_choices(self, "budget", "device", "dtype", "kernel")
+        _require_choices(self, "budget", "balance_scope", "device", "dtype", "kernel")
         if (self.budget == "tokens") != (self.budget_amount is None):
             raise ConfigError(
                 f"train.budget_amount = {self.budget_amount} with budget {self.budget!r}: flops and time need one, tokens takes none"

@@ -180,12 +180,12 @@ class RunFolder:
         """Whether the run has finished or diverged."""
         return (self.path / "summary.json").exists()
 
-    def describe(self, config: RunConfig, seed: int, backend: str, command: str | None) -> None:
-        """Write config.json and environment.json."""
+    def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, parallel: Row) -> None:
+        """Write config.json and environment.json; ``parallel`` says how many processes train together."""
         identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
         described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict()}
         write_json(self.path / "config.json", described)
-        write_json(self.path / "environment.json", environment(config, backend))
+        write_json(self.path / "environment.json", environment(config, backend) | parallel)
         with storing(self.path):
             for name in ("metrics", "loads"):
                 (self.path / f"{name}.jsonl").touch()

@@ -2,6 +2,15 @@
 
 from rlroute.kernels.engines import ExpertWeights, expert_mlp, resolve_backend
 from rlroute.kernels.plan import Plan, make_plan
-from rlroute.kernels.primitives import gather_linear, linear_combine
+from rlroute.kernels.primitives import gather_linear, linear_combine, sum_rows
 
-__all__ = ["ExpertWeights", "Plan", "expert_mlp", "gather_linear", "linear_combine", "make_plan", "resolve_backend"]
+__all__ = [
+    "ExpertWeights",
+    "Plan",
+    "expert_mlp",
+    "gather_linear",
+    "linear_combine",
+    "make_plan",
+    "resolve_backend",
+    "sum_rows",
+]

@@ -54,3 +54,19 @@ def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tenso
     ]
     out_TN = y_RK.new_zeros(plan.num_tokens, weights_ENK.shape[1])
     return out_TN.index_add(0, plan.tokens_R[: bounds[-1]], torch.cat(rows))
+
+
+def sum_rows(y_RD: Tensor, plan: Plan, backend: str = "cpu") -> Tensor:
+    """Return each token's sum of its rows, of shape (T, D), in an order that does not change; for use inside autograd functions.
+
+    Args:
+        y_RD: rows in the plan's order, at least those that run.
+        plan: from :func:`rlroute.kernels.plan.make_plan`.
+        backend: ``triton`` runs the kernel; others add row by row.
+    """
+    if backend == "triton":
+        from rlroute.kernels import sparse
+
+        return sparse.sum_rows(y_RD, plan)
+    rows = int(plan.starts_E[-1])
+    return y_RD.new_zeros(plan.num_tokens, y_RD.shape[1]).index_add_(0, plan.tokens_R[:rows], y_RD[:rows])

@@ -55,6 +55,11 @@ def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tenso
     return out_TN
 
 
+def sum_rows(y_RD: Tensor, plan: Plan) -> Tensor:
+    """Return out_TD as :func:`rlroute.kernels.sum_rows` defines it."""
+    return _Launcher(plan, y_RD, y_RD.shape[1], y_RD.shape[1]).sum_rows(y_RD)
+
+
 class _Launcher:
     """Launches kernels over one plan with the tiles pinned for it.
 

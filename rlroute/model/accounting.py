@@ -1,7 +1,7 @@
 """What a model costs and whether two of them started alike: parameters, FLOPs, fingerprints."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -14,6 +14,11 @@ def is_router(name: str) -> bool:
     return ".router." in name
 
 
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this name holds experts of an MoE layer, one a row: what expert parallelism cuts."""
+    return ".moe.experts." in name
+
+
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 over the names and bytes of parameters, in the order of their names."""
     digest = hashlib.sha256()
@@ -23,10 +28,16 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def fingerprints(model: Transformer) -> dict[str, str]:
+def fingerprints(model: Transformer, whole: Callable[[Tensor], Tensor] = lambda tensor_E: tensor_E) -> dict[str, str]:
     """Return the fingerprints of the shared parameters (all but the routers') and of the backbone (those outside the feed-forward
-    layers, which the dense model shares too)."""
-    shared = [(name, p) for name, p in model.named_parameters() if not is_router(name)]
+    layers, which the dense model shares too).
+
+    Args:
+        model: any.
+        whole: collects all experts' rows of a parameter that holds some of them.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if not is_router(name)]
+    shared = [(name, whole(p.detach()) if is_expert(name) else p) for name, p in named]
     backbone = [(name, p) for name, p in shared if ".experts." not in name]
     return {"shared": fingerprint(shared), "backbone": fingerprint(backbone)}
 
@@ -39,8 +50,11 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> dict[str, in
     left out; the embedding is a look-up.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        if is_expert(name):
+            sizes[name] = p.numel() // len(p) * config.num_experts  # whatever part of them is held here
     router = sum(size for name, size in sizes.items() if is_router(name))
-    routed = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    routed = sum(size for name, size in sizes.items() if is_expert(name))
     other = sum(sizes.values()) - router - routed
     routed_active = routed * config.k // config.num_experts
     router_flops = sum(r.flops_per_token() for r in model.routers)

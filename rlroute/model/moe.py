@@ -4,29 +4,68 @@ Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rlroute import seeding
 from rlroute.config import ModelConfig
+from rlroute.errors import ConfigError
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.routing import Router, RoutingContext, RoutingDecision, drop_over_capacity
 
 
-class Experts(nn.Module):
-    """E experts. Each expert's initial weights derive from its own key, whatever process holds it."""
+@dataclass(frozen=True)
+class Placement:
+    """Where the experts are, and how pairs reach them: the seam between the MoE layer and expert parallelism.
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int, num_experts: int, d_expert: int) -> None:
+    Attributes:
+        shards: the experts are cut into this many equal, consecutive shards.
+        shard: the one that this process holds.
+        run: runs a decision over *all* experts with the weights held here; signature and meaning are those of
+            :func:`rlroute.kernels.expert_mlp`, which runs them where all are held.
+    """
+
+    shards: int = 1
+    shard: int = 0
+    run: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str], Tensor] = expert_mlp
+
+    def held(self, num_experts: int) -> range:
+        """Return the experts held here.
+
+        Raises:
+            ConfigError: they cannot be cut evenly.
+        """
+        if num_experts % self.shards:
+            raise ConfigError(
+                f"model.num_experts = {num_experts}: must be a multiple of the {self.shards} expert shards"
+            )
+        each = num_experts // self.shards
+        return range(self.shard * each, (self.shard + 1) * each)
+
+    def device_E(self, num_experts: int) -> Tensor:
+        """Return the device (shard) of each expert, int64."""
+        return torch.arange(num_experts) // (num_experts // self.shards)
+
+
+HERE = Placement()
+"""All experts in this process."""
+
+
+class Experts(nn.Module):
+    """The experts held here. Each one's initial weights derive from its own key, whatever process holds it."""
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int, held: range, d_expert: int) -> None:
         super().__init__()
-        self.in_EHD = nn.Parameter(torch.empty(num_experts, hidden_rows(config.activation, d_expert), config.d_model))
-        self.out_EDF = nn.Parameter(torch.empty(num_experts, config.d_model, d_expert))
+        self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), config.d_model))
+        self.out_EDF = nn.Parameter(torch.empty(len(held), config.d_model, d_expert))
         std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
-        for expert in range(num_experts):
-            seeding.init_normal(self.in_EHD[expert], config.d_model**-0.5, seed, f"layers.{layer}.experts.in", expert)
-            seeding.init_normal(self.out_EDF[expert], std_out, seed, f"layers.{layer}.experts.out", expert)
+        for row, expert in enumerate(held):
+            seeding.init_normal(self.in_EHD[row], config.d_model**-0.5, seed, f"layers.{layer}.experts.in", expert)
+            seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.experts.out", expert)
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in the compute precision."""
@@ -49,11 +88,13 @@ def apply_gate_form(decision: RoutingDecision, form: str, k: int) -> RoutingDeci
 class MoELayer(nn.Module):
     """Route, drop over capacity where there is one, run the experts."""
 
-    def __init__(self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str) -> None:
+    def __init__(
+        self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str, placement: Placement = HERE
+    ) -> None:
         super().__init__()
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.run = config, backend, placement.run
         self.router = router
-        self.experts = Experts(config, layer, seed, config.num_experts, config.d_expert)
+        self.experts = Experts(config, layer, seed, placement.held(config.num_experts), config.d_expert)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run, gates in their final form."""
@@ -68,7 +109,7 @@ class MoELayer(nn.Module):
             if decision.gates_R.requires_grad:
                 decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit; routers read it in observe()
             weights = self.experts.weights(dtype)
-            return expert_mlp(x_TD.to(dtype), decision, weights, self.backend, self.config.activation), decision
+            return self.run(x_TD.to(dtype), decision, weights, self.backend, self.config.activation), decision
 
     def _capacity(self, num_tokens: int) -> int:
         assert self.config.capacity_factor is not None
@@ -81,7 +122,7 @@ class DenseMLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.experts = Experts(config, layer, seed, 1, config.k * config.d_expert)
+        self.experts = Experts(config, layer, seed, range(1), config.k * config.d_expert)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return the MLP's output, shape (T, D)."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from rlroute import seeding
 from rlroute.config import ModelConfig
-from rlroute.model.moe import DenseMLP, MoELayer
+from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
 from rlroute.routing import Router, RouterShape, RoutingContext, RoutingDecision
 
 
@@ -27,6 +27,7 @@ class ModelShape:
         seed: every initial weight derives from it and from the weight's name.
         backend: the expert engine, from :func:`rlroute.kernels.resolve_backend`.
         token_counts_V: how often each token occurs in the training corpus, for routers that want to know.
+        placement: where the experts are; all here by default.
     """
 
     vocab_size: int
@@ -34,6 +35,7 @@ class ModelShape:
     seed: int
     backend: str
     token_counts_V: Tensor | None = None
+    placement: Placement = HERE
 
 
 class _Linear(nn.Linear):
@@ -92,7 +94,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(config, shape, layer)
         self.ffn_norm = nn.RMSNorm(config.d_model)
-        self.moe = None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend)
+        self.moe = (
+            None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend, shape.placement)
+        )
         self.mlp = DenseMLP(config, layer, shape.seed) if router is None else None
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision | None]:

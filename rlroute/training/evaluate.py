@@ -1,5 +1,7 @@
 """Evaluation on fixed tokens: greedy for every router, and sampled beside it for stochastic ones. It changes no state.
 
+The batches are micro-batches, so that rules that mix tokens see as many as in training; the ranks of a group take turns with them.
+
 Shape suffixes: T tokens, L MoE layers, E experts, K experts per token.
 """
 
@@ -15,72 +17,102 @@ from rlroute import metrics
 from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
 from rlroute.training.data import Batch
-from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L
+from rlroute.training.group import ALONE, Group
+from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L, surroundings
+
+Decisions = list[list[RoutingDecision]]
+"""By batch and layer."""
 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, batches: Sequence[Batch], token_bytes_V: np.ndarray, device: Device, *, seed: int, sampled: bool
+    model: Transformer,
+    batches: Sequence[Batch],
+    token_bytes_V: np.ndarray,
+    device: Device,
+    *,
+    seed: int,
+    sampled: bool,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Return the greedy loss, bits per byte and balance over all batches, and the sampled policy's where asked and meaningful.
 
     Loads are counted over the whole of ``batches``, by layer, before capacity drops.
     """
-    greedy = _pass(model, batches, token_bytes_V, device, seed, explore=False)
-    decisions = greedy.pop("decisions")
+    loss, decisions = _pass(model, batches, token_bytes_V, device, seed, group, explore=False)
+    sums = _balance_sums(model, decisions)
+    group.add_up(list(sums.values()))
     sampled_row = None
     if sampled and any(router.stochastic for router in model.routers):
-        drawn = _pass(model, batches, token_bytes_V, device, seed, explore=True)
-        overlap_L = [_overlap(a, b) for a, b in zip(decisions, drawn["decisions"], strict=True)]
-        sampled_row = {"loss": drawn["loss"], "bits_per_byte": drawn["bits_per_byte"], "overlap_L": overlap_L}
-    demand_LE = _demand(decisions)
-    probs_L = [[d.probs_TE for d in layer if d.probs_TE is not None] for layer in decisions]
-    return greedy | {
+        sampled_loss, drawn = _pass(model, batches, token_bytes_V, device, seed, group, explore=True)
+        sampled_row = sampled_loss | {"overlap_L": _overlap_L(model, decisions, drawn, group)}
+    demand_LE, entropy_L, scored_L = sums["demand_LE"].float(), sums["entropy_L"], sums["scored_L"]
+    return loss | {
         "max_vio_L": max_vio_L(demand_LE),
         "cv_L": [float(metrics.coefficient_of_variation(d)) for d in demand_LE],
         "load_entropy_L": [float(metrics.load_entropy(d)) for d in demand_LE],
-        "router_entropy_L": [_router_entropy(probs) for probs in probs_L] if probs_L and all(probs_L) else None,
+        "router_entropy_L": (entropy_L / scored_L).tolist() if len(scored_L) and bool(scored_L.all()) else None,
         "dead_L": [int(metrics.dead_experts(d)) for d in demand_LE],
-        "drop_rate": float(np.mean([float(metrics.drop_rate(d)) for layer in decisions for d in layer]))
-        if decisions
-        else 0.0,
+        "drop_rate": float(sums["drops"]) / (len(batches) * max(1, len(model.routers))),
         "load_LE": load_fractions(demand_LE),
         "sampled": sampled_row,
     }
 
 
 def _pass(
-    model: Transformer, batches: Sequence[Batch], token_bytes_V: np.ndarray, device: Device, seed: int, explore: bool
-) -> dict[str, Any]:
-    """Run all batches once. Step 0 keys the draws; the sequence ids of evaluation batches keep them apart from training's."""
-    nats, tokens, text_bytes = 0.0, 0, 0.0
-    decisions: list[list[RoutingDecision]] = [[] for _ in model.routers]
-    for batch in batches:
-        context = make_context(batch, device, seed=seed, step=0, explore=explore)
+    model: Transformer,
+    batches: Sequence[Batch],
+    token_bytes_V: np.ndarray,
+    device: Device,
+    seed: int,
+    group: Group,
+    explore: bool,
+) -> tuple[dict[str, float], Decisions]:
+    """Run all batches once and return the losses over all of them, and the decisions of this rank's.
+
+    Step 0 keys the draws; the sequence ids of evaluation batches keep them apart from training's.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    decisions, around = [], surroundings(model, group)
+    for turn in range(-(-len(batches) // group.size)):
+        index = turn * group.size + group.rank
+        batch = batches[min(index, len(batches) - 1)]
+        context = make_context(batch, device, seed=seed, step=0, explore=explore, **around)
         loss_MT, made = forward(model, batch, context, device)
-        nats += float(loss_MT.double().sum())
-        tokens += batch.targets_BS.size
-        text_bytes += float(token_bytes_V[batch.targets_BS].sum())
-        for layer, decision in zip(decisions, made, strict=True):
-            layer.append(decision)
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes, "decisions": decisions}
+        if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
+            nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
+            sums += torch.tensor([nats, batch.targets_BS.size, text_bytes], dtype=torch.float64)
+            decisions.append(made)
+    sums = sums.to(device.name)
+    group.add_up([sums])
+    nats, tokens, text_bytes = sums.tolist()
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes}, decisions
 
 
-def _demand(decisions: list[list[RoutingDecision]]) -> Tensor:
-    """Return the pairs that chose each expert, by layer, over all batches; shape (L, E), empty for the dense model."""
-    layers = [torch.stack([d.demand_E() for d in layer]).sum(0) for layer in decisions]
-    return torch.stack(layers).float() if layers else torch.zeros(0, 0)
+def _balance_sums(model: Transformer, decisions: Decisions) -> dict[str, Tensor]:
+    """Return sums over this rank's batches: demand, entropy of the routing distribution and how often there was one, drop rates."""
+    layers, device = len(model.routers), model.embed.weight.device
+    experts = model.routers[0].shape.num_experts if layers else 0
+    demand_LE = torch.zeros(layers, experts, dtype=torch.long, device=device)
+    entropy_L, scored_L, drops = (torch.zeros(n, dtype=torch.float64, device=device) for n in (layers, layers, 1))
+    for made in decisions:
+        for layer, decision in enumerate(made):
+            demand_LE[layer] += decision.demand_E()
+            drops += metrics.drop_rate(decision)
+            if decision.probs_TE is not None:
+                entropy_L[layer] += metrics.router_entropy(decision.probs_TE)
+                scored_L[layer] += 1
+    return {"demand_LE": demand_LE, "entropy_L": entropy_L, "scored_L": scored_L, "drops": drops}
 
 
-def _router_entropy(probs: list[Tensor]) -> float:
-    return float(np.mean([float(metrics.router_entropy(p)) for p in probs]))
-
-
-def _overlap(greedy: list[RoutingDecision], drawn: list[RoutingDecision]) -> float | None:
-    """Return the share of chosen experts in common; None where the number per token is not fixed."""
-    pairs = [
-        (a.expert_ids_R.view(-1, a.k), b.expert_ids_R.view(-1, b.k))
-        for a, b in zip(greedy, drawn, strict=True)
-        if a.k and b.k
-    ]
-    return float(np.mean([float(metrics.overlap(a, b)) for a, b in pairs])) if pairs else None
+def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: Group) -> list[float | None]:
+    """Return the share of chosen experts in common, by layer; None where the number per token is not fixed."""
+    sums_L2 = torch.zeros(len(model.routers), 2, dtype=torch.float64, device=model.embed.weight.device)
+    for made, other in zip(greedy, drawn, strict=True):
+        for layer, (a, b) in enumerate(zip(made, other, strict=True)):
+            if a.k and b.k:
+                ids = (a.expert_ids_R.view(-1, a.k), b.expert_ids_R.view(-1, b.k))
+                sums_L2[layer, 0] += metrics.overlap(*ids)
+                sums_L2[layer, 1] += 1
+    group.add_up([sums_L2])
+    return [shared / count if count else None for shared, count in sums_L2.tolist()]

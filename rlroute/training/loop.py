@@ -4,12 +4,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlroute.config import SCHEMA, DataConfig, RunConfig
 from rlroute.errors import ConfigError
@@ -22,6 +24,7 @@ from rlroute.routing import Router, RouterShape
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
+from rlroute.training.group import ALONE, Group
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, StepResult, adapt, backward_batch, load_fractions, max_vio_L
 
@@ -46,8 +49,8 @@ class Diverged(Exception):
         self.what = what
 
 
-def build_model(config: RunConfig, corpus: Corpus, seed: int) -> Transformer:
-    """Return the model of a run at its initial weights, on its device.
+def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
+    """Return the model of a run at its initial weights, on its device, with the experts that this process of a group holds.
 
     Raises:
         ConfigError: the router or the engine does not fit.
@@ -60,6 +63,7 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int) -> Transformer:
         seed=seed,
         backend=resolve_backend(config.train.kernel, config.train.device),
         token_counts_V=torch.from_numpy(np.bincount(corpus.train, minlength=corpus.vocab_size)),
+        placement=group.placement,
     )
     model = Transformer(config.model, shape, _router_maker(config))
     return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
@@ -79,8 +83,11 @@ def train(
     *,
     command: str | None = None,
     on_step: Callable[[int], None] = lambda step: None,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Train a run to its end and return its summary; an ended run is returned as it is, an unfinished one goes on.
+
+    The processes of a group all call this, and see the same store; rank 0 writes the records.
 
     Args:
         config: the run's configuration.
@@ -88,18 +95,21 @@ def train(
         store: the run store's folder.
         command: the command line behind this run, for its record.
         on_step: called with the number of steps done, after each.
+        group: the processes that train this run together.
 
     Raises:
         ConfigError, DataError: bad input, before anything is written.
         StoreError, CheckpointError: the store cannot be used; nothing in it is lost.
     """
     folder = RunFolder(store, config, seed)
-    if folder.ended:
+    if group.agree(folder.ended):
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
-    run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command)
-    with folder.lock():  # whoever held it may have ended the run
-        return folder.read().summary if folder.ended else run.train(on_step)
+    run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command, group)
+    with folder.lock() if group.rank == 0 else nullcontext():
+        if group.agree(folder.ended):  # by whoever held the lock before
+            return folder.read().summary
+        return run.train(on_step)
 
 
 def check(configs: Iterable[RunConfig]) -> None:
@@ -112,21 +122,47 @@ def check(configs: Iterable[RunConfig]) -> None:
     for config in configs:
         if config.data not in corpora:
             corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
-        _Run(config, 0, RunFolder(Path(), config, 0), corpora[config.data], None)
+        _Run(config, 0, RunFolder(Path(), config, 0), corpora[config.data])
+
+
+def check_shares(config: RunConfig, workers: int) -> None:
+    """Refuse a step that workers cannot share.
+
+    Raises:
+        ConfigError: its micro-batches are no multiple of them; or more, where balance is of the whole batch.
+    """
+    train = config.train
+    if train.micro_batches % workers:
+        raise ConfigError(f"train.micro_batches = {train.micro_batches}: must be a multiple of the {workers} workers")
+    if train.balance_scope == "batch" and train.micro_batches != workers:
+        raise ConfigError(
+            f"train.balance_scope = 'batch' with train.micro_batches = {train.micro_batches}: needs as many workers, not {workers}"
+        )
 
 
 class _Run:
     """The parts of one run and the order in which they work."""
 
-    def __init__(self, config: RunConfig, seed: int, folder: RunFolder, corpus: Corpus, command: str | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        folder: RunFolder,
+        corpus: Corpus,
+        command: str | None = None,
+        group: Group = ALONE,
+    ) -> None:
         self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
+        self.group = group
         self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
-        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **self.cut)
+        micro_batch = self.cut | {"batch_size": config.train.batch_size // config.train.micro_batches}
+        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
         sample_batch(corpus, seed=seed, step=0, **self.cut)  # a corpus that is too short is found before any work
-        self.model = build_model(config, corpus, seed)
-        self.identity = fingerprints(self.model)
+        check_shares(config, group.size)
+        self.model = build_model(config, corpus, seed, group)
+        self.identity = fingerprints(self.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)
-        self.optimizer = Optimizer(self.model, config.train)
+        self.optimizer = Optimizer(self.model, config.train, group)
         self.device = Device(config.train.device, DTYPES[config.train.dtype])
         self.steps = planned_steps(config, self.costs)
         self.progress = Progress()
@@ -151,8 +187,9 @@ class _Run:
             summary = self._summary("finished", row, None)
         except Diverged as stop:
             summary = self._summary("diverged", None, {"step": self.progress.step, "what": stop.what})
-        self.folder.finish(summary)
-        drop_trainer_state(self.folder.path)
+        if self.group.rank == 0:
+            self.folder.finish(summary)
+            drop_trainer_state(self.folder.path)
         return summary
 
     def _budget_used(self) -> float:
@@ -168,7 +205,14 @@ class _Run:
         step = self.progress.step
         batch = sample_batch(self.corpus, seed=self.seed, step=step, **self.cut)
         result = backward_batch(
-            self.model, batch, self.device, seed=self.seed, step=step, micro_batches=config.micro_batches
+            self.model,
+            batch,
+            self.device,
+            seed=self.seed,
+            step=step,
+            micro_batches=config.micro_batches,
+            group=self.group,
+            scope=config.balance_scope,
         )
         if not math.isfinite(result.loss):
             raise Diverged("the language-model loss is not finite")
@@ -178,15 +222,29 @@ class _Run:
         adapt(self.model, result)
         self.progress.step += 1
         self.progress.chain = _link(self.progress.chain, batch)
-        self.progress.seconds["train"] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if config.budget == "time":  # which all ranks read off one clock
+            seconds = self.group.agree(seconds)
+        self.progress.seconds["train"] += seconds
         if self.progress.step % config.log_every == 0:
             self._log(result, norms)
 
     def _log(self, result: StepResult, norms: dict[str, float]) -> None:
         demand_LE = result.demand_LE
         measured = {"loss": result.loss, "terms": result.terms, "weights": result.weights, **norms}
-        self.folder.append("metrics", self._row("train") | measured | {"max_vio_L": max_vio_L(demand_LE)})
-        self.folder.append("loads", {"step": self.progress.step, "load_LE": load_fractions(demand_LE)})
+        measured |= {"max_vio_L": max_vio_L(demand_LE)}
+        if (traffic := self.group.traffic()) is not None and len(demand_LE):
+            measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(self._by_device(demand_LE))}}
+        self._append("metrics", self._row("train") | measured)
+        self._append("loads", {"step": self.progress.step, "load_LE": load_fractions(demand_LE)})
+
+    def _by_device(self, demand_LE: Tensor) -> Tensor:
+        """Return the pairs that went to each device, by layer."""
+        return demand_LE.view(len(demand_LE), self.group.placement.shards, -1).sum(2)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        if self.group.rank == 0:
+            self.folder.append(name, row)
 
     def _row(self, kind: str) -> dict[str, Any]:
         tokens = self.progress.step * self.config.train.batch_size * self.config.data.seq_len
@@ -200,35 +258,53 @@ class _Run:
     def _evaluate(self, final: bool) -> dict[str, Any]:
         start = time.perf_counter()
         row = evaluate(
-            self.model, self.eval_batches, self.corpus.token_bytes_V, self.device, seed=self.seed, sampled=final
+            self.model,
+            self.eval_batches,
+            self.corpus.token_bytes_V,
+            self.device,
+            seed=self.seed,
+            sampled=final,
+            group=self.group,
         )
         self.progress.seconds["eval"] += time.perf_counter() - start
         if not math.isfinite(row["loss"]) or (row["sampled"] and not math.isfinite(row["sampled"]["loss"])):
             raise Diverged("the validation loss is not finite")
         row = self._row("eval") | row | {"chain": self.progress.chain}
-        self.folder.append("metrics", row)
+        self._append("metrics", row)
         return row
 
     def _checkpoint(self) -> None:
-        trainer = {"optimizer": self.optimizer.adamw.state_dict(), "progress": vars(self.progress)}
         save_checkpoint(
-            self.folder.path, self.progress.step, self.model, trainer, {"id": self.folder.id, "seed": self.seed}
+            self.folder.path,
+            self.progress.step,
+            self.model,
+            self.optimizer.state(),
+            vars(self.progress),
+            {"id": self.folder.id, "seed": self.seed},
+            self.group,
         )
         self.saved = self.progress.step
 
     def _resume(self) -> dict[str, Any] | None:
         """Take the run up where its checkpoint left it; return that step's evaluation if it was made."""
-        trainer = load_checkpoint(self.folder.path, self.model, self.folder.id)
-        if trainer is None:
-            backend = resolve_backend(self.config.train.kernel, self.config.train.device)
-            self.folder.describe(self.config, self.seed, backend, self.command)
-        else:
-            self.optimizer.adamw.load_state_dict(trainer["optimizer"])
-            self.progress = Progress(**trainer["progress"])
-            self.saved = self.progress.step
-        self.folder.rewind(self.progress.step)
+        with self.group.together():
+            trainer = load_checkpoint(self.folder.path, self.model, self.folder.id, self.group)
+            if trainer is not None:
+                self.optimizer.load_state(trainer["optimizer"])
+                self.progress = Progress(**trainer["progress"])
+                self.saved = self.progress.step
+        with self.group.together():
+            if self.group.rank == 0:
+                self._open_records(new=trainer is None)
         row = last_row(self.folder.path)
         return row if row and row["kind"] == "eval" and row["step"] == self.progress.step else None
+
+    def _open_records(self, new: bool) -> None:
+        if new:
+            backend = resolve_backend(self.config.train.kernel, self.config.train.device)
+            parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
+            self.folder.describe(self.config, self.seed, backend, self.command, parallel)
+        self.folder.rewind(self.progress.step)
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress

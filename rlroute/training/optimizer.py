@@ -4,20 +4,25 @@ The routers have a clip of their own, so that policy noise does not throttle the
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rlroute.config import TrainConfig
-from rlroute.model.accounting import is_router
+from rlroute.model.accounting import is_expert, is_router
+from rlroute.training.group import ALONE, Group
 
 
 class Optimizer:
-    """AdamW with the schedule and the clips of a :class:`TrainConfig`."""
+    """AdamW with the schedule and the clips of a :class:`TrainConfig`, over the parameters that this process of a group holds."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, model: nn.Module, config: TrainConfig, group: Group = ALONE) -> None:
+        self.config, self.group = config, group
         named = list(model.named_parameters())
+        self.names = {parameter: name for name, parameter in named}
         self.router = [p for name, p in named if is_router(name)]
         self.shared = [p for name, p in named if not is_router(name)]
         groups = [
@@ -38,17 +43,31 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["scale"]
         norms = {
-            "grad_norm": _clip(self.shared, self.config.clip),
-            "router_grad_norm": _clip(self.router, self.config.router_clip),
+            "grad_norm": self._clip(self.shared, self.config.clip),
+            "router_grad_norm": self._clip(self.router, self.config.router_clip),
         }
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return {"lr": rate} | norms
 
+    def _clip(self, parameters: list[nn.Parameter], limit: float) -> float:
+        gradients = [(self.names[p], p.grad) for p in parameters if p.grad is not None]
+        norm = get_total_norm([g for name, g in gradients if not is_expert(name)])
+        if experts := [g for name, g in gradients if is_expert(name)]:
+            norm = (norm.square() + self.group.sum_over_shards(get_total_norm(experts).square())).sqrt()
+        clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
 
-def _clip(parameters: list[nn.Parameter], limit: float) -> float:
-    norm: Tensor = nn.utils.clip_grad_norm_(parameters, limit)
-    return float(norm)
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of each parameter by its name: tensors of the parameter's shape, and scalars."""
+        return {name: dict(self.adamw.state[p]) for p, name in self.names.items() if p in self.adamw.state}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`state` returned."""
+        plain: dict[str, Any] = self.adamw.state_dict()
+        ordered = [self.names[p] for group in self.adamw.param_groups for p in group["params"]]
+        plain["state"] = {index: dict(state[name]) for index, name in enumerate(ordered) if name in state}
+        self.adamw.load_state_dict(plain)
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

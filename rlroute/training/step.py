@@ -3,9 +3,10 @@
 Shape suffixes: B sequences, S sequence length, T = B * S tokens, M routing samples, V vocabulary, L MoE layers, E experts.
 """
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from rlroute import metrics
 from rlroute.model import Transformer
 from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Term
 from rlroute.training.data import Batch
+from rlroute.training.group import ALONE, Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +54,25 @@ class StepResult:
 
 
 def make_context(
-    batch: Batch, device: Device, *, seed: int, step: int, explore: bool, samples: int = 1
+    batch: Batch,
+    device: Device,
+    *,
+    seed: int,
+    step: int,
+    explore: bool,
+    samples: int = 1,
+    **surroundings: Any,
 ) -> RoutingContext:
-    """Return the context of a batch's tokens, repeated ``samples`` times, sample-major."""
+    """Return the context of a batch's tokens, repeated ``samples`` times, sample-major.
+
+    Args:
+        batch: a micro-batch.
+        device: where the forward runs.
+        seed, step: what draws are keyed by.
+        explore: whether to sample.
+        samples: M.
+        surroundings: further fields of the context, from :func:`surroundings`.
+    """
 
     def rows(values: Tensor) -> Tensor:
         return values.reshape(-1).repeat(samples).to(device.name)
@@ -71,7 +89,19 @@ def make_context(
         mask_T=torch.ones(sequences * length * samples, dtype=torch.bool, device=device.name),
         explore=explore,
         num_samples=samples,
+        **surroundings,
     )
+
+
+def surroundings(
+    model: Transformer, group: Group, scope: Literal["micro_batch", "batch"] = "micro_batch"
+) -> dict[str, Any]:
+    """Return what a context says of the other processes: where the experts are, and the sum over the balance scope."""
+    fields: dict[str, Any] = {"sum_over_scope": group.sum_over_scope} if scope == "batch" else {}
+    if group.placement.shards > 1:
+        device_E = group.placement.device_E(model.routers[0].shape.num_experts)
+        fields["expert_device_E"] = device_E.to(model.embed.weight.device)
+    return fields
 
 
 def forward(
@@ -89,27 +119,48 @@ def forward(
     return loss_T.view(context.num_samples, -1), decisions
 
 
-def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Yield the micro-batches of a batch."""
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Return the micro-batches of a batch."""
     size = len(batch.sequence_B) // parts
+    micro_batches = []
     for start in range(0, len(batch.sequence_B), size):
         rows = slice(start, start + size)
         domains = None if batch.domains_BS is None else batch.domains_BS[rows]
-        yield Batch(batch.tokens_BS[rows], batch.targets_BS[rows], batch.sequence_B[rows], domains)
+        micro_batches.append(Batch(batch.tokens_BS[rows], batch.targets_BS[rows], batch.sequence_B[rows], domains))
+    return micro_batches
 
 
 def backward_batch(
-    model: Transformer, batch: Batch, device: Device, *, seed: int, step: int, micro_batches: int
+    model: Transformer,
+    batch: Batch,
+    device: Device,
+    *,
+    seed: int,
+    step: int,
+    micro_batches: int,
+    group: Group = ALONE,
+    scope: Literal["micro_batch", "batch"] = "micro_batch",
 ) -> StepResult:
-    """Run a batch forward and backward, leaving the gradients in the parameters."""
+    """Run a batch forward and backward, leaving the whole group's gradients in the parameters; the result is that of the whole batch.
+
+    Args:
+        model: the transformer.
+        batch: the step's batch; each rank of the group runs its share of it.
+        device: where it runs.
+        seed, step: what draws are keyed by.
+        micro_batches: the batch is cut into so many.
+        group: the processes that train together.
+        scope: what balance losses look at: a micro-batch, or what all ranks run at a time.
+    """
+    around = surroundings(model, group, scope)
     samples = max((router.num_samples for router in model.routers), default=1)
     num_valid = batch.tokens_BS.size
     loss = 0.0
     values: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(model.routers))
     weights: dict[str, float] = {}
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
-    for micro in split(batch, micro_batches):
-        context = make_context(micro, device, seed=seed, step=step, explore=True, samples=samples)
+    for micro in group.share(split(batch, micro_batches)):
+        context = make_context(micro, device, seed=seed, step=step, explore=True, samples=samples, **around)
         loss_MT, decisions = forward(model, micro, context, device)
         feedback = Feedback(context=context, loss_MT=loss_MT.detach(), num_valid=num_valid)
         terms_L = [r.objective(d, feedback) for r, d in zip(model.routers, decisions, strict=True)]
@@ -123,7 +174,13 @@ def backward_batch(
         for sums, router, decision in zip(sums_L, model.routers, decisions, strict=True):
             for name, value in router.observe(decision, feedback).items():
                 sums[name] = sums[name] + value if name in sums else value
-    return StepResult(loss, dict(values), weights, sums_L)
+    model_sums = torch.tensor([loss, *itertools.chain(*values.values())], dtype=torch.float64, device=device.name)
+    group.add_up([model_sums, *(value for sums in sums_L for value in sums.values())])
+    loss, *flat = model_sums.tolist()
+    layers = len(model.routers)
+    values = {name: flat[i * layers : (i + 1) * layers] for i, name in enumerate(values)}
+    group.sum_gradients(model)
+    return StepResult(loss, values, weights, sums_L)
 
 
 def weighted(terms_L: list[dict[str, Term]]) -> Tensor | float:

@@ -1,0 +1,1 @@
+"""Many processes train one model: experts in shards, batches in shares, tokens by all-to-all."""
