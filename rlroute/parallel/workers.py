@@ -1,0 +1,218 @@
+"""Ray actors that train one run together, from wherever a process is connected to Ray.
+
+Ray places the processes and says when one has died; everything between them is ``torch.distributed``. When a worker is lost, all are
+started anew and go on from the last checkpoint, with the same figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlroute.config import RunConfig
+from rlroute.errors import RlrouteError
+from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
+from rlroute.training.loop import check_shares, train
+
+RETRIES = 3
+COLLECTIVE_SECONDS = 60
+"""How long a worker waits for the others before it gives them up."""
+PLACEMENT_SECONDS = 120
+"""How long the workers may take to start: a dead node is noticed after up to a minute, and its share placed elsewhere."""
+_GET_ADDRESS = 0x8915  # Linux: SIOCGIFADDR
+
+
+class LostWorkersError(RlrouteError):
+    """Workers could not be started, or died too often."""
+
+
+def train_group(
+    config: RunConfig,
+    seed: int,
+    store: Path,
+    *,
+    workers: int,
+    expert_parallel: int,
+    chunks: int = 1,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    command: str | None = None,
+    retries: int = RETRIES,
+) -> dict[str, Any]:
+    """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
+
+    They run in the placement group of the calling task, whose last bundles are theirs, or in one of their own.
+
+    Args:
+        config: the run's configuration; its micro-batches are shared out.
+        seed: the run's seed.
+        store: the run store's folder, the same for every worker.
+        workers: how many.
+        expert_parallel: into how many shards the experts are cut; divides ``workers``.
+        chunks: parts in which rows travel between shards.
+        cpus, gpus: of each worker.
+        command: the command line behind this run, for its record.
+        retries: how often the workers are started again after some were lost.
+
+    Raises:
+        ConfigError: the workers cannot share the experts or the step, found before any starts.
+        LostWorkersError: they could not be started in time, or were lost too often; the checkpoint is kept.
+        Exception: whatever the training raises.
+    """
+    import ray
+
+    check_mesh(workers, expert_parallel)
+    check_shares(config, workers)
+    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks)
+    with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
+        for attempt in range(retries + 1):
+            actors = _start(strategies, cpus, gpus)
+            try:
+                meeting = (address, port, attempt, workers)
+                summary: dict[str, Any] = ray.get([a.train.remote(r, *meeting, *job) for r, a in enumerate(actors)])[0]
+                return summary
+            except ray.exceptions.RayActorError as error:
+                lost: Exception = error
+            except ray.exceptions.RayTaskError as error:
+                if not _follows_a_loss(error.cause):
+                    raise error.cause from None
+                lost = error.cause
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+    raise LostWorkersError(f"workers were lost {retries + 1} times, the last time: {lost}")
+
+
+def _follows_a_loss(error: Exception) -> bool:
+    """Whether an error tells of another worker: its connection closed or it did not answer."""
+    return isinstance(error, WorkerError | dist.DistError) or (
+        type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "Connection", "Timed out", "NCCL"))
+    )
+
+
+class _Worker:
+    """One rank, in a process of its own."""
+
+    def ready(self) -> None:
+        """Answer once the process runs."""
+
+    def train(
+        self,
+        rank: int,
+        address: str,
+        port: int,
+        attempt: int,
+        workers: int,
+        config: dict[str, Any],
+        seed: int,
+        store: str,
+        command: str | None,
+        expert_parallel: int,
+        chunks: int,
+    ) -> dict[str, Any]:
+        import ray
+
+        run = RunConfig.from_dict(config)
+        interface = interface_of(ray.util.get_node_ip_address())
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        torch.set_num_threads(run.train.threads)
+        patience = timedelta(seconds=COLLECTIVE_SECONDS)
+        meeting = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if run.train.device == "cuda" else "gloo",
+            store=dist.PrefixStore(str(attempt), meeting),
+            rank=rank,
+            world_size=workers,
+            timeout=patience,
+        )
+        group = Mesh(expert_parallel, run.train.device, chunks)
+        return train(run, seed, Path(store), command=command, group=group)
+
+
+@contextmanager
+def _bundles(workers: int, cpus: float, gpus: float) -> Iterator[list[Any]]:
+    """Yield where each worker runs: the last bundles of the calling task's placement group, or a group made for them."""
+    from ray.util import get_current_placement_group, placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    ours = get_current_placement_group()
+    group = ours or placement_group([{"CPU": cpus} | ({"GPU": gpus} if gpus else {})] * workers, strategy="PACK")
+    try:
+        if not group.wait(PLACEMENT_SECONDS):
+            import ray
+
+            raise LostWorkersError(
+                f"{workers} workers of {cpus:g} CPUs and {gpus:g} GPUs found no place in {PLACEMENT_SECONDS} s; "
+                f"the cluster has {ray.cluster_resources()}, free are {ray.available_resources()}"
+            )
+        yield [
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=group.bundle_count - workers + rank)
+            for rank in range(workers)
+        ]
+    finally:
+        if ours is None:
+            remove_placement_group(group)
+
+
+@contextmanager
+def _rendezvous() -> Iterator[tuple[str, int]]:
+    """Serve, on this node's own address, the store through which ranks find each other; no rank does, so that each may die."""
+    import ray
+
+    with socket.socket() as listener:
+        listener.bind((ray.util.get_node_ip_address(), 0))
+        listener.listen()
+        address, port = listener.getsockname()
+        server = dist.TCPStore(  # given an address alone it would listen on all of them
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )
+        yield address, port
+        del server
+
+
+def _start(strategies: list[Any], cpus: float, gpus: float) -> list[Any]:
+    """Start a worker in each bundle; one that was placed on a node that has just died is started again."""
+    import ray
+
+    actor = ray.remote(_Worker)
+    deadline = time.monotonic() + PLACEMENT_SECONDS
+    while True:
+        options = {"num_cpus": cpus, "num_gpus": gpus}
+        actors = [actor.options(**options, scheduling_strategy=place).remote() for place in strategies]
+        try:
+            ray.get([a.ready.remote() for a in actors], timeout=max(1.0, deadline - time.monotonic()))
+            return actors
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            for one in actors:
+                with contextlib.suppress(Exception):  # it may be gone already
+                    ray.kill(one)
+            if time.monotonic() > deadline:
+                raise LostWorkersError(f"workers did not start within {PLACEMENT_SECONDS} s: {error}") from error
+            time.sleep(1.0)
+
+
+def interface_of(address: str) -> str:
+    """Return the network interface that has an IPv4 address. Left alone, gloo listens where the host's name points, often loopback.
+
+    Raises:
+        LostWorkersError: none has it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                request = struct.pack("256s", name.encode()[:15])
+                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _GET_ADDRESS, request)[20:24]) == address:
+                    return name
+    raise LostWorkersError(f"no network interface has the node's address {address}")
