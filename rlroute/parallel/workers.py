@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # exported, but not in so many words
 
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
@@ -129,10 +130,10 @@ class _Worker:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         torch.set_num_threads(run.train.threads)
         patience = timedelta(seconds=COLLECTIVE_SECONDS)
-        meeting = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+        meeting = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if run.train.device == "cuda" else "gloo",
-            store=dist.PrefixStore(str(attempt), meeting),
+            store=PrefixStore(str(attempt), meeting),
             rank=rank,
             world_size=workers,
             timeout=patience,
@@ -175,7 +176,7 @@ def _rendezvous() -> Iterator[tuple[str, int]]:
         listener.bind((ray.util.get_node_ip_address(), 0))
         listener.listen()
         address, port = listener.getsockname()
-        server = dist.TCPStore(  # given an address alone it would listen on all of them
+        server = TCPStore(  # given an address alone it would listen on all of them
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
         )
         yield address, port

@@ -1,0 +1,335 @@
+"""Many processes compute the model of one: decisions pair for pair, losses, gradients, checkpoints, and failures that all agree on.
+
+Ranks are real processes over gloo, started without Ray; what Ray adds is in ``test_workers``.
+
+Shape suffixes: T tokens, D model width, E experts, K experts per token, R pairs.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rlroute.config import DataConfig, ModelConfig, RouterConfig, TrainConfig
+from rlroute.errors import ConfigError, StoreError
+from rlroute.experiments.recipes import build_entry
+from rlroute.kernels import ExpertWeights, expert_mlp
+from rlroute.model import ModelShape, Transformer
+from rlroute.model.accounting import costs, fingerprints, is_expert
+from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
+from rlroute.records import RunFolder
+from rlroute.registry import router_names
+from rlroute.routing import LinearScores, Router, RoutingDecision, drop_over_capacity
+from rlroute.training import checkpoint, loop
+from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.group import ALONE
+from rlroute.training.optimizer import Optimizer
+from rlroute.training.step import Device, adapt, backward_batch, surroundings
+from tests.conftest import draw
+from tests.ranks import run_ranks
+
+DATA = DataConfig(
+    spec="synth:documents=64,length=64", seq_len=16, eval_tokens=160
+)  # five micro-batches of two sequences
+MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=8)
+TRAIN = TrainConfig(steps=20, batch_size=8, micro_batches=4, warmup_steps=2, dtype="float64")
+VARIANTS = ["reinforce:baseline=leave_one_out,charge_weight=0.1", "reinforce:discount=0.9", "capacity", "expert_choice"]
+STEPS = 20
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes its two best tokens of eight: no fixed k, tokens without experts, experts that share tokens."""
+
+    @classmethod
+    def make(cls, shape):
+        return cls(RouterConfig(), shape)
+
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        self.scores = LinearScores(shape, "scores", 1.0)
+
+    def forward(self, x_TD, context):
+        noise_TE = context.noise(
+            "tie", (self.shape.num_experts,)
+        )  # equal tokens have equal scores, and rounding would choose
+        probs_TE = (self.scores(x_TD) + 0.1 * noise_TE).softmax(1)
+        gates_EC, ids_EC = probs_TE.t().topk(max(1, len(x_TD) // 4), dim=1)
+        return RoutingDecision.expert_choice(ids_EC, gates_EC, len(x_TD), probs_TE=probs_TE)
+
+
+def config_of(entry, **train):
+    model = replace(MODEL, capacity_factor=1.0) if entry == "capacity" else MODEL
+    name = {"capacity": "switch", "expert_choice": "uniform"}.get(entry, entry)
+    return build_entry(name, DATA, model, replace(TRAIN, **train))
+
+
+def model_of(entry, config, corpus, group):
+    if entry != "expert_choice":
+        return loop.build_model(config, corpus, 0, group)
+    shape = ModelShape(vocab_size=corpus.vocab_size, seq_len=16, seed=0, backend="cpu", placement=group.placement)
+    return Transformer(config.model, shape, ExpertChoiceRouter.make).double()
+
+
+def trained(entry, group, **train):
+    """Train 20 steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and layer."""
+    config, corpus = config_of(entry, **train), load_corpus(DATA.spec)
+    model = model_of(entry, config, corpus, group)
+    optimizer, device = Optimizer(model, config.train, group), Device("cpu", loop.DTYPES[config.train.dtype])
+    chosen, figures = [], []
+    for router in model.routers:
+        router.register_forward_hook(lambda module, inputs, decision: chosen.append(decision.expert_ids_R.clone()))
+    for step in range(STEPS):
+        batch = sample_batch(corpus, seed=0, step=step, batch_size=8, seq_len=16)
+        parts = {"micro_batches": config.train.micro_batches, "scope": config.train.balance_scope}
+        result = backward_batch(model, batch, device, seed=0, step=step, group=group, **parts)
+        norms = optimizer.step(step, step / STEPS)
+        adapt(model, result)
+        terms = [value for values in result.terms.values() for value in values]
+        figures.append([result.loss, norms["grad_norm"], norms["router_grad_norm"], *terms])
+    state = {name: group.whole(v) if is_expert(name) else v for name, v in model.state_dict().items()}
+    return {
+        "figures": torch.tensor(figures, dtype=torch.float64),
+        "chosen": torch.stack(chosen).view(STEPS, -1, len(model.routers), chosen[0].numel()),
+        "state": state,
+    }
+
+
+def all_trained(entries, expert_parallel, chunks, train):
+    group = Mesh(expert_parallel, chunks=chunks)
+    return [trained(entry, group, **train) for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process computes, by entry."""
+    return {entry: trained(entry, ALONE) for entry in [*router_names(), *VARIANTS]}
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel", "chunks"), [(1, 1, 1), (2, 2, 1), (4, 2, 1)])
+def test_workers_equal_one_process_for_every_router(workers, expert_parallel, chunks, alone):
+    assert_equal_to(alone, workers, expert_parallel, chunks)
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel", "chunks"), [(2, 1, 1), (4, 4, 2)])
+def test_other_meshes_and_chunks_compute_the_same(workers, expert_parallel, chunks, alone):
+    assert_equal_to({entry: alone[entry] for entry in ("switch", *VARIANTS)}, workers, expert_parallel, chunks)
+
+
+def assert_equal_to(alone, workers, expert_parallel, chunks):
+    ranks = run_ranks(all_trained, workers, list(alone), expert_parallel, chunks, {})
+    for index, (entry, expected) in enumerate(alone.items()):
+        mine = [rank[index] for rank in ranks]
+        for rank in mine:
+            assert (rank["figures"] - expected["figures"]).abs().max() < 1e-10, entry
+            for name, value in expected["state"].items():
+                torch.testing.assert_close(rank["state"][name], value, rtol=0, atol=1e-10, msg=f"{entry} {name}")
+        chosen = torch.cat([rank["chosen"] for rank in mine], dim=1)
+        assert torch.equal(chosen, expected["chosen"]), entry
+
+
+def test_float32_differs_in_rounding_only():
+    entries = ["switch", "bias_balanced", "reinforce"]
+    ranks = run_ranks(all_trained, 2, entries, 2, 1, {"dtype": "float32"})
+    for index, entry in enumerate(entries):
+        expected = trained(entry, ALONE, dtype="float32")
+        chosen = torch.cat([rank[index]["chosen"] for rank in ranks], dim=1)
+        assert (chosen == expected["chosen"]).double().mean() >= 0.999, entry
+        assert abs(ranks[0][index]["figures"][-1, 0] - expected["figures"][-1, 0]) < 1e-4, entry
+
+
+def test_balance_over_the_batch_is_that_of_one_process_with_the_whole_batch():
+    entries = ["switch", "noisy_topk", "reinforce:charge_weight=0.1"]
+    ranks = run_ranks(all_trained, 2, entries, 2, 1, {"micro_batches": 2, "balance_scope": "batch"})
+    for index, entry in enumerate(entries):
+        expected = trained(entry, ALONE, micro_batches=1)["figures"]
+        assert (ranks[1][index]["figures"] - expected).abs().max() < 1e-10, entry
+        cut = trained(entry, ALONE, micro_batches=2)["figures"]
+        assert (cut - expected).abs().max() > 1e-6, f"{entry} does not depend on the scope, so this shows nothing"
+
+
+# --- dispatch -------------------------------------------------------------------------------------------------------------------
+
+
+def decision_of(kind, seed):
+    """A decision over 6 experts of 9 tokens of this rank: spread, one expert for all, dropped pairs, unused slots, none kept."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_TK = torch.rand(9, 6, generator=generator).topk(3).indices
+    if kind == "collapsed":
+        ids_TK = torch.tensor([[5, 1, 2]]).expand(9, 3).contiguous()
+    if kind == "unused":
+        ids_TK[::2, 1] = 6
+    gates_TK = torch.rand(9, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    decision = RoutingDecision.token_choice(ids_TK, gates_TK, 6)
+    if kind == "dropped":
+        decision = drop_over_capacity(decision, 3)
+    if kind == "none kept":
+        decision = replace(decision, kept_R=torch.zeros_like(decision.kept_R))
+    decision.gates_R.retain_grad()
+    return decision
+
+
+def dispatched(kind, chunks):
+    """Return this rank's output and gradients, and the traffic, next to those of the plain kernel with all experts."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = Mesh(ranks, chunks=chunks)
+    weights = [draw(6, 8, 5, seed=1), draw(6, 5, 4, seed=2)]
+    held = mesh.placement.held(6)
+    outcomes = []
+    for run, rows in ((mesh.placement.run, slice(held.start, held.stop)), (expert_mlp, slice(0, 6))):
+        x_TD, mine = draw(9, 5, seed=10 + rank).requires_grad_(), [w[rows].clone().requires_grad_() for w in weights]
+        decision = decision_of(kind, rank)
+        out_TD = run(x_TD, decision, ExpertWeights(*mine), "cpu", "swiglu")
+        out_TD.backward(draw(9, 5, seed=20 + rank))
+        outcomes.append((out_TD.detach(), x_TD.grad, decision.gates_R.grad, [w.grad for w in mine]))
+    for gradient in outcomes[1][3]:  # of all ranks' tokens
+        dist.all_reduce(gradient)
+    outcomes[1] = (*outcomes[1][:3], [gradient[held.start : held.stop] for gradient in outcomes[1][3]])
+    away = decision.kept_R & (decision.expert_ids_R < 6)
+    away &= (decision.expert_ids_R < held.start) | (decision.expert_ids_R >= held.stop)
+    return outcomes, mesh.traffic(), int(away.sum())
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["spread", "collapsed", "dropped", "unused", "none kept"])
+def test_dispatch_equals_the_kernel_with_all_experts(kind, chunks):
+    ranks = run_ranks(dispatched, 3, kind, chunks)
+    for (mine, expected), traffic, _ in ranks:
+        for got, want in zip([*mine[:3], *mine[3]], [*expected[:3], *expected[3]], strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        sent = sum(away for *_, away in ranks)  # out and home, forward and backward, rows of 5 float64
+        assert traffic["bytes"] == 4 * sent * 5 * 8
+
+
+def devices(expert_parallel):
+    group = Mesh(expert_parallel)
+    model = model_of("switch", config_of("switch"), load_corpus(DATA.spec), group)
+    return surroundings(model, group).get("expert_device_E")
+
+
+def test_routers_see_the_devices_of_the_experts():
+    assert run_ranks(devices, 2, 2)[1].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert run_ranks(devices, 2, 1)[1] is None
+
+
+def described(expert_parallel):
+    group, config = Mesh(expert_parallel), config_of("switch")
+    model = model_of("switch", config, load_corpus(DATA.spec), group)
+    return fingerprints(model, group.whole), costs(model, config.model, DATA.seq_len)
+
+
+def test_identity_and_costs_do_not_depend_on_the_shards():
+    config = config_of("switch")
+    model = model_of("switch", config, load_corpus(DATA.spec), ALONE)
+    assert run_ranks(described, 2, 2) == [(fingerprints(model), costs(model, config.model, DATA.seq_len))] * 2
+
+
+# --- runs, checkpoints, failures ------------------------------------------------------------------------------------------------
+
+
+def run(store, expert_parallel, entry, stop=None):
+    """Train a run of 8 steps; ``stop`` interrupts it after that step, on all ranks."""
+    config = config_of(entry, steps=8, eval_every=4, log_every=1, checkpoint_every=4)
+    group = Mesh(expert_parallel) if expert_parallel else ALONE
+
+    def on_step(step):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    try:
+        return loop.train(config, 0, store, on_step=on_step, group=group)
+    except KeyboardInterrupt:
+        return None
+
+
+@pytest.mark.parametrize("entry", ["bias_balanced", "noisy_topk"])
+def test_a_run_of_workers_leaves_the_record_of_one(entry, tmp_path):
+    summary = run(tmp_path / "one", None, entry)
+    assert run_ranks(run, 2, tmp_path / "two", 2, entry)[0]["final"] is not None
+    records = [RunFolder(tmp_path / name, config_of(entry, **eight()), 0).read() for name in ("one", "two")]
+    one, two = (r.summary | {"seconds": 0, "tokens_per_second": 0, "final": 0} for r in records)
+    assert one == two
+    for a, b in zip(records[0].evals, records[1].evals, strict=True):
+        assert a["chain"] == b["chain"] and a["load_LE"] == b["load_LE"] and a["dead_L"] == b["dead_L"]
+        assert abs(a["loss"] - b["loss"]) < 1e-10
+        assert (a["sampled"] is None) == (b["sampled"] is None)
+    if summary["final"]["sampled"]:
+        for name, value in summary["final"]["sampled"].items():
+            assert records[1].evals[-1]["sampled"][name] == pytest.approx(value, abs=1e-10)
+    assert records[0].loads == records[1].loads
+    assert records[1].environment["workers"] == 2 and records[1].environment["expert_parallel"] == 2
+    traffic = records[1].train[-1]["traffic"]
+    assert traffic["bytes"] > 0 and traffic["seconds"] > 0 and len(traffic["device_max_vio_L"]) == 2
+    assert "traffic" not in records[0].train[-1]
+
+
+def eight():
+    return {"steps": 8, "eval_every": 4, "log_every": 1, "checkpoint_every": 4}
+
+
+@pytest.mark.parametrize(("workers", "expert_parallel"), [(4, 4), (2, 2), (1, None)])
+def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_parallel, tmp_path):
+    whole = run(tmp_path / "whole", None, "bias_balanced")
+    run_ranks(run, 4, tmp_path / "cut", 4, "bias_balanced", 5)
+    files = sorted(p.name for p in tmp_path.glob("cut/*/checkpoint-00000004/*"))
+    assert files == [f"{n}-{i}-of-4.{s}" for n, s in (("model", "safetensors"), ("trainer", "pt")) for i in range(1, 5)]
+    arguments = (tmp_path / "cut", expert_parallel, "bias_balanced")
+    summary = run(*arguments) if workers == 1 else run_ranks(run, workers, *arguments)[0]
+    assert abs(summary["final"]["loss"] - whole["final"]["loss"]) < 1e-10
+    assert summary["batches"] == whole["batches"]
+    rows = [json.loads(line)["step"] for line in next(tmp_path.glob("cut/*/loads.jsonl")).read_text().splitlines()]
+    assert rows == list(range(1, 9))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    run_ranks(run, 2, tmp_path, 2, "switch", 5)
+    next(tmp_path.glob("*/checkpoint-*/model-2-of-2.safetensors")).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="model-2-of-2"):
+        run(tmp_path, None, "switch")
+
+
+def failing_checkpoint(store):
+    """The second rank's disk is full at the second checkpoint; return what each rank raised."""
+    write, calls = checkpoint._write_shard, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    checkpoint._write_shard = fail
+    try:
+        run(store, 2, "switch")
+    except (StoreError, WorkerError) as error:
+        return type(error).__name__
+    return None
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_none_and_the_one_before_stays(tmp_path):
+    assert run_ranks(failing_checkpoint, 2, tmp_path) == ["WorkerError", "StoreError"]
+    assert [p.name for p in tmp_path.glob("*/*checkpoint-*")] == ["checkpoint-00000004"]
+    whole = run(tmp_path / "whole", None, "switch")
+    resumed = run(tmp_path, None, "switch")
+    assert abs(resumed["final"]["loss"] - whole["final"]["loss"]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("change", "workers", "message"),
+    [
+        ({"micro_batches": 2}, 4, "micro_batches = 2: must be a multiple of the 4 workers"),
+        ({"micro_batches": 8, "balance_scope": "batch"}, 4, "micro_batches = 8: needs as many workers, not 4"),
+        ({"balance_scope": "all"}, 4, "balance_scope = 'all': legal are 'micro_batch', 'batch'"),
+    ],
+)
+def test_a_step_that_cannot_be_shared_is_refused(change, workers, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.check_shares(config_of("switch", **change), workers)
+
+
+def test_experts_that_cannot_be_cut_are_refused():
+    with pytest.raises(ConfigError, match="3 workers with expert parallelism 2"):
+        check_mesh(3, 2)
+    with pytest.raises(ConfigError, match="num_experts = 8: must be a multiple of the 3 expert shards"):
+        replace(ALONE.placement, shards=3).held(8)
