@@ -95,7 +95,7 @@ def _passes(config: RunConfig, shape: Shape, x_TD: Tensor) -> dict[str, Call]:
     device = x_TD.device.type
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
     if config.router is None:
-        dense = DenseMLP(config.model, 0, 0).to(device)
+        dense = DenseMLP(config.model, 0, 0, config.model.active_width).to(device)
         leaf_TD = x_TD.clone().requires_grad_()
 
         def dense_forward() -> None:

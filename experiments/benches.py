@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments import bench_kernels, bench_layer
+from rlroute.experiments import bench_kernels, bench_layer, bench_parallel
 from rlroute.experiments.bench_kernels import Shape, parse_shape
 from rlroute.experiments.peers import contenders
 from rlroute.experiments.timing import choose, run_bench, to_markdown
@@ -71,6 +71,31 @@ def layer(
             bench_layer.config_of(entry, shape, device)
     rows = bench_layer.bench_layer(device, chosen, entries, rounds)
     return _run("layer", rows, device, rounds, minutes, out, command)
+
+
+def parallel(
+    device: str,
+    shapes: Sequence[str],
+    routings: Sequence[str],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    minutes: float,
+    out: Path,
+    command: str,
+) -> str:
+    """Run ``bench parallel`` and return its tables; nothing wanted means the standard shapes.
+
+    Raises:
+        ConfigError: an unknown shape, one that two workers cannot share, or a choice that this bench does not have, before any work.
+        StoreError: ``out`` cannot be written, before any work.
+    """
+    _check(device, rounds)
+    if device != "cpu" or routings or names:
+        raise ConfigError("bench parallel runs on device 'cpu', with balanced routing and all its contenders")
+    chosen = _shapes(shapes, bench_parallel.SHAPES)
+    bench_parallel.check(chosen)
+    return _run("parallel", bench_parallel.bench_parallel(chosen, rounds), "cpu", rounds, minutes, out, command)
 
 
 def envs(rounds: int) -> None:

@@ -282,7 +282,7 @@ def play(
 
 @app.command
 def bench(
-    what: tyro.conf.Positional[Literal["kernels", "layer", "envs", "table"]],
+    what: tyro.conf.Positional[Literal["kernels", "layer", "parallel", "envs", "table"]],
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: int = 15,
     minutes: float = 60.0,
@@ -296,8 +296,8 @@ def bench(
 
     Args:
         what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the whole layer for
-            each router; envs: how fast the environments step, beside Gymnasium's CartPole (it takes --rounds alone); table: print the
-            result in --out once more.
+            each router; parallel: two expert-parallel workers beside two independent ones (on the CPU); envs: how fast the
+            environments step, beside Gymnasium's CartPole (it takes --rounds alone); table: print the result in --out once more.
         device: cpu in float32, cuda in bfloat16.
         rounds: interleaved repetitions, after one that warms up.
         minutes: no new row is begun after so many.
@@ -317,7 +317,7 @@ def bench(
         return
     if tune:
         benches.tune_tiles(device, shapes, rounds)
-    bench_of = benches.kernels if what == "kernels" else benches.layer
+    bench_of = {"kernels": benches.kernels, "layer": benches.layer, "parallel": benches.parallel}[what]
     text = bench_of(device, shapes, routings, contenders, rounds=rounds, minutes=minutes, out=out, command=_command())
     print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")
 

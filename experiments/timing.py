@@ -229,7 +229,11 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     times = _table(rows, names, lambda v: f"{v['time_over_base']['mean']:.2f}")
     speeds = _table(rows, names, lambda v: "{mean:.2f} ({low:.2f} to {high:.2f})".format(**v["speed_of_ours"]))
     ours = ", ".join(sorted({row["ours"] for row in rows}))
-    return f"{head}\n\nTime over {base}:\n\n{times}\n\nSpeed of {ours} over each, with its 95 % interval:\n\n{speeds}\n"
+    text = f"{head}\n\nTime over {base}:\n\n{times}\n\nSpeed of {ours} over each, with its 95 % interval:\n\n{speeds}\n"
+    if any("all_to_all_share" in values for row in rows for values in row["contenders"].values()):
+        shares = _table(rows, names, lambda v: f"{v['all_to_all_share']:.1%}" if "all_to_all_share" in v else "–")
+        text += f"\nShare of the time in sending and waiting:\n\n{shares}\n"
+    return text
 
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], cell: Callable[[Any], str]) -> str:

@@ -65,6 +65,8 @@ class ModelConfig:
     """Experts per token."""
     d_expert: int = 96
     """Hidden width of one expert."""
+    num_shared_experts: int = 0
+    """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
     """Between an expert's projections; swiglu is gated and has a third weight matrix."""
     gate_form: Literal["own", "unit"] = "own"
@@ -72,6 +74,11 @@ class ModelConfig:
     capacity_factor: float | None = None
     """Capacity of an expert over its fair share of pairs; none: dropless."""
     rope_base: float = 10_000.0
+
+    @property
+    def active_width(self) -> int:
+        """Hidden width that a token runs: that of the dense model of equal active compute."""
+        return (self.k + self.num_shared_experts) * self.d_expert
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -86,6 +93,8 @@ class ModelConfig:
             raise ConfigError(
                 f"model.d_model = {self.d_model}: must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
             )
+        if self.num_shared_experts < 0:
+            raise ConfigError(f"model.num_shared_experts = {self.num_shared_experts}: legal are numbers from 0")
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
         _require_choices(self, "activation", "gate_form")

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, TrainConfig
 from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.recipes import build_entry
-from rlroute.kernels import ExpertWeights, expert_mlp
+from rlroute.kernels import ExpertWeights
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints, is_expert
+from rlroute.model.moe import HERE
+from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
 from rlroute.registry import router_names
@@ -28,14 +30,19 @@ from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, adapt, backward_batch, surroundings
 from tests.conftest import draw
-from tests.ranks import run_ranks
 
 DATA = DataConfig(
     spec="synth:documents=64,length=64", seq_len=16, eval_tokens=160
 )  # five micro-batches of two sequences
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=8)
 TRAIN = TrainConfig(steps=20, batch_size=8, micro_batches=4, warmup_steps=2, dtype="float64")
-VARIANTS = ["reinforce:baseline=leave_one_out,charge_weight=0.1", "reinforce:discount=0.9", "capacity", "expert_choice"]
+VARIANTS = [
+    "reinforce:baseline=leave_one_out,charge_weight=0.1",
+    "reinforce:discount=0.9",
+    "capacity",
+    "expert_choice",
+    "shared",
+]
 STEPS = 20
 
 
@@ -60,8 +67,9 @@ class ExpertChoiceRouter(Router):
 
 
 def config_of(entry, **train):
-    model = replace(MODEL, capacity_factor=1.0) if entry == "capacity" else MODEL
-    name = {"capacity": "switch", "expert_choice": "uniform"}.get(entry, entry)
+    changed = {"capacity": {"capacity_factor": 1.0}, "shared": {"num_shared_experts": 1}}
+    model = replace(MODEL, **changed.get(entry, {}))
+    name = {"capacity": "switch", "shared": "switch", "expert_choice": "uniform"}.get(entry, entry)
     return build_entry(name, DATA, model, replace(TRAIN, **train))
 
 
@@ -177,10 +185,10 @@ def dispatched(kind, chunks):
     weights = [draw(6, 8, 5, seed=1), draw(6, 5, 4, seed=2)]
     held = mesh.placement.held(6)
     outcomes = []
-    for run, rows in ((mesh.placement.run, slice(held.start, held.stop)), (expert_mlp, slice(0, 6))):
+    for start, rows in ((mesh.placement.start, slice(held.start, held.stop)), (HERE.start, slice(0, 6))):
         x_TD, mine = draw(9, 5, seed=10 + rank).requires_grad_(), [w[rows].clone().requires_grad_() for w in weights]
         decision = decision_of(kind, rank)
-        out_TD = run(x_TD, decision, ExpertWeights(*mine), "cpu", "swiglu")
+        out_TD = start(x_TD, decision, ExpertWeights(*mine), "cpu", "swiglu")()
         out_TD.backward(draw(9, 5, seed=20 + rank))
         outcomes.append((out_TD.detach(), x_TD.grad, decision.gates_R.grad, [w.grad for w in mine]))
     for gradient in outcomes[1][3]:  # of all ranks' tokens

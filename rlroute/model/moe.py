@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.routing import Router, RoutingContext, RoutingDecision, drop_over_capacity
 
 
+def _start_here(
+    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str
+) -> Callable[[], Tensor]:
+    return partial(expert_mlp, x_TD, decision, weights, backend, activation)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the experts are, and how pairs reach them: the seam between the MoE layer and expert parallelism.
@@ -25,13 +32,14 @@ class Placement:
     Attributes:
         shards: the experts are cut into this many equal, consecutive shards.
         shard: the one that this process holds.
-        run: runs a decision over *all* experts with the weights held here; signature and meaning are those of
-            :func:`rlroute.kernels.expert_mlp`, which runs them where all are held.
+        start: begins to run a decision over *all* experts with the weights held here; the arguments are those of
+            :func:`rlroute.kernels.expert_mlp`. Returns a function that returns its result, so that something else can be computed
+            while rows travel.
     """
 
     shards: int = 1
     shard: int = 0
-    run: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str], Tensor] = expert_mlp
+    start: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str], Callable[[], Tensor]] = _start_here
 
     def held(self, num_experts: int) -> range:
         """Return the experts held here.
@@ -58,14 +66,16 @@ HERE = Placement()
 class Experts(nn.Module):
     """The experts held here. Each one's initial weights derive from its own key, whatever process holds it."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int, held: range, d_expert: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, seed: int, held: range, d_expert: int, key: str = "experts"
+    ) -> None:
         super().__init__()
         self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), config.d_model))
         self.out_EDF = nn.Parameter(torch.empty(len(held), config.d_model, d_expert))
         std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
         for row, expert in enumerate(held):
-            seeding.init_normal(self.in_EHD[row], config.d_model**-0.5, seed, f"layers.{layer}.experts.in", expert)
-            seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.experts.out", expert)
+            seeding.init_normal(self.in_EHD[row], config.d_model**-0.5, seed, f"layers.{layer}.{key}.in", expert)
+            seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.{key}.out", expert)
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in the compute precision."""
@@ -86,22 +96,23 @@ def apply_gate_form(decision: RoutingDecision, form: str, k: int) -> RoutingDeci
 
 
 class MoELayer(nn.Module):
-    """Route, drop over capacity where there is one, run the experts."""
+    """Route, drop over capacity where there is one, run the experts that were chosen and those that all tokens share."""
 
     def __init__(
         self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str, placement: Placement = HERE
     ) -> None:
         super().__init__()
-        self.config, self.backend, self.run = config, backend, placement.run
+        self.config, self.backend, self.start = config, backend, placement.start
         self.router = router
         self.experts = Experts(config, layer, seed, placement.held(config.num_experts), config.d_expert)
+        shared = config.num_shared_experts * config.d_expert
+        self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run, gates in their final form."""
         dtype = compute_dtype(x_TD)
-        with torch.autocast(
-            x_TD.device.type, enabled=False
-        ):  # a bf16 router diverges (Switch, arXiv 2101.03961, table 2)
+        in_float32 = partial(torch.autocast, x_TD.device.type, enabled=False)
+        with in_float32():  # a bf16 router diverges (Switch, arXiv 2101.03961, table 2)
             decision = self.router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
             decision = apply_gate_form(decision, self.config.gate_form, self.config.k)
             if self.config.capacity_factor is not None:
@@ -109,7 +120,11 @@ class MoELayer(nn.Module):
             if decision.gates_R.requires_grad:
                 decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit; routers read it in observe()
             weights = self.experts.weights(dtype)
-            return self.run(x_TD.to(dtype), decision, weights, self.backend, self.config.activation), decision
+            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation)
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        with in_float32():
+            out_TD = finish()
+        return (out_TD if shared_TD is None else out_TD + shared_TD), decision
 
     def _capacity(self, num_tokens: int) -> int:
         assert self.config.capacity_factor is not None
@@ -117,12 +132,12 @@ class MoELayer(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """One MLP as wide as the k experts that a token would run: the yardstick of equal active compute."""
+    """One MLP that every token runs."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, width: int, key: str = "experts") -> None:
         super().__init__()
         self.activation = config.activation
-        self.experts = Experts(config, layer, seed, range(1), config.k * config.d_expert)
+        self.experts = Experts(config, layer, seed, range(1), width, key)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return the MLP's output, shape (T, D)."""

@@ -97,7 +97,7 @@ class Block(nn.Module):
         self.moe = (
             None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend, shape.placement)
         )
-        self.mlp = DenseMLP(config, layer, shape.seed) if router is None else None
+        self.mlp = DenseMLP(config, layer, shape.seed, config.active_width) if router is None else None
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision | None]:
         """Return the residual stream after the block, and the MoE layer's decision."""

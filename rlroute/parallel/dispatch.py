@@ -12,6 +12,7 @@ M rows received, P ranks (expert shards), C chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ class ExpertParallel:
         self.group, self.chunks, self.ranks = group, chunks, dist.get_world_size(group)
         self.traffic = Traffic()
 
-    def __call__(
+    def start(
         self, x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str
-    ) -> Tensor:
-        """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it; ``weights`` are those of this rank's shard."""
+    ) -> Callable[[], Tensor]:
+        """Send the first rows on their way, and return what returns out_TD as :func:`rlroute.kernels.expert_mlp` defines it.
+
+        The arguments are those of that function; ``weights`` are those of this rank's shard.
+        """
         plan = make_plan(decision)
         sent_PCF = self._cut(plan)
         received_PCF = torch.empty_like(sent_PCF)
@@ -51,18 +55,22 @@ class ExpertParallel:
         ]
         rows_ND = _Gather.apply(x_TD, plan, sum(map(sum, sent_PC)), backend)  # type: ignore[no-untyped-call]
         going = self._by_chunk(rows_ND, sent_PC)
-        airborne = depart(going[0], flights[0][0])
-        home = []
-        for chunk, (out, back) in enumerate(flights):
-            rows_MD = land(airborne, out)
-            if chunk + 1 < self.chunks:
-                airborne = depart(going[chunk + 1], flights[chunk + 1][0])
-            y_MD = expert_mlp(rows_MD, _own(received_PCF[:, chunk]), weights, backend, activation)
-            home.append(depart(y_MD, back))
-        landed = [land(y_ND, back) for y_ND, (_, back) in zip(home, flights, strict=True)]
-        y_ND = self._in_order(landed, sent_PC)
-        out_TD: Tensor = _Combine.apply(y_ND, decision.gates_R, plan, backend)  # type: ignore[no-untyped-call]
-        return out_TD
+        first = depart(going[0], flights[0][0])
+
+        def finish() -> Tensor:
+            airborne, home = first, []
+            for chunk, (out, back) in enumerate(flights):
+                rows_MD = land(airborne, out)
+                if chunk + 1 < self.chunks:
+                    airborne = depart(going[chunk + 1], flights[chunk + 1][0])
+                y_MD = expert_mlp(rows_MD, _own(received_PCF[:, chunk]), weights, backend, activation)
+                home.append(depart(y_MD, back))
+            landed = [land(y_ND, back) for y_ND, (_, back) in zip(home, flights, strict=True)]
+            y_ND = self._in_order(landed, sent_PC)
+            out_TD: Tensor = _Combine.apply(y_ND, decision.gates_R, plan, backend)  # type: ignore[no-untyped-call]
+            return out_TD
+
+        return finish
 
     def _cut(self, plan: Plan) -> Tensor:
         """Count the rows of each expert in each chunk of its owner's rows; int64 of shape (P, C, F)."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from rlroute.errors import ConfigError, RlrouteError
-from rlroute.kernels import expert_mlp
 from rlroute.model.accounting import is_expert
 from rlroute.model.moe import Placement
 from rlroute.parallel.dispatch import ExpertParallel
@@ -49,8 +48,8 @@ class Mesh(Group):
         self.replica = mesh.get_local_rank("replica")
         self.replicas, self.shards = mesh.get_group("replica"), mesh.get_group("shard")
         self.exchange = ExpertParallel(self.shards, chunks)
-        run = self.exchange if expert_parallel > 1 else expert_mlp
-        self.placement = Placement(expert_parallel, mesh.get_local_rank("shard"), run)
+        if expert_parallel > 1:
+            self.placement = Placement(expert_parallel, mesh.get_local_rank("shard"), self.exchange.start)
 
     @property
     def writes_shard(self) -> bool:
