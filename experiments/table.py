@@ -37,6 +37,8 @@ SAME = {
     "environment.kernel_backend": "kernels differ in bits and speed",
     "environment.device": "devices differ in bits and speed",
     "environment.threads": "bits and speed change with the number of threads",
+    "environment.workers": "bits and speed change with the number of processes",
+    "environment.expert_parallel": "bits and speed change with the number of processes",
     "environment.torch": "bits and speed change with the version",
     "environment.cpu_capability": "bits and speed change with the instruction set",
 }
@@ -45,7 +47,7 @@ SAME = {
 SAME_IN_TRAIN = ("steps", "batch_size", "dtype", "budget", "budget_amount")
 """The fields of ``train`` that every run shares; the others are ways of training an entry well (tuning), printed where they differ."""
 
-CHOICES_IN_MODEL = ("gate_form", "k", "num_experts", "capacity_factor")
+CHOICES_IN_MODEL = ("gate_form", "k", "num_experts", "num_shared_experts", "capacity_factor")
 """The fields of ``model`` in which entries may differ on purpose; these are printed, all others and all of ``data`` are shared."""
 
 SAME_WEIGHTS = "with one seed every router starts from the same weights"
@@ -224,7 +226,7 @@ def _at(record: RunRecord, path: str) -> Any:
     head, *rest = path.split(".")
     value = getattr(record, head)
     for name in rest:
-        value = value[name]
+        value = value.get(name)  # of a record older than the field, None
     return value
 
 
@@ -267,13 +269,15 @@ def _check_overlap(runs: Sequence[RunRecord]) -> None:
             _require_equal("batches.steps", values, "without a common step their batches cannot be compared")
 
 
-def _by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int | None], list[RunRecord]]:
-    """Group the MoE runs whose shared parameters have the same shapes; leading dense layers are as wide as k experts."""
-    groups: dict[tuple[int, int | None], list[RunRecord]] = {}
+def _by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int | None], list[RunRecord]]:
+    """Group the MoE runs whose shared parameters have the same shapes; leading dense layers are as wide as what a token runs."""
+    groups: dict[tuple[int, int, int | None], list[RunRecord]] = {}
     for run in runs:
         model = run.config["config"]["model"]
         if run.config["router"] != DENSE:
-            groups.setdefault((model["num_experts"], model["k"] if model["num_dense_layers"] else None), []).append(run)
+            shared = model.get("num_shared_experts", 0)
+            width = model["k"] + shared if model["num_dense_layers"] else None
+            groups.setdefault((model["num_experts"], shared, width), []).append(run)
     return groups
 
 
@@ -403,7 +407,7 @@ def _budget(runs: Sequence[RunRecord]) -> str:
 
 def _identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     shapes = _by_shape(runs)
-    for (experts, _), alike in shapes.items():
+    for (experts, *_), alike in shapes.items():
         title = "Same initial weights" + (f" ({experts} experts)" if len(shapes) > 1 else "")
         said = f"all but the routers' own, equal over {_count(alike)} with experts: "
         yield title, said + _per_seed(alike, lambda run: run.summary["fingerprint"]["shared"])
@@ -446,7 +450,7 @@ def _provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     versions = [f"{name} {_all(runs, name)}" for name in ("rlroute", "python", "torch", "numpy")]
     yield "Versions", ", ".join(versions)
     device = f"{_all(runs, 'device')} ({_all(runs, 'device_name')}), CPU capability {_all(runs, 'cpu_capability')}"
-    kernel = f"{_all(runs, 'threads')} thread(s) a run, kernel {_all(runs, 'kernel_backend')}"
+    kernel = f"{_all(runs, 'workers')} worker(s) a run, {_all(runs, 'threads')} thread(s) each, kernel {_all(runs, 'kernel_backend')}"
     yield "Machine", f"{device}, {kernel}, {_all(runs, 'platform')}"
 
 
@@ -455,7 +459,7 @@ def _commit(environment: Mapping[str, Any]) -> str:
 
 
 def _all(runs: Sequence[RunRecord], name: str) -> str:
-    return " and ".join(sorted({str(run.environment[name]) for run in runs}))
+    return " and ".join(sorted({str(run.environment.get(name, 1)) for run in runs}))
 
 
 # How it is printed
