@@ -1,0 +1,165 @@
+"""What Ray adds to expert parallelism: workers that are placed, lost, and started anew, without a figure changing."""
+
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+import pytest
+
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
+from rlroute.errors import ConfigError, DataError
+from rlroute.experiments import launch
+from rlroute.experiments.recipes import build_entry
+from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
+from rlroute.records import RunFolder
+from rlroute.training import loop
+
+MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=8)
+TIMINGS = {"seconds": 0, "tokens_per_second": 0}
+
+
+def config_of(spec="synth:documents=64,length=64", **train):
+    data = DataConfig(spec=spec, seq_len=16, eval_tokens=128)
+    parts = {"batch_size": 8, "micro_batches": 2, "warmup_steps": 2, "dtype": "float64", "eval_every": 10}
+    return build_entry(
+        "reinforce", data, MODEL, TrainConfig(**parts | {"log_every": 10, "checkpoint_every": 10} | train)
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session():
+    launch.require("ray")
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="rlroute-") as folder:
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        memory = 80 * 2**20
+        ray.init(
+            "local", num_cpus=2, object_store_memory=memory, _temp_dir=folder, _node_ip_address="127.0.0.1", **quiet
+        )
+        yield
+        ray.shutdown()
+
+
+def workers():
+    """Return the process ids of this session's workers."""
+    found = subprocess.run(["pgrep", "-f", "ray::_Worker"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def figures(store, config):
+    record = RunFolder(store, config, 0).read()
+    evals = [row | {"seconds": 0} for row in record.evals]
+    train = [row | {"seconds": 0, "traffic": 0} for row in record.train]
+    return evals, train, record.loads
+
+
+def grouped(store, config, **options):
+    return train_group(config, 0, store, workers=2, expert_parallel=2, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    store, config = tmp_path_factory.mktemp("undisturbed"), config_of(steps=60)
+    grouped(store, config)
+    return figures(store, config)
+
+
+def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
+    config = config_of(steps=60)
+    loop.train(config, 0, tmp_path)
+    evals, _, loads = figures(tmp_path, config)
+    assert [row["chain"] for row in evals] == [row["chain"] for row in undisturbed[0]]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(evals, undisturbed[0], strict=True)) < 1e-10
+    assert loads == undisturbed[2]
+
+
+@pytest.mark.parametrize("moment", ["metrics.jsonl", ".checkpoint-*.tmp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, rank, undisturbed, tmp_path):
+    config = config_of(steps=60)
+    killed = []
+
+    def kill():
+        while not killed:
+            if (found := workers()) and len(found) == 2 and any(tmp_path.glob(f"*/{moment}")):
+                os.kill(found[rank], signal.SIGKILL)
+                killed.append(found[rank])
+            time.sleep(0.001)
+
+    threading.Thread(target=kill, daemon=True).start()
+    grouped(tmp_path, config)
+    assert killed
+    assert figures(tmp_path, config) == undisturbed
+    assert not list(tmp_path.glob("*/.checkpoint-*"))
+
+
+def test_a_stopped_worker_is_given_up(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlroute.parallel.workers.COLLECTIVE_SECONDS", 3)
+    config = config_of(steps=60)
+    stopped = []
+
+    def stop():
+        while not stopped:
+            if len(found := workers()) == 2 and any(tmp_path.glob("*/checkpoint-*")):
+                os.kill(found[1], signal.SIGSTOP)
+                stopped.append(found[1])
+            time.sleep(0.01)
+
+    threading.Thread(target=stop, daemon=True).start()
+    grouped(tmp_path, config)
+    assert stopped and figures(tmp_path, config) == undisturbed
+
+
+def test_an_error_of_the_training_is_raised_at_once_and_no_process_stays(tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        grouped(tmp_path, config_of(spec="file:nowhere/*.txt"))
+    deadline = time.monotonic() + 20
+    while workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_workers_that_are_lost_again_and_again_are_given_up_and_the_checkpoint_stays(tmp_path):
+    config, over = config_of(steps=5000), threading.Event()
+
+    def kill():
+        seen = set()
+        while not over.wait(0.01):
+            found = {path.name for path in tmp_path.glob("*/checkpoint-*")}
+            if found - seen:  # they are training again
+                seen |= found
+                os.kill(workers()[0], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    try:
+        with pytest.raises(LostWorkersError, match="lost 2 times"):
+            grouped(tmp_path, config, retries=1)
+    finally:
+        over.set()
+    assert list(tmp_path.glob("*/checkpoint-*"))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"workers": 3, "expert_parallel": 2}, "3 workers with expert parallelism 2"),
+    ({"workers": 4, "expert_parallel": 2}, "micro_batches = 2: must be a multiple of the 4 workers"),
+])  # fmt: skip
+def test_a_group_that_cannot_be_is_refused_before_it_starts(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train_group(config_of(), 0, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_that_finds_no_place_says_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlroute.parallel.workers.PLACEMENT_SECONDS", 1)
+    with pytest.raises(LostWorkersError, match="2 workers of 64 CPUs and 0 GPUs found no place"):
+        grouped(tmp_path, config_of(), cpus=64)
+
+
+def test_the_interface_is_that_of_the_address():
+    assert interface_of("127.0.0.1") == "lo"
+    with pytest.raises(LostWorkersError, match=r"203\.0\.113\.9"):
+        interface_of("203.0.113.9")
