@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rlroute.config import Budget, DataConfig, ModelConfig, TrainConfig
-from rlroute.errors import RlrouteError, StoreError
-from rlroute.experiments.launch import Job, Launcher
+from rlroute.errors import ComparisonError, RlrouteError, StoreError
+from rlroute.experiments.launch import Job, Launch
 
 if TYPE_CHECKING:
     from rlroute.experiments.gradients import Sweep
     from rlroute.records import RunRecord
 
 app = tyro.extras.SubcommandApp()
+LAUNCH = Launch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,34 +37,25 @@ class Shared:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Where runs are stored and how they are started."""
-
-    store: Path = Path("runs")
-    """The run store's folder."""
-    launcher: Launcher = "ray"
-    """ray: Tune trials, one core each; local: one after the other in this process."""
-    concurrency: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Trials at a time under ray."""
-
-
 @app.command
 def train(
     entry: tyro.conf.Positional[str],
     seed: int = 0,
-    store: Path = Path("runs"),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),
 ) -> None:
-    """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood."""
-    from rlroute.experiments.compare import run_jobs
+    """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
+
+    With --workers, several processes train it together, as many micro-batches as there are workers or a multiple of it.
+    """
+    from rlroute.experiments.compare import run_all
     from rlroute.experiments.recipes import build_entry
     from rlroute.records import RunFolder
 
     config = build_entry(entry, shared.data, shared.model, shared.train)
-    already = "already " if RunFolder(store, config, seed).ended else ""
-    (record,) = run_jobs([Job(config, seed, _command())], store, "local", 1)
-    print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {store / record.id}")
+    already = "already " if RunFolder(launch.store, config, seed).ended else ""
+    (record,) = run_all([Job(config, seed, _command())], launch)
+    print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
 
 
 @app.command
@@ -76,7 +68,7 @@ def compare(
     seconds: float | None = None,
     tuned: bool = True,
     out: Path = Path("results"),
-    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),
 ) -> None:
     """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the report.
@@ -94,18 +86,53 @@ def compare(
         out: folder for table.md, table.csv and report.html.
     """
     if task == "clusters":
-        _compare_clusters(entries, seeds, out, launch.concurrency)
+        _compare_clusters(entries, seeds, out, launch.concurrency or len(os.sched_getaffinity(0)))
         return
-    from rlroute.experiments.compare import find_reference, run_jobs, with_budget
+    from rlroute.experiments.compare import find_reference, run_all, with_budget
     from rlroute.experiments.recipes import build_comparison, default_entries
 
     configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     _make_folder(out)
     jobs = [Job(config, seed, _command()) for seed in range(seeds) for config in configs]
-    records = run_jobs(jobs, launch.store, launch.launcher, launch.concurrency)
+    records = run_all(jobs, launch)
     print(_publish(records, out, reference))
     print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
+
+
+@app.command
+def sweep(
+    spec: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    reference: str | None = None,
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+) -> None:
+    """Train the runs that a TOML file describes; print their table. The same command goes on where it stopped, and tries again what failed.
+
+    Args:
+        spec: the file (docs/sweeps.md): entries, seeds, a grid, random draws, resources.
+        out: folder for the table; results/NAME if none is given.
+        reference: the entry that differences are taken to.
+    """
+    from rlroute.experiments import sweep as sweeping
+    from rlroute.experiments.compare import run_jobs
+
+    read = sweeping.read_spec(spec)
+    jobs, how, search = read.jobs(_command()), read.launch(launch), read.search()
+    if search is not None:
+        how = sweeping.apart(how, read.name)
+    out = out or Path("results") / read.name
+    _make_folder(out)
+    records, failed = run_jobs(jobs, how, search)
+    if search is not None:
+        print(sweeping.ranking(jobs, how.store))
+    elif records:
+        _publish_if_comparable(records, out, reference)
+    for run, reason in failed.items():
+        print(f"set aside: {run}: {reason}", file=sys.stderr)
+    print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")
+    if failed:
+        sys.exit(1)
 
 
 @app.command
@@ -219,7 +246,7 @@ def export_tokens(
 def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
-    launch: Annotated[Launch, tyro.conf.arg(name="")] = Launch(),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     train: Annotated[TrainConfig, tyro.conf.arg()] = TrainConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
@@ -232,7 +259,7 @@ def tune(
     from rlroute.experiments.recipes import GRID
 
     _make_folder(out.parent)
-    rows = tuning.tune(entries or tuple(GRID), train, launch.store, launch.launcher, launch.concurrency, _command())
+    rows = tuning.tune(entries or tuple(GRID), train, launch, _command())
     tuning.write_trials(rows, train, out, _command())
     for entry, overrides in tuning.best(rows).items():
         print(f"{entry}: {overrides}")
@@ -418,10 +445,13 @@ def _select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
     """Return the ended runs of a store whose ids start as ``only`` says.
 
     Raises:
-        StoreError: there are none.
+        StoreError: there are none, or they are trials of a search.
     """
+    from rlroute.experiments.sweep import SEARCH
     from rlroute.records import read_runs
 
+    if (path / SEARCH).exists():
+        raise StoreError(f"{path} holds trials of a search, which stopped some of them early: they make no comparison")
     records = [r for r in read_runs(path) if not only or r.id.startswith(only)]
     if not records:
         wanted = f" whose id starts with {' or '.join(map(repr, only))}" if only else ""
@@ -441,6 +471,17 @@ def _publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
     write_atomically(out / "table.csv", to_csv(built))
     write_report(records, out / "report.html", reference=reference)
     return text
+
+
+def _publish_if_comparable(records: list[RunRecord], out: Path, reference: str | None) -> None:
+    """Print and write the table; of runs that differ in more than their router say so, and list them."""
+    from rlroute.experiments.listing import records_text
+
+    try:
+        print(_publish(records, out, reference))
+        print(f"table in {out}/table.md and table.csv, report in {out}/report.html")
+    except ComparisonError as error:
+        print(f"{records_text(records)}\nno table: {error}")
 
 
 def _make_folder(path: Path) -> None:
@@ -470,6 +511,9 @@ def main() -> None:
     except RlrouteError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

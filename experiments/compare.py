@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rlroute.config import Budget, RunConfig
-from rlroute.errors import ComparisonError, ConfigError
-from rlroute.experiments.launch import Job, Launcher, launch, require
+from rlroute.errors import ComparisonError, ConfigError, StoreError
+from rlroute.experiments.launch import Job, Launch, Search, launch, require
 from rlroute.experiments.progress import Monitor
 from rlroute.records import RunFolder, RunRecord
 
 
-def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: int) -> list[RunRecord]:
+def run_all(jobs: Sequence[Job], how: Launch) -> list[RunRecord]:
     """Train all jobs and return their records.
 
     Raises:
@@ -22,26 +22,47 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
         MissingDependencyError: the launcher is not installed.
         ComparisonError: some failed; the finished ones stay in the store.
     """
+    records, failed = run_jobs(jobs, how)
+    if failed:
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
+        raise ComparisonError(
+            f"{len(failed)} of {len(jobs)} runs failed, the others are kept in {how.store}: {reasons}"
+        )
+    return records
+
+
+def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> tuple[list[RunRecord], dict[str, str]]:
+    """Train all jobs; return the records of those that ended, and why the others failed, by run id.
+
+    Raises:
+        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
+        MissingDependencyError: the launcher is not installed.
+    """
     from rlroute.training.loop import check
 
+    how.check()
     ids = [job.id for job in jobs]
     twice = sorted({run for run in ids if ids.count(run) > 1})
     if twice:
         raise ConfigError(f"run {twice[0]} is asked for twice: want each entry once")
     if not ids:
         raise ConfigError("no runs: want at least 1 seed and 1 entry")
-    check(dict.fromkeys(job.config for job in jobs))
-    require(launcher)
-    folders = [RunFolder(store, job.config, job.seed) for job in jobs]
-    for folder in folders:
+    check(dict.fromkeys(job.config for job in jobs), how.workers, how.expert_parallel)
+    if how.uses_ray(len(jobs)):
+        require()
+    folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
+    for folder in folders.values():
         folder.create()
-    print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {store}/; {_engines(jobs)}", file=sys.stderr)
-    with Monitor(jobs, store):
-        failed = launch(jobs, store, launcher, concurrency)
-    if failed:
-        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
-        raise ComparisonError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept in {store}: {reasons}")
-    return [folder.read() for folder in folders]
+        folder.set_aside(None)
+    print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {how.store}/; {_engines(jobs)}", file=sys.stderr)
+
+    def say(run: str, reason: str) -> None:
+        with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
+            folders[run].set_aside(reason)
+
+    with Monitor(jobs, how.store):
+        failed = launch(jobs, how, search, say)
+    return [folder.read() for folder in folders.values() if folder.ended], failed
 
 
 def _engines(jobs: Sequence[Job]) -> str:

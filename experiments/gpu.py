@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from rlroute.experiments import benches
-from rlroute.experiments.compare import run_jobs
-from rlroute.experiments.launch import Job
+from rlroute.experiments import benches, compare
+from rlroute.experiments.launch import Job, Launch
 from rlroute.experiments.recipes import build_comparison
 from rlroute.experiments.table import build_table, to_markdown
 from rlroute.kernels import resolve_backend
@@ -67,7 +66,7 @@ def run_comparison(out: Path, device: str, quick: bool) -> None:
         for seed in range(2)
         for config in build_comparison(ENTRIES, data, model, train, tuned=False)
     ]
-    records = run_jobs(jobs, out / "runs", "local", 1)
+    records = compare.run_all(jobs, Launch(store=out / "runs", launcher="local"))
     write_compact(records, out / "comparison.jsonl")
     table = to_markdown(build_table(records))
     write_atomically(out / "comparison.md", table)

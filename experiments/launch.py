@@ -1,33 +1,68 @@
-"""Run many training runs: here in sequence, or as Ray Tune trials, as many at a time as there are cores.
+"""Run many training runs: here in sequence, or as Ray Tune trials, as many at a time as the machine or cluster has room for.
 
 The run store is the truth. Ray is a scheduler and no more: whatever happens to it, launching the same jobs again keeps what is
 finished and resumes what is not.
+
+A run that fails by its own doing (bad input, a defect in a router, a store that cannot be written) fails at once; one whose process is
+lost, or makes no step for too long, is started again from its checkpoint and at last set aside. The others are not held up by either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rlroute.config import RunConfig
-from rlroute.errors import MissingDependencyError, RlrouteError
+from rlroute.errors import ConfigError, MissingDependencyError, RlrouteError
+from rlroute.records import last_row
+from rlroute.watchdog import stacks, watchdog
 
-Launcher = Literal["ray", "local"]
-WORKER_RETRIES = 2
-"""How often a run whose worker process died is started again, from its checkpoint."""
+Launcher = Literal["auto", "ray", "local"]
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+SCRATCH = "rlroute-"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Successive halving (ASHA, Li et al. 2018, arXiv 1810.05934): trials that lag are stopped early. For tuning alone: which ones are
+    stopped depends on the order in which they arrive.
+
+    Attributes:
+        steps: the most steps of a trial.
+        grace: steps before any is stopped.
+        reduction: one in so many goes on.
+    """
+
+    steps: int
+    grace: int
+    reduction: float = 3.0
+
+    def tune_options(self) -> dict[str, Any]:
+        """Return the fields of Tune's configuration."""
+        from ray.tune.schedulers import ASHAScheduler
+
+        halving = ASHAScheduler(
+            time_attr="step", max_t=self.steps + 1, grace_period=self.grace, reduction_factor=self.reduction
+        )
+        return {"scheduler": halving, "metric": "bits_per_byte", "mode": "min"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +73,8 @@ class Job:
     seed: int
     command: str | None = None
     """The command line behind it, for the run's record."""
+    label: str = ""
+    """What it is called while it runs; the router's name if nothing is said."""
 
     @property
     def id(self) -> str:
@@ -45,26 +82,105 @@ class Job:
         return self.config.run_id(self.seed)
 
 
-def launch(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: int) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where runs are stored, and where and how they are started."""
+
+    store: Path = Path("runs")
+    """The run store's folder."""
+    launcher: Launcher = "auto"
+    """ray: Tune trials; local: one after the other in this process; auto: ray for more than one run or worker."""
+    concurrency: int | None = None
+    """Trials at a time under ray; none: as many as there is room for."""
+    address: str | None = None
+    """A running Ray cluster (host:port, or auto); none: a Ray of our own on this machine."""
+    cpus: float = 1.0
+    """Cores of a worker."""
+    gpus: float = 0.0
+    """GPUs of a worker; a fraction shares one."""
+    workers: int = 1
+    """Processes that train one run together."""
+    expert_parallel: int = 1
+    """Shards into which they cut the experts."""
+    exchange_chunks: int = 1
+    """Parts in which rows travel between shards; one is computed while the next is on its way."""
+    retries: int = 2
+    """How often a run is started again whose process was lost or hung."""
+    patience: float = 10.0
+    """Minutes without a step after which a run counts as hung."""
+
+    def check(self) -> None:
+        """Refuse illegal values by name.
+
+        Raises:
+            ConfigError: a value is illegal, or does not go with another.
+        """
+        for name in ("cpus", "workers", "expert_parallel", "exchange_chunks", "patience"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        for name in ("gpus", "retries"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name} {getattr(self, name)}: legal are numbers from 0")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ConfigError(f"--concurrency {self.concurrency}: legal are numbers from 1")
+        if self.launcher == "local" and (self.workers > 1 or self.address):
+            raise ConfigError("--launcher local trains in this process: --workers and --address want --launcher ray")
+
+    def uses_ray(self, jobs: int) -> bool:
+        """Whether so many jobs go through Ray."""
+        several = jobs > 1 or self.workers > 1 or self.address is not None
+        return self.launcher == "ray" or (self.launcher == "auto" and several)
+
+
+def launch(
+    jobs: Sequence[Job],
+    how: Launch,
+    search: Search | None = None,
+    say: Callable[[str, str], None] = lambda run, reason: None,
+) -> dict[str, str]:
     """Train all jobs to their ends and return the reasons of those that failed, by run id; the others are not held up.
 
     Args:
         jobs: what to train; ended runs cost nothing.
-        store: the run store's folder.
-        launcher: ``local`` trains in this process, one after the other; ``ray`` as Tune trials.
-        concurrency: trials at a time under ``ray``.
+        how: where, and how many at a time.
+        search: stops trials early, under Ray alone.
+        say: told of a run that failed, as soon as it has, and why.
     """
-    local = launcher == "local"
-    reasons = {job.id: _train(job, store) for job in jobs} if local else _launch_ray(jobs, store, concurrency)
+    if how.uses_ray(len(jobs)):
+        with session(how) as (tune, scratch):
+            reasons = _tune(tune, jobs, how, scratch, search, say)
+    else:
+        reasons = {}
+        for job in jobs:
+            reasons[job.id] = _train(job, how)
+            if reasons[job.id]:
+                say(job.id, reasons[job.id])
     return {run: reason for run, reason in reasons.items() if reason}
 
 
-def _train(job: Job, store: Path) -> str:
-    """Train a job; return why it failed, or an empty string."""
+def _train(job: Job, how: Launch, on_step: Callable[[int], None] = lambda step: None) -> str:
+    """Train a job in this process, or with workers; return why it failed, or an empty string."""
     from rlroute.training.loop import train
 
     try:
-        train(job.config, job.seed, store, command=job.command)
+        if how.workers == 1:
+            train(job.config, job.seed, how.store, command=job.command, on_step=on_step)
+        else:
+            from rlroute.parallel.workers import train_group
+
+            train_group(
+                job.config,
+                job.seed,
+                how.store,
+                workers=how.workers,
+                expert_parallel=how.expert_parallel,
+                chunks=how.exchange_chunks,
+                cpus=how.cpus,
+                gpus=how.gpus,
+                command=job.command,
+                retries=how.retries,
+                patience=60 * how.patience,
+            )
     except RlrouteError as error:
         return str(error)
     except Exception as error:  # a defect in one router must not take the other runs with it; its reason is printed
@@ -72,17 +188,12 @@ def _train(job: Job, store: Path) -> str:
     return ""
 
 
-def require(launcher: Launcher) -> None:
-    """Refuse a launcher that is not installed.
+def require() -> tuple[Any, Any]:
+    """Return Ray and Tune, set up to be quiet and to ask every caller for its token.
 
     Raises:
-        MissingDependencyError: it is ``ray``, and Ray is not there.
+        MissingDependencyError: Ray is not installed.
     """
-    if launcher == "ray":
-        _import_ray()
-
-
-def _import_ray() -> tuple[Any, Any]:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -95,46 +206,148 @@ def _import_ray() -> tuple[Any, Any]:
     return ray, tune
 
 
-def _launch_ray(jobs: Sequence[Job], store: Path, concurrency: int) -> dict[str, str]:
-    ray, tune = _import_ray()
-    scratch = Path(tempfile.mkdtemp(prefix="rlroute-"))  # private (0700): Ray's own folders are open to all users
-    ray.init(
-        address="local",
-        num_cpus=concurrency,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=80 * 2**20,
-        _temp_dir=str(scratch / "ray"),
-    )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+@contextmanager
+def session(how: Launch) -> Iterator[tuple[Any, Path]]:
+    """Connect to Ray, and leave it; yield Tune and a private folder.
+
+    A Ray of our own has a token that this process and its children alone know, and keeps its files in the private folder (Ray's own are
+    open to all users), which is removed at the end, or by the next session if this process is killed.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or has no room for a trial.
+        MissingDependencyError: Ray is not installed.
+    """
+    if how.address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray, tune = require()
+    _remove_orphans()
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))
     try:
-        return _tune(tune, jobs, store.resolve(), concurrency, scratch)
+        _connect(ray, how, scratch)
+        for name in ("ray.tune", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _require_room(ray.cluster_resources(), how)
+        yield tune, scratch
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tune(tune: Any, jobs: Sequence[Job], store: Path, concurrency: int, scratch: Path) -> dict[str, str]:
+def _connect(ray: Any, how: Launch, scratch: Path) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if how.address is None:
+        wanted = how.cpus * how.workers * (how.concurrency or 1)
+        ray.init(
+            address="local",
+            num_cpus=max(len(os.sched_getaffinity(0)), math.ceil(wanted)),
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            _temp_dir=str(scratch / "ray"),
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address=how.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"--address {how.address}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _require_room(resources: dict[str, float], how: Launch) -> None:
+    """Refuse trials that the whole cluster could not hold, which would wait for ever.
+
+    Raises:
+        ConfigError: naming what is wanted and what there is.
+    """
+    for name, each in (("CPU", how.cpus), ("GPU", how.gpus)):
+        wanted, there = each * how.workers, resources.get(name, 0.0)
+        if wanted > there:
+            raise ConfigError(f"a run wants {wanted:g} {name}s ({how.workers} workers): the cluster has {there:g}")
+
+
+def _remove_orphans() -> None:
+    """Remove the private folders of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}[0-9]*-*"):
+        owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tune(
+    tune: Any, jobs: Sequence[Job], how: Launch, scratch: Path, search: Search | None, say: Callable[[str, str], None]
+) -> dict[str, str]:
+    how = replace(how, store=how.store.absolute())
     plain = [(job.config.to_dict(), job.seed, job.command) for job in jobs]
 
     def trial(parameters: dict[str, int]) -> None:
         values, seed, command = plain[parameters["job"]]
-        tune.report({"reason": _train(Job(RunConfig.from_dict(values), seed, command), store)})
+        job = Job(RunConfig.from_dict(values), seed, command)
+        folder = how.store / job.id
+        if how.workers > 1:  # each of them has a watchdog of its own
+            reason = _train(job, how)
+        else:
+            with watchdog(60 * how.patience, folder) as alive:
+                reason = _train(job, how, _reporting(tune, job, folder, alive) if search else alive)
+        tune.report({"reason": reason} | (_score(folder, job) if search else {}))
 
+    room = [{"CPU": how.cpus} | ({"GPU": how.gpus} if how.gpus else {})] * how.workers
+    bundles = room if how.workers == 1 else [{}, *room]  # the process that looks after a group needs no core
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"cpu": 1}),
+        tune.with_resources(trial, tune.PlacementGroupFactory(bundles)),
         param_space={"job": tune.grid_search(list(range(len(jobs))))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=concurrency, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=how.concurrency, reuse_actors=True, **(search.tune_options() if search else {})
+        ),
         run_config=tune.RunConfig(
             name="runs",
             storage_path=str(scratch),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+            failure_config=tune.FailureConfig(max_failures=how.retries),
+            callbacks=[_listener(tune, jobs, how, say)],
         ),
     )
     reasons = {}
     for result in tuner.fit():
         job = jobs[result.config["job"]]
-        reasons[job.id] = str(result.error) if result.error else result.metrics["reason"]
+        reasons[job.id] = _lost(job, how, result.error) if result.error else result.metrics.get("reason", "")
     return reasons
+
+
+def _listener(tune: Any, jobs: Sequence[Job], how: Launch, say: Callable[[str, str], None]) -> Any:
+    class Listener(tune.Callback):  # type: ignore[misc]  # a class of Tune, which is imported late
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            if reason := trial.last_result.get("reason"):
+                say(jobs[trial.config["job"]].id, reason)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            job = jobs[trial.config["job"]]
+            say(job.id, _lost(job, how, trial.get_error() or ""))
+
+    return Listener()
+
+
+def _lost(job: Job, how: Launch, error: object) -> str:
+    """Say why a run has failed whose process is gone."""
+    if hung := stacks(how.store / job.id):
+        return f"no step in {how.patience:g} minutes, {how.retries + 1} times; where it stood is in {hung}"
+    memory = ", for want of memory" if "OutOfMemory" in f"{type(error).__name__}{error}" else ""
+    return f"its process was lost {how.retries + 1} times{memory}"
+
+
+def _score(folder: Path, job: Job) -> dict[str, float]:
+    """Return what a search goes by: the last evaluation's bits per byte, and its step."""
+    row = last_row(folder)
+    loss = row["bits_per_byte"] if row and row["kind"] == "eval" else math.inf
+    return {"bits_per_byte": loss, "step": row["step"] if row else job.config.train.steps}
+
+
+def _reporting(tune: Any, job: Job, folder: Path, alive: Callable[[int], None]) -> Callable[[int], None]:
+    every = job.config.train.eval_every
+
+    def on_step(step: int) -> None:
+        alive(step)
+        if step > every and step % every == 1:  # the evaluation of the step before is on disk
+            tune.report(_score(folder, job) | {"step": step - 1})
+
+    return on_step

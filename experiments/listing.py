@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from rlroute.errors import StoreError
-from rlroute.records import RunRecord, last_row, read_runs
+from rlroute.records import RunRecord, failure, last_row, read_runs
 from rlroute.registry import router_class, router_names
 
 
@@ -33,18 +34,24 @@ def _router_text(name: str) -> str:
 
 
 def runs_text(path: Path) -> str:
-    """List the runs of a store, ended and unfinished, one a line."""
+    """List the runs of a store, ended, unfinished and set aside, one a line."""
+    lines = [records_text(read_runs(path))]
+    if path.is_dir():
+        for folder in sorted({f.parent for name in ("config", "failed") for f in path.glob(f"*/{name}.json")}):
+            if not (folder / "summary.json").exists():
+                row, reason = last_row(folder), failure(folder)
+                status, why = ("set aside", f"  {reason}") if reason else ("unfinished", "")
+                lines.append(f"{folder.name:48} {status:10} {row['step'] if row else 0:7} {'-':>9}{why}")
+    return "\n".join(lines)
+
+
+def records_text(records: Sequence[RunRecord]) -> str:
+    """List ended runs, one a line."""
     lines = [f"{'run':48} {'status':10} {'steps':>7} {'bits/byte':>9}"]
-    ended = read_runs(path)
-    for record in ended:
+    for record in records:
         final = record.summary["final"]
         score = f"{final['bits_per_byte']:9.4f}" if final else f"{'-':>9}"
         lines.append(f"{record.id:48} {record.summary['status']:10} {record.summary['steps']:7} {score}")
-    if path.is_dir():
-        for folder in sorted(folder.parent for folder in path.glob("*/config.json")):
-            if not (folder / "summary.json").exists():
-                row = last_row(folder)
-                lines.append(f"{folder.name:48} {'unfinished':10} {row['step'] if row else 0:7} {'-':>9}")
     return "\n".join(lines)
 
 

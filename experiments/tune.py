@@ -9,15 +9,13 @@ from typing import Any
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.compare import run_jobs
-from rlroute.experiments.launch import Job, Launcher
+from rlroute.experiments.compare import run_all
+from rlroute.experiments.launch import Job, Launch
 from rlroute.experiments.recipes import GRID, TUNING_SEEDS, build_entry
 from rlroute.records import write_atomically
 
 
-def tune(
-    entries: Sequence[str], train: TrainConfig, store: Path, launcher: Launcher, concurrency: int, command: str
-) -> list[dict[str, Any]]:
+def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) -> list[dict[str, Any]]:
     """Run the grid of each entry and return all trials, best first within an entry.
 
     A trial's score is the mean validation loss in bits per byte over the tuning seeds; a diverged run scores infinity.
@@ -32,7 +30,7 @@ def tune(
     trials = [(entry, choice) for entry in entries for choice in GRID[entry]]
     configs = [build_entry(entry, data, model, train, choice) for entry, choice in trials]
     jobs = [Job(config, seed, command) for config in configs for seed in TUNING_SEEDS]
-    scores = {record.id: _score(record.summary) for record in run_jobs(jobs, store, launcher, concurrency)}
+    scores = {record.id: _score(record.summary) for record in run_all(jobs, how)}
     rows = []
     for (entry, choice), config in zip(trials, configs, strict=True):
         runs = [config.run_id(seed) for seed in TUNING_SEEDS]

@@ -200,8 +200,17 @@ class RunFolder:
         """Forget the rows after ``step``, which a resumed run will write again; a torn last line goes too."""
         for path in (self.path / "metrics.jsonl", self.path / "loads.jsonl"):
             if path.exists():
-                kept = [row for row in _read_rows(path, torn_ok=True) if row["step"] <= step]
+                kept = [row for row in read_rows(path, torn_ok=True) if row["step"] <= step]
                 write_atomically(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in kept))
+
+    def set_aside(self, reason: str | None) -> None:
+        """Note why the run failed, for whoever looks at the store; None forgets it. Training it again is the way on."""
+        path = self.path / "failed.json"
+        if reason is not None:
+            write_json(path, {"id": self.id, "reason": reason})
+        else:
+            with storing(path):
+                path.unlink(missing_ok=True)
 
     def finish(self, summary: Row) -> None:
         """Write summary.json: from now on the run counts as ended."""
@@ -210,6 +219,16 @@ class RunFolder:
     def read(self) -> RunRecord:
         """Return the ended run's record."""
         return _read_folder(self.path)
+
+
+def failure(path: Path) -> str | None:
+    """Return why the run of a folder was set aside, None if it was not.
+
+    Raises:
+        StoreError: the note is not JSON.
+    """
+    file = path / "failed.json"
+    return str(_read_json(file)["reason"]) if file.exists() else None
 
 
 def last_row(path: Path) -> Row | None:
@@ -239,7 +258,7 @@ def read_runs(path: Path) -> list[RunRecord]:
         StoreError: there is nothing there, or a record is truncated, foreign or of another schema.
     """
     if path.is_file():
-        records = [_to_record(row, path) for row in _read_rows(path)]
+        records = [_to_record(row, path) for row in read_rows(path)]
     elif path.is_dir():
         records = [_read_folder(summary.parent) for summary in path.glob("*/summary.json")]
     else:
@@ -275,7 +294,12 @@ def _read_text(path: Path) -> str:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
 
-def _read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
+def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
+    """Return the rows of a file of JSON objects, one a line; ``torn_ok`` leaves out a last line whose writing was cut off.
+
+    Raises:
+        StoreError: it cannot be read, or a line is no record.
+    """
     lines = _read_text(path).split("\n")
     torn = lines.pop()  # what follows the last newline: empty unless a write was cut off
     if torn and not torn_ok:
@@ -303,10 +327,10 @@ def _read_json(path: Path) -> Row:
 
 def _read_folder(path: Path) -> RunRecord:
     parts: Row = {name: _read_json(path / f"{name}.json") for name in ("config", "environment", "summary")}
-    metrics = _read_rows(path / "metrics.jsonl")
+    metrics = read_rows(path / "metrics.jsonl")
     parts["evals"] = [row for row in metrics if row.get("kind") == "eval"]
     parts["train"] = [row for row in metrics if row.get("kind") == "train"]
-    return _to_record(parts | {"loads": _read_rows(path / "loads.jsonl")}, path)
+    return _to_record(parts | {"loads": read_rows(path / "loads.jsonl")}, path)
 
 
 def _to_record(parts: Row, path: Path) -> RunRecord:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 
@@ -31,17 +30,8 @@ def config_of(spec="synth:documents=64,length=64", **train):
 
 @pytest.fixture(scope="module", autouse=True)
 def session():
-    launch.require("ray")
-    import ray
-
-    with tempfile.TemporaryDirectory(prefix="rlroute-") as folder:
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        memory = 80 * 2**20
-        ray.init(
-            "local", num_cpus=2, object_store_memory=memory, _temp_dir=folder, _node_ip_address="127.0.0.1", **quiet
-        )
+    with launch.session(launch.Launch()):
         yield
-        ray.shutdown()
 
 
 def workers():

@@ -25,7 +25,9 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
+from rlroute.records import RunFolder
 from rlroute.training.loop import check_shares, train
+from rlroute.watchdog import watchdog
 
 RETRIES = 3
 COLLECTIVE_SECONDS = 60
@@ -51,6 +53,7 @@ def train_group(
     gpus: float = 0.0,
     command: str | None = None,
     retries: int = RETRIES,
+    patience: float = 600.0,
 ) -> dict[str, Any]:
     """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
 
@@ -66,6 +69,7 @@ def train_group(
         cpus, gpus: of each worker.
         command: the command line behind this run, for its record.
         retries: how often the workers are started again after some were lost.
+        patience: seconds without a step after which a worker ends itself, and counts as lost.
 
     Raises:
         ConfigError: the workers cannot share the experts or the step, found before any starts.
@@ -76,7 +80,7 @@ def train_group(
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
-    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks)
+    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
@@ -122,6 +126,7 @@ class _Worker:
         command: str | None,
         expert_parallel: int,
         chunks: int,
+        patience: float,
     ) -> dict[str, Any]:
         import ray
 
@@ -129,17 +134,20 @@ class _Worker:
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         torch.set_num_threads(run.train.threads)
-        patience = timedelta(seconds=COLLECTIVE_SECONDS)
-        meeting = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        meeting = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if run.train.device == "cuda" else "gloo",
             store=PrefixStore(str(attempt), meeting),
             rank=rank,
             world_size=workers,
-            timeout=patience,
+            timeout=timeout,
         )
         group = Mesh(expert_parallel, run.train.device, chunks)
-        return train(run, seed, Path(store), command=command, group=group)
+        folder = RunFolder(Path(store), run, seed)
+        folder.create()
+        with watchdog(patience, folder.path, rank) as alive:
+            return train(run, seed, Path(store), command=command, on_step=alive, group=group)
 
 
 @contextmanager

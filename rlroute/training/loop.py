@@ -18,6 +18,7 @@ from rlroute.errors import ConfigError
 from rlroute.kernels import resolve_backend
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints
+from rlroute.model.moe import Placement
 from rlroute.records import RunFolder, last_row
 from rlroute.registry import router_class
 from rlroute.routing import Router, RouterShape
@@ -105,6 +106,7 @@ def train(
     if group.agree(folder.ended):
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
+    check_shares(config, group.size)
     run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command, group)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
@@ -112,14 +114,23 @@ def train(
         return run.train(on_step)
 
 
-def check(configs: Iterable[RunConfig]) -> None:
+def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1) -> None:
     """Find out whether runs can be trained, without writing anything: their corpora are read and their models built.
+
+    Args:
+        configs: of the runs.
+        workers: how many processes are to train each.
+        expert_shards: into how many shards they cut the experts.
 
     Raises:
         ConfigError, DataError: one cannot.
     """
     corpora: dict[DataConfig, Corpus] = {}
+    if workers % expert_shards:
+        raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
     for config in configs:
+        check_shares(config, workers)
+        Placement(expert_shards).held(config.model.num_experts)
         if config.data not in corpora:
             corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
         _Run(config, 0, RunFolder(Path(), config, 0), corpora[config.data])
@@ -158,7 +169,6 @@ class _Run:
         micro_batch = self.cut | {"batch_size": config.train.batch_size // config.train.micro_batches}
         self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
         sample_batch(corpus, seed=seed, step=0, **self.cut)  # a corpus that is too short is found before any work
-        check_shares(config, group.size)
         self.model = build_model(config, corpus, seed, group)
         self.identity = fingerprints(self.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)

@@ -1,0 +1,48 @@
+"""Ends a process that makes no step for too long, and leaves where it stood: whoever started it starts it again from its checkpoint."""
+
+import contextlib
+import faulthandler
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FILE = "hung-{rank}.txt"
+
+
+@contextmanager
+def watchdog(seconds: float, folder: Path, rank: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield what is to be called after each step; without a call for so long the process exits.
+
+    Its stacks are then in ``folder``/hung-<rank>.txt.
+
+    The interpreter's own timer does it, which a thread that never lets go of the interpreter cannot hold up.
+
+    Args:
+        seconds: how long a step may take, reading the corpus and an evaluation included.
+        folder: the run's folder, which is there.
+        rank: which of the run's workers this is.
+    """
+    path = folder / FILE.format(rank=rank)
+    with path.open("w") as file:
+        armed = 0.0
+
+        def alive(step: int) -> None:
+            nonlocal armed
+            now = time.monotonic()
+            if now - armed > min(1.0, seconds / 10):  # a timer is a thread: not one for every step
+                faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+                armed = now
+
+        alive(0)
+        try:
+            yield alive
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def stacks(folder: Path) -> Path | None:
+    """Return a file with the stacks of a process that a watchdog has ended, if there is one."""
+    return next((path for path in sorted(folder.glob(FILE.format(rank="*"))) if path.stat().st_size), None)
