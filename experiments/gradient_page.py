@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -94,13 +95,13 @@ def to_markdown(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
 
 def to_json(
     sweep: Sweep, rows: Sequence[Row], unmeasured: Sequence[Unmeasured], command: str, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return everything: the command, the sweep and the configurations behind it, versions, and every figure by seed.
+) -> str:
+    """Return everything as JSON: the command, the sweep and the configurations behind it, versions, and the figures by seed.
 
-    Numbers that are infinite become None.
+    Numbers have six digits; infinite ones are null. Of the comparison with the choice part it holds what the table shows.
     """
     derived = {"bias": bias, "snr": snr, "tokens_for_snr_1": tokens_for_snr_1}
-    return {
+    figures = {
         "command": command,
         "environment": environment(RunConfig(), resolve_backend("auto", "cpu")),
         "corpus": dict(provenance),
@@ -108,9 +109,10 @@ def to_json(
         "seeds": list(range(sweep.seeds)),
         "configs": [{"entry": case.entry, "config": case.config.to_dict()} for case in sweep.cases()],
         "legend": LEGEND,
-        "rows": [_finite(asdict(row) | {name: _plain(of(row)) for name, of in derived.items()}) for row in rows],
+        "rows": [_row_data(row) | {name: _plain(of(row)) for name, of in derived.items()} for row in rows],
         "unmeasured": [asdict(item) for item in unmeasured],
     }
+    return json.dumps(_rounded(figures), separators=(",", ":")) + "\n"
 
 
 def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, command: str) -> str:
@@ -202,13 +204,19 @@ def _plain(interval: Interval | None) -> dict[str, Any] | None:
     return None if interval is None else asdict(interval)
 
 
-def _finite(value: Any) -> Any:
-    """Return plain data without infinities, which JSON does not know."""
+def _row_data(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"choices": [{"mean_cosine": asdict(signal.mean_cosine)} for signal in row.choices]}
+
+
+def _rounded(value: Any) -> Any:
+    """Return plain data with numbers of six digits, and without infinities, which JSON does not know."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_rounded(item) for item in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 PAGE = Template("""<!DOCTYPE html>

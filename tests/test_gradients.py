@@ -471,6 +471,13 @@ def test_the_command_prints_a_table_and_writes_everything(tmp_path, monkeypatch:
     assert "http://" not in page.partition("<script")[0] and page.count('class="plotly-graph-div"') == 3
 
 
+def test_sizes_vary_together_or_one_at_a_time() -> None:
+    sweep = Sweep(entries=("switch",), experts=(4, 2, 8), k=(1, 2), layers=(1,), one_at_a_time=True)
+    assert [(c.config.model.num_experts, c.config.model.k) for c in sweep.cases()] == [(4, 1), (2, 1), (8, 1), (4, 2)]
+    with pytest.raises(ConfigError, match="k = 2 with experts = 2"):
+        replace(sweep, one_at_a_time=False).cases()
+
+
 def test_the_same_command_gives_the_same_figures() -> None:
     sweep = Sweep(
         entries=("noisy_topk",), experts=(2,), layers=(1,), tokens=(2,), train_steps=(1,), draws=9, seeds=1, warm_up=1
