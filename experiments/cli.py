@@ -325,12 +325,12 @@ def bench(
 def _compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
     from rlroute.experiments import clusters
     from rlroute.records import write_atomically, write_json
-    from rlroute.registry import router_names
+    from rlroute.registry import default_names
 
     _make_folder(out)
     how = clusters.Ladder()
     rows = clusters.compare(
-        entries or router_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
+        entries or default_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
     )
     text = clusters.to_markdown(rows)
     write_json(out / "clusters.json", {"command": _command(), "training": vars(how), "rows": rows})

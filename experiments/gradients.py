@@ -21,7 +21,7 @@ from rlroute.experiments.gradient_statistics import Signal
 from rlroute.experiments.probe import Probe, Unmeasurable
 from rlroute.experiments.recipes import build_entry
 from rlroute.experiments.snapshots import checkpoints, warmed_up
-from rlroute.registry import router_names
+from rlroute.registry import default_names, router_names
 from rlroute.training.data import Corpus, load_corpus, sample_batch
 from rlroute.training.loop import build_model
 
@@ -160,8 +160,8 @@ class Unmeasured:
 
 
 def default_entries() -> tuple[str, ...]:
-    """Return every router there is, and the estimators of REINFORCE."""
-    return (*router_names(), *ESTIMATORS)
+    """Return every router that needs no field, and the estimators of REINFORCE."""
+    return (*default_names(), *ESTIMATORS)
 
 
 def parse_numbers(name: str, text: str) -> tuple[int, ...]:

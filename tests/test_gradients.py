@@ -23,7 +23,7 @@ from rlroute.experiments.estimates import enumerate_estimates, measure_probe
 from rlroute.experiments.gradients import Sweep, run
 from rlroute.experiments.probe import Probe, Unmeasurable
 from rlroute.model import ModelShape, Transformer
-from rlroute.registry import router_class, router_names
+from rlroute.registry import default_names, router_class
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
 from rlroute.training.data import Batch
@@ -346,7 +346,7 @@ def test_weights_and_other_terms_are_no_part_of_the_signal() -> None:
 
 
 @pytest.mark.parametrize("form", ["own", "unit"])
-@pytest.mark.parametrize("name", router_names())
+@pytest.mark.parametrize("name", default_names())
 def test_every_router_is_measured_or_says_why_not(name: str, form: str) -> None:
     try:
         probe = make_probe(router_class(name), 2, 1, 3, 2, form)
