@@ -1,6 +1,7 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
+# make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3
 # make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
@@ -10,7 +11,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: compare test check slow aot gpu clean
+.PHONY: compare test check slow envs aot gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -27,6 +28,16 @@ check: $(INSTALLED)
 
 slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# The older Gymnasium lies in a folder of its own, before the newest one on the path.
+envs: $(INSTALLED)
+	$(PIP) --upgrade -e ".[sb3]" gymnasium
+	$(PIP) --upgrade --no-deps --target .venv/gymnasium-1.2.2 gymnasium==1.2.2
+	for path in .venv/gymnasium-1.2.2 .; do \
+		export OMP_NUM_THREADS=1 PYTHONPATH=$$path; \
+		$(BIN)/python -c "import gymnasium as g, stable_baselines3 as s; print('Gymnasium', g.__version__, 'with SB3', s.__version__)"; \
+		$(BIN)/python -m pytest -m "" -k "not test_ppo" tests/test_envs.py tests/test_envs_learn.py || exit 1; \
+	done
 
 # The stamp comes last, so that an interrupted installation is taken up again.
 $(INSTALLED): setup.py pyproject.toml

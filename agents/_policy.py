@@ -20,25 +20,16 @@ from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig(RouterConfig):
-    """Fields of every sampled policy."""
+class DrawConfig(RouterConfig):
+    """Fields of everything that draws from a softmax."""
 
-    entropy_weight: float = 0.0
-    """Weight of the entropy bonus."""
-    balance_weight: float = 0.01
-    """Weight of the f.P balance loss."""
     temperature: float = 1.0
     """Of the sampling distribution; logits are divided by it."""
     final_temperature: float | None = None
     """Reached linearly after ``temperature_steps``; none: the temperature stays."""
     temperature_steps: int = 1000
-    shape_body: bool = False
-    """Let the router's losses shape the hidden states too. Off: the router reads them detached."""
-    init_std: float = 0.02
-    """Standard deviation of the initial score weights."""
 
     def __post_init__(self) -> None:
-        self.require("from 0", lambda v: v >= 0, "entropy_weight", "balance_weight", "init_std")
         self.require("above 0", lambda v: v is None or v > 0, "temperature", "final_temperature", "temperature_steps")
 
     def require(self, legal: str, holds: Any, *names: str) -> None:
@@ -54,21 +45,16 @@ class PolicyConfig(RouterConfig):
             raise ConfigError(f"router {self.name}.{name} = {getattr(self, name)!r}: legal are {choices}")
 
 
-class PolicyRouter(Router):
-    """Draws k experts in order from softmax(logits / temperature), without replacement; gates are 1/k."""
+class DrawingRouter(Router):
+    """Draws k experts in order from softmax(scores / temperature), without replacement; gates are 1/k."""
 
     stochastic = True
     gate_meaning = "1/k"
 
-    def __init__(self, config: PolicyConfig, shape: RouterShape) -> None:
+    def __init__(self, config: DrawConfig, shape: RouterShape, scores: nn.Module) -> None:
         super().__init__(config, shape)
         self.policy = config
-        self.scores = LinearScores(shape, "scores", config.init_std)
-
-    @property
-    def batch_dependent(self) -> bool:
-        """The balance term mixes the tokens of a micro-batch."""
-        return self.policy.balance_weight > 0
+        self.scores = scores
 
     def temperature(self, step: int) -> float:
         """Return the temperature of a step."""
@@ -80,7 +66,7 @@ class PolicyRouter(Router):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Sample k experts in order where exploring, else take the k most probable."""
         k, experts = self.shape.k, self.shape.num_experts
-        logits_TE = self.scores(x_TD if self.policy.shape_body else x_TD.detach())
+        logits_TE = self.scores(self.seen(x_TD))
         policy_TE = logits_TE / self.temperature(context.step)
         log_prob_TK, memo = None, dict[str, Tensor]()
         if context.explore:
@@ -99,6 +85,10 @@ class PolicyRouter(Router):
             memo=memo,
         )
 
+    def seen(self, x_TD: Tensor) -> Tensor:
+        """Return what the scores are of."""
+        return x_TD.detach()
+
     def draw(self, policy_TE: Tensor, context: RoutingContext) -> Tensor:
         """Return the sampled ids, int64 of shape (T, K)."""
         noise_TE = context.noise(type(self.policy).name, (self.shape.num_experts,))
@@ -111,6 +101,43 @@ class PolicyRouter(Router):
     def remember(self, x_TD: Tensor) -> dict[str, Tensor]:
         """Return what :meth:`objective` will want to know of the hidden states (detached)."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(DrawConfig):
+    """Fields of every sampled policy that learns."""
+
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus."""
+    balance_weight: float = 0.01
+    """Weight of the f.P balance loss."""
+    shape_body: bool = False
+    """Let the router's losses shape the hidden states too. Off: the router reads them detached."""
+    init_std: float = 0.02
+    """Standard deviation of the initial score weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("from 0", lambda v: v >= 0, "entropy_weight", "balance_weight", "init_std")
+
+
+class PolicyRouter(DrawingRouter):
+    """A drawing router with linear scores of its own."""
+
+    policy: PolicyConfig
+    scores: LinearScores
+
+    def __init__(self, config: PolicyConfig, shape: RouterShape) -> None:
+        super().__init__(config, shape, LinearScores(shape, "scores", config.init_std))
+
+    @property
+    def batch_dependent(self) -> bool:
+        """The balance term mixes the tokens of a micro-batch."""
+        return self.policy.balance_weight > 0
+
+    def seen(self, x_TD: Tensor) -> Tensor:
+        """Return the hidden states, attached where the policy may shape them."""
+        return x_TD if self.policy.shape_body else super().seen(x_TD)
 
     def regularisers(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
         """Return minus the entropy, and the f.P balance loss."""

@@ -16,7 +16,7 @@ from rlroute.experiments.peers import contenders
 from rlroute.experiments.timing import choose, run_bench, to_markdown
 from rlroute.kernels import resolve_backend, tiles
 from rlroute.records import storing, write_atomically
-from rlroute.registry import router_names
+from rlroute.registry import default_names
 
 
 def kernels(
@@ -65,7 +65,7 @@ def layer(
     if routings:
         raise ConfigError(f"routing {routings[0]!r}: bench layer takes none, its routers decide")
     chosen = _shapes(shapes, bench_layer.SHAPES[device])
-    entries = list(names or router_names())
+    entries = list(names or default_names())
     for shape in chosen:
         for entry in entries:
             bench_layer.config_of(entry, shape, device)

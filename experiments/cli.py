@@ -352,12 +352,12 @@ def bench(
 def _compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
     from rlroute.experiments import clusters
     from rlroute.records import write_atomically, write_json
-    from rlroute.registry import router_names
+    from rlroute.registry import default_names
 
     _make_folder(out)
     how = clusters.Ladder()
     rows = clusters.compare(
-        entries or router_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
+        entries or default_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
     )
     text = clusters.to_markdown(rows)
     write_json(out / "clusters.json", {"command": _command(), "training": vars(how), "rows": rows})
@@ -372,6 +372,7 @@ def gradients(
     k: str = "1",
     layers: str = "1,2",
     tokens: str = "3",
+    one_at_a_time: bool = False,
     train_steps: str = "0,50",
     draws: int = 1000,
     samples: int = 32,
@@ -389,6 +390,7 @@ def gradients(
         k: experts per token.
         layers: MoE layers of the model.
         tokens: tokens of the measured micro-batch, one sequence. Exact to 4096 joint choices: for k = 1, E^(tokens * layers).
+        one_at_a_time: vary one of these four sizes at a time, the others at their first value.
         train_steps: measure after so many steps of real training.
         draws: micro-batches drawn per measurement, where what they can give is not enumerated as well.
         samples: sampled joint choices of a conditional gradient, beyond 4096.
@@ -409,6 +411,7 @@ def gradients(
         k=numbers("k", k),
         layers=numbers("layers", layers),
         tokens=numbers("tokens", tokens),
+        one_at_a_time=one_at_a_time,
         train_steps=numbers("train_steps", train_steps),
         draws=draws,
         samples=samples,
@@ -428,7 +431,7 @@ def _publish_gradients(sweep: Sweep, out: Path) -> str:
     from rlroute.experiments import gradient_page as page
     from rlroute.experiments.gradients import run
     from rlroute.experiments.report import new_figure
-    from rlroute.records import write_atomically, write_json
+    from rlroute.records import write_atomically
     from rlroute.training.data import load_corpus
 
     new_figure("", "", 100)  # without Plotly this fails now rather than after the work
@@ -436,7 +439,7 @@ def _publish_gradients(sweep: Sweep, out: Path) -> str:
     text = page.to_markdown(rows, unmeasured)
     provenance = load_corpus(sweep.corpus).provenance
     write_atomically(out / "gradients.md", text + "\n")
-    write_json(out / "gradients.json", page.to_json(sweep, rows, unmeasured, _command(), provenance))
+    write_atomically(out / "gradients.json", page.to_json(sweep, rows, unmeasured, _command(), provenance))
     write_atomically(out / "gradients.html", page.render(rows, unmeasured, sweep, _command()))
     return text
 

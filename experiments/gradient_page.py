@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,11 +21,14 @@ from rlroute.records import environment
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+SETTING_WIDTH = 120
+"""Pixels that a size, step and layer takes at least in a figure, which is scrolled where it does not fit."""
 ROUNDING = 1e-9
 """What is smaller, in relative terms, is printed as 0."""
 
 LEGEND = (
-    "Per entry and layer, against the gradient of the expected loss at the router's logits (exact: all joint choices enumerated; "
+    "Per entry and layer (the first is layer 0), against the gradient of the expected loss at the router's logits (exact: all joint "
+    "choices enumerated; "
     "conditional: one token and layer at a time, the others held at sampled choices, ± its sampling error). Cosine: of one training "
     "micro-batch's gradient, and of the mean of all draws. Relative bias: |mean - exact| / |exact| with the draws' own noise taken out. "
     "Variance: trace of the covariance over |exact|². SNR: power of the mean along the exact gradient over the variance, per "
@@ -74,13 +78,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "T": lambda row: str(row.tokens),
     "step": lambda row: str(row.train_steps),
     "gradient": _target,
-    "cosine, one micro-batch": lambda row: _plus_minus(_cosine(row)),
-    "cosine, mean": lambda row: _plus_minus(over_seeds([signal.mean_cosine for signal in row.signals])),
-    "relative bias": lambda row: _brackets(bias(row)),
+    "cosine, one micro-batch": lambda row: plus_minus(_cosine(row)),
+    "cosine, mean": lambda row: plus_minus(over_seeds([signal.mean_cosine for signal in row.signals])),
+    "relative bias": lambda row: brackets(bias(row)),
     "variance": lambda row: _figure(over_seeds_by_factor([signal.variance for signal in row.signals]).mean),
-    "SNR": lambda row: _brackets(snr(row)),
-    "tokens for SNR 1": lambda row: _brackets(tokens_for_snr_1(row)),
-    "cosine to choice part": lambda row: _plus_minus(over_seeds([signal.mean_cosine for signal in row.choices])),
+    "SNR": lambda row: brackets(snr(row)),
+    "tokens for SNR 1": lambda row: brackets(tokens_for_snr_1(row)),
+    "cosine to choice part": lambda row: plus_minus(over_seeds([signal.mean_cosine for signal in row.choices])),
 }
 
 
@@ -94,13 +98,13 @@ def to_markdown(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
 
 def to_json(
     sweep: Sweep, rows: Sequence[Row], unmeasured: Sequence[Unmeasured], command: str, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return everything: the command, the sweep and the configurations behind it, versions, and every figure by seed.
+) -> str:
+    """Return everything as JSON: the command, the sweep and the configurations behind it, versions, and the figures by seed.
 
-    Numbers that are infinite become None.
+    Numbers have six digits; infinite ones are null. Of the comparison with the choice part it holds what the table shows.
     """
     derived = {"bias": bias, "snr": snr, "tokens_for_snr_1": tokens_for_snr_1}
-    return {
+    figures = {
         "command": command,
         "environment": environment(RunConfig(), resolve_backend("auto", "cpu")),
         "corpus": dict(provenance),
@@ -108,9 +112,10 @@ def to_json(
         "seeds": list(range(sweep.seeds)),
         "configs": [{"entry": case.entry, "config": case.config.to_dict()} for case in sweep.cases()],
         "legend": LEGEND,
-        "rows": [_finite(asdict(row) | {name: _plain(of(row)) for name, of in derived.items()}) for row in rows],
+        "rows": [_row_data(row) | {name: _plain(of(row)) for name, of in derived.items()} for row in rows],
         "unmeasured": [asdict(item) for item in unmeasured],
     }
+    return json.dumps(_rounded(figures), separators=(",", ":")) + "\n"
 
 
 def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, command: str) -> str:
@@ -125,6 +130,7 @@ def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, 
     return PAGE.substitute(
         style=STYLE,
         legend=escape(LEGEND),
+        width=SETTING_WIDTH * len({_setting(row) for row in rows}),
         cosine=figure_html(figure(rows, _cosine, "cosine, one micro-batch"), "cosine", plotlyjs=True),
         bias=figure_html(figure(rows, bias, "relative bias"), "bias"),
         tokens=figure_html(figure(rows, tokens_for_snr_1, "tokens for SNR 1", log=True), "tokens"),
@@ -141,7 +147,7 @@ def _row_html(cells: Sequence[str]) -> str:
 
 def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str, *, log: bool = False) -> Figure:
     """Draw a quantity of all rows, one colour and marker for each entry, beside one another for each size, step and layer."""
-    drawn = new_figure("", title, height=430)
+    drawn = new_figure("", title, height=720)
     for index, entry in enumerate(dict.fromkeys(row.entry for row in rows)):
         found = [(_setting(row), of(row)) for row in rows if row.entry == entry]
         points = [(where, point) for where, point in found if point is not None and math.isfinite(point.mean)]
@@ -161,14 +167,14 @@ def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str
             marker={"color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
         )
     settings = list(dict.fromkeys(_setting(row) for row in rows))
-    drawn.update_layout(scattermode="group", legend={"orientation": "h", "y": -0.45, "x": 0})
-    drawn.update_xaxes(type="category", categoryorder="array", categoryarray=settings)
+    drawn.update_layout(scattermode="group", legend={"y": -0.2, "yanchor": "top", "x": 0})
+    drawn.update_xaxes(type="category", categoryorder="array", categoryarray=settings, tickangle=0)
     drawn.update_yaxes(**({"type": "log"} if log else {"zeroline": True, "zerolinecolor": "#9aa3b2"}))
     return drawn
 
 
 def _setting(row: Row) -> str:
-    layer = "" if row.layers == 1 else f"<br>layer {row.layer} of {row.layers}"
+    layer = "" if row.layers == 1 else f"<br>{row.layers} layers, layer {row.layer}"
     return f"E {row.experts}, k {row.k}, T {row.tokens}<br>step {row.train_steps}{layer}"
 
 
@@ -184,12 +190,12 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.0e}"
 
 
-def _plus_minus(interval: Interval) -> str:
+def plus_minus(interval: Interval) -> str:
     half = interval.half_width
     return f"{interval.mean:.2f}" + (f" ± {half:.2f}" if half and half > ROUNDING else "")
 
 
-def _brackets(interval: Interval | None) -> str:
+def brackets(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     if interval.low is None or interval.high is None or interval.low == interval.high:
@@ -202,13 +208,19 @@ def _plain(interval: Interval | None) -> dict[str, Any] | None:
     return None if interval is None else asdict(interval)
 
 
-def _finite(value: Any) -> Any:
-    """Return plain data without infinities, which JSON does not know."""
+def _row_data(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"choices": [{"mean_cosine": asdict(signal.mean_cosine)} for signal in row.choices]}
+
+
+def _rounded(value: Any) -> Any:
+    """Return plain data with numbers of six digits, and without infinities, which JSON does not know."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_rounded(item) for item in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 PAGE = Template("""<!DOCTYPE html>
@@ -224,6 +236,7 @@ PAGE = Template("""<!DOCTYPE html>
 $style
 td:nth-child(4) { min-width: 0; }
 tbody th { text-align: left; }
+.wide { min-width: ${width}px; }
 </style>
 </head>
 <body>
@@ -231,12 +244,12 @@ tbody th { text-align: left; }
 <main>
 <p class="small">$legend</p>
 <h2>Direction</h2>
-$cosine
+<div class="scroll"><div class="wide">$cosine</div></div>
 <h2>Bias</h2>
-$bias
+<div class="scroll"><div class="wide">$bias</div></div>
 <h2>Price</h2>
 <p class="small">Deterministic signals have no noise and are not drawn; nor are entries in which no signal was found.</p>
-$tokens
+<div class="scroll"><div class="wide">$tokens</div></div>
 <h2>All figures</h2>
 <div class="scroll">$table</div>
 <h2>Not measured</h2>

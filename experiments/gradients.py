@@ -21,7 +21,7 @@ from rlroute.experiments.gradient_statistics import Signal
 from rlroute.experiments.probe import Probe, Unmeasurable
 from rlroute.experiments.recipes import build_entry
 from rlroute.experiments.snapshots import checkpoints, warmed_up
-from rlroute.registry import router_names
+from rlroute.registry import default_names, router_names
 from rlroute.training.data import Corpus, load_corpus, sample_batch
 from rlroute.training.loop import build_model
 
@@ -39,7 +39,7 @@ ESTIMATORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is measured: all combinations of entries and sizes, at all checkpoints, with all seeds.
+    """What is measured: all combinations of entries and sizes (or one size varied at a time), at all checkpoints, with all seeds.
 
     Raises:
         ConfigError: a value is illegal.
@@ -50,6 +50,8 @@ class Sweep:
     k: tuple[int, ...] = (1,)
     layers: tuple[int, ...] = (1, 2)
     tokens: tuple[int, ...] = (3,)
+    one_at_a_time: bool = False
+    """Vary one of the sizes above at a time, the others at their first value."""
     train_steps: tuple[int, ...] = (0, 50)
     draws: int = 1000
     """Estimates drawn where they cannot all be enumerated."""
@@ -85,8 +87,13 @@ class Sweep:
         Raises:
             ConfigError: an entry or a size is illegal.
         """
-        sizes = product(self.layers, self.k, self.experts, self.tokens)
-        return [Case(entry, self._config(entry, *size)) for size in sizes for entry in self.entries]
+        return [Case(entry, self._config(entry, *size)) for size in self._sizes() for entry in self.entries]
+
+    def _sizes(self) -> list[tuple[int, ...]]:
+        axes = (self.layers, self.k, self.experts, self.tokens)
+        base = tuple(values[0] for values in axes)
+        apart = 1 if self.one_at_a_time else len(axes)
+        return [size for size in product(*axes) if sum(a != b for a, b in zip(size, base, strict=True)) <= apart]
 
     def _config(self, entry: str, layers: int, k: int, experts: int, tokens: int) -> RunConfig:
         if entry.partition(":")[0] == DENSE:
@@ -153,8 +160,8 @@ class Unmeasured:
 
 
 def default_entries() -> tuple[str, ...]:
-    """Return every router there is, and the estimators of REINFORCE."""
-    return (*router_names(), *ESTIMATORS)
+    """Return every router that needs no field, and the estimators of REINFORCE."""
+    return (*default_names(), *ESTIMATORS)
 
 
 def parse_numbers(name: str, text: str) -> tuple[int, ...]:

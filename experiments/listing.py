@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
+from rlroute.config import needed_fields
 from rlroute.errors import StoreError
 from rlroute.records import RunRecord, failure, last_row, read_runs
 from rlroute.registry import router_class, router_names
@@ -22,7 +24,10 @@ def _router_text(name: str) -> str:
     module = __import__(router.__module__, fromlist=["__doc__"])
     described = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
     marks = [] if router.causal else ["non-causal: a token's route depends on later tokens"]
-    options = ", ".join(f"{f.name}={getattr(router.Config(), f.name)!r}" for f in fields(router.Config))
+    needed = needed_fields(router.Config)
+    if needed:
+        marks.append(f"needs {', '.join(needed)}: takes no part where no router is named")
+    options = ", ".join(f"{f.name}={_default(f)}" for f in fields(router.Config))
     lines = [
         f"{name}  ({router.__module__})",
         *described,
@@ -31,6 +36,12 @@ def _router_text(name: str) -> str:
         f"fields: {options or 'none'}",
     ]
     return "\n    ".join(lines)
+
+
+def _default(field: Field[Any]) -> str:
+    if field.default_factory is not MISSING:
+        return repr(field.default_factory())
+    return "?" if field.default is MISSING else repr(field.default)
 
 
 def runs_text(path: Path) -> str:

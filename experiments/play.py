@@ -253,7 +253,8 @@ def play(
 
     Args:
         environment: an id, with or without ``rlroute/``.
-        names: reference policies, router entries, or ``sb3:FILE``; all reference policies if there are none.
+        names: reference policies, router entries, or ``sb3:FILE`` (``sb3:policy=FILE`` is the router); all reference policies if there
+            are none.
         episodes: as many copies play one episode each.
         seed: of the episodes; training uses others.
         how: how routers learn.
@@ -300,7 +301,7 @@ def _policies(
     """Return what a name means: functions that make the policy ready, by the name of its result."""
     if name in references:
         return {name: lambda: references[name]}
-    if name.startswith(SB3):
+    if name.startswith(SB3) and not name.startswith("sb3:policy="):
         policy = _stable_baselines(Path(name.removeprefix(SB3)))
         return {name: lambda: policy}
     entry = name.partition(":")[0]

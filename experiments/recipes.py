@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig, from_dict
 from rlroute.errors import ConfigError
-from rlroute.registry import router_class, router_names
+from rlroute.registry import default_names, router_class
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -57,8 +57,8 @@ TUNED: dict[str, Overrides] = {
 
 
 def default_entries() -> list[str]:
-    """Return the entries of the default comparison: every router there is, position hashing as a control, and the dense model."""
-    return [DENSE, *router_names(), "hash:table=position"]
+    """Return the entries of the default comparison: routers that need no field, position hashing as a control, and the dense model."""
+    return [DENSE, *default_names(), "hash:table=position"]
 
 
 def parse_entry(text: str) -> tuple[str, dict[str, Any]]:

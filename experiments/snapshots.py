@@ -61,6 +61,6 @@ def _heads(model: Transformer, corpus: Corpus, seed: int, step: int, size: dict[
     _, decisions = model(torch.from_numpy(batch.tokens_BS), context)
     parts = [part for d in decisions for part in (d.gates_R, d.logits_TE, d.log_prob_R) if part is not None]
     total = sum((part.sum() for part in parts if part.requires_grad), start=torch.zeros((), requires_grad=True))
-    own = [parameter for router in model.routers for parameter in router.parameters()]
+    own = [parameter for router in model.routers for parameter in router.parameters() if parameter.requires_grad]
     reached = torch.autograd.grad(total, own, allow_unused=True) if own else ()
     return [parameter for parameter, gradient in zip(own, reached, strict=True) if gradient is None]

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from rlroute.errors import ConfigError
@@ -230,13 +230,22 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Build the dataclass ``cls`` from a plain dictionary; missing fields take their defaults.
 
     Raises:
-        ConfigError: an unknown field, or a value of another type than the field's; the message starts with ``where``.
+        ConfigError: an unknown field, a value of another type than the field's, or none for a field that needs one; the message
+            starts with ``where``.
     """
     if not is_dataclass(cls):
         raise TypeError(f"{cls} is not a dataclass")
     _refuse_unknown(where, values, [f.name for f in fields(cls)])
+    missing = [name for name in needed_fields(cls) if name not in values]
+    if missing:
+        raise ConfigError(f"{where} needs {' and '.join(missing)}: say {missing[0]}=VALUE")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _checked(value, hints[name], f"{where}.{name}") for name, value in values.items()})
+
+
+def needed_fields(cls: type) -> list[str]:
+    """Return the names of a dataclass's fields without a default."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _refuse_unknown(where: str, values: Mapping[str, Any], legal: typing.Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rlroute.config import DENSE
+from rlroute.config import DENSE, needed_fields
 from rlroute.errors import ConfigError
 from rlroute.routing import Router
 
@@ -38,6 +38,11 @@ def _sources() -> dict[str, str | EntryPoint]:
 def router_names() -> list[str]:
     """Return the names of all routers, sorted."""
     return sorted(_sources())
+
+
+def default_names() -> list[str]:
+    """Return the names of the routers that need no field: those that take part where nobody is named."""
+    return [name for name in router_names() if not needed_fields(router_class(name).Config)]
 
 
 def router_class(name: str) -> type[Router]:

@@ -304,6 +304,9 @@ class Router(nn.Module):
     A router is one file: a docstring with its paper, a nested ``Config``, :meth:`forward`, and :meth:`objective` or :meth:`adapt` if
     it learns. Its name is its file's name.
 
+    A router with logits keeps what makes them in a submodule called ``scores``, whose output is the decision's ``logits_TE``: there the
+    gradient instrument (``rlroute gradients``) shifts them. Without one a router is named as unmeasurable, and is otherwise complete.
+
     Class attributes:
         learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load".
         gate_meaning: one line for the table: what the published gate is.

@@ -17,7 +17,7 @@ from rlroute.experiments import bench_kernels, bench_layer, benches, peers, timi
 from rlroute.experiments.bench_kernels import ROUTINGS, Shape, choose_experts, make_problem, parse_shape, prepare
 from rlroute.experiments.peers import contenders
 from rlroute.experiments.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
-from rlroute.registry import router_names
+from rlroute.registry import default_names
 
 SHAPE = Shape(24, 16, 8, 4, 2)
 PEERS = [name for name in contenders(cuda=False) if name not in ("dense", "loop")]
@@ -148,11 +148,11 @@ def test_kernels_bench_is_complete_and_its_table_is_in_its_file(tmp_path):
 
 
 def test_layer_bench_takes_every_router(tmp_path):
-    run(benches.layer, tmp_path, names=router_names())
+    run(benches.layer, tmp_path, names=default_names())
     stored = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [row["direction"] for row in stored["rows"]] == ["forward", "training"]
     for row in stored["rows"]:
-        assert set(row["contenders"]) == {"dense", *router_names()}
+        assert set(row["contenders"]) == {"dense", *default_names()}
         assert not [values for values in row["contenders"].values() if "failed" in values]
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments.cli import main
 from rlroute.experiments.recipes import build_entry
 from rlroute.registry import router_names
+from tests.policies import weights_of, write_policy
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -217,10 +219,16 @@ def test_one_more_seed_trains_only_that(compared, tmp_path, monkeypatch):
 
 
 def test_ray_gives_the_same_table_as_this_process(compared, tmp_path):
-    process = start(tmp_path, *COMPARE, "--launcher", "ray", "--concurrency", "2")
+    """A path in an entry is relative to where the command was typed, in Ray's workers too."""
+    write_policy(tmp_path / "p.zip", weights_of(16, 4))
+    process = start(tmp_path, COMPARE[0], "sb3:policy=p.zip", *COMPARE[1:], "--launcher", "ray", "--concurrency", "2")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "results/report.html" in out
+    of_policy = list((tmp_path / "runs").glob("sb3-*/summary.json"))
+    assert len(of_policy) == 2
+    for path in of_policy:
+        shutil.rmtree(path.parent)
     assert table(tmp_path / "runs").encode() == table(compared / "runs").encode()
 
 

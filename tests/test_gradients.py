@@ -4,9 +4,11 @@ Shape suffixes: T tokens, N replicas or draws, L MoE layers, E experts, K expert
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +22,17 @@ from rlroute.config import ModelConfig, RouterConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments import exact, gradient_statistics
 from rlroute.experiments.estimates import enumerate_estimates, measure_probe
-from rlroute.experiments.gradients import Sweep, run
+from rlroute.experiments.gradient_summary import summary
+from rlroute.experiments.gradients import Sweep, default_entries, run
 from rlroute.experiments.probe import Probe, Unmeasurable
 from rlroute.model import ModelShape, Transformer
-from rlroute.registry import router_class, router_names
+from rlroute.registry import default_names, router_class
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
 from rlroute.training.data import Batch
 from tests.test_cli import rlroute
 
+ROOT = Path(__file__).parents[1]
 V = 11
 SIZES = [(1, 1, 2, 3), (2, 1, 2, 2), (1, 2, 3, 2), (2, 2, 3, 1)]  # (L, k, E, T)
 
@@ -346,7 +350,7 @@ def test_weights_and_other_terms_are_no_part_of_the_signal() -> None:
 
 
 @pytest.mark.parametrize("form", ["own", "unit"])
-@pytest.mark.parametrize("name", router_names())
+@pytest.mark.parametrize("name", default_names())
 def test_every_router_is_measured_or_says_why_not(name: str, form: str) -> None:
     try:
         probe = make_probe(router_class(name), 2, 1, 3, 2, form)
@@ -469,6 +473,25 @@ def test_the_command_prints_a_table_and_writes_everything(tmp_path, monkeypatch:
     assert len(stored["rows"]) == 4 and len(stored["configs"]) == 3 and stored["unmeasured"][0]["entry"] == "hash"
     page = (tmp_path / "g" / "gradients.html").read_text()
     assert "http://" not in page.partition("<script")[0] and page.count('class="plotly-graph-div"') == 3
+
+
+def test_the_figures_of_the_documentation_are_those_of_the_stored_record() -> None:
+    text = (ROOT / "docs" / "gradients.md").read_text()
+    ((path, shown),) = re.findall(r"<!-- bench: (\S+) -->\n(.*?)<!-- end of bench -->", text, re.S)
+    stored = json.loads((ROOT / path).read_text())
+    assert shown == summary(stored)
+    assert f"```\n{stored['command']}\n```" in text and not stored["environment"]["dirty"]
+    measured = {row["entry"] for row in stored["rows"]} | {row["entry"] for row in stored["unmeasured"]}
+    assert measured >= set(default_entries())
+    table = (ROOT / path).with_suffix(".md").read_text()
+    assert table.count("\n| `") == len(stored["rows"]) and (ROOT / path).stat().st_size < 10**6
+
+
+def test_sizes_vary_together_or_one_at_a_time() -> None:
+    sweep = Sweep(entries=("switch",), experts=(4, 2, 8), k=(1, 2), layers=(1,), one_at_a_time=True)
+    assert [(c.config.model.num_experts, c.config.model.k) for c in sweep.cases()] == [(4, 1), (2, 1), (8, 1), (4, 2)]
+    with pytest.raises(ConfigError, match="k = 2 with experts = 2"):
+        replace(sweep, one_at_a_time=False).cases()
 
 
 def test_the_same_command_gives_the_same_figures() -> None:

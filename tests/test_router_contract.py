@@ -20,7 +20,8 @@ from rlroute.registry import router_class, router_names
 from rlroute.routing import Feedback, LinearScores, Router, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import top_k
 from tests import router_laws as laws
-from tests.conftest import make_shape
+from tests.conftest import D, make_shape
+from tests.policies import default_config
 from tests.router_laws import LAWS, Case
 
 
@@ -43,9 +44,9 @@ def cases() -> dict[str, Case]:
     found = {}
     for name in router_names():
         router = router_class(name)
-        for change in changes(router.Config()):
+        for change in changes(default := default_config(name)):
             label = ",".join(f"{field}={value}" for field, value in change.items())
-            found[f"{name}:{label}" if label else name] = Case(router, router.Config(**change), tuple(change))
+            found[f"{name}:{label}" if label else name] = Case(router, replace(default, **change), tuple(change))
     return found
 
 
@@ -70,7 +71,7 @@ def test_every_router_refuses_more_experts_per_token_than_there_are(name: str) -
     router = router_class(name)
     for k in (0, ModelConfig().num_experts + 1):
         with pytest.raises(ConfigError, match=f"k = {k}: legal are 1 to num_experts = 16"):
-            router(router.Config(), make_shape(16, k))
+            router(default_config(name, D, 16), make_shape(16, k))
 
 
 # Broken routers, each of which must fail a law; and a sound one, which must pass them all.

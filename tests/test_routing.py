@@ -18,7 +18,7 @@ from torch import Tensor
 from rlroute import registry, seeding
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError
-from rlroute.registry import router_class, router_names
+from rlroute.registry import default_names, router_class, router_names
 from rlroute.routing import Router, RoutingDecision, drop_over_capacity
 from tests.conftest import draw, make_context, make_feedback
 
@@ -293,7 +293,7 @@ def test_bad_entry_points_are_refused(install: Callable[[str, str], None], name:
 # Configurations
 
 
-@pytest.mark.parametrize("name", [None, *router_names()])
+@pytest.mark.parametrize("name", [None, *default_names()])
 def test_a_configuration_comes_back_from_json_with_its_hash(name: str | None) -> None:
     config = RunConfig(router=None if name is None else router_class(name).Config())
     values = json.loads(json.dumps(config.to_dict(), sort_keys=True))

@@ -18,7 +18,7 @@ from rlroute.errors import CheckpointError, ConfigError, StoreError
 from rlroute.experiments.recipes import build_entry
 from rlroute.model.accounting import costs, fingerprints, is_router
 from rlroute.records import RunFolder, read_runs, write_compact
-from rlroute.registry import router_class, router_names
+from rlroute.registry import default_names, router_class
 from rlroute.routing import Feedback, Router
 from rlroute.training import loop
 from rlroute.training.data import load_corpus, sample_batch
@@ -47,7 +47,7 @@ def batch_of(step, seed=0):
 # --- identity -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", router_names())
+@pytest.mark.parametrize("name", default_names())
 def test_shared_parameters_are_bit_identical_for_every_router(name):
     reference = dict(model_of("uniform").named_parameters())
     shared = {n: p for n, p in model_of(name).named_parameters() if not is_router(n)}
@@ -74,7 +74,7 @@ def test_fingerprint_sees_one_changed_weight_and_the_seed():
 
 def test_first_ten_batches_and_their_chain_are_the_same_for_every_entry(tmp_path):
     chains = set()
-    for entry in (DENSE, *router_names()):
+    for entry in (DENSE, *default_names()):
         chains.add(loop.train(config_of(entry, steps=10, eval_every=10), 0, tmp_path)["batches"]["chain"])
     assert len(chains) == 1
     expected = ""
@@ -110,7 +110,7 @@ def gradients(entry, micro_batches):
 def independent_entries():
     """Every router whose rule does not depend on the batch; those with a balance term, without it."""
     entries = []
-    for name in router_names():
+    for name in default_names():
         weights = ",".join(f"{f}=0.0" for f in router_class(name).Config.__dataclass_fields__ if f in BATCH_TERMS)
         entry = f"{name}:{weights}" if weights else name
         if not model_of(entry).routers[0].batch_dependent:
@@ -140,7 +140,7 @@ def test_the_test_above_would_notice_a_batch_dependent_rule():
 
 def test_independence_covers_nearly_every_router():
     """A router that calls itself batch-dependent escapes the equality test; at most its balance terms may excuse it."""
-    assert {entry.partition(":")[0] for entry in independent_entries()} == set(router_names())
+    assert {entry.partition(":")[0] for entry in independent_entries()} == set(default_names())
 
 
 @pytest.mark.parametrize("entry", ["switch", "reinforce"])
@@ -212,7 +212,7 @@ def test_capacity_drops_pairs_but_not_demand():
 
 def test_future_tokens_do_not_change_the_past():
     """For causal routers. With capacity, other tokens of the batch may drop a token: dropless is exact."""
-    for name in router_names():
+    for name in default_names():
         if not router_class(name).causal:
             continue
         model, batch = model_of(name), batch_of(0)
@@ -252,7 +252,7 @@ def test_without_coefficients_the_reinforce_router_stays_at_its_initialisation()
     assert all(torch.equal(p, after[n]) for n, p in before.items())
 
 
-@pytest.mark.parametrize("name", router_names())
+@pytest.mark.parametrize("name", default_names())
 def test_evaluation_in_between_changes_nothing(name):
     quiet, disturbed = (train_steps(model_of(name), 5, evaluate_between=e) for e in (False, True))
     assert all(torch.equal(quiet[n], disturbed[n]) for n in quiet)

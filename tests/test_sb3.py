@@ -1,0 +1,143 @@
+"""A policy saved by Stable-Baselines3 routes as it acted, stays as it is, and is part of the run's identity."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlroute.agents.sb3 import Sb3Router
+from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.errors import ConfigError
+from rlroute.experiments.gradients import default_entries as gradient_entries
+from rlroute.experiments.recipes import build_entry, default_entries
+from rlroute.model.accounting import costs
+from rlroute.registry import default_names, router_names
+from rlroute.training.loop import build_model, train
+from tests.conftest import draw, make_context, make_shape
+from tests.policies import DESCRIBED, policy_file, weights_of, write_policy
+from tests.test_cli import rlroute
+from tests.test_training import CORPUS, DATA, MODEL, TRAIN, train_steps
+
+WIDTH, EXPERTS = MODEL.d_model, MODEL.num_experts
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_policy(tmp_path / "ppo-tokens.zip", weights_of(WIDTH, EXPERTS))
+
+
+def entry_of(path, **train):
+    return build_entry(f"sb3:policy={path}", DATA, MODEL, replace(TRAIN, **train))
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), tuple(range(4, 16))], ids=["linear", "one", "twelve"])
+def test_its_distribution_is_that_of_the_saved_network(hidden, tmp_path):
+    weights = weights_of(6, 8, hidden)
+    config = Sb3Router.Config(policy=str(write_policy(tmp_path / "p.zip", weights)))
+    x_TD = draw(12, 6).float()
+    decision = Sb3Router(config, make_shape(8, 2))(x_TD, make_context(12, explore=False))
+    for layer in range(len(hidden)):
+        name = f"mlp_extractor.policy_net.{2 * layer}"
+        x_TD = torch.tanh(x_TD @ weights[f"{name}.weight"].t() + weights[f"{name}.bias"])
+    logits_TE = x_TD @ weights["action_net.weight"].t() + weights["action_net.bias"]
+    torch.testing.assert_close(decision.logits_TE, logits_TE)
+    torch.testing.assert_close(decision.probs_TE, logits_TE.softmax(1))
+    assert torch.equal(decision.expert_ids_R.view(12, 2), logits_TE.topk(2).indices)
+
+
+def test_training_leaves_it_as_it_is_and_counts_it(path):
+    model = build_model(entry_of(path, dtype="float64"), CORPUS, 0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    after = train_steps(model, 3)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".router." not in name}
+    actor = (WIDTH * 10 + 10 * 5 + 5 * EXPERTS) * MODEL.num_layers
+    counted = costs(model, MODEL, DATA.seq_len)
+    assert counted["router_parameters"] == actor + (10 + 5 + EXPERTS) * MODEL.num_layers
+    assert counted["training_only_flops_per_token"] == 0 and not model.routers[0].learns_from
+
+
+def test_another_file_of_the_same_name_is_another_run(path, tmp_path):
+    first = entry_of(path, steps=2, checkpoint_every=1)
+    train(first, 0, tmp_path / "runs")
+    assert RunConfig.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    write_policy(path, weights_of(WIDTH, EXPERTS, seed=1))
+    assert entry_of(path).run_id(0) != first.run_id(0)
+    with pytest.raises(ConfigError, match=f"has SHA-256 [0-9a-f]{{64}}, want {first.router.sha256}"):
+        build_model(RunConfig.from_dict(first.to_dict()), CORPUS, 0)
+    path.unlink()
+    assert RunConfig.from_dict(first.to_dict()) == first, "a record is read without the file"
+    with pytest.raises(ConfigError, match=r"ppo-tokens\.zip' cannot be read: No such file"):
+        entry_of(path)
+
+
+def test_it_needs_its_field_and_takes_no_part_unasked(tmp_path, monkeypatch):
+    assert set(router_names()) - set(default_names()) == {"sb3"}
+    assert "sb3" not in (*default_entries(), *gradient_entries())
+    with pytest.raises(ConfigError, match="router sb3 needs policy: say policy=VALUE"):
+        build_entry("sb3", DataConfig(), ModelConfig(), TrainConfig())
+    monkeypatch.chdir(tmp_path)
+    done = rlroute("train", "sb3", "--store", tmp_path)
+    assert done.code == 2 and "router sb3 needs policy" in done.err and not os.listdir(tmp_path)
+    (listed,) = (part for part in rlroute("routers").out.split("\n\n") if part.startswith("sb3 "))
+    assert "needs policy: takes no part where no router is named" in listed and "policy=?, sha256=''" in listed
+
+
+def described(**parts):
+    return DESCRIBED | {
+        name: {"__module__": value} if isinstance(value, str) else value for name, value in parts.items()
+    }
+
+
+class Foreign:
+    """What a pickle could run; here it would leave a file behind."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("run.txt"),)
+
+
+@pytest.mark.parametrize(
+    ("weights", "data", "message"),
+    [
+        (weights_of(7, 8), DESCRIBED, "observes 7 numbers, want the width of hidden states, 6"),
+        (weights_of(6, 9), DESCRIBED, "has 9 actions, want as many as experts, 8"),
+        (weights_of(6, 8), described(policy_class="acme.policies"), "is a policy of acme.policies, legal are those of"),
+        (
+            weights_of(6, 8),
+            described(policy_kwargs={"activation_fn": "<class 'torch.nn.modules.activation.ReLU'>"}),
+            "has activation_fn = <class 'torch.nn.modules.activation.ReLU'>, legal is .*Tanh",
+        ),
+        (
+            weights_of(6, 8),
+            described(policy_kwargs={"features_extractor_class": "<class 'acme.Extractor'>"}),
+            "has features_extractor_class = <class 'acme.Extractor'>, legal is .*FlattenExtractor",
+        ),
+        (weights_of(6, 8) | {"features_extractor.cnn.0.weight": torch.ones(1)}, DESCRIBED, "holds features_extractor"),
+        ({"value_net.weight": torch.ones(1, 3)}, DESCRIBED, "is no MlpPolicy of PPO or A2C: it holds no action_net"),
+        ({"action_net.weight": Foreign()}, DESCRIBED, "is no policy that Stable-Baselines3 saved"),
+    ],
+    ids=["width", "actions", "class", "activation", "extractor", "more weights", "no actor", "pickle"],
+)
+def test_what_it_cannot_route_by_is_refused_by_name(weights, data, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_policy(tmp_path / "p.zip", weights, data)
+    with pytest.raises(ConfigError, match=message):
+        Sb3Router(Sb3Router.Config(policy=str(path)), make_shape(8, 2))
+    assert os.listdir(tmp_path) == ["p.zip"]
+
+
+def test_what_is_no_zip_is_refused(tmp_path):
+    (tmp_path / "p.zip").write_text("policy")
+    with pytest.raises(ConfigError, match="is no policy that Stable-Baselines3 saved: File is not a zip file"):
+        Sb3Router(Sb3Router.Config(policy=str(tmp_path / "p.zip")), make_shape(8, 2))
+
+
+def test_it_plays_without_stable_baselines():
+    pytest.importorskip("gymnasium")
+    from rlroute.experiments.play import Learning, play
+
+    greedy, sampled = play("TokenBandit-v0", (f"sb3:policy={policy_file(16, 8)}",), 4, 0, Learning(updates=1))
+    assert "untaught" in greedy.name and "(sampled)" in sampled.name
