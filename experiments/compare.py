@@ -58,7 +58,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
 
     def say(run: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
-            folders[run].set_aside(reason)
+            if not folders[run].ended:  # an ended run whose record is broken stays as it is
+                folders[run].set_aside(reason)
 
     with Monitor(jobs, how.store):
         failed = launch(jobs, how, search, say)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError, MissingDependencyError, RlrouteError
-from rlroute.records import last_row
+from rlroute.records import RunFolder, last_row
 from rlroute.watchdog import stacks, watchdog
 
 Launcher = Literal["auto", "ray", "local"]
@@ -147,7 +147,8 @@ def launch(
         search: stops trials early, under Ray alone.
         say: told of a run that failed, as soon as it has, and why.
     """
-    if how.uses_ray(len(jobs)):
+    jobs = [job for job in jobs if not RunFolder(how.store, job.config, job.seed).ended]
+    if jobs and how.uses_ray(len(jobs)):
         with session(how) as (tune, scratch):
             reasons = _tune(tune, jobs, how, scratch, search, say)
     else:

@@ -19,7 +19,7 @@ import pytest
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import StoreError
 from rlroute.experiments.recipes import build_entry
-from rlroute.records import RunFolder, last_row
+from rlroute.records import RunFolder, failure, last_row
 from rlroute.training import loop
 from tests.test_cli import COMPARE, STEPS, TINY, contents, ran, refused, rlroute, rows, stamps, start, table
 from tests.test_third_party import install, site
@@ -279,6 +279,14 @@ def test_a_very_long_row_is_read_whole(tmp_path):
 # --- checkpoints ------------------------------------------------------------------------------------------------------------------
 
 
+def noted(folder: Path) -> str:
+    """Return why a run was set aside, and forget it."""
+    reason = failure(folder)
+    (folder / "failed.json").unlink()
+    assert reason
+    return reason
+
+
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(ended, tmp_path):
     mine, other = interrupted(tmp_path), interrupted(tmp_path / "other", lr=1e-3)
@@ -291,6 +299,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(ended, tmp_pat
     said = refused(rlroute(*TRAIN, "--store", tmp_path))
     assert other.name in said
     assert said.count(mine.name) > 1  # the run that failed, and the owner that was wanted
+    assert noted(mine) in said
     assert contents(tmp_path) == before
 
 
@@ -303,6 +312,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(name, tmp_path, undistur
     said = refused(rlroute(*TRAIN, "--store", tmp_path))
     assert str(file.parent) in said
     assert "remove it" in said
+    assert noted(folder) in said
     assert contents(tmp_path) == before
     shutil.rmtree(file.parent)
     ran(*TRAIN, "--store", tmp_path)
