@@ -227,18 +227,23 @@ def compare(
     Raises:
         ConfigError: an illegal entry, before any work.
     """
-    for entry in entries:
-        for task in TASKS.values():
-            _router(entry, task, 0)
+    routers = {entry: _router(entry, task, 0) for task in TASKS.values() for entry in entries}
     cells = list(product(TASKS, FORMS, entries))
+
+    def trained_as(name: str, form: str, entry: str) -> tuple[str, str, str]:
+        """Return the cell whose runs serve this one: a gate that does not learn is 1/k in either form."""
+        return (name, form if "gate" in routers[entry].learns_from else FORMS[0], entry)
+
     spawn = multiprocessing.get_context("spawn")  # a forked torch may hang
     rows = []
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         futures = {
-            cell: [pool.submit(train, cell[2], TASKS[cell[0]], cell[1], seed, how) for seed in seeds] for cell in cells
+            (name, form, entry): [pool.submit(train, entry, TASKS[name], form, seed, how) for seed in seeds]
+            for name, form, entry in cells
+            if (name, form, entry) == trained_as(name, form, entry)
         }
-        for (name, form, entry), runs in futures.items():
-            outcomes = [asdict(run.result()) for run in runs]
+        for name, form, entry in cells:
+            outcomes = [asdict(run.result()) for run in futures[trained_as(name, form, entry)]]
             rows.append({"task": name, "gate": form, "entry": entry, "seeds": list(seeds), "outcomes": outcomes})
             say(f"{len(rows)} of {len(cells)}: {entry}, {name}, gate {form}: loss {_mean(outcomes, 'loss'):.4f}")
     return rows

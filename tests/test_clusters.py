@@ -1,6 +1,11 @@
 """The synthetic ladder: its task, what is measured on it, and that it tells routers apart."""
 
+import json
 import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ pytest.importorskip("gymnasium")
 
 from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments import clusters
-from rlroute.experiments.clusters import TASKS, Ladder, mutual_information, to_markdown, train
+from rlroute.experiments.clusters import TASKS, Ladder, Outcome, mutual_information, to_markdown, train
 from rlroute.experiments.statistics import wilson
 from rlroute.routing import RoutingDecision
 
@@ -108,3 +113,38 @@ def test_wilson_s_interval_is_the_textbook_s():
     for successes, n in ((1, 0), (3, 2), (-1, 2)):
         with pytest.raises(ComparisonError):
             wilson(successes, n)
+
+
+def test_documented_ladder_is_what_the_stored_record_says():
+    root = Path(__file__).parents[1]
+    ((path, shown),) = re.findall(
+        r"<!-- clusters: (\S+) -->\n(.*?)<!-- end of clusters -->", (root / "docs/agents.md").read_text(), re.S
+    )
+    rows = json.loads((root / path).read_text())["rows"]
+    assert shown == to_markdown([row for row in rows if row["gate"] == "own"])
+    assert {len(row["outcomes"]) for row in rows} == {20}
+
+
+def test_a_gate_that_does_not_learn_is_trained_once_for_both_forms(monkeypatch):
+    for entry, forms in (("hash", {"own"}), ("switch", {"own", "unit"})):
+        assert {form for _, form in trained_cells(entry, monkeypatch)} == forms
+
+
+def trained_cells(entry, monkeypatch):
+    """Return the tasks and gate forms that are trained for an entry."""
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, mp_context):
+            super().__init__(1)
+
+    trained = []
+
+    def train(entry, task, form, seed, how):
+        trained.append((task, form))
+        return Outcome(1.0, 0, 1.0, 0.0, None)
+
+    monkeypatch.setattr(clusters, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(clusters, "train", train)
+    rows = clusters.compare([entry], [0], clusters.Ladder(), 1, lambda text: None)
+    assert [(row["task"], row["gate"]) for row in rows] == list(product(clusters.TASKS, clusters.FORMS))
+    return trained
