@@ -104,6 +104,8 @@ class TableRow:
     dead_experts: float | None
     experts: int
     sampled_bits_per_byte: Interval | None
+    overlap: float | None
+    """Share of a token's greedy experts that are drawn too."""
     tokens_per_second: float | None
     active_parameters: int
     total_parameters: int
@@ -297,6 +299,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
     vio_L = [math.fsum(vio) / len(vio) for vio in zip(*(final["max_vio_L"] for final in finals), strict=True)]
     speeds = [run.summary["tokens_per_second"] for run in runs]
     sampled = [final["sampled"]["bits_per_byte"] for final in finals if final["sampled"]]
+    overlaps = [share for f in finals if f["sampled"] for share in f["sampled"]["overlap_L"] if share is not None]
     first_moe = entry.runs[0].config["config"]["model"]["num_dense_layers"]
     return TableRow(
         label=entry.label,
@@ -314,6 +317,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
         dead_experts=math.fsum(sum(final["dead_L"]) for final in finals) / len(finals) if vio_L else None,
         experts=sum(len(load_E) for load_E in finals[0]["load_LE"]) if finals else 0,
         sampled_bits_per_byte=t_interval(sampled) if sampled else None,
+        overlap=math.fsum(overlaps) / len(overlaps) if overlaps else None,
         tokens_per_second=math.fsum(speeds) / len(speeds) if speeds else None,
         config_hash=entry.runs[0].config["config_hash"],
         **{name: model[name] for name in COSTS},
@@ -347,6 +351,7 @@ def _notes(
         "Sampled",
         "; ".join(
             f"{row.label} {_plus_minus(row.sampled_bits_per_byte)} bits/byte when its experts are drawn as in training"
+            + (f" ({row.overlap:.0%} of them the greedy ones)" if row.overlap is not None else "")
             for row in rows
             if row.sampled_bits_per_byte
         ),
