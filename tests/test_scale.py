@@ -204,6 +204,18 @@ def test_command_writes_what_it_prints(trained, tmp_path):
     assert "No result of `rlroute bench parallel`" in text and "| switch |" in text
 
 
+def test_what_is_predicted_stands_beside_what_was_measured(trained, tmp_path):
+    write_compact([trained[1]], tmp_path / "runs.jsonl")
+    rows = [bench_row("T=64 D=16 F=32 E=8 K=2", 3.0, 4.0, 0.25), bench_row("T=64 D=16 F=16 E=8 K=2", 1.5, 2.5, 0.5)]
+    result = {"command": "rlroute bench parallel", "environment": {"commit": "abc"}, "rows": rows}
+    (tmp_path / "parallel.json").write_text(json.dumps(result))
+    text = scale_page.to_markdown(
+        scale_page.calculate(tmp_path / "runs.jsonl", tmp_path / "parallel.json") | {"command": ""}
+    )
+    assert "held against `rlroute bench parallel` at commit abc:" in text
+    assert "| T=64 D=16 F=16 E=8 K=2 | 40.0% | 50.0% | 1.67 | 2.00 (1.00 to 3.00) |" in text
+
+
 def test_foreign_files_are_refused(tmp_path, trained):
     runs = RESULTS / "comparison.jsonl"
     (tmp_path / "foreign.json").write_text('{"rows": []}')
