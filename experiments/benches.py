@@ -138,7 +138,12 @@ def read_table(path: Path) -> str:
         StoreError: it is none.
     """
     try:
-        return to_markdown(json.loads(path.read_text()))
+        result = json.loads(path.read_text())
+        if result["bench"] == "scale":
+            from rlroute.experiments import scale_page  # SciPy is not there on every machine
+
+            return scale_page.to_markdown(result)
+        return to_markdown(result)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not a bench's result: {type(error).__name__}: {error}") from error
 

@@ -309,7 +309,7 @@ def play(
 
 @app.command
 def bench(
-    what: tyro.conf.Positional[Literal["kernels", "layer", "parallel", "envs", "table"]],
+    what: tyro.conf.Positional[Literal["kernels", "layer", "parallel", "envs", "scale", "table"]],
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: int = 15,
     minutes: float = 60.0,
@@ -317,6 +317,8 @@ def bench(
     routings: tuple[str, ...] = (),
     contenders: tuple[str, ...] = (),
     tune: bool = False,
+    path: Path = Path("experiments/results/comparison.jsonl"),
+    measured: Path = Path("experiments/results/parallel-cpu.json"),
     out: Path = Path("results/bench.json"),
 ) -> None:
     """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on its machine.
@@ -324,7 +326,8 @@ def bench(
     Args:
         what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the whole layer for
             each router; parallel: two expert-parallel workers beside two independent ones (on the CPU); envs: how fast the
-            environments step, beside Gymnasium's CartPole (it takes --rounds alone); table: print the result in --out once more.
+            environments step, beside Gymnasium's CartPole (it takes --rounds alone); scale: what expert parallelism would cost at 8 to
+            512 devices, calculated (it takes --path, --measured and --out alone); table: print the result in --out once more.
         device: cpu in float32, cuda in bfloat16.
         rounds: interleaved repetitions, after one that warms up.
         minutes: no new row is begun after so many.
@@ -332,12 +335,20 @@ def bench(
         routings: of kernels: balanced, zipf, collapsed; all if none are given.
         contenders: peers, or routers; all if none are given.
         tune: first search tiles for these shapes, and write the best into the engine's table (cuda).
+        path: of scale: the run store or compact file whose loads are taken.
+        measured: of scale: the result of bench parallel that its times are held against, where there is one.
         out: all figures, as JSON; the same as tables beside it, as Markdown.
     """
     from rlroute.experiments import benches
 
     if what == "envs":
         benches.envs(rounds)
+        return
+    if what == "scale":
+        from rlroute.experiments import scale_page
+
+        text = scale_page.write(path, measured, out, _command())
+        print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")
         return
     if what == "table":
         print(benches.read_table(out))

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError, MissingDependencyError, RlrouteError
-from rlroute.records import RunFolder, last_row
 from rlroute.watchdog import stacks, watchdog
 
 Launcher = Literal["auto", "ray", "local"]
@@ -147,6 +146,8 @@ def launch(
         search: stops trials early, under Ray alone.
         say: told of a run that failed, as soon as it has, and why.
     """
+    from rlroute.records import RunFolder  # and with it torch, which the command line's help does without
+
     jobs = [job for job in jobs if not RunFolder(how.store, job.config, job.seed).ended]
     if jobs and how.uses_ray(len(jobs)):
         with session(how) as (tune, scratch):
@@ -339,6 +340,8 @@ def _lost(job: Job, how: Launch, error: object) -> str:
 
 def _score(folder: Path, job: Job) -> dict[str, float]:
     """Return what a search goes by: the last evaluation's bits per byte, and its step."""
+    from rlroute.records import last_row
+
     row = last_row(folder)
     loss = row["bits_per_byte"] if row and row["kind"] == "eval" else math.inf
     return {"bits_per_byte": loss, "step": row["step"] if row else job.config.train.steps}

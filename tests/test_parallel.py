@@ -22,7 +22,7 @@ from rlroute.model.moe import HERE
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
-from rlroute.registry import router_names
+from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision, drop_over_capacity
 from rlroute.training import checkpoint, loop
 from rlroute.training.data import load_corpus, sample_batch
@@ -112,7 +112,7 @@ def all_trained(entries, expert_parallel, chunks, train):
 @pytest.fixture(scope="module")
 def alone():
     """What one process computes, by entry."""
-    return {entry: trained(entry, ALONE) for entry in [*router_names(), *VARIANTS]}
+    return {entry: trained(entry, ALONE) for entry in [*default_names(), *VARIANTS]}
 
 
 @pytest.mark.parametrize(("workers", "expert_parallel", "chunks"), [(1, 1, 1), (2, 2, 1), (4, 2, 1)])

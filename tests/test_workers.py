@@ -67,8 +67,15 @@ def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
     assert loads == undisturbed[2]
 
 
-@pytest.mark.parametrize("moment", ["metrics.jsonl", ".checkpoint-*.tmp"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("moment", "rank"),
+    [
+        ("metrics.jsonl", 0),
+        (".checkpoint-*.tmp", 1),
+        pytest.param("metrics.jsonl", 1, marks=pytest.mark.slow),
+        pytest.param(".checkpoint-*.tmp", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, rank, undisturbed, tmp_path):
     config = config_of(steps=60)
     killed = []
@@ -87,8 +94,8 @@ def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, 
     assert not list(tmp_path.glob("*/.checkpoint-*"))
 
 
-def test_a_stopped_worker_is_given_up(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlroute.parallel.workers.COLLECTIVE_SECONDS", 3)
+@pytest.mark.slow
+def test_a_stopped_worker_is_given_up(undisturbed, tmp_path):
     config = config_of(steps=60)
     stopped = []
 
@@ -100,7 +107,7 @@ def test_a_stopped_worker_is_given_up(undisturbed, tmp_path, monkeypatch):
             time.sleep(0.01)
 
     threading.Thread(target=stop, daemon=True).start()
-    grouped(tmp_path, config)
+    grouped(tmp_path, config, timeout=3.0)
     assert stopped and figures(tmp_path, config) == undisturbed
 
 

@@ -30,8 +30,6 @@ from rlroute.training.loop import check_shares, train
 from rlroute.watchdog import watchdog
 
 RETRIES = 3
-COLLECTIVE_SECONDS = 60
-"""How long a worker waits for the others before it gives them up."""
 PLACEMENT_SECONDS = 120
 """How long the workers may take to start: a dead node is noticed after up to a minute, and its share placed elsewhere."""
 _GET_ADDRESS = 0x8915  # Linux: SIOCGIFADDR
@@ -54,6 +52,7 @@ def train_group(
     command: str | None = None,
     retries: int = RETRIES,
     patience: float = 600.0,
+    timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
 
@@ -70,6 +69,7 @@ def train_group(
         command: the command line behind this run, for its record.
         retries: how often the workers are started again after some were lost.
         patience: seconds without a step after which a worker ends itself, and counts as lost.
+        timeout: seconds that a worker waits for the others before it gives them up.
 
     Raises:
         ConfigError: the workers cannot share the experts or the step, found before any starts.
@@ -80,7 +80,7 @@ def train_group(
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
-    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience)
+    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, timeout)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
@@ -127,6 +127,7 @@ class _Worker:
         expert_parallel: int,
         chunks: int,
         patience: float,
+        timeout: float,
     ) -> dict[str, Any]:
         import ray
 
@@ -134,14 +135,14 @@ class _Worker:
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         torch.set_num_threads(run.train.threads)
-        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
-        meeting = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        waits = timedelta(seconds=timeout)
+        meeting = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=waits)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if run.train.device == "cuda" else "gloo",
             store=PrefixStore(str(attempt), meeting),
             rank=rank,
             world_size=workers,
-            timeout=timeout,
+            timeout=waits,
         )
         group = Mesh(expert_parallel, run.train.device, chunks)
         folder = RunFolder(Path(store), run, seed)
