@@ -19,6 +19,7 @@ import tyro
 from rlroute.config import Budget, DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import RlrouteError, StoreError
 from rlroute.experiments.launch import Job, Launcher
+from rlroute.sink import Mode
 
 if TYPE_CHECKING:
     from rlroute.experiments.gradients import Sweep
@@ -46,6 +47,8 @@ class Launch:
     """ray: Tune trials, one core each; local: one after the other in this process."""
     concurrency: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Trials at a time under ray."""
+    wandb: Mode = "off"
+    """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
 
 
 @app.command
@@ -53,16 +56,21 @@ def train(
     entry: tyro.conf.Positional[str],
     seed: int = 0,
     store: Path = Path("runs"),
+    wandb: Mode = "off",
     shared: Annotated[Shared, tyro.conf.arg(name="")] = Shared(),
 ) -> None:
-    """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood."""
+    """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
+
+    Args:
+        wandb: log it to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms the run.
+    """
     from rlroute.experiments.compare import run_jobs
     from rlroute.experiments.recipes import build_entry
     from rlroute.records import RunFolder
 
     config = build_entry(entry, shared.data, shared.model, shared.train)
     already = "already " if RunFolder(store, config, seed).ended else ""
-    (record,) = run_jobs([Job(config, seed, _command())], store, "local", 1)
+    (record,) = run_jobs([Job(config, seed, _command(), wandb)], store, "local", 1)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {store / record.id}")
 
 
@@ -102,7 +110,7 @@ def compare(
     configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     _make_folder(out)
-    jobs = [Job(config, seed, _command()) for seed in range(seeds) for config in configs]
+    jobs = [Job(config, seed, _command(), launch.wandb) for seed in range(seeds) for config in configs]
     records = run_jobs(jobs, launch.store, launch.launcher, launch.concurrency)
     print(_publish(records, out, reference))
     print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
@@ -232,7 +240,8 @@ def tune(
     from rlroute.experiments.recipes import GRID
 
     _make_folder(out.parent)
-    rows = tuning.tune(entries or tuple(GRID), train, launch.store, launch.launcher, launch.concurrency, _command())
+    how = (launch.store, launch.launcher, launch.concurrency, _command(), launch.wandb)
+    rows = tuning.tune(entries or tuple(GRID), train, *how)
     tuning.write_trials(rows, train, out, _command())
     for entry, overrides in tuning.best(rows).items():
         print(f"{entry}: {overrides}")

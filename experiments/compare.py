@@ -12,6 +12,7 @@ from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.launch import Job, Launcher, launch, require
 from rlroute.experiments.progress import Monitor
 from rlroute.records import RunFolder, RunRecord
+from rlroute.sink import require as require_wandb
 
 
 def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: int) -> list[RunRecord]:
@@ -19,7 +20,7 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
 
     Raises:
         ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
-        MissingDependencyError: the launcher is not installed.
+        MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
         ComparisonError: some failed; the finished ones stay in the store.
     """
     from rlroute.training.loop import check
@@ -32,6 +33,8 @@ def run_jobs(jobs: Sequence[Job], store: Path, launcher: Launcher, concurrency: 
         raise ConfigError("no runs: want at least 1 seed and 1 entry")
     check(dict.fromkeys(job.config for job in jobs))
     require(launcher)
+    if any(job.wandb != "off" for job in jobs):
+        require_wandb()
     folders = [RunFolder(store, job.config, job.seed) for job in jobs]
     for folder in folders:
         folder.create()

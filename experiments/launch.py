@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import MissingDependencyError, RlrouteError
+from rlroute.sink import Mode, take_warnings
 
 Launcher = Literal["ray", "local"]
 WORKER_RETRIES = 2
@@ -38,6 +40,8 @@ class Job:
     seed: int
     command: str | None = None
     """The command line behind it, for the run's record."""
+    wandb: Mode = "off"
+    """Where its rows go besides the record."""
 
     @property
     def id(self) -> str:
@@ -64,7 +68,7 @@ def _train(job: Job, store: Path) -> str:
     from rlroute.training.loop import train
 
     try:
-        train(job.config, job.seed, store, command=job.command)
+        train(job.config, job.seed, store, command=job.command, wandb=job.wandb)
     except RlrouteError as error:
         return str(error)
     except Exception as error:  # a defect in one router must not take the other runs with it; its reason is printed
@@ -116,11 +120,12 @@ def _launch_ray(jobs: Sequence[Job], store: Path, concurrency: int) -> dict[str,
 
 
 def _tune(tune: Any, jobs: Sequence[Job], store: Path, concurrency: int, scratch: Path) -> dict[str, str]:
-    plain = [(job.config.to_dict(), job.seed, job.command) for job in jobs]
+    plain = [(job.config.to_dict(), job.seed, job.command, job.wandb) for job in jobs]
 
     def trial(parameters: dict[str, int]) -> None:
-        values, seed, command = plain[parameters["job"]]
-        tune.report({"reason": _train(Job(RunConfig.from_dict(values), seed, command), store)})
+        values, seed, command, wandb = plain[parameters["job"]]
+        reason = _train(Job(RunConfig.from_dict(values), seed, command, wandb), store)
+        tune.report({"reason": reason, "warnings": take_warnings()})
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),
@@ -137,4 +142,6 @@ def _tune(tune: Any, jobs: Sequence[Job], store: Path, concurrency: int, scratch
     for result in tuner.fit():
         job = jobs[result.config["job"]]
         reasons[job.id] = str(result.error) if result.error else result.metrics["reason"]
+        for line in () if result.error else result.metrics["warnings"]:
+            print(line, file=sys.stderr)  # what workers say is not shown
     return reasons

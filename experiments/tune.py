@@ -13,10 +13,17 @@ from rlroute.experiments.compare import run_jobs
 from rlroute.experiments.launch import Job, Launcher
 from rlroute.experiments.recipes import GRID, TUNING_SEEDS, build_entry
 from rlroute.records import write_atomically
+from rlroute.sink import Mode
 
 
 def tune(
-    entries: Sequence[str], train: TrainConfig, store: Path, launcher: Launcher, concurrency: int, command: str
+    entries: Sequence[str],
+    train: TrainConfig,
+    store: Path,
+    launcher: Launcher,
+    concurrency: int,
+    command: str,
+    wandb: Mode = "off",
 ) -> list[dict[str, Any]]:
     """Run the grid of each entry and return all trials, best first within an entry.
 
@@ -31,7 +38,7 @@ def tune(
     data, model = DataConfig(), ModelConfig()
     trials = [(entry, choice) for entry in entries for choice in GRID[entry]]
     configs = [build_entry(entry, data, model, train, choice) for entry, choice in trials]
-    jobs = [Job(config, seed, command) for config in configs for seed in TUNING_SEEDS]
+    jobs = [Job(config, seed, command, wandb) for config in configs for seed in TUNING_SEEDS]
     scores = {record.id: _score(record.summary) for record in run_jobs(jobs, store, launcher, concurrency)}
     rows = []
     for (entry, choice), config in zip(trials, configs, strict=True):

@@ -25,6 +25,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
+from rlroute.sink import Mode
 from rlroute.training.loop import check_shares, train
 
 RETRIES = 3
@@ -51,6 +52,7 @@ def train_group(
     gpus: float = 0.0,
     command: str | None = None,
     retries: int = RETRIES,
+    wandb: Mode = "off",
 ) -> dict[str, Any]:
     """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
 
@@ -66,6 +68,7 @@ def train_group(
         cpus, gpus: of each worker.
         command: the command line behind this run, for its record.
         retries: how often the workers are started again after some were lost.
+        wandb: where rank 0 sends the rows besides the records.
 
     Raises:
         ConfigError: the workers cannot share the experts or the step, found before any starts.
@@ -76,7 +79,7 @@ def train_group(
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
-    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks)
+    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, wandb)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
@@ -122,6 +125,7 @@ class _Worker:
         command: str | None,
         expert_parallel: int,
         chunks: int,
+        wandb: Mode,
     ) -> dict[str, Any]:
         import ray
 
@@ -139,7 +143,7 @@ class _Worker:
             timeout=patience,
         )
         group = Mesh(expert_parallel, run.train.device, chunks)
-        return train(run, seed, Path(store), command=command, group=group)
+        return train(run, seed, Path(store), command=command, group=group, wandb=wandb)
 
 
 @contextmanager
