@@ -107,6 +107,9 @@ class _Wandb(Sink):
         self._thread.join(0 if self._stopped else PATIENCE)
         if self._thread.is_alive():
             self._stop(f"not done {PATIENCE:g} s after the end of the run")
+            letting_go = threading.Thread(target=_let_go, daemon=True)
+            letting_go.start()
+            letting_go.join(1)
 
     def _stop(self, why: BaseException | str) -> None:
         """Take no more rows, and say so once."""
@@ -121,16 +124,13 @@ class _Wandb(Sink):
             print(line, file=sys.stderr, flush=True)
 
     def _work(self) -> None:
-        run = None
         try:
             run = self._open()
             self._feed(run)
             run.finish(exit_code=0 if self._summary else 1)
         except BaseException as error:  # also a sys.exit of wandb's
             self._stop(error)
-            with suppress(BaseException):
-                if run is not None:
-                    run.finish(exit_code=1)
+            _let_go()
 
     def _open(self) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -167,6 +167,12 @@ class _Wandb(Sink):
         while not self._stopped and (named := self._queue.get()) is not None:
             _log(run, first, *named)
         run.summary.update({name: leaf for name, leaf in flatten(self._summary or {}) if leaf is not None})
+
+
+def _let_go() -> None:
+    """Part with wandb's service, for whose end a process would otherwise wait at its own; the next run starts a new one."""
+    with suppress(BaseException):
+        sys.modules["wandb"].teardown(exit_code=1)
 
 
 def legal_id(run_id: str) -> str:

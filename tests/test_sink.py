@@ -67,6 +67,10 @@ def init(**how):
     return Run()
 
 
+def teardown(exit_code):
+    said("teardown")
+
+
 said("import")
 '''
 CONFIG = build_entry("switch", DATA, MODEL, SETTINGS)
@@ -182,6 +186,7 @@ def test_whatever_wandb_does_the_records_are_the_same(fault, fake, plain, tmp_pa
     (line,) = said.err.splitlines()
     assert line.startswith(f"warning: run {CONFIG.run_id(0)} goes on without wandb: ")
     assert ("not done" if "hangs" in fault else "SystemExit" if "exits" in fault else "No space left on device") in line
+    assert bool(fake("teardown")) == (fault != "import")  # else the process would wait for it at its end
     assert sink.take_warnings() == [line]
     assert sink.take_warnings() == []
 
