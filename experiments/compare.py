@@ -12,6 +12,7 @@ from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.launch import Job, Launch, Search, launch, require
 from rlroute.experiments.progress import Monitor
 from rlroute.records import RunFolder, RunRecord
+from rlroute.sink import require as require_wandb
 
 
 def run_all(jobs: Sequence[Job], how: Launch) -> list[RunRecord]:
@@ -36,7 +37,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
 
     Raises:
         ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
-        MissingDependencyError: the launcher is not installed.
+        MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
     from rlroute.training.loop import check
 
@@ -50,6 +51,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     check(dict.fromkeys(job.config for job in jobs), how.workers, how.expert_parallel)
     if how.uses_ray(len(jobs)):
         require()
+    if how.wandb != "off":
+        require_wandb()
     folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
     for folder in folders.values():
         folder.create()

@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError, MissingDependencyError, RlrouteError
+from rlroute.sink import Mode, take_warnings
 from rlroute.watchdog import stacks, watchdog
 
 Launcher = Literal["auto", "ray", "local"]
@@ -108,6 +110,8 @@ class Launch:
     """How often a run is started again whose process was lost or hung."""
     patience: float = 10.0
     """Minutes without a step after which a run counts as hung."""
+    wandb: Mode = "off"
+    """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -167,7 +171,7 @@ def _train(job: Job, how: Launch, on_step: Callable[[int], None] = lambda step: 
 
     try:
         if how.workers == 1:
-            train(job.config, job.seed, how.store, command=job.command, on_step=on_step)
+            train(job.config, job.seed, how.store, command=job.command, on_step=on_step, wandb=how.wandb)
         else:
             from rlroute.parallel.workers import train_group
 
@@ -183,6 +187,7 @@ def _train(job: Job, how: Launch, on_step: Callable[[int], None] = lambda step: 
                 command=job.command,
                 retries=how.retries,
                 patience=60 * how.patience,
+                wandb=how.wandb,
             )
     except RlrouteError as error:
         return str(error)
@@ -292,7 +297,7 @@ def _tune(
         else:
             with watchdog(60 * how.patience, folder) as alive:
                 reason = _train(job, how, _reporting(tune, job, folder, alive) if search else alive)
-        tune.report({"reason": reason} | (_score(folder, job) if search else {}))
+        tune.report({"reason": reason, "warnings": take_warnings()} | (_score(folder, job) if search else {}))
 
     room = [{"CPU": how.cpus} | ({"GPU": how.gpus} if how.gpus else {})] * how.workers
     bundles = room if how.workers == 1 else [{}, *room]  # the process that looks after a group needs no core
@@ -314,6 +319,8 @@ def _tune(
     for result in tuner.fit():
         job = jobs[result.config["job"]]
         reasons[job.id] = _lost(job, how, result.error) if result.error else result.metrics.get("reason", "")
+        for line in () if result.error else result.metrics.get("warnings", ()):
+            print(line, file=sys.stderr)
     return reasons
 
 

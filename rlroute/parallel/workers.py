@@ -26,6 +26,7 @@ from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
+from rlroute.sink import Mode
 from rlroute.training.loop import check_shares, train
 from rlroute.watchdog import watchdog
 
@@ -53,6 +54,7 @@ def train_group(
     retries: int = RETRIES,
     patience: float = 600.0,
     timeout: float = 60.0,
+    wandb: Mode = "off",
 ) -> dict[str, Any]:
     """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
 
@@ -70,6 +72,7 @@ def train_group(
         retries: how often the workers are started again after some were lost.
         patience: seconds without a step after which a worker ends itself, and counts as lost.
         timeout: seconds that a worker waits for the others before it gives them up.
+        wandb: where rank 0 sends the rows besides the records.
 
     Raises:
         ConfigError: the workers cannot share the experts or the step, found before any starts.
@@ -80,7 +83,7 @@ def train_group(
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
-    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, timeout)
+    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, timeout, wandb)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
@@ -128,6 +131,7 @@ class _Worker:
         chunks: int,
         patience: float,
         timeout: float,
+        wandb: Mode,
     ) -> dict[str, Any]:
         import ray
 
@@ -148,7 +152,7 @@ class _Worker:
         folder = RunFolder(Path(store), run, seed)
         folder.create()
         with watchdog(patience, folder.path, rank) as alive:
-            return train(run, seed, Path(store), command=command, on_step=alive, group=group)
+            return train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb)
 
 
 @contextmanager

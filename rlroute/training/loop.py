@@ -22,6 +22,7 @@ from rlroute.model.moe import Placement
 from rlroute.records import RunFolder, last_row
 from rlroute.registry import router_class
 from rlroute.routing import Router, RouterShape
+from rlroute.sink import OFF, Mode, Sink, open_sink
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
@@ -85,6 +86,7 @@ def train(
     command: str | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     group: Group = ALONE,
+    wandb: Mode = "off",
 ) -> dict[str, Any]:
     """Train a run to its end and return its summary; an ended run is returned as it is, an unfinished one goes on.
 
@@ -97,6 +99,7 @@ def train(
         command: the command line behind this run, for its record.
         on_step: called with the number of steps done, after each.
         group: the processes that train this run together.
+        wandb: where the rows go besides the records; whatever happens there, the records are the same.
 
     Raises:
         ConfigError, DataError: bad input, before anything is written.
@@ -107,11 +110,14 @@ def train(
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
     check_shares(config, group.size)
-    run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command, group)
+    run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command, group, wandb)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
-        return run.train(on_step)
+        try:
+            return run.train(on_step)
+        finally:
+            run.sink.close()
 
 
 def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1) -> None:
@@ -162,9 +168,11 @@ class _Run:
         corpus: Corpus,
         command: str | None = None,
         group: Group = ALONE,
+        wandb: Mode = "off",
     ) -> None:
         self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
-        self.group = group
+        self.group, self.wandb = group, wandb
+        self.sink: Sink = OFF  # opened with the records
         self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
         micro_batch = self.cut | {"batch_size": config.train.batch_size // config.train.micro_batches}
         self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
@@ -200,6 +208,7 @@ class _Run:
         if self.group.rank == 0:
             self.folder.finish(summary)
             drop_trainer_state(self.folder.path)
+            self.sink.close(summary)
         return summary
 
     def _budget_used(self) -> float:
@@ -255,6 +264,7 @@ class _Run:
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.group.rank == 0:
             self.folder.append(name, row)
+            self.sink.log(name, row)
 
     def _row(self, kind: str) -> dict[str, Any]:
         tokens = self.progress.step * self.config.train.batch_size * self.config.data.seq_len
@@ -315,6 +325,7 @@ class _Run:
             parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
             self.folder.describe(self.config, self.seed, backend, self.command, parallel)
         self.folder.rewind(self.progress.step)
+        self.sink = open_sink(self.wandb, self.folder.path)
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress

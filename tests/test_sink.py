@@ -1,0 +1,355 @@
+"""wandb beside the records: what it is given, and that nothing it does or fails to do changes a record."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from rlroute import sink
+from rlroute.experiments.recipes import build_entry
+from rlroute.parallel.local import run_ranks
+from rlroute.parallel.mesh import Mesh
+from rlroute.records import RunFolder
+from rlroute.training import loop
+from tests.test_cli import ROOT, STEPS, TINY, contents, ran, refused, rlroute
+from tests.test_faults import DATA, MODEL, SETTINGS
+
+INSTALLED = importlib.util.find_spec("wandb")
+FAKE = '''
+"""Writes down what it is told; fails where FAULT says."""
+import json, os, time
+
+FAULT, LOG = os.environ.get("FAULT", ""), os.environ["FAKE_LOG"]
+
+
+def said(what, **values):
+    with open(LOG, "a") as file:
+        file.write(json.dumps({"what": what} | values) + "\\n")
+    if FAULT == f"{what} hangs":
+        time.sleep(60)
+    if FAULT == f"{what} exits":
+        raise SystemExit(3)
+    if FAULT == what:
+        raise OSError(28, f"No space left\\non device, in {what}")
+
+
+class Run:
+    def __init__(self):
+        self.step, self.summary = int(os.environ.get("FAKE_STEP", 0)), self
+
+    def log(self, row, step):
+        said("log", row=row, step=step)
+
+    def update(self, values):
+        said("summary", values=values)
+
+    def finish(self, exit_code):
+        said("finish", exit_code=exit_code)
+
+
+def Settings(**fields):
+    return fields
+
+
+def login(prompt):
+    assert not prompt
+    return "WANDB_API_KEY" in os.environ
+
+
+def init(**how):
+    said("init", **how)
+    return Run()
+
+
+def teardown(exit_code):
+    said("teardown")
+
+
+said("import")
+'''
+CONFIG = build_entry("switch", DATA, MODEL, SETTINGS)
+FAULTS = ("import", "init", "log", "summary", "finish", "log exits")
+HANGS = ("init hangs", "log hangs", "finish hangs")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A wandb that writes down its calls; returns a function that reads them."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(FAKE)
+    log = tmp_path / "calls.jsonl"
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("FAKE_LOG", str(log))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("FAULT", "WANDB_API_KEY", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield lambda *kinds: [
+        call
+        for call in map(json.loads, log.read_text().splitlines() if log.exists() else ())
+        if not kinds or call["what"] in kinds
+    ]
+    sys.modules.pop("wandb", None)
+    sink.take_warnings()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The store of a run without a sink."""
+    store = tmp_path_factory.mktemp("plain")
+    loop.train(CONFIG, 0, store)
+    return store
+
+
+def figures(store, config=CONFIG):
+    """Return all that a run left, but for its timings and what wandb wrote itself."""
+
+    def untimed(row):
+        return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
+
+    record = RunFolder(store, config, 0).read()
+    summary = untimed(record.summary) | {"final": untimed(record.summary["final"] or {})}
+    (file,) = (store / record.id).glob("checkpoint-*/model.safetensors")
+    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+    rows = [[untimed(row) for row in rows] for rows in (record.evals, record.loads, record.train)]
+    names = [name for name in contents(store) if "/wandb/" not in name]
+    return summary, rows, weights, record.config, record.environment, names
+
+
+def interrupt(store, at, **options):
+    def stop(step):
+        if step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(CONFIG, 0, store, on_step=stop, **options)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_wandb_run_is_the_run(mode, fake, plain, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    summary = loop.train(CONFIG, 0, tmp_path / "runs", wandb=mode)
+    assert figures(tmp_path / "runs") == figures(plain)
+    assert capfd.readouterr() == ("", "")
+    (how,) = fake("init")
+    run = CONFIG.run_id(0)
+    assert (how["mode"], how["id"], how["name"], how["group"], how["resume"]) == (mode, run, run, "switch", "allow")
+    assert (how["project"], how["dir"]) == ("rlroute", str(tmp_path / "runs" / run))
+    assert how["config"] == CONFIG.to_dict() | {"seed": 0, "config_hash": CONFIG.content_hash()}
+    assert {"silent": True, "console": "off", "disable_git": True, "x_disable_stats": True}.items() <= how[
+        "settings"
+    ].items()
+    steps = [call["step"] for call in fake("log")]
+    assert steps == sorted(steps)
+    logged = logged_by_step(fake("log"))
+    assert list(logged) == list(range(1, STEPS + 1))
+    record = RunFolder(tmp_path / "runs", CONFIG, 0).read()
+    for train, loads in zip(record.train, record.loads, strict=True):
+        row = logged[train["step"]]
+        assert row["train/loss"] == train["loss"]
+        assert [row["train/terms/balance/0"]] == train["terms"]["balance"]
+        assert [row["train/max_vio_L/0"]] == train["max_vio_L"]
+        assert [row[f"loads/load_LE/0/{expert}"] for expert in range(4)] == loads["load_LE"][0]
+    assert [logged[row["step"]]["eval/loss"] for row in record.evals] == [row["loss"] for row in record.evals]
+    assert all(isinstance(value, int | float) for row in logged.values() for value in row.values())
+    (values,) = (call["values"] for call in fake("summary"))
+    assert (values["status"], values["final/loss"]) == ("finished", summary["final"]["loss"])
+    assert [call["exit_code"] for call in fake("finish")] == [0]
+
+
+def logged_by_step(calls):
+    logged = {}
+    for call in calls:
+        row = logged.setdefault(call["step"], {})
+        assert not row.keys() & call["row"].keys()
+        row.update(call["row"])
+    return logged
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *HANGS])
+def test_whatever_wandb_does_the_records_are_the_same(fault, fake, plain, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setattr(sink, "PATIENCE", 0.3)
+    start = time.monotonic()
+    loop.train(CONFIG, 0, tmp_path / "runs", wandb="offline")
+    assert time.monotonic() - start < 30
+    assert fake(fault.split()[0])
+    assert figures(tmp_path / "runs") == figures(plain)
+    said = capfd.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"warning: run {CONFIG.run_id(0)} goes on without wandb: ")
+    assert ("not done" if "hangs" in fault else "SystemExit" if "exits" in fault else "No space left on device") in line
+    assert bool(fake("teardown")) == (fault != "import")  # else the process would wait for it at its end
+    assert sink.take_warnings() == [line]
+    assert sink.take_warnings() == []
+
+
+def test_a_wandb_that_is_not_there_is_a_warning_in_a_worker(fake, plain, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    loop.train(CONFIG, 0, tmp_path / "runs", wandb="offline")
+    assert figures(tmp_path / "runs") == figures(plain)
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_online_without_a_key_is_a_warning(fake, plain, tmp_path, capfd):
+    loop.train(CONFIG, 0, tmp_path / "runs", wandb="online")
+    assert figures(tmp_path / "runs") == figures(plain)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no API key" in line
+    assert not fake("init")
+
+
+def test_a_sink_that_falls_behind_is_given_up(fake, plain, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FAULT", "init hangs")
+    monkeypatch.setattr(sink, "BACKLOG", 5)
+    start = time.monotonic()
+    loop.train(CONFIG, 0, tmp_path / "runs", wandb="offline")
+    assert time.monotonic() - start < sink.PATIENCE
+    assert figures(tmp_path / "runs") == figures(plain)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "5 rows wait" in line
+
+
+def test_off_never_imports_wandb(fake, tmp_path):
+    loop.train(CONFIG, 0, tmp_path / "runs")
+    ran("train", "hash", *TINY, "--store", tmp_path / "runs")
+    assert "wandb" not in sys.modules
+    assert not fake()
+
+
+def test_a_resumed_run_goes_on_under_its_id_with_all_its_rows(fake, plain, tmp_path, capfd):
+    """Offline every part holds the whole run up to then, so that the last one is all that has to be synced."""
+    interrupt(tmp_path / "runs", 6, wandb="offline")
+    assert [call["exit_code"] for call in fake("finish")] == [1]
+    first = logged_by_step(fake("log"))
+    assert list(first) == [1, 2, 3, 4, 5, 6]
+    loop.train(CONFIG, 0, tmp_path / "runs", wandb="offline")
+    assert figures(tmp_path / "runs") == figures(plain)
+    before, after = (call["id"] for call in fake("init"))
+    assert before == after
+    calls = fake("log", "init")
+    again = calls[max(i for i, call in enumerate(calls) if call["what"] == "init") + 1 :]
+    steps = [call["step"] for call in again]
+    assert steps == sorted(steps)
+    assert list(logged_by_step(again)) == list(range(1, STEPS + 1))
+    assert [call["exit_code"] for call in fake("finish")] == [1, 0]
+    assert capfd.readouterr().err == ""
+
+
+def test_online_a_resumed_run_logs_no_step_twice(fake, tmp_path, monkeypatch):
+    """wandb drops steps below its own, with a warning each."""
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    monkeypatch.setenv("FAKE_STEP", "7")
+    interrupt(tmp_path, 6)
+    loop.train(CONFIG, 0, tmp_path, wandb="online")
+    assert list(logged_by_step(fake("log"))) == list(range(7, STEPS + 1))
+
+
+def test_an_ended_run_opens_no_sink(fake, plain):
+    loop.train(CONFIG, 0, plain, wandb="offline")
+    assert not fake()
+
+
+def test_a_diverged_run_says_so(fake, tmp_path):
+    config = build_entry("switch", DATA, MODEL, replace(SETTINGS, lr=1e30, warmup_steps=0))
+    loop.train(config, 0, tmp_path, wandb="offline")
+    (values,) = (call["values"] for call in fake("summary"))
+    assert values["status"] == "diverged"
+    assert "not finite" in values["diverged/what"]
+
+
+def test_ids_are_legal_and_stay_apart():
+    assert sink.legal_id("switch-4a2e45e8eca6-s0") == "switch-4a2e45e8eca6-s0"
+    assert sink.legal_id("a:b/c#d?e%f\\g;h,i'j k") == "a-b-c-d-e-f-g-h-i-j-k"
+    long = [sink.legal_id("r" * 200 + f"-4a2e45e8eca6-s{seed}") for seed in range(2)]
+    assert len(set(long)) == 2
+    assert max(map(len, long)) == 128
+
+
+def test_flatten_names_leaves_by_their_paths():
+    row = {"loss": 1.0, "terms": {"balance": 2, "z": {}}, "load_LE": [[0.5, 0.25], []], "sampled": None}
+    flat = {"loss": 1.0, "terms/balance": 2, "load_LE/0/0": 0.5, "load_LE/0/1": 0.25, "sampled": None}
+    assert dict(sink.flatten(row)) == flat
+
+
+def test_the_command_line_takes_it_to_every_run(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--wandb" in ran("tune", "--help")
+    ran("compare", "hash", "switch", *TINY, "--seeds", "2", "--launcher", "local", "--wandb", "offline")
+    assert {call["id"] for call in fake("init")} == {path.name for path in (tmp_path / "runs").iterdir()}
+    assert {call["mode"] for call in fake("init")} == {"offline"}
+    ran("train", "hash", *TINY, "--seed", "5", "--store", "one", "--wandb", "offline")
+    assert len(fake("init")) == 5
+
+
+def test_asking_for_a_wandb_that_is_not_installed_is_bad_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "--wandb needs the extra 'wandb'" in refused(rlroute("train", "hash", *TINY, "--wandb", "offline"))
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(INSTALLED is not None, reason="wandb is installed")
+def test_a_folder_of_wandb_s_is_not_wandb(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "--wandb needs" in refused(
+        rlroute("train", "hash", *TINY, "--store", tmp_path / "runs", "--wandb", "online")
+    )
+
+
+def train_as_rank(store, log):
+    """The process that ranks are forked from may be older than the test's environment."""
+    os.environ["FAKE_LOG"] = str(log)
+    sys.path.insert(0, str(log.parent / "site"))
+    config = build_entry("switch", DATA, MODEL, replace(SETTINGS, micro_batches=2))
+    loop.train(config, 0, store, group=Mesh(2), wandb="offline")
+
+
+def test_one_rank_of_a_group_writes(fake, tmp_path):
+    run_ranks(train_as_rank, 2, tmp_path / "runs", tmp_path / "calls.jsonl")
+    assert len(fake("init")) == 1
+    assert list(logged_by_step(fake("log"))) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_ray_workers_log_and_their_warnings_are_shown(fake, tmp_path):
+    command = (*("compare", "hash", "switch", *TINY), "--seeds", "1", "--concurrency", "2", "--wandb", "offline")
+    path = os.pathsep.join((str(tmp_path / "site"), str(ROOT)))
+    for fault, folder in (("", "calm"), ("log", "full")):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "rlroute.experiments.cli", *command],
+            cwd=tmp_path / folder,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FAULT": fault},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("goes on without wandb: OSError") == (2 if fault else 0)
+        assert len(fake("init")) == (4 if fault else 2)
+
+
+def test_the_real_wandb_offline(plain, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    interrupt(tmp_path, 6, wandb="offline")
+    time.sleep(1)  # wandb names its folders by the second
+    loop.train(CONFIG, 0, tmp_path, wandb="offline")
+    assert capfd.readouterr() == ("", "")
+    folder = tmp_path / CONFIG.run_id(0)
+    parts = sorted((folder / "wandb").glob(f"offline-run-*-{folder.name}"))
+    assert len(parts) == 2
+    for part in parts:
+        (file,) = part.glob("*.wandb")
+        assert b"loads/load_LE/0/3" in file.read_bytes()
+    assert figures(tmp_path)[:5] == figures(plain)[:5]
