@@ -297,7 +297,7 @@ def _tune(
         else:
             with watchdog(60 * how.patience, folder) as alive:
                 reason = _train(job, how, _reporting(tune, job, folder, alive) if search else alive)
-        tune.report({"reason": reason, "warnings": take_warnings()} | (_score(folder, job) if search else {}))
+        tune.report({"reason": reason, "warnings": take_warnings()} | (_score(folder) if search else {}))
 
     room = [{"CPU": how.cpus} | ({"GPU": how.gpus} if how.gpus else {})] * how.workers
     bundles = room if how.workers == 1 else [{}, *room]  # the process that looks after a group needs no core
@@ -345,13 +345,14 @@ def _lost(job: Job, how: Launch, error: object) -> str:
     return f"its process was lost {how.retries + 1} times{memory}"
 
 
-def _score(folder: Path, job: Job) -> dict[str, float]:
+def _score(folder: Path) -> dict[str, float]:
     """Return what a search goes by: the last evaluation's bits per byte, and its step."""
-    from rlroute.records import last_row
+    from rlroute.records import read_rows
 
-    row = last_row(folder)
-    loss = row["bits_per_byte"] if row and row["kind"] == "eval" else math.inf
-    return {"bits_per_byte": loss, "step": row["step"] if row else job.config.train.steps}
+    file = folder / "metrics.jsonl"
+    rows = read_rows(file, torn_ok=True) if file.exists() else []
+    evaluated = [row for row in rows if row["kind"] == "eval"] or [{"bits_per_byte": math.inf, "step": 0}]
+    return {name: evaluated[-1][name] for name in ("bits_per_byte", "step")}
 
 
 def _reporting(tune: Any, job: Job, folder: Path, alive: Callable[[int], None]) -> Callable[[int], None]:
@@ -360,6 +361,6 @@ def _reporting(tune: Any, job: Job, folder: Path, alive: Callable[[int], None]) 
     def on_step(step: int) -> None:
         alive(step)
         if step > every and step % every == 1:  # the evaluation of the step before is on disk
-            tune.report(_score(folder, job) | {"step": step - 1})
+            tune.report(_score(folder))
 
     return on_step

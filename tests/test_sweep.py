@@ -1,0 +1,209 @@
+"""Sweeps under Ray survive what happens to them: each fault costs the run that it hits at most, and the same command goes on."""
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from rlroute.records import failure, read_runs
+from tests.test_cli import ROOT, ran, start, table
+from tests.test_third_party import install
+
+MISHAP = '''
+"""Chooses at random, and does harm as long as a file named harm is there.
+
+Nobody et al. 2026 (no paper).
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlroute.baselines.uniform import UniformRouter
+from rlroute.config import RouterConfig
+
+
+class MishapRouter(UniformRouter):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        fault: str = "none"
+
+    def forward(self, x_TD, context):
+        harm = Path(f"harm-{self.fault}")
+        if context.explore and context.step == 6 and harm.exists():
+            if self.fault == "once":
+                harm.unlink()
+            if self.fault == "raise":
+                raise ValueError("this router went wrong")
+            if self.fault == "hang":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x_TD, context)
+
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        self.fault = config.fault
+'''
+BASE = """
+[base]
+data = { spec = "synth:documents=64,length=64", seq_len = 16, eval_tokens = 128 }
+model = { num_layers = 1, d_model = 16, num_heads = 2, num_experts = 4, d_expert = 8 }
+
+[base.train]
+batch_size = 4
+micro_batches = 2
+warmup_steps = 2
+log_every = 1
+"""
+FAULTS = ("raise", "hang", "lost", "once")
+
+
+def spec_of(folder, entries, steps, every, more=""):
+    """Write the sweep file and return its name."""
+    lengths = f"steps = {steps}\neval_every = {every}\ncheckpoint_every = {every}\n"
+    (folder / "sweep.toml").write_text(f"entries = {list(entries)}\nseeds = 2\n{BASE}{lengths}\n{more}")
+    return "sweep.toml"
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """Mark all processes that a test starts; return a function that lists those that are left."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("RLROUTE_TEST_MARK", mark)
+
+    def left():
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                    found.append(int(folder.name))
+        return found
+
+    return left
+
+
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, marked):
+    site = tmp_path / "site"
+    site.mkdir()
+    path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
+    for fault in FAULTS:
+        (tmp_path / f"harm-{fault}").touch()
+    entries = ("hash", *(f"mishap:fault={fault}" for fault in FAULTS))
+    command = ("sweep", spec_of(tmp_path, entries, 12, 4), "--retries", "1", "--patience", "0.1")
+    process = start(tmp_path, *command, path=path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "4 of 10 runs ended, 6 set aside" in out
+    reasons = {}
+    for folder in (tmp_path / "runs").glob("mishap-*"):
+        if reason := failure(folder):
+            reasons.setdefault(reason.partition(" in ")[0], []).append(folder)
+            assert f"set aside: {folder.name}: {reason}" in err
+            assert not (folder / "summary.json").exists()
+    assert {reason: len(folders) for reason, folders in reasons.items()} == {
+        "ValueError: this router went wrong": 2,
+        "no step": 2,
+        "its process was lost 2 times": 2,
+    }
+    assert "time.sleep" not in err and "Traceback" not in err  # what happened, and no more
+    hung = reasons["no step"][0] / "hung-0.txt"
+    assert "mishap.py" in hung.read_text()
+    wait(lambda: not marked())
+    for fault in FAULTS:
+        (tmp_path / f"harm-{fault}").unlink(missing_ok=True)
+    process = start(tmp_path, *command, path=path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "10 of 10 runs ended, 0 set aside" in out
+    assert not list(tmp_path.glob("runs/*/failed.json")) and not list(tmp_path.glob("runs/*/hung-*"))
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    assert finished(start(calm, "sweep", tmp_path / "sweep.toml", "--launcher", "local", path=path))
+    assert figures(tmp_path / "runs") == figures(calm / "runs")
+
+
+def finished(process):
+    process.communicate(timeout=300)
+    return process.returncode == 0
+
+
+def figures(store):
+    """Return all rows of all runs but for their timings."""
+    timings = {"seconds": 0, "tokens_per_second": 0}
+    return {
+        run.id: ([row | timings for row in run.evals], [row | timings for row in run.train], run.loads)
+        for run in read_runs(store)
+    }
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked):
+    command = ("sweep", spec_of(tmp_path, ("hash", "switch"), 200, 50), "--concurrency", "2")
+    store = tmp_path / "runs"
+    process = start(tmp_path, *command)
+    wait(lambda: any(store.glob("*/summary.json")) or process.poll() is not None, 120)
+    process.send_signal(blow)
+    _, err = process.communicate(timeout=60)
+    if blow == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on" in err and "Traceback" not in err
+    wait(lambda: not marked())  # Ray's processes notice that the driver is gone
+    ended = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
+    assert ended and len(ended) < 4
+    process = start(tmp_path, *command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended  # no run twice
+    assert not list(Path(tempfile.gettempdir()).glob(f"rlroute-{process.pid}-*"))
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    assert finished(start(calm, "sweep", tmp_path / "sweep.toml", "--launcher", "local"))
+    assert table(store).encode() == table(calm / "runs").encode()
+    with contextlib.chdir(tmp_path):
+        assert "4 of 4 runs ended" in ran(*command)  # and with nothing to do Ray is not started
+
+
+@pytest.mark.slow
+def test_a_sweep_of_expert_parallel_groups_leaves_the_figures_of_single_processes(tmp_path, marked):
+    more = "[resources]\nworkers = 2\nexpert_parallel = 2\ncpus = 0.5\n"
+    spec = spec_of(tmp_path, ("switch",), 12, 4, f"{more}\n[grid]\ntrain.dtype = ['float64']\n")
+    process = start(tmp_path, "sweep", spec)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert {run.environment["workers"] for run in read_runs(tmp_path / "runs")} == {2}
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    alone = ("--launcher", "local", "--workers", "1")
+    (tmp_path / "alone.toml").write_text((tmp_path / spec).read_text().replace(more, ""))
+    assert finished(start(calm, "sweep", tmp_path / "alone.toml", *alone))
+    for a, b in zip(read_runs(tmp_path / "runs"), read_runs(calm / "runs"), strict=True):
+        assert a.id == b.id and a.loads == b.loads
+        assert abs(a.summary["final"]["loss"] - b.summary["final"]["loss"]) < 1e-10
+    wait(lambda: not marked())
+
+
+def test_a_search_stops_trials_early_and_enters_no_table(tmp_path):
+    more = "[grid]\ntrain.lr = [1e-2, 1e-3, 1e-4]\n\n[asha]\ngrace = 10\nreduction = 3\n"
+    process = start(tmp_path, "sweep", spec_of(tmp_path, ("hash",), 40, 10, more))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    store = tmp_path / "runs" / "search-sweep"
+    assert out.count("hash lr=") == 6 and "| 40 |" in out
+    assert len(list(store.glob("*/config.json"))) == 6 > len(list(store.glob("*/summary.json")))
+    process = start(tmp_path, "table", store)
+    assert "trials of a search" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
