@@ -2,6 +2,7 @@
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3
+# make soak       twenty random kills over one sweep, which ends all the same
 # make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: compare test check slow envs aot gpu clean
+.PHONY: soak compare test check slow envs aot gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -53,6 +54,10 @@ $(INSTALLED): setup.py pyproject.toml
 # What the pinned kernels cost on chips that need not be there: an A100, an H100, a B200.
 aot: $(INSTALLED)
 	for chip in 80 90 100; do $(BIN)/python -m rlroute.kernels.aot $$chip || exit 1; done
+
+# Twenty random kills over one sweep, and its record.
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.soak
 
 # Nothing is installed: the machine's own Python has torch for its card.
 gpu:

@@ -309,7 +309,7 @@ def play(
 
 @app.command
 def bench(
-    what: tyro.conf.Positional[Literal["kernels", "layer", "parallel", "envs", "scale", "table"]],
+    what: tyro.conf.Positional[Literal["kernels", "layer", "parallel", "sweep", "envs", "scale", "table"]],
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: int = 15,
     minutes: float = 60.0,
@@ -326,8 +326,9 @@ def bench(
     Args:
         what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the whole layer for
             each router; parallel: two expert-parallel workers beside two independent ones (on the CPU); envs: how fast the
-            environments step, beside Gymnasium's CartPole (it takes --rounds alone); scale: what expert parallelism would cost at 8 to
-            512 devices, calculated (it takes --path, --measured and --out alone); table: print the result in --out once more.
+            environments step, beside Gymnasium's CartPole (it takes --rounds alone); sweep: what Ray costs (it takes --out alone);
+            scale: what expert parallelism would cost at 8 to 512 devices, calculated (it takes --path, --measured and --out alone);
+            table: print the result in --out once more.
         device: cpu in float32, cuda in bfloat16.
         rounds: interleaved repetitions, after one that warms up.
         minutes: no new row is begun after so many.
@@ -343,6 +344,12 @@ def bench(
 
     if what == "envs":
         benches.envs(rounds)
+        return
+    if what == "sweep":
+        from rlroute.experiments.bench_sweep import bench_sweep
+
+        _make_folder(out.parent)
+        print(bench_sweep(out, _command()))
         return
     if what == "scale":
         from rlroute.experiments import scale_page

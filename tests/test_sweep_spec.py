@@ -1,0 +1,147 @@
+"""The list of runs is a pure function of the file, and what means nothing is refused before any work."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlroute.errors import ConfigError
+from rlroute.experiments.launch import Launch
+from rlroute.experiments.sweep import SEARCH, apart, read_spec
+from tests.test_cli import refused, rlroute
+
+ROOT = Path(__file__).parents[1]
+
+
+def spec(tmp_path, text, name="some.toml"):
+    (tmp_path / name).write_text(text)
+    return read_spec(tmp_path / name)
+
+
+def configs(read):
+    """Return each run's configuration as plain values, by its label and seed."""
+    return {(job.label, job.seed): job.config.to_dict() for job in read.jobs("command")}
+
+
+def test_documented_example_is_what_the_page_says(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.S)
+    read = spec(tmp_path, text)
+    jobs = read.jobs("command")
+    # switch and reinforce: 2 rates, 2 weights, 2 draws; hash and dense have no such weight; 3 seeds each
+    assert len(jobs) == (2 * 8 + 2 * 4) * 3 == len({job.id for job in jobs})
+    assert {job.config.train.steps for job in jobs} == {400}
+    assert read.launch(Launch()).cpus == 1 and read.search() is None
+
+
+def test_a_grid_is_all_combinations_for_all_seeds(tmp_path):
+    read = spec(tmp_path, "entries = ['hash']\nseeds = [3, 5]\n[grid]\ntrain.lr = [0.1, 0.2]\nmodel.k = [1, 2]\n")
+    found = {(c["train"]["lr"], c["model"]["k"], seed) for (_, seed), c in configs(read).items()}
+    assert found == {(lr, k, seed) for lr in (0.1, 0.2) for k in (1, 2) for seed in (3, 5)}
+    assert "hash lr=0.1 k=2" in {job.label for job in read.jobs("command")}
+
+
+def test_router_fields_go_where_they_belong_and_the_rest_is_trained_once(tmp_path):
+    read = spec(tmp_path, "entries = ['hash', 'switch']\n[grid]\nrouter.balance_weight = [0.1, 0.2]\n")
+    weights = [c["router"].get("balance_weight") for c in configs(read).values()]
+    assert weights == [None, 0.1, 0.2]
+
+
+def test_tables_and_dotted_paths_are_the_same(tmp_path):
+    one = spec(tmp_path, "entries = ['hash']\n[base]\ntrain.steps = 7\n")
+    two = spec(tmp_path, "entries = ['hash']\n[base.train]\nsteps = 7\n")
+    three = spec(tmp_path, "entries = ['hash']\n[base]\n'train.steps' = 7\n")
+    assert one.jobs("c") == two.jobs("c") == three.jobs("c")
+
+
+def test_draws_are_a_function_of_the_file_and_more_trials_move_none(tmp_path):
+    text = """
+entries = ["hash"]
+[random]
+trials = {trials}
+[random.fields]
+"train.lr" = {{ low = 1e-4, high = 1e-1, log = true }}
+"model.num_experts" = {{ low = 4, high = 9 }}
+"model.gate_form" = {{ choice = ["own", "unit"] }}
+"""
+    few, many = (list(configs(spec(tmp_path, text.format(trials=n))).values()) for n in (20, 60))
+    assert many[: len(few)] == few and len(many) > 50
+    rates = [c["train"]["lr"] for c in many]
+    assert (
+        all(1e-4 <= rate <= 1e-1 for rate in rates) and 15 < sum(rate < 1e-2 for rate in rates) * 60 / len(rates) < 55
+    )
+    experts = [c["model"]["num_experts"] for c in many]
+    assert set(experts) == set(range(4, 10)) and all(isinstance(e, int) for e in experts)
+    assert {c["model"]["gate_form"] for c in many} == {"own", "unit"}
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    read = spec(tmp_path, "entries = ['hash']\n[resources]\nworkers = 4\nexpert_parallel = 2\ngpus = 0.5\n")
+    how = read.launch(Launch(expert_parallel=4))
+    assert (how.workers, how.expert_parallel, how.gpus) == (4, 4, 0.5)
+
+
+def test_a_search_has_a_store_of_its_own_that_no_table_takes(tmp_path):
+    read = spec(tmp_path, "entries = ['hash']\n[base]\ntrain.steps = 90\n[asha]\ngrace = 10\nreduction = 2\n")
+    search = read.search()
+    assert search and (search.steps, search.grace, search.reduction) == (90, 10, 2.0)
+    how = apart(Launch(store=tmp_path / "runs"), read.name)
+    assert how.store == tmp_path / "runs" / "search-some" and (how.store / SEARCH).exists()
+    for command in ("table", "report"):
+        assert "trials of a search" in refused(rlroute(command, how.store))
+
+
+GOOD = "entries = ['hash', 'switch']\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("entries = [", "not TOML"),
+        ("", "entries = None: want a list"),
+        ("entries = []", r"entries = \[\]: want a list"),
+        ("entries = ['nash']", "unknown router 'nash'"),
+        (GOOD + "sedes = 3", "has 'sedes': legal are entries, seeds, base"),
+        (GOOD + "seeds = 0", "seeds = 0: want a number of seeds"),
+        (GOOD + "seeds = [-1]", r"seeds = \[-1\]: want"),
+        (GOOD + "seeds = true", "seeds = True: want"),
+        (GOOD + "base = 3", r"base = 3: want a table, \[base\]"),
+        (GOOD + "[base]\ntrain.stpes = 3", "train has no field 'stpes'"),
+        (GOOD + "[base]\ntrain.steps = 'many'", "train.steps = 'many': want int"),
+        (GOOD + "[base]\nsteps = 3", "steps: legal are data.FIELD"),
+        (GOOD + "[base]\ntrain.lr = -1.0", "train.lr = -1.0: must be above 0"),
+        (
+            GOOD + "[base]\nrouter.ema_decay = 0.9",
+            "router.ema_decay: no entry's router has it, legal are .*balance_weight",
+        ),
+        (GOOD + "[grid]\ntrain.lr = 0.1", r"\[grid\] train.lr = 0.1: want a list"),
+        (GOOD + "[grid]\ntrain.lr = []", r"\[grid\] train.lr = \[\]: want a list"),
+        (GOOD + "[random]\ntrials = 0", r"\[random\] trials = 0: want a whole number from 1"),
+        (GOOD + "[random]\ntrails = 2", r"\[random\] has 'trails': legal are trials, seed, fields"),
+        (GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = 3", "want { low, high }"),
+        (GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = { low = 2, high = 1 }", "want low below high"),
+        (
+            GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = { low = 0, high = 1, log = true }",
+            "above 0 where",
+        ),
+        (
+            GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = { low = 0, high = 'x' }",
+            "high = 'x': want a number",
+        ),
+        (GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = { choice = [] }", r"choice = \[\]: want a list"),
+        (GOOD + "[resources]\ncores = 2", r"\[resources\] has 'cores': legal are cpus, gpus, workers"),
+        (GOOD + "[resources]\nworkers = 0", "--workers 0: must be above 0"),
+        (GOOD + "[resources]\ncpus = 'two'", "cpus = 'two': want float"),
+        (GOOD + "[asha]\nreduction = 2", r"\[asha\] grace = None: want a whole number"),
+        (GOOD + "[asha]\ngrace = 2\nreduction = 1", r"\[asha\] reduction = 1: want a number above 1"),
+    ],
+)
+def test_what_means_nothing_is_refused(text, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        spec(tmp_path, text).jobs("command")
+    assert [path.name for path in tmp_path.iterdir()] == ["some.toml"]
+
+
+def test_a_file_that_is_not_there_is_one_line_and_nothing_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "sweep nowhere.toml: cannot be read" in refused(rlroute("sweep", "nowhere.toml"))
+    assert not list(tmp_path.iterdir())
