@@ -10,6 +10,8 @@ lost, or makes no step for too long, is started again from its checkpoint and at
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import logging
 import math
 import os
@@ -297,6 +299,7 @@ def _tune(
         else:
             with watchdog(60 * how.patience, folder) as alive:
                 reason = _train(job, how, _reporting(tune, job, folder, alive) if search else alive)
+        _give_memory_back()
         tune.report({"reason": reason, "warnings": take_warnings()} | (_score(folder) if search else {}))
 
     room = [{"CPU": how.cpus} | ({"GPU": how.gpus} if how.gpus else {})] * how.workers
@@ -322,6 +325,13 @@ def _tune(
         for line in () if result.error else result.metrics.get("warnings", ()):
             print(line, file=sys.stderr)
     return reasons
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system: a worker trains run after run, each in a new thread, whose heap the C library would keep."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _listener(tune: Any, jobs: Sequence[Job], how: Launch, say: Callable[[str, str], None]) -> Any:
