@@ -32,7 +32,7 @@ seeds = 5
 [base]
 data = { spec = "synth:documents=64,length=64", seq_len = 16, eval_tokens = 128 }
 model = { num_layers = 1, d_model = 16, num_heads = 2, num_experts = 4, d_expert = 8 }
-train = { steps = 1500, batch_size = 4, warmup_steps = 2, eval_every = 100, log_every = 10, checkpoint_every = 100 }
+train = { steps = 500, batch_size = 4, warmup_steps = 2, eval_every = 100, log_every = 10, checkpoint_every = 100 }
 """
 COMMAND = ("-m", "rlroute.experiments.cli", "sweep", "soak.toml", "--retries", "100")
 
