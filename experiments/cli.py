@@ -118,7 +118,8 @@ def sweep(
     from rlroute.experiments.compare import run_jobs
 
     read = sweeping.read_spec(spec)
-    jobs, how, search = read.jobs(_command()), read.launch(launch), read.search()
+    jobs, how = read.jobs(_command()), read.launch(launch)
+    search = read.search(jobs)
     if search is not None:
         how = sweeping.apart(how, read.name)
     out = out or Path("results") / read.name

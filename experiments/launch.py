@@ -229,6 +229,9 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
     """
     if how.address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault(
+            "RAY_gcs_rpc_server_reconnect_timeout_s", "5"
+        )  # if we are killed, Ray's agents would stay a minute
     ray, tune = require()
     _remove_orphans()
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))
@@ -253,7 +256,7 @@ def _connect(ray: Any, how: Launch, scratch: Path) -> None:
             include_dashboard=False,
             object_store_memory=80 * 2**20,
             _temp_dir=str(scratch / "ray"),
-            _node_ip_address="127.0.0.1",
+            _node_ip_address="127.0.0.2",  # 127.0.0.1 is "this machine" to Ray, which then takes its address in the network
             **quiet,
         )
         return
@@ -297,8 +300,11 @@ def _tune(
         if how.workers > 1:  # each of them has a watchdog of its own
             reason = _train(job, how)
         else:
-            with watchdog(60 * how.patience, folder) as alive:
-                reason = _train(job, how, _reporting(tune, job, folder, alive) if search else alive)
+            try:
+                with watchdog(60 * how.patience, folder) as alive:
+                    reason = _train(job, how, _reporting(tune, job, folder, alive) if search else alive)
+            except OSError as error:  # a full disk, or a store that cannot be written any more
+                reason = f"cannot write {folder}: {error.strerror or error}"
         _give_memory_back()
         tune.report({"reason": reason, "warnings": take_warnings()} | (_score(folder) if search else {}))
 

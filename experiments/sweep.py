@@ -25,6 +25,7 @@ SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha")
 SEARCH = "SEARCH"
 """The file that marks a store of trials, some of which were stopped early."""
 RESOURCES = ("cpus", "gpus", "workers", "expert_parallel", "exchange_chunks")
+LIMITS = ("low", "high", "log", "choice")
 Choice = dict[str, Any]
 """Values by dotted path."""
 
@@ -85,11 +86,17 @@ class Spec:
         said = {name for name in RESOURCES if getattr(how, name) != getattr(standard, name)}
         return replace(how, **{name: value for name, value in self.resources.items() if name not in said})
 
-    def search(self) -> Search | None:
-        """Return the successive halving that the file asks for."""
+    def search(self, jobs: Sequence[Job]) -> Search | None:
+        """Return the successive halving that the file asks for.
+
+        Raises:
+            ConfigError: it would stop nothing, because runs are shorter.
+        """
         if self.grace is None:
             return None
-        steps = self.base.get("train.steps", TrainConfig().steps)
+        steps = max(job.config.train.steps for job in jobs)
+        if not self.grace < steps:
+            raise ConfigError(f"[asha] grace = {self.grace}: want fewer steps than a run has, {steps}")
         return Search(steps=steps, grace=self.grace, reduction=self.reduction)
 
 
@@ -109,12 +116,14 @@ def read_spec(path: Path) -> Spec:
     sections = {name: _table(text, name) for name in ("base", "grid", "random", "resources", "asha")}
     _only(sections["resources"], RESOURCES, "[resources]")
     _only(sections["asha"], ("grace", "reduction"), "[asha]")
+    base, grid, draws = _flat(sections["base"]), _grid(sections["grid"]), _random(sections["random"])
+    _refuse_twice({"[base]": base, "[grid]": grid[0], "[random.fields]": draws[0]})
     spec = Spec(
         name=path.stem,
         entries=_entries(text.get("entries")),
         seeds=_seeds(text.get("seeds", 1)),
-        base=_flat(sections["base"]),
-        choices=tuple(a | b for a in _grid(sections["grid"]) for b in _random(sections["random"])),
+        base=base,
+        choices=tuple(a | b for a in grid for b in draws),
         resources=sections["resources"],
         grace=_whole(sections["asha"].get("grace"), "[asha] grace") if "asha" in text else None,
         reduction=_number(sections["asha"].get("reduction", 3), "[asha] reduction", above=1),
@@ -123,12 +132,23 @@ def read_spec(path: Path) -> Spec:
     return spec
 
 
+def _refuse_twice(sections: Mapping[str, Choice]) -> None:
+    for (one, mine), (other, theirs) in itertools.combinations(sections.items(), 2):
+        if twice := sorted(mine.keys() & theirs.keys()):
+            raise ConfigError(f"{twice[0]} is in {one} and in {other}: want it in one of them")
+
+
 def apart(how: Launch, name: str) -> Launch:
     """Return the launch with a store of its own inside the store, marked as a search's: trials that were stopped early enter no table.
 
     Raises:
+        ConfigError: nothing could stop a trial early.
         StoreError: it cannot be written.
     """
+    if how.launcher == "local" or how.workers > 1:
+        raise ConfigError(
+            "[asha] stops trials of one worker under --launcher ray: leave it out, or --workers and --launcher local"
+        )
     store = how.store / f"search-{name}"
     with storing(store):
         store.mkdir(parents=True, exist_ok=True)
@@ -164,11 +184,12 @@ def _applies(path: str, config: RunConfig) -> bool:
     return part != "router" or (config.router is not None and name in {f.name for f in fields(config.router)})
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Choice:
-    """Return nested tables as values by dotted path."""
+def _flat(values: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Choice:
+    """Return nested tables as values by dotted path; a table that has one of ``leaves`` is a value itself."""
     flat: Choice = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        nested = isinstance(value, dict) and not value.keys() & set(leaves)
+        flat |= _flat(value, f"{prefix}{name}.", leaves) if nested else {f"{prefix}{name}": value}
     return flat
 
 
@@ -186,8 +207,9 @@ def _random(section: Mapping[str, Any]) -> list[Choice]:
         return [{}]
     _only(section, ("trials", "seed", "fields"), "[random]")
     trials = _whole(section.get("trials"), "[random] trials")
-    ranges = {path: _range(path, value) for path, value in _table(section, "fields").items()}
-    seed = section.get("seed", 0)
+    named = _flat(_table(section, "fields"), leaves=LIMITS)
+    ranges = {path: _range(path, value) for path, value in named.items()}
+    seed = _whole(section.get("seed", 0), "[random] seed", least=0)
     return [
         {path: _draw(limits, seeding.numpy_generator("sweep", seed, trial, path)) for path, limits in ranges.items()}
         for trial in range(trials)
@@ -205,6 +227,8 @@ def _range(path: str, limits: Any) -> dict[str, Any]:
             raise ConfigError(f"{where}: choice = {limits['choice']!r}: want a list of values")
         return limits
     _only(limits, ("low", "high", "log"), where)
+    if not isinstance(limits.get("log", False), bool):
+        raise ConfigError(f"{where}: log = {limits['log']!r}: want true or false")
     low, high = (_number(limits[name], f"{where} {name}") for name in ("low", "high"))
     if not low < high or (limits.get("log") and low <= 0):
         raise ConfigError(f"{where} = {low:g} to {high:g}: want low below high, and above 0 where log = true")
@@ -235,9 +259,9 @@ def _seeds(value: Any) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _whole(value: Any, where: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{where} = {value!r}: want a whole number from 1")
+def _whole(value: Any, where: str, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{where} = {value!r}: want a whole number from {least}")
     return value
 
 

@@ -30,7 +30,7 @@ def test_documented_example_is_what_the_page_says(tmp_path):
     # switch and reinforce: 2 rates, 2 weights, 2 draws; hash and dense have no such weight; 3 seeds each
     assert len(jobs) == (2 * 8 + 2 * 4) * 3 == len({job.id for job in jobs})
     assert {job.config.train.steps for job in jobs} == {400}
-    assert read.launch(Launch()).cpus == 1 and read.search() is None
+    assert read.launch(Launch()).cpus == 1 and read.search(jobs) is None
 
 
 def test_a_grid_is_all_combinations_for_all_seeds(tmp_path):
@@ -82,7 +82,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 def test_a_search_has_a_store_of_its_own_that_no_table_takes(tmp_path):
     read = spec(tmp_path, "entries = ['hash']\n[base]\ntrain.steps = 90\n[asha]\ngrace = 10\nreduction = 2\n")
-    search = read.search()
+    search = read.search(read.jobs("command"))
     assert search and (search.steps, search.grace, search.reduction) == (90, 10, 2.0)
     how = apart(Launch(store=tmp_path / "runs"), read.name)
     assert how.store == tmp_path / "runs" / "search-some" and (how.store / SEARCH).exists()

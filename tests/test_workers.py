@@ -156,7 +156,13 @@ def test_a_group_that_finds_no_place_says_what_there_is(tmp_path, monkeypatch):
         grouped(tmp_path, config_of(), cpus=64)
 
 
+def test_a_ray_of_our_own_has_a_loopback_address_alone():
+    import ray
+
+    assert ray.util.get_node_ip_address() == "127.0.0.2"
+
+
 def test_the_interface_is_that_of_the_address():
-    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
     with pytest.raises(LostWorkersError, match=r"203\.0\.113\.9"):
         interface_of("203.0.113.9")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
@@ -223,6 +224,8 @@ def interface_of(address: str) -> str:
     Raises:
         LostWorkersError: none has it.
     """
+    if ipaddress.ip_address(address).is_loopback:  # all of 127.0.0.0/8 is, but the interface names one
+        return "lo"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
