@@ -229,9 +229,6 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
     """
     if how.address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault(
-            "RAY_gcs_rpc_server_reconnect_timeout_s", "5"
-        )  # if we are killed, Ray's agents would stay a minute
     ray, tune = require()
     _remove_orphans()
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))

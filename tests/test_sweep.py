@@ -150,6 +150,12 @@ def figures(store):
     }
 
 
+def is_trial(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ImplicitFunc")
+    return False
+
+
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked):
     command = ("sweep", spec_of(tmp_path, ("hash", "switch"), 200, 50), "--concurrency", "2")
@@ -161,7 +167,7 @@ def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked):
     if blow == signal.SIGINT:
         assert process.returncode == 130
         assert "the same command goes on" in err and "Traceback" not in err
-    wait(lambda: not marked())  # Ray's processes notice that the driver is gone
+    wait(lambda: not [pid for pid in marked() if is_trial(pid)])  # Ray's own agents take a minute longer
     ended = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
     assert ended and len(ended) < 4
     process = start(tmp_path, *command)
