@@ -20,9 +20,10 @@ RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 
 
-def test_readme_table_is_what_the_stored_records_say():
-    shown, *_ = re.findall(r"<!-- table: experiments/results/(\S+) -->\n(.*?)<!-- end of table -->", README, re.S)
-    name, text = shown
+@pytest.mark.parametrize("page", ["README.md", "docs/agents.md"])
+def test_published_table_is_what_the_stored_records_say(page):
+    marked = r"<!-- table: experiments/results/(\S+) -->\n(.*?)<!-- end of table -->"
+    (name, text), *_ = re.findall(marked, (ROOT / page).read_text(), re.S)
     table = to_markdown(build_table(read_runs(RESULTS / name)))
     assert text.strip() == "\n".join(line for line in table.splitlines() if line.startswith("|"))
 
