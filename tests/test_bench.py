@@ -251,10 +251,11 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     assert bench_kernels.BASE in (tmp_path / "out" / "kernels.md").read_text()
 
 
-def test_the_tables_of_the_documentation_are_those_of_the_stored_results():
-    text = (ROOT / "docs" / "kernels.md").read_text()
+@pytest.mark.parametrize(("page", "tables"), [("kernels.md", 2), ("parallel.md", 1)])
+def test_the_tables_of_the_documentation_are_those_of_the_stored_results(page, tables):
+    text = (ROOT / "docs" / page).read_text()
     shown = re.findall(r"<!-- bench: (\S+) -->\n(.*?)<!-- end of bench -->", text, re.S)
-    assert len(shown) == 2
+    assert len(shown) == tables
     for path, table in shown:
         stored = json.loads((ROOT / path).read_text())
         assert table == to_markdown(stored) == (ROOT / path).with_suffix(".md").read_text()
