@@ -26,13 +26,13 @@ ENTRIES = ("hash", "switch", "bias_balanced")
 DATA = DataConfig(eval_tokens=8192)
 
 
-def bench_sweep(out: Path, command: str, steps: int = 100) -> str:
+def bench_sweep(out: Path, command: str, steps: int = 300) -> str:
     """Measure, write the figures, and return them as text.
 
     Args:
         out: the JSON file.
         command: the command line behind it.
-        steps: of each run; 100 take a core some ten seconds.
+        steps: of each run; 300 as `make compare` has them, some 25 seconds of a core.
 
     Raises:
         StoreError: the file cannot be written.
