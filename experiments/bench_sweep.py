@@ -64,11 +64,16 @@ def bench_sweep(out: Path, command: str, steps: int = 300) -> str:
         **start,
     }
     write_json(out, result)
+    return to_text(result)
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """Return the figures as sentences."""
     return (
-        f"{len(jobs)} runs of {steps} steps: {summed:.0f} s alone, {wall:.0f} s under Ray on {CORES} cores, "
-        f"{result['over_half_the_sum']:.3f} of half the sum; losses equal\n"
-        f"starting Ray: {start['start_cpu_seconds']:.1f} CPU-seconds, {start['start_seconds']:.1f} s; "
-        f"idle memory {start['idle_bytes'] / 2**30:.2f} GiB in {start['processes']} processes"
+        f"{result['runs']} runs of {result['steps']} steps: {result['seconds_alone']:.0f} s alone, "
+        f"{result['seconds_under_ray']:.0f} s under Ray on {CORES} cores, {result['over_half_the_sum']:.2f} of half the sum; "
+        f"losses equal.\nStarting Ray: {result['start_cpu_seconds']:.1f} CPU-seconds, {result['start_seconds']:.1f} s; "
+        f"idle memory {result['idle_bytes'] / 2**30:.2f} GiB in {result['processes']} processes."
     )
 
 

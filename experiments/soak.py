@@ -1,7 +1,7 @@
 """``make soak``: twenty random kills over one sweep, which ends all the same, with the figures of one that nobody disturbed.
 
 A kill takes a worker in the midst of its run, or the driver, which is then started again by the same command. What was done is drawn from
-a seed; when, from the clock.
+a seed; when, from the clock. At most ``AHEAD`` more kills than runs have ended, so that they are spread over the whole sweep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlroute.config import RunConfig
 from rlroute.experiments.table import build_table, to_markdown
 from rlroute.records import environment, read_runs, write_json
 
-KILLS, SEED = 20, 0
+KILLS, AHEAD, SEED = 20, 5, 0
 OUT = Path("experiments/results/soak.json")
 SPEC = """
 entries = ["hash", "switch", "reinforce", "bias_balanced"]
@@ -32,7 +32,7 @@ seeds = 5
 [base]
 data = { spec = "synth:documents=64,length=64", seq_len = 16, eval_tokens = 128 }
 model = { num_layers = 1, d_model = 16, num_heads = 2, num_experts = 4, d_expert = 8 }
-train = { steps = 500, batch_size = 4, warmup_steps = 2, eval_every = 100, log_every = 10, checkpoint_every = 100 }
+train = { steps = 1000, batch_size = 4, warmup_steps = 2, eval_every = 100, log_every = 10, checkpoint_every = 100 }
 """
 COMMAND = ("-m", "rlroute.experiments.cli", "sweep", "soak.toml", "--retries", "100")
 
@@ -69,23 +69,29 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
     draw, kills, starts, began = random.Random(SEED), list[dict[str, Any]](), 0, time.monotonic()
     while True:
         starts += 1
-        driver = subprocess.Popen(
-            [sys.executable, *COMMAND],
-            cwd=folder,
-            env=os.environ | {"RLROUTE_SOAK": mark},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while driver.poll() is None:
-            time.sleep(draw.uniform(1.0, 4.0))
-            workers = [pid for pid in _marked(mark) if _is_trial(pid)]
-            if len(kills) == KILLS or not workers:
-                continue
-            whom = "driver" if draw.random() < 0.25 else "worker"
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(driver.pid if whom == "driver" else draw.choice(workers), signal.SIGKILL)
+        with (folder / "driver.log").open("w") as log:
+            driver = subprocess.Popen(
+                [sys.executable, *COMMAND],
+                cwd=folder,
+                env=os.environ | {"RLROUTE_SOAK": mark},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        try:
+            while driver.poll() is None:
+                time.sleep(draw.uniform(1.0, 4.0))
+                workers = [pid for pid in _marked(mark) if _is_trial(pid)]
                 ended = len(list((folder / "runs").glob("*/summary.json")))
-                kills.append({"whom": whom, "second": round(time.monotonic() - began, 1), "runs_ended": ended})
+                if len(kills) == min(KILLS, ended + AHEAD) or not workers:
+                    continue
+                whom = "driver" if draw.random() < 0.25 else "worker"
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(driver.pid if whom == "driver" else draw.choice(workers), signal.SIGKILL)
+                    kills.append({"whom": whom, "second": round(time.monotonic() - began, 1), "runs_ended": ended})
+        finally:
+            driver.kill()  # the soak itself was stopped
+        if driver.returncode > 0:
+            sys.exit(f"the sweep failed: {(folder / 'driver.log').read_text()}")
         if driver.returncode == 0:
             return kills, starts
 

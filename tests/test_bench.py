@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments import bench_kernels, bench_layer, benches, peers, timing
+from rlroute.experiments import bench_kernels, bench_layer, bench_sweep, benches, peers, timing
 from rlroute.experiments.bench_kernels import ROUTINGS, Shape, choose_experts, make_problem, parse_shape, prepare
 from rlroute.experiments.peers import contenders
 from rlroute.experiments.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
@@ -260,3 +260,11 @@ def test_the_tables_of_the_documentation_are_those_of_the_stored_results(page, t
         stored = json.loads((ROOT / path).read_text())
         assert table == to_markdown(stored) == (ROOT / path).with_suffix(".md").read_text()
         assert not stored["environment"]["dirty"] and stored["rounds"] >= 15
+
+
+def test_what_the_documentation_says_of_ray_is_what_was_measured():
+    ((path, text),) = re.findall(
+        r"<!-- bench: (\S+) -->\n(.*?)\n<!-- end of bench -->", (ROOT / "docs" / "sweeps.md").read_text(), re.S
+    )
+    stored = json.loads((ROOT / path).read_text())
+    assert text == bench_sweep.to_text(stored) and not stored["environment"]["dirty"]

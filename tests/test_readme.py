@@ -20,12 +20,14 @@ RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/agents.md"])
-def test_published_table_is_what_the_stored_records_say(page):
+@pytest.mark.parametrize(("page", "tables"), [("README.md", 1), ("docs/agents.md", 2)])
+def test_published_tables_are_what_the_stored_records_say(page, tables):
     marked = r"<!-- table: experiments/results/(\S+) -->\n(.*?)<!-- end of table -->"
-    (name, text), *_ = re.findall(marked, (ROOT / page).read_text(), re.S)
-    table = to_markdown(build_table(read_runs(RESULTS / name)))
-    assert text.strip() == "\n".join(line for line in table.splitlines() if line.startswith("|"))
+    published = re.findall(marked, (ROOT / page).read_text(), re.S)
+    assert len(published) == tables
+    for name, text in published:
+        table = to_markdown(build_table(read_runs(RESULTS / name)))
+        assert text.strip() == "\n".join(line for line in table.splitlines() if line.startswith("|"))
 
 
 def test_stored_comparison_used_seeds_that_tuning_did_not_and_the_tuned_settings():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 import time
 import uuid
@@ -43,6 +44,12 @@ class MishapRouter(UniformRouter):
             if self.fault == "raise":
                 raise ValueError("this router went wrong")
             if self.fault == "hang":
+                time.sleep(1000)
+            if self.fault == "memory":
+                held = []
+                while len(held) < 100:  # 6 GiB at most
+                    held.append(b"1" * 2**26)
+                    time.sleep(0.02)
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x_TD, context)
@@ -213,3 +220,70 @@ def test_a_search_stops_trials_early_and_enters_no_table(tmp_path):
     process = start(tmp_path, "table", store)
     assert "trials of a search" in process.communicate(timeout=60)[1]
     assert process.returncode == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_all_memory_is_set_aside_and_the_others_go_on(tmp_path, marked, monkeypatch):
+    """Ray's monitor ends it once the machine has 2 GiB less than now."""
+    there = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(there[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    if free < 8:
+        pytest.skip("wants 8 GiB of free memory")
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{1 - (free - 2) / total:.3f}")
+    site = tmp_path / "site"
+    site.mkdir()
+    path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
+    (tmp_path / "harm-memory").touch()
+    spec = spec_of(tmp_path, ("mishap:fault=memory", "hash"), 12, 4)
+    process = start(tmp_path, "sweep", spec, "--retries", "1", "--concurrency", "1", path=path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "2 of 4 runs ended, 2 set aside" in out
+    assert err.count("its process was lost 2 times, for want of memory") >= 2
+    wait(lambda: not marked())
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Return a function that mounts something on the store's folder; what it mounted is taken off, at the end if not before."""
+    store = tmp_path / "runs"
+    store.mkdir()
+
+    def do(*arguments):
+        if subprocess.run(["mount", *arguments, store], capture_output=True, check=False).returncode:
+            pytest.skip("wants the right to mount")
+
+    do.undo = lambda: subprocess.run(["umount", "-l", store], capture_output=True, check=False)
+    yield do
+    do.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["No space left on device", "Read-only file system"])
+def test_a_store_that_cannot_be_written_sets_runs_aside_and_costs_nothing(fault, tmp_path, marked, mount):
+    store = tmp_path / "runs"
+    command = ("sweep", spec_of(tmp_path, ("hash", "switch"), 200, 50))
+    if fault.startswith("No space"):
+        mount("-t", "tmpfs", "-o", "size=8m", "tmpfs")
+    process = start(tmp_path, *command)
+    wait(lambda: any(store.glob("*/checkpoint-*")) or process.poll() is not None, 120)
+    if fault.startswith("No space"):
+        with contextlib.suppress(OSError), (store / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(2**12))
+    else:
+        mount("--bind", store)
+        mount("-o", "remount,bind,ro")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "set aside" in err and fault in err and "Traceback" not in err
+    wait(lambda: not marked())
+    (store / "filler").unlink() if fault.startswith("No space") else mount.undo()
+    process = start(tmp_path, *command)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "4 of 4 runs ended, 0 set aside" in out
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    assert finished(start(calm, "sweep", tmp_path / "sweep.toml", "--launcher", "local"))
+    assert figures(store) == figures(calm / "runs")
