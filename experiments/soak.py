@@ -67,6 +67,7 @@ def main() -> None:
 def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
     """Run the sweep to its end with kills in between; return them, and how often the driver was started."""
     draw, kills, starts, began = random.Random(SEED), list[dict[str, Any]](), 0, time.monotonic()
+    whom = draw.choices(("worker", "driver"), (3, 1), k=KILLS)
     while True:
         starts += 1
         with (folder / "driver.log").open("w") as log:
@@ -84,10 +85,10 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
                 ended = len(list((folder / "runs").glob("*/summary.json")))
                 if len(kills) == min(KILLS, ended + AHEAD) or not workers:
                     continue
-                whom = "driver" if draw.random() < 0.25 else "worker"
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(driver.pid if whom == "driver" else draw.choice(workers), signal.SIGKILL)
-                    kills.append({"whom": whom, "second": round(time.monotonic() - began, 1), "runs_ended": ended})
+                    victim = whom[len(kills)]
+                    os.kill(driver.pid if victim == "driver" else draw.choice(workers), signal.SIGKILL)
+                    kills.append({"whom": victim, "second": round(time.monotonic() - began, 1), "runs_ended": ended})
         finally:
             driver.kill()  # the soak itself was stopped
         if driver.returncode > 0:
