@@ -83,7 +83,7 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
                 time.sleep(draw.uniform(1.0, 4.0))
                 workers = [pid for pid in _marked(mark) if _is_trial(pid)]
                 ended = len(list((folder / "runs").glob("*/summary.json")))
-                if len(kills) == min(KILLS, ended + AHEAD) or not workers:
+                if len(kills) == min(KILLS, ended + AHEAD) or not workers or driver.poll() is not None:
                     continue
                 with contextlib.suppress(ProcessLookupError):
                     victim = whom[len(kills)]
