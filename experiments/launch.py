@@ -42,6 +42,7 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path (file:GLOB, a policy's file) means what it means here
 }
 SCRATCH = "rlroute-"
+WANT_OF_MEMORY = "for want of memory"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,29 @@ def require() -> tuple[Any, Any]:
         raise MissingDependencyError(
             "--launcher ray needs the extra 'ray' (ray[tune]); --launcher local needs none"
         ) from error
+    _make_tune_survive_want_of_memory()
     return ray, tune
+
+
+def _make_tune_survive_want_of_memory() -> None:
+    """Let Tune take a process that Ray's memory monitor ended for a lost one.
+
+    Ray 2.60 reports it as an ``OutOfMemoryError``, which is not the ``RayActorError`` by which Tune knows a lost process, and which Tune
+    takes for a defect of its own: it ends all trials.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    failed = RayActorManager._actor_task_failed
+    if failed.__module__ == __name__:
+        return
+
+    def translate(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=f"{WANT_OF_MEMORY}: {exception}")
+        failed(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = translate
 
 
 @contextmanager
@@ -354,7 +377,7 @@ def _lost(job: Job, how: Launch, error: object) -> str:
     """Say why a run has failed whose process is gone."""
     if hung := stacks(how.store / job.id):
         return f"no step in {how.patience:g} minutes, {how.retries + 1} times; where it stood is in {hung}"
-    memory = ", for want of memory" if "OutOfMemory" in f"{type(error).__name__}{error}" else ""
+    memory = f", {WANT_OF_MEMORY}" if WANT_OF_MEMORY in str(error) else ""
     return f"its process was lost {how.retries + 1} times{memory}"
 
 

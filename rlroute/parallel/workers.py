@@ -93,7 +93,9 @@ def train_group(
                 summary: dict[str, Any] = ray.get([a.train.remote(r, *meeting, *job) for r, a in enumerate(actors)])[0]
                 return summary
             except ray.exceptions.RayActorError as error:
-                lost: Exception = error
+                lost: Exception | str = error
+            except ray.exceptions.OutOfMemoryError:  # is no actor's error to Ray, and pages long
+                lost = "for want of memory"
             except ray.exceptions.RayTaskError as error:
                 if not _follows_a_loss(error.cause):
                     raise error.cause from None
@@ -209,7 +211,11 @@ def _start(strategies: list[Any], cpus: float, gpus: float) -> list[Any]:
         try:
             ray.get([a.ready.remote() for a in actors], timeout=max(1.0, deadline - time.monotonic()))
             return actors
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.GetTimeoutError,
+        ) as error:
             for one in actors:
                 with contextlib.suppress(Exception):  # it may be gone already
                     ray.kill(one)
