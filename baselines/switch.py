@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlroute.balance import load_balance, router_z
+from rlroute.balance import device_balance, load_balance, router_z
 from rlroute.baselines._softmax_topk import softmax_top_k
 from rlroute.config import RouterConfig
 from rlroute.errors import ConfigError
@@ -25,6 +25,8 @@ class SwitchRouter(Router):
 
         balance_weight: float = 0.01
         """Weight of the f.P loss (the paper's alpha)."""
+        device_balance_weight: float = 0.0
+        """Weight of the same loss over the devices that hold the experts; 1 and without effect where one holds all."""
         z_weight: float = 0.0
         """Weight of the router z-loss; ST-MoE uses 1e-3."""
         jitter: float = 0.0
@@ -37,7 +39,7 @@ class SwitchRouter(Router):
         def __post_init__(self) -> None:
             if not 0 <= self.jitter < 1:
                 raise ConfigError(f"router switch.jitter = {self.jitter}: legal are 0 to below 1")
-            for name in ("balance_weight", "z_weight", "init_std"):
+            for name in ("balance_weight", "device_balance_weight", "z_weight", "init_std"):
                 if not getattr(self, name) >= 0:
                     raise ConfigError(f"router switch.{name} = {getattr(self, name)}: legal are numbers from 0")
 
@@ -51,8 +53,8 @@ class SwitchRouter(Router):
 
     @property
     def batch_dependent(self) -> bool:
-        """The f.P loss mixes the tokens of a micro-batch."""
-        return self.config.balance_weight > 0
+        """The f.P losses mix the tokens of a micro-batch."""
+        return self.config.balance_weight > 0 or self.config.device_balance_weight > 0
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k most probable experts, of a jittered input in training."""
@@ -62,10 +64,14 @@ class SwitchRouter(Router):
         return softmax_top_k(self.scores, x_TD, self.shape.k, normalize=self.config.normalize)
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the balance loss and the z-loss."""
+        """Return the balance losses and the z-loss."""
         assert decision.probs_TE is not None and decision.logits_TE is not None
         balance = feedback.share * load_balance(decision.probs_TE, decision, feedback.context)
-        return {
+        terms = {
             "balance": Term(balance, self.config.balance_weight),
             "z": Term(feedback.mean(router_z(decision.logits_TE)), self.config.z_weight),
         }
+        if self.config.device_balance_weight:
+            devices = feedback.share * device_balance(decision.probs_TE, decision, feedback.context)
+            terms["device_balance"] = Term(devices, self.config.device_balance_weight)
+        return terms

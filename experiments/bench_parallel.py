@@ -1,4 +1,4 @@
-"""``rlroute bench parallel``: two expert-parallel workers beside two independent ones, each on half the batch and a core of its own.
+"""``rlroute bench parallel``: two expert-parallel workers beside two independent ones, each with one thread and half the batch.
 
 What the difference buys is a model whose experts need not fit one device; what it costs is the all-to-all. Routing is forced to be
 balanced, so that waiting for an uneven share is not part of it. Times are wall-clock, of the slower worker in each round.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,10 @@ from rlroute.training.step import Device, backward_batch
 WORKERS, S, VOCABULARY = 2, 128, 256
 SHAPES = (Shape(4096, 256, 512, 8, 2), Shape(4096, 96, 96, 16, 2))
 BASE, OURS = "independent", "expert parallel"
+SHARED = "training step, one shared expert"
 CHUNKS = {OURS: 1, "2 chunks": 2, "4 chunks": 4}
+WORKS = {"experts": CHUNKS, "training step": CHUNKS, SHARED: {OURS: 1, "no overlap": 0}}
+"""What is measured, and in how many chunks rows travel in it."""
 SECONDS = 600.0
 
 
@@ -51,7 +55,8 @@ def _balanced(tokens: int, k: int, experts: int) -> RoutingDecision:
 
 
 def bench_parallel(shapes: Sequence[Shape], rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield one row per shape and work: the experts of one layer, forward and backward; a training step of two layers.
+    """Yield one row per shape and work: the experts of one layer, forward and backward; a training step of two layers; the same with a
+    shared expert, which is computed while rows travel, or apart.
 
     Args:
         shapes: tokens of *one* worker, and the layer's sizes.
@@ -59,11 +64,11 @@ def bench_parallel(shapes: Sequence[Shape], rounds: int) -> Iterator[dict[str, A
     """
     for shape in shapes:
         sizes = " ".join(f"{letter}={size}" for letter, size in shape._asdict().items())
-        for work in ("experts", "training step"):
+        for work, chunks in WORKS.items():
             ranks = run_ranks(_contest, WORKERS, work, tuple(shape), rounds, seconds=SECONDS)
             slower = Contest({name: list(map(max, *(r[0][name] for r in ranks))) for name in ranks[0][0]})
             rows = figures(slower, OURS, BASE, tokens=WORKERS * shape.T)
-            for name in CHUNKS:
+            for name in chunks:
                 total = sum(slower.seconds[name]) * WORKERS
                 rows[name]["all_to_all_share"] = sum(r[1][name] for r in ranks) / total
             yield {"what": f"{sizes}, {work}", "work": work, "ours": OURS, "base": BASE, "contenders": rows}
@@ -85,8 +90,8 @@ def check(shapes: Sequence[Shape]) -> None:
 def _contest(work: str, sizes: tuple[int, ...], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return this rank's seconds by contender and round, and those spent on the all-to-all over all rounds."""
     shape = Shape(*sizes)
-    make = _experts if work == "experts" else _training_step
-    meshes = {name: Mesh(WORKERS, chunks=chunks) for name, chunks in CHUNKS.items()}
+    make = _experts if work == "experts" else partial(_training_step, shared=int(work == SHARED))
+    meshes = {name: Mesh(WORKERS, chunks=chunks) for name, chunks in WORKS[work].items()}
     calls = {name: make(shape, group) for name, group in ({BASE: ALONE} | meshes).items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)  # the same on all ranks
@@ -121,8 +126,8 @@ def _experts(shape: Shape, group: Group) -> Call:
     return call
 
 
-def _training_step(shape: Shape, group: Group) -> Call:
-    config = ModelConfig(d_model=shape.D, num_experts=shape.E, k=shape.K, d_expert=shape.F)
+def _training_step(shape: Shape, group: Group, shared: int) -> Call:
+    config = ModelConfig(d_model=shape.D, num_experts=shape.E, k=shape.K, d_expert=shape.F, num_shared_experts=shared)
     model_shape = ModelShape(vocab_size=VOCABULARY, seq_len=S, seed=0, backend="cpu", placement=group.placement)
     model = Transformer(config, model_shape, _make_router)
     optimizer, sequences = Optimizer(model, TrainConfig(), group), shape.T // S * group.size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,13 +46,17 @@ def train(
 ) -> None:
     """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
 
-    With --workers, several processes train it together, as many micro-batches as there are workers or a multiple of it.
+    With --workers, several processes train it together: as many micro-batches as there are workers, or --train.micro-batches, a
+    multiple of it.
     """
     from rlroute.experiments.compare import run_all
     from rlroute.experiments.recipes import build_entry
     from rlroute.records import RunFolder
 
-    config = build_entry(entry, shared.data, shared.model, shared.train)
+    steps = shared.train
+    if steps.micro_batches == 1:
+        steps = replace(steps, micro_batches=launch.workers)
+    config = build_entry(entry, shared.data, shared.model, steps)
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
     (record,) = run_all([Job(config, seed, _command())], launch)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
@@ -118,7 +122,8 @@ def sweep(
     from rlroute.experiments.compare import run_jobs
 
     read = sweeping.read_spec(spec)
-    jobs, how = read.jobs(_command()), read.launch(launch)
+    said = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv if word.startswith("--")}
+    jobs, how = read.jobs(_command()), read.launch(launch, said)
     search = read.search(jobs)
     if search is not None:
         how = sweeping.apart(how, read.name)

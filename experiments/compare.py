@@ -48,9 +48,13 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
         raise ConfigError(f"run {twice[0]} is asked for twice: want each entry once")
     if not ids:
         raise ConfigError("no runs: want at least 1 seed and 1 entry")
-    check(dict.fromkeys(job.config for job in jobs), how.workers, how.expert_parallel)
+    check(
+        dict.fromkeys(job.config for job in jobs), how.workers, how.expert_parallel, elsewhere=how.address is not None
+    )
     if how.uses_ray(len(jobs)):
         require()
+        if not how.gpus and any(job.config.train.device == "cuda" for job in jobs):
+            raise ConfigError("--gpus 0 with train.device = 'cuda': say how much of a GPU a worker gets")
     if how.wandb != "off":
         require_wandb()
     folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}

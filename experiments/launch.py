@@ -42,6 +42,11 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path (file:GLOB, a policy's file) means what it means here
 }
 SCRATCH = "rlroute-"
+LONGEST_TEMPORARY = 14  # a socket's name may have 107 characters; with Ray's part and ours 14 are left
+TOKEN = secrets.token_hex(32)
+"""Of the Ray sessions of this process and its children; Ray reads it once in a process."""
+STOPPED = "stopped"
+"""The file that marks a trial that a search has stopped early."""
 WANT_OF_MEMORY = "for want of memory"
 
 
@@ -108,9 +113,9 @@ class Launch:
     expert_parallel: int = 1
     """Shards into which they cut the experts."""
     exchange_chunks: int = 1
-    """Parts in which rows travel between shards; one is computed while the next is on its way."""
+    """Parts in which rows travel between shards; one is computed while the next is on its way. 0: nothing is computed meanwhile."""
     retries: int = 2
-    """How often a run is started again whose process was lost or hung."""
+    """How often a run is started again that failed, or whose process was lost or hung."""
     patience: float = 10.0
     """Minutes without a step after which a run counts as hung."""
     wandb: Mode = "off"
@@ -122,14 +127,20 @@ class Launch:
         Raises:
             ConfigError: a value is illegal, or does not go with another.
         """
-        for name in ("cpus", "workers", "expert_parallel", "exchange_chunks", "patience"):
+        for name in ("cpus", "workers", "expert_parallel", "patience"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        for name in ("gpus", "retries"):
+        for name in ("gpus", "retries", "exchange_chunks"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name} {getattr(self, name)}: legal are numbers from 0")
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: legal are numbers from 0")
         if self.concurrency is not None and self.concurrency < 1:
             raise ConfigError(f"--concurrency {self.concurrency}: legal are numbers from 1")
+        if self.exchange_chunks != 1 and self.expert_parallel == 1:
+            raise ConfigError(f"--exchange-chunks {self.exchange_chunks}: without --expert-parallel no rows travel")
+        if self.gpus % 1 and self.workers > 1:
+            raise ConfigError(
+                f"--gpus {self.gpus} with --workers {self.workers}: workers of one run cannot share a GPU"
+            )
         if self.launcher == "local" and (self.workers > 1 or self.address):
             raise ConfigError("--launcher local trains in this process: --workers and --address want --launcher ray")
 
@@ -148,15 +159,17 @@ def launch(
     """Train all jobs to their ends and return the reasons of those that failed, by run id; the others are not held up.
 
     Args:
-        jobs: what to train; ended runs cost nothing.
+        jobs: what to train; ended runs, and those that this search has stopped, cost nothing.
         how: where, and how many at a time.
         search: stops trials early, under Ray alone.
         say: told of a run that failed, as soon as it has, and why.
     """
     from rlroute.records import RunFolder  # and with it torch, which the command line's help does without
 
+    through_ray = how.uses_ray(len(jobs))  # also for the last that is left
     jobs = [job for job in jobs if not RunFolder(how.store, job.config, job.seed).ended]
-    if jobs and how.uses_ray(len(jobs)):
+    jobs = [job for job in jobs if search is None or not (how.store / job.id / STOPPED).exists()]
+    if jobs and through_ray:
         with session(how) as (tune, scratch):
             reasons = _tune(tune, jobs, how, scratch, search, say)
     else:
@@ -169,34 +182,43 @@ def launch(
 
 
 def _train(job: Job, how: Launch, on_step: Callable[[int], None] = lambda step: None) -> str:
-    """Train a job in this process, or with workers; return why it failed, or an empty string."""
+    """Train a job in this process, or with workers; return why it failed, or an empty string.
+
+    What bad input or the store brings about would come again. Anything else is tried again from the last checkpoint.
+    """
+    for _ in range(how.retries + 1):
+        try:
+            _train_once(job, how, on_step)
+            return ""
+        except RlrouteError as error:
+            return str(error)
+        except Exception as error:  # a defect in one router must not take the other runs with it; its reason is printed
+            reason = f"{type(error).__name__}: {error}"
+    return reason
+
+
+def _train_once(job: Job, how: Launch, on_step: Callable[[int], None]) -> None:
     from rlroute.training.loop import train
 
-    try:
-        if how.workers == 1:
-            train(job.config, job.seed, how.store, command=job.command, on_step=on_step, wandb=how.wandb)
-        else:
-            from rlroute.parallel.workers import train_group
+    if how.workers == 1:
+        train(job.config, job.seed, how.store, command=job.command, on_step=on_step, wandb=how.wandb)
+    else:
+        from rlroute.parallel.workers import train_group
 
-            train_group(
-                job.config,
-                job.seed,
-                how.store,
-                workers=how.workers,
-                expert_parallel=how.expert_parallel,
-                chunks=how.exchange_chunks,
-                cpus=how.cpus,
-                gpus=how.gpus,
-                command=job.command,
-                retries=how.retries,
-                patience=60 * how.patience,
-                wandb=how.wandb,
-            )
-    except RlrouteError as error:
-        return str(error)
-    except Exception as error:  # a defect in one router must not take the other runs with it; its reason is printed
-        return f"{type(error).__name__}: {error}"
-    return ""
+        train_group(
+            job.config,
+            job.seed,
+            how.store,
+            workers=how.workers,
+            expert_parallel=how.expert_parallel,
+            chunks=how.exchange_chunks,
+            cpus=how.cpus,
+            gpus=how.gpus,
+            command=job.command,
+            retries=how.retries,
+            patience=60 * how.patience,
+            wandb=how.wandb,
+        )
 
 
 def require() -> tuple[Any, Any]:
@@ -250,20 +272,26 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
         ConfigError: the cluster cannot be reached, or has no room for a trial.
         MissingDependencyError: Ray is not installed.
     """
-    if how.address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    before = os.environ.copy()
+    if how.address is None:  # whatever is set for another cluster
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     ray, tune = require()
     _remove_orphans()
-    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=_temporary_folder()))
     try:
+        (scratch / "host").write_text(_host())
         _connect(ray, how, scratch)
         for name in ("ray.tune", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        _require_room(ray.cluster_resources(), how)
+        _require_room([node["Resources"] for node in ray.nodes() if node["Alive"]], how)
         yield tune, scratch
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _connect(ray: Any, how: Launch, scratch: Path) -> None:
@@ -286,24 +314,45 @@ def _connect(ray: Any, how: Launch, scratch: Path) -> None:
         raise ConfigError(f"--address {how.address}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _require_room(resources: dict[str, float], how: Launch) -> None:
+def _require_room(nodes: Sequence[dict[str, float]], how: Launch) -> None:
     """Refuse trials that the whole cluster could not hold, which would wait for ever.
+
+    Args:
+        nodes: the resources of each.
+        how: what a trial wants.
 
     Raises:
         ConfigError: naming what is wanted and what there is.
     """
-    for name, each in (("CPU", how.cpus), ("GPU", how.gpus)):
-        wanted, there = each * how.workers, resources.get(name, 0.0)
-        if wanted > there:
-            raise ConfigError(f"a run wants {wanted:g} {name}s ({how.workers} workers): the cluster has {there:g}")
+    want = {"CPU": how.cpus, "GPU": how.gpus}
+    held = [min(int(node.get(name, 0.0) / each + 1e-9) for name, each in want.items() if each) for node in nodes]
+    if sum(held) < how.workers:
+        there = "; ".join(", ".join(f"{node.get(name, 0.0):g} {name}s" for name in want) for node in nodes)
+        raise ConfigError(
+            f"a run wants {how.workers} x ({how.cpus:g} CPUs, {how.gpus:g} GPUs), each on one node: there are nodes of {there}"
+        )
+
+
+def _temporary_folder() -> str:
+    """Return where private folders lie: the usual place, or /tmp where that has too long a name for the sockets that Ray puts inside."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= LONGEST_TEMPORARY else "/tmp"
+
+
+def _host() -> str:
+    """Return what tells processes that can see each other from those of other hosts and containers; empty where nothing does."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _remove_orphans() -> None:
-    """Remove the private folders of processes that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}[0-9]*-*"):
+    """Remove the private folders of processes of this host that were killed."""
+    for folder in Path(_temporary_folder()).glob(f"{SCRATCH}[0-9]*-*"):
         owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
         with contextlib.suppress(OSError):
-            if folder.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+            mine = folder.stat().st_uid == os.getuid() and (folder / "host").read_text() == _host() != ""
+            if mine and not Path(f"/proc/{owner}").exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -363,8 +412,11 @@ def _give_memory_back() -> None:
 def _listener(tune: Any, jobs: Sequence[Job], how: Launch, say: Callable[[str, str], None]) -> Any:
     class Listener(tune.Callback):  # type: ignore[misc]  # a class of Tune, which is imported late
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if reason := trial.last_result.get("reason"):
-                say(jobs[trial.config["job"]].id, reason)
+            run = jobs[trial.config["job"]].id
+            if (reason := trial.last_result.get("reason")) is None:  # it did not come to its end
+                (how.store / run / STOPPED).touch()
+            elif reason:
+                say(run, reason)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             job = jobs[trial.config["job"]]

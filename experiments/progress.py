@@ -12,12 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rlroute.experiments.launch import STOPPED, Job
 from rlroute.records import last_row
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from rlroute.experiments.launch import Job
 
 REFRESH_SECONDS = 1.0
 LOG_SECONDS = 30.0
@@ -59,7 +58,7 @@ class Monitor:
     def _share(self, job: Job) -> float:
         """Return the share of a job's steps that are done, as far as its records say."""
         folder = self.store / job.id
-        if (folder / "summary.json").exists():
+        if (folder / "summary.json").exists() or (folder / STOPPED).exists():
             return 1.0
         row = last_row(folder)
         return min(0.99, row["step"] / job.config.train.steps) if row else 0.0
@@ -72,8 +71,9 @@ class Monitor:
         folder = self.store / job.id
         if (folder / "summary.json").exists():
             return "ended"
-        if (folder / "failed.json").exists():
-            return "failed"
+        for state, name in (("failed", "failed.json"), ("stopped early", STOPPED)):
+            if (folder / name).exists():
+                return state
         rows = folder / "metrics.jsonl"
         return "running" if rows.exists() and rows.stat().st_mtime > self.began else "waiting"
 
@@ -83,7 +83,9 @@ class Monitor:
         speed = (done - self.first) / elapsed if elapsed else 0.0
         to_do = len(self.jobs) - done - counts["failed"]
         left = f"about {to_do / speed / 60:.0f} min left" if speed else "starting"
-        states = ", ".join(f"{counts[state]} {state}" for state in ("running", "failed") if counts[state])
+        states = ", ".join(
+            f"{counts[state]} {state}" for state in ("running", "stopped early", "failed") if counts[state]
+        )
         ended = f"{counts['ended']} of {len(self.jobs)} runs ended"
         return f"{', '.join(filter(None, (ended, states)))}; {elapsed / 60:.1f} min so far, {left}"
 
@@ -108,7 +110,7 @@ class Monitor:
 
     def _interest(self, jobs: list[Job]) -> int:
         """Rank what is watched first where not all fits: what runs, then what failed, what waits, what has ended."""
-        order = ("running", "failed", "waiting", "ended")
+        order = ("running", "failed", "waiting", "stopped early", "ended")
         return min(order.index(self._state(job)) for job in jobs)
 
 

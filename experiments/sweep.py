@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,8 @@ class Spec:
                 legal = sorted({f.name for c in configs if c.router is not None for f in fields(c.router)})
                 raise ConfigError(f"{path}: no entry's router has it, legal are {', '.join(legal) or 'none'}")
 
-    def launch(self, how: Launch) -> Launch:
-        """Return how the runs are launched: the file's resources, where the command line says nothing else."""
-        standard = Launch()
-        said = {name for name in RESOURCES if getattr(how, name) != getattr(standard, name)}
+    def launch(self, how: Launch, said: Collection[str] = ()) -> Launch:
+        """Return how the runs are launched: the file's resources, but for the fields ``said`` on the command line."""
         return replace(how, **{name: value for name, value in self.resources.items() if name not in said})
 
     def search(self, jobs: Sequence[Job]) -> Search | None:

@@ -3,7 +3,7 @@
 The load fraction f is counted before capacity drops and per layer: counted after, total collapse under a tight capacity looks
 balanced; pooled over layers, layers that collapse onto different experts do.
 
-Shape suffixes: T tokens, E experts, B sequences.
+Shape suffixes: T tokens, E experts, B sequences, G devices (as many columns as experts, the surplus empty).
 """
 
 import torch
@@ -18,10 +18,28 @@ def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingCo
     It is 1 at perfect balance for every k, and differentiable through P alone. Both are taken over the valid tokens of the
     context's balance scope.
     """
+    demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
+    return decision.num_experts * (demand_E / demand_E.sum() * mass_E / mass_E.detach().sum()).sum()
+
+
+def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return :func:`load_balance` with the devices that hold the experts in place of the experts (DeepSeek-V2, arXiv 2405.04434: the
+    device-level loss). It is 1, without gradient, where one device holds all.
+    """
+    if context.expert_device_E is None:
+        return probs_TE.new_ones(())
+    demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
+    device_E = context.expert_device_E
+    holds_EG = (device_E[:, None] == torch.arange(len(device_E), device=device_E.device)).to(probs_TE.dtype)
+    f_G, mass_G = demand_E @ holds_EG / demand_E.sum(), mass_E @ holds_EG
+    return (device_E.max() + 1) * (f_G * mass_G / mass_E.detach().sum()).sum()
+
+
+def _demand_and_mass(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, Tensor]:
+    """Return how often each expert was chosen and the sum of its probabilities, over the valid tokens of the balance scope."""
     mask_T = context.mask_T
     demand_E = context.sum_over_scope(decision.demand_E(mask_T).to(probs_TE.dtype))
-    mass_E = context.sum_over_scope((probs_TE * mask_T[:, None]).sum(0))
-    return decision.num_experts * (demand_E / demand_E.sum() * mass_E / mass_E.detach().sum()).sum()
+    return demand_E, context.sum_over_scope((probs_TE * mask_T[:, None]).sum(0))
 
 
 def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:

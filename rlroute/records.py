@@ -190,6 +190,15 @@ class RunFolder:
             for name in ("metrics", "loads"):
                 (self.path / f"{name}.jsonl").touch()
 
+    def note_environment(self, config: RunConfig, backend: str, parallel: Row) -> None:
+        """Note in environment.json what is other now than where the run was begun, as "before, then now": no table takes them for one."""
+        path = self.path / "environment.json"
+        noted, now = _read_json(path), environment(config, backend) | parallel
+        for name, value in now.items():
+            if str(noted.get(name)).rpartition(", then ")[2] != str(value):
+                noted[name] = f"{noted.get(name)}, then {value}"
+        write_json(path, noted)
+
     def append(self, name: str, row: Row) -> None:
         """Append one line to ``name``.jsonl."""
         path = self.path / f"{name}.jsonl"

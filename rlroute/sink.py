@@ -65,6 +65,11 @@ def take_warnings() -> list[str]:
     return said
 
 
+def pass_on(warnings: list[str]) -> None:
+    """Take over what sinks of another process have said where nobody reads it."""
+    _said.extend(warnings)
+
+
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dictionaries and lists by their paths: ``terms/balance``, ``max_vio_L/0``."""
     if not isinstance(value, dict | list):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlroute.balance import cv_squared, entropy_T, load_balance, router_z, sequence_balance
+from rlroute.balance import cv_squared, device_balance, entropy_T, load_balance, router_z, sequence_balance
 from rlroute.routing import RoutingContext, RoutingDecision, drop_over_capacity
 from tests.conftest import draw, make_context
 
@@ -49,6 +49,28 @@ def test_perfect_balance_costs_one_for_every_k(k: int) -> None:
 def test_total_collapse_costs_experts_over_k(k: int, cost: float) -> None:
     probs_TE = torch.where(torch.arange(8) < k, 1 / k, 0.0).expand(12, 8)
     assert load_balance(probs_TE, choose(torch.arange(k).expand(12, k), 8), make_context()) == pytest.approx(cost)
+
+
+def test_balance_by_device_is_that_of_experts_merged_by_device() -> None:
+    probs_TE, decision = make_random(experts=6)
+    device_E = torch.tensor([2, 0, 1, 1, 0, 2])
+    value = device_balance(probs_TE, decision, replace(make_context(), expert_device_E=device_E))
+    merged_TG = probs_TE.new_zeros(12, 3).index_add(1, device_E, probs_TE)
+    same = choose(device_E[decision.expert_ids_R].view(12, 2), 3)
+    expected = by_hand(merged_TG, same, list(range(12)))
+    assert float(value.detach()) == pytest.approx(expected, abs=1e-12)
+    (gradient_TE,) = torch.autograd.grad(value, probs_TE)
+    assert torch.equal(gradient_TE[:, [0, 1, 2]], gradient_TE[:, [5, 4, 3]]) and gradient_TE.abs().max() > 0
+
+
+def test_one_device_is_always_in_balance() -> None:
+    probs_TE, decision = make_random()
+    assert device_balance(probs_TE, decision, make_context()) == 1
+    alone = device_balance(
+        probs_TE, decision, replace(make_context(), expert_device_E=torch.zeros(4, dtype=torch.long))
+    )
+    (gradient_TE,) = torch.autograd.grad(alone, probs_TE)
+    assert float(alone.detach()) == pytest.approx(1.0) and torch.equal(gradient_TE, gradient_TE[0, 0].expand(12, 4))
 
 
 def test_value_and_gradient_are_those_of_the_definition() -> None:

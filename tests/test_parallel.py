@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, TrainConfig
-from rlroute.errors import ConfigError, StoreError
+from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.table import build_table
 from rlroute.kernels import ExpertWeights
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints, is_expert
 from rlroute.model.moe import HERE
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
-from rlroute.records import RunFolder
+from rlroute.records import RunFolder, read_runs
 from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision, drop_over_capacity
 from rlroute.training import checkpoint, loop
@@ -42,6 +43,7 @@ VARIANTS = [
     "capacity",
     "expert_choice",
     "shared",
+    "dense",
 ]
 STEPS = 20
 
@@ -99,7 +101,9 @@ def trained(entry, group, **train):
     state = {name: group.whole(v) if is_expert(name) else v for name, v in model.state_dict().items()}
     return {
         "figures": torch.tensor(figures, dtype=torch.float64),
-        "chosen": torch.stack(chosen).view(STEPS, -1, len(model.routers), chosen[0].numel()),
+        "chosen": torch.stack(chosen).view(STEPS, -1, len(model.routers), chosen[0].numel())
+        if chosen
+        else torch.empty(1, 0),
         "state": state,
     }
 
@@ -120,7 +124,9 @@ def test_workers_equal_one_process_for_every_router(workers, expert_parallel, ch
     assert_equal_to(alone, workers, expert_parallel, chunks)
 
 
-@pytest.mark.parametrize(("workers", "expert_parallel", "chunks"), [(2, 1, 1), (4, 4, 2)])
+@pytest.mark.parametrize(
+    ("workers", "expert_parallel", "chunks"), [(2, 1, 1), pytest.param(4, 4, 2, marks=pytest.mark.slow)]
+)
 def test_other_meshes_and_chunks_compute_the_same(workers, expert_parallel, chunks, alone):
     assert_equal_to({entry: alone[entry] for entry in ("switch", *VARIANTS)}, workers, expert_parallel, chunks)
 
@@ -199,7 +205,7 @@ def dispatched(kind, chunks):
     return outcomes, mesh.traffic(), int(away.sum())
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 5])
+@pytest.mark.parametrize("chunks", [0, 1, 2, 5])
 @pytest.mark.parametrize("kind", ["spread", "collapsed", "dropped", "unused", "none kept"])
 def test_dispatch_equals_the_kernel_with_all_experts(kind, chunks):
     ranks = run_ranks(dispatched, 3, kind, chunks)
@@ -219,6 +225,17 @@ def devices(expert_parallel):
 def test_routers_see_the_devices_of_the_experts():
     assert run_ranks(devices, 2, 2)[1].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert run_ranks(devices, 2, 1)[1] is None
+
+
+def test_balance_by_device_sees_real_devices_and_evens_their_loads():
+    spread = {}
+    for weight in (0.0, 10.0):
+        entry = f"switch:balance_weight=0,device_balance_weight={weight}"
+        (one, _), *_ = run_ranks(all_trained, 2, [entry, "switch"], 2, 1, {})
+        demand_E = torch.bincount(one["chosen"][-8:].flatten(), minlength=8).double()
+        by_device = demand_E.view(2, 4).sum(1) / demand_E.sum()
+        spread[weight] = float((by_device - 0.5).abs().max())
+    assert spread[10.0] < 0.5 * spread[0.0]
 
 
 def described(expert_parallel):
@@ -276,7 +293,21 @@ def eight():
     return {"steps": 8, "eval_every": 4, "log_every": 1, "checkpoint_every": 4}
 
 
-@pytest.mark.parametrize(("workers", "expert_parallel"), [(4, 4), (2, 2), (1, None)])
+def test_a_run_that_went_on_with_other_workers_says_so_and_enters_no_table_of_either(tmp_path):
+    run_ranks(run, 2, tmp_path / "cut", 2, "switch", 5)
+    run(tmp_path / "cut", None, "switch", 7)
+    run(tmp_path / "cut", None, "switch")
+    run(tmp_path / "one", None, "uniform")
+    records = [read_runs(tmp_path / name)[0] for name in ("cut", "one")]
+    assert records[0].environment["workers"] == records[0].environment["expert_parallel"] == "2, then 1"
+    assert records[0].environment["torch"] == records[1].environment["torch"]
+    with pytest.raises(ComparisonError, match=r"environment\.workers"):
+        build_table(records)
+
+
+@pytest.mark.parametrize(
+    ("workers", "expert_parallel"), [pytest.param(4, 4, marks=pytest.mark.slow), (2, 2), (1, None)]
+)
 def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_parallel, tmp_path):
     whole = run(tmp_path / "whole", None, "bias_balanced")
     run_ranks(run, 4, tmp_path / "cut", 4, "bias_balanced", 5)

@@ -75,9 +75,9 @@ trials = {trials}
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
-    read = spec(tmp_path, "entries = ['hash']\n[resources]\nworkers = 4\nexpert_parallel = 2\ngpus = 0.5\n")
-    how = read.launch(Launch(expert_parallel=4))
-    assert (how.workers, how.expert_parallel, how.gpus) == (4, 4, 0.5)
+    read = spec(tmp_path, "entries = ['hash']\n[resources]\nworkers = 4\nexpert_parallel = 2\ngpus = 1\n")
+    how = read.launch(Launch(expert_parallel=4, gpus=0), {"expert_parallel", "gpus"})
+    assert (how.workers, how.expert_parallel, how.gpus) == (4, 4, 0)
 
 
 def test_a_search_has_a_store_of_its_own_that_no_table_takes(tmp_path):

@@ -1,10 +1,12 @@
 """What Ray adds to expert parallelism: workers that are placed, lost, and started anew, without a figure changing."""
 
+import contextlib
 import os
 import signal
-import subprocess
 import threading
 import time
+import uuid
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,6 @@ from rlroute.records import RunFolder
 from rlroute.training import loop
 
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=8)
-TIMINGS = {"seconds": 0, "tokens_per_second": 0}
 
 
 def config_of(spec="synth:documents=64,length=64", **train):
@@ -28,16 +29,26 @@ def config_of(spec="synth:documents=64,length=64", **train):
     )
 
 
+MARK = uuid.uuid4().hex
+
+
 @pytest.fixture(scope="module", autouse=True)
 def session():
+    os.environ["RLROUTE_TEST_MARK"] = MARK  # handed down to all of this session's processes
     with launch.session(launch.Launch()):
         yield
+    del os.environ["RLROUTE_TEST_MARK"]
 
 
 def workers():
     """Return the process ids of this session's workers."""
-    found = subprocess.run(["pgrep", "-f", "ray::_Worker"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            named = (folder / "cmdline").read_bytes().startswith(b"ray::_Worker")
+            if named and MARK.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 def figures(store, config):
@@ -68,7 +79,7 @@ def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moment", "rank"),
+    ("moment", "which"),
     [
         ("metrics.jsonl", 0),
         (".checkpoint-*.tmp", 1),
@@ -76,15 +87,15 @@ def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
         pytest.param(".checkpoint-*.tmp", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, rank, undisturbed, tmp_path):
+def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, which, undisturbed, tmp_path):
     config = config_of(steps=60)
     killed = []
 
     def kill():
         while not killed:
             if (found := workers()) and len(found) == 2 and any(tmp_path.glob(f"*/{moment}")):
-                os.kill(found[rank], signal.SIGKILL)
-                killed.append(found[rank])
+                os.kill(found[which], signal.SIGKILL)
+                killed.append(found[which])
             time.sleep(0.001)
 
     threading.Thread(target=kill, daemon=True).start()
@@ -166,3 +177,13 @@ def test_the_interface_is_that_of_the_address():
     assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
     with pytest.raises(LostWorkersError, match=r"203\.0\.113\.9"):
         interface_of("203.0.113.9")
+
+
+def test_a_run_that_no_node_could_hold_is_refused():
+    nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}]
+    launch._require_room(nodes, launch.Launch(cpus=4))
+    launch._require_room(nodes, launch.Launch(workers=8, cpus=1))
+    launch._require_room(nodes, launch.Launch(gpus=0.1))
+    for how in (launch.Launch(cpus=5), launch.Launch(workers=3, cpus=3), launch.Launch(workers=2, gpus=1)):
+        with pytest.raises(ConfigError, match="each on one node: there are nodes of 4 CPUs, 1 GPUs; 4 CPUs, 0 GPUs"):
+            launch._require_room(nodes, how)

@@ -12,6 +12,7 @@ M rows received, P ranks (expert shards), C chunks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +31,12 @@ class ExpertParallel:
 
     Args:
         group: the process group of the shards.
-        chunks: parts in which the rows travel.
+        chunks: parts in which the rows travel; 0: in one, and nothing else is computed meanwhile.
     """
 
     def __init__(self, group: dist.ProcessGroup, chunks: int = 1) -> None:
-        self.group, self.chunks, self.ranks = group, chunks, dist.get_world_size(group)
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.chunks, self.overlaps = max(1, chunks), chunks > 0
         self.traffic = Traffic()
 
     def start(
@@ -46,8 +48,7 @@ class ExpertParallel:
         """
         plan = make_plan(decision)
         sent_PCF = self._cut(plan)
-        received_PCF = torch.empty_like(sent_PCF)
-        dist.all_to_all_single(received_PCF, sent_PCF, group=self.group)
+        received_PCF = self._exchange_counts(sent_PCF)
         sent_PC, received_PC = sent_PCF.sum(2).tolist(), received_PCF.sum(2).tolist()
         flights = [
             (self._flight(sent_PC, received_PC, chunk), self._flight(received_PC, sent_PC, chunk))
@@ -70,7 +71,10 @@ class ExpertParallel:
             out_TD: Tensor = _Combine.apply(y_ND, decision.gates_R, plan, backend)  # type: ignore[no-untyped-call]
             return out_TD
 
-        return finish
+        if self.overlaps:
+            return finish
+        done_TD = finish()
+        return lambda: done_TD
 
     def _cut(self, plan: Plan) -> Tensor:
         """Count the rows of each expert in each chunk of its owner's rows; int64 of shape (P, C, F)."""
@@ -80,6 +84,13 @@ class ExpertParallel:
         lo_PC1, hi_PC1 = cuts_PC[:, :-1, None], cuts_PC[:, 1:, None]
         starts_P1F, ends_P1F = bounds_PF[:, None], plan.starts_E[1:].view(self.ranks, 1, -1)
         return (torch.minimum(ends_P1F, hi_PC1) - torch.maximum(starts_P1F, lo_PC1)).clamp(min=0)
+
+    def _exchange_counts(self, sent_PCF: Tensor) -> Tensor:
+        start = time.perf_counter()
+        received_PCF = torch.empty_like(sent_PCF)
+        dist.all_to_all_single(received_PCF, sent_PCF, group=self.group)
+        self.traffic.seconds += time.perf_counter() - start
+        return received_PCF
 
     def _flight(self, sent_PC: list[list[int]], received_PC: list[list[int]], chunk: int) -> Flight:
         return Flight(self.group, [c[chunk] for c in sent_PC], [c[chunk] for c in received_PC], self.traffic)

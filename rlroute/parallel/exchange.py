@@ -23,8 +23,9 @@ class Traffic:
     """What this rank has exchanged.
 
     Attributes:
-        bytes: sent to other ranks, forward and backward.
-        seconds: spent in sending and waiting, waiting for slower ranks included.
+        bytes: of rows sent to other ranks, forward and backward.
+        seconds: that this process spent in sending and waiting, waiting for slower ranks and for their counts included. With NCCL it
+            does not wait, the device does: they say nothing there.
     """
 
     bytes: int = 0

@@ -20,6 +20,7 @@ from rlroute.errors import ConfigError, RlrouteError
 from rlroute.model.accounting import is_expert
 from rlroute.model.moe import Placement
 from rlroute.parallel.dispatch import ExpertParallel
+from rlroute.parallel.exchange import Traffic
 from rlroute.training.group import Group
 
 
@@ -33,7 +34,7 @@ class Mesh(Group):
     Args:
         expert_parallel: the experts are cut into so many shards.
         device: ``cpu`` or ``cuda``.
-        chunks: parts in which rows travel between shards.
+        chunks: parts in which rows travel between shards; 0: in one, and nothing else is computed meanwhile.
 
     Raises:
         ConfigError: the ranks are no multiple of ``expert_parallel``.
@@ -107,14 +108,23 @@ class Mesh(Group):
             raise WorkerError("another worker of the group failed")
 
     def traffic(self) -> dict[str, Any] | None:
-        """Return the bytes that all ranks sent each other since the last call, and the mean seconds they spent on it."""
+        """Return the bytes of rows that all ranks sent each other since the last call, and the mean seconds they spent on it (gloo)."""
         if self.placement.shards == 1:
             return None
-        seen = self.exchange.traffic
+        seen, self.exchange.traffic = self.exchange.traffic, Traffic()
         sums = torch.tensor([seen.bytes, seen.seconds], dtype=torch.float64, device=self.device)
-        seen.bytes, seen.seconds = 0, 0.0
         dist.all_reduce(sums)
-        return {"bytes": int(sums[0]), "seconds": round(float(sums[1]) / self.size, 6)}
+        spent = {} if self.device == "cuda" else {"seconds": round(float(sums[1]) / self.size, 6)}
+        return {"bytes": int(sums[0])} | spent
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave what is exchanged in the block out of the traffic."""
+        counted, self.exchange.traffic = self.exchange.traffic, Traffic()
+        try:
+            yield
+        finally:
+            self.exchange.traffic = counted
 
 
 def check_mesh(workers: int, expert_parallel: int) -> None:

@@ -27,13 +27,14 @@ from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
-from rlroute.sink import Mode
+from rlroute.sink import Mode, pass_on, take_warnings
 from rlroute.training.loop import check_shares, train
 from rlroute.watchdog import watchdog
 
-RETRIES = 3
 PLACEMENT_SECONDS = 120
 """How long the workers may take to start: a dead node is noticed after up to a minute, and its share placed elsewhere."""
+SETTLING_SECONDS = 5.0
+"""How long the other workers may take to say what happened to them, once one has failed."""
 _GET_ADDRESS = 0x8915  # Linux: SIOCGIFADDR
 
 
@@ -52,9 +53,9 @@ def train_group(
     cpus: float = 1.0,
     gpus: float = 0.0,
     command: str | None = None,
-    retries: int = RETRIES,
+    retries: int = 2,
     patience: float = 600.0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     wandb: Mode = "off",
 ) -> dict[str, Any]:
     """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
@@ -72,7 +73,8 @@ def train_group(
         command: the command line behind this run, for its record.
         retries: how often the workers are started again after some were lost.
         patience: seconds without a step after which a worker ends itself, and counts as lost.
-        timeout: seconds that a worker waits for the others before it gives them up.
+        timeout: seconds that a worker waits for the others before it gives them up; longer than ``patience`` if nothing is said, so that
+            one that hangs has left its stacks by then.
         wandb: where rank 0 sends the rows besides the records.
 
     Raises:
@@ -84,26 +86,47 @@ def train_group(
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
-    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, timeout, wandb)
+    waits = patience + 60 if timeout is None else timeout
+    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, waits, wandb)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
             try:
                 meeting = (address, port, attempt, workers)
-                summary: dict[str, Any] = ray.get([a.train.remote(r, *meeting, *job) for r, a in enumerate(actors)])[0]
+                ranks = [a.train.remote(r, *meeting, *job) for r, a in enumerate(actors)]
+                going = ranks
+                while going:  # whichever fails first, fails at once
+                    ended, going = ray.wait(going)
+                    ray.get(ended)
+                summary: dict[str, Any]
+                summary, warnings = ray.get(ranks[0])
+                pass_on(warnings)
                 return summary
-            except ray.exceptions.RayActorError as error:
-                lost: Exception | str = error
-            except ray.exceptions.OutOfMemoryError:  # is no actor's error to Ray, and pages long
-                lost = "for want of memory"
-            except ray.exceptions.RayTaskError as error:
-                if not _follows_a_loss(error.cause):
-                    raise error.cause from None
-                lost = error.cause
+            except ray.exceptions.RayError:
+                lost = _loss(ranks)
             finally:
                 for actor in actors:
                     ray.kill(actor)
     raise LostWorkersError(f"workers were lost {retries + 1} times, the last time: {lost}")
+
+
+def _loss(ranks: list[Any]) -> str:
+    """Return how workers were lost; raise what one of them raised by its own doing, which the others' errors only follow."""
+    import ray
+
+    lost = []
+    for rank in ray.wait(ranks, num_returns=len(ranks), timeout=SETTLING_SECONDS)[0]:
+        try:
+            ray.get(rank)
+        except ray.exceptions.RayTaskError as error:
+            if not _follows_a_loss(error.cause):
+                raise error.cause from None
+            lost.append(str(error.cause))
+        except ray.exceptions.OutOfMemoryError:  # pages long
+            lost.insert(0, "for want of memory")
+        except ray.exceptions.RayError as error:
+            lost.insert(0, str(error))
+    return lost[0]
 
 
 def _follows_a_loss(error: Exception) -> bool:
@@ -135,7 +158,7 @@ class _Worker:
         patience: float,
         timeout: float,
         wandb: Mode,
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], list[str]]:
         import ray
 
         run = RunConfig.from_dict(config)
@@ -155,7 +178,8 @@ class _Worker:
         folder = RunFolder(Path(store), run, seed)
         folder.create()
         with watchdog(patience, folder.path, rank) as alive:
-            return train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb)
+            summary = train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb)
+        return summary, take_warnings()
 
 
 @contextmanager
@@ -211,11 +235,7 @@ def _start(strategies: list[Any], cpus: float, gpus: float) -> list[Any]:
         try:
             ray.get([a.ready.remote() for a in actors], timeout=max(1.0, deadline - time.monotonic()))
             return actors
-        except (
-            ray.exceptions.RayActorError,
-            ray.exceptions.OutOfMemoryError,
-            ray.exceptions.GetTimeoutError,
-        ) as error:
+        except ray.exceptions.RayError as error:  # also that it takes too long
             for one in actors:
                 with contextlib.suppress(Exception):  # it may be gone already
                     ray.kill(one)

@@ -133,7 +133,7 @@ def load_checkpoint(folder: Path, model: nn.Module, run_id: str, group: Group = 
     if path is None:
         return None
     with _reading(path):
-        shards = [torch.load(file, weights_only=True) for file in _shards(path, "trainer", ".pt")]
+        shards = [torch.load(file, weights_only=True, map_location="cpu") for file in _shards(path, "trainer", ".pt")]
         optimizer: dict[str, Any] = {}
         for name, values in shards[0]["optimizer"].items():
             parts = [shard["optimizer"][name] for shard in shards] if is_expert(name) else [values]

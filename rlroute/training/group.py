@@ -70,5 +70,10 @@ class Group:
         """Return what dispatch has exchanged since the last call, over all ranks; None where nothing travels."""
         return None
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave what is exchanged in the block out of the traffic."""
+        yield
+
 
 ALONE = Group()

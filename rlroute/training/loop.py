@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,14 @@ def train(
             run.sink.close()
 
 
-def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1) -> None:
+def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False) -> None:
     """Find out whether runs can be trained, without writing anything: their corpora are read and their models built.
 
     Args:
         configs: of the runs.
         workers: how many processes are to train each.
         expert_shards: into how many shards they cut the experts.
+        elsewhere: on other machines, whose devices cannot be seen from here.
 
     Raises:
         ConfigError, DataError: one cannot.
@@ -135,6 +136,8 @@ def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1
     if workers % expert_shards:
         raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
     for config in configs:
+        if elsewhere:
+            config = replace(config, train=replace(config.train, device="cpu", kernel="auto"))
         check_shares(config, workers)
         Placement(expert_shards).held(config.model.num_experts)
         if config.data not in corpora:
@@ -185,6 +188,7 @@ class _Run:
         self.steps = planned_steps(config, self.costs)
         self.progress = Progress()
         self.saved: int | None = None  # the step of the newest checkpoint
+        self.logged = 0.0  # seconds trained when the last row was written
 
     def train(self, on_step: Callable[[int], None]) -> dict[str, Any]:
         config = self.config.train
@@ -253,7 +257,10 @@ class _Run:
         measured = {"loss": result.loss, "terms": result.terms, "weights": result.weights, **norms}
         measured |= {"max_vio_L": max_vio_L(demand_LE)}
         if (traffic := self.group.traffic()) is not None and len(demand_LE):
+            if "seconds" in traffic:
+                traffic["share"] = round(traffic["seconds"] / (self.progress.seconds["train"] - self.logged), 4)
             measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(self._by_device(demand_LE))}}
+        self.logged = self.progress.seconds["train"]
         self._append("metrics", self._row("train") | measured)
         self._append("loads", {"step": self.progress.step, "load_LE": load_fractions(demand_LE)})
 
@@ -277,15 +284,16 @@ class _Run:
 
     def _evaluate(self, final: bool) -> dict[str, Any]:
         start = time.perf_counter()
-        row = evaluate(
-            self.model,
-            self.eval_batches,
-            self.corpus.token_bytes_V,
-            self.device,
-            seed=self.seed,
-            sampled=final,
-            group=self.group,
-        )
+        with self.group.uncounted():
+            row = evaluate(
+                self.model,
+                self.eval_batches,
+                self.corpus.token_bytes_V,
+                self.device,
+                seed=self.seed,
+                sampled=final,
+                group=self.group,
+            )
         self.progress.seconds["eval"] += time.perf_counter() - start
         if not math.isfinite(row["loss"]) or (row["sampled"] and not math.isfinite(row["sampled"]["loss"])):
             raise Diverged("the validation loss is not finite")
@@ -313,6 +321,7 @@ class _Run:
                 self.optimizer.load_state(trainer["optimizer"])
                 self.progress = Progress(**trainer["progress"])
                 self.saved = self.progress.step
+                self.logged = self.progress.seconds["train"]
         with self.group.together():
             if self.group.rank == 0:
                 self._open_records(new=trainer is None)
@@ -320,10 +329,12 @@ class _Run:
         return row if row and row["kind"] == "eval" and row["step"] == self.progress.step else None
 
     def _open_records(self, new: bool) -> None:
+        backend = resolve_backend(self.config.train.kernel, self.config.train.device)
+        parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
         if new:
-            backend = resolve_backend(self.config.train.kernel, self.config.train.device)
-            parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
             self.folder.describe(self.config, self.seed, backend, self.command, parallel)
+        else:
+            self.folder.note_environment(self.config, backend, parallel)
         self.folder.rewind(self.progress.step)
         self.sink = open_sink(self.wandb, self.folder.path)
 

@@ -98,7 +98,7 @@ def surroundings(
 ) -> dict[str, Any]:
     """Return what a context says of the other processes: where the experts are, and the sum over the balance scope."""
     fields: dict[str, Any] = {"sum_over_scope": group.sum_over_scope} if scope == "batch" else {}
-    if group.placement.shards > 1:
+    if group.placement.shards > 1 and model.routers:
         device_E = group.placement.device_E(model.routers[0].shape.num_experts)
         fields["expert_device_E"] = device_E.to(model.embed.weight.device)
     return fields
