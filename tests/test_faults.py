@@ -18,6 +18,7 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import StoreError
+from rlroute.experiments import launch
 from rlroute.experiments.recipes import build_entry
 from rlroute.records import RunFolder, failure, last_row
 from rlroute.training import loop
@@ -513,3 +514,31 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(site, tmp_path):
     for path in folder.glob("*.json*"):
         assert "NaN" not in path.read_text()
         assert "Infinity" not in path.read_text()
+
+
+@pytest.mark.parametrize(("error", "tries"), [(RuntimeError("out of memory"), 2), (StoreError("a full disk"), 3)])
+def test_what_may_pass_is_tried_again_and_what_would_come_again_is_not(error, tries, monkeypatch):
+    raised = []
+
+    def train(*arguments, **options):
+        if len(raised) < 2:
+            raised.append(error)
+            raise error
+
+    monkeypatch.setattr(loop, "train", train)
+    job = launch.Job(build_entry("hash", DATA, MODEL, SETTINGS), 0)
+    outcomes = [launch._train(job, launch.Launch(retries=1)) for _ in range(tries)]
+    wanted = {2: ["RuntimeError: out of memory", ""], 3: ["a full disk", "a full disk", ""]}
+    assert outcomes == wanted[tries]
+
+
+def test_the_one_run_that_is_left_of_several_goes_through_ray_as_they_did(finished, monkeypatch):
+    """In the driver it could hang for ever, or take the driver with it."""
+    configs = [build_entry(entry, DATA, MODEL, SETTINGS) for entry in ("uniform", "unbalanced")]
+    asked = []
+    monkeypatch.setattr(launch, "session", lambda how: contextlib.nullcontext((None, None)))
+    monkeypatch.setattr(launch, "_tune", lambda tune, jobs, *rest: asked.extend(jobs) or {})
+    jobs = [launch.Job(config, 0) for config in configs]
+    monkeypatch.setattr(RunFolder, "ended", property(lambda folder: folder.id == jobs[0].id))
+    launch.launch(jobs, launch.Launch(store=finished / "runs"))
+    assert asked == jobs[1:]

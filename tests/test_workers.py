@@ -34,9 +34,12 @@ MARK = uuid.uuid4().hex
 
 @pytest.fixture(scope="module", autouse=True)
 def session():
-    os.environ["RLROUTE_TEST_MARK"] = MARK  # handed down to all of this session's processes
+    other = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "of-another-cluster"}
+    os.environ.update(other, RLROUTE_TEST_MARK=MARK)  # the mark is handed down to all of this session's processes
     with launch.session(launch.Launch()):
+        assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN"] not in other.values()
         yield
+    assert {name: os.environ.pop(name) for name in other} == other
     del os.environ["RLROUTE_TEST_MARK"]
 
 
