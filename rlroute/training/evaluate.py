@@ -32,6 +32,7 @@ def evaluate(
     device: Device,
     *,
     seed: int,
+    step: int,
     sampled: bool,
     group: Group = ALONE,
 ) -> dict[str, Any]:
@@ -39,12 +40,12 @@ def evaluate(
 
     Loads are counted over the whole of ``batches``, by layer, before capacity drops.
     """
-    loss, decisions = _pass(model, batches, token_bytes_V, device, seed, group, explore=False)
+    loss, decisions = _pass(model, batches, token_bytes_V, device, seed, step, group, explore=False)
     sums = _balance_sums(model, decisions)
     group.add_up(list(sums.values()))
     sampled_row = None
     if sampled and any(router.stochastic for router in model.routers):
-        sampled_loss, drawn = _pass(model, batches, token_bytes_V, device, seed, group, explore=True)
+        sampled_loss, drawn = _pass(model, batches, token_bytes_V, device, seed, step, group, explore=True)
         sampled_row = sampled_loss | {"overlap_L": _overlap_L(model, decisions, drawn, group)}
     demand_LE, entropy_L, scored_L = sums["demand_LE"].float(), sums["entropy_L"], sums["scored_L"]
     return loss | {
@@ -65,19 +66,20 @@ def _pass(
     token_bytes_V: np.ndarray,
     device: Device,
     seed: int,
+    step: int,
     group: Group,
     explore: bool,
 ) -> tuple[dict[str, float], Decisions]:
     """Run all batches once and return the losses over all of them, and the decisions of this rank's.
 
-    Step 0 keys the draws; the sequence ids of evaluation batches keep them apart from training's.
+    Schedules (a policy's temperature) stand at ``step``; the sequence ids of evaluation batches keep their draws apart from training's.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     decisions, around = [], surroundings(model, group)
     for turn in range(-(-len(batches) // group.size)):
         index = turn * group.size + group.rank
         batch = batches[min(index, len(batches) - 1)]
-        context = make_context(batch, device, seed=seed, step=0, explore=explore, **around)
+        context = make_context(batch, device, seed=seed, step=step, explore=explore, **around)
         loss_MT, made = forward(model, batch, context, device)
         if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
             nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())

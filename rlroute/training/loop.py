@@ -291,6 +291,7 @@ class _Run:
                 self.corpus.token_bytes_V,
                 self.device,
                 seed=self.seed,
+                step=self.progress.step,
                 sampled=final,
                 group=self.group,
             )
@@ -369,18 +370,18 @@ class _Run:
 
 def planned_steps(config: RunConfig, cost: dict[str, int]) -> int:
     """Return the number of optimizer steps: as configured, or under budget flops what the amount allows (forward and backward count
-    three forwards; a further routing sample counts), rounded down to whole evaluation intervals so that prefixes can be compared.
+    three forwards; a further routing sample counts).
 
     Raises:
-        ConfigError: the amount does not pay for one interval.
+        ConfigError: the amount does not pay for one evaluation interval, after which prefixes of runs are compared.
     """
     train = config.train
     if train.budget != "flops":
         return train.steps
     assert train.budget_amount is not None
     per_step = training_flops_per_step(config, cost)
-    steps = int(train.budget_amount / per_step) // train.eval_every * train.eval_every
-    if steps == 0:
+    steps = int(train.budget_amount / per_step + 1e-9)
+    if steps < train.eval_every:
         raise ConfigError(
             f"train.budget_amount = {train.budget_amount:.3g} FLOPs: {train.eval_every} steps cost {per_step * train.eval_every:.3g}"
         )
