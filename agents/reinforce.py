@@ -66,7 +66,11 @@ class ReinforceRouter(RewardRouter):
         return self.config.samples or self.config.fewest_samples
 
     def draw(self, policy_TE: Tensor, context: RoutingContext) -> Tensor:
-        """Draw, and hold this layer at the first sample's choice where it is not its turn to be resampled."""
+        """Draw, and hold this layer at the first sample's choice where it is not its turn to be resampled.
+
+        Held choices of later layers were drawn for the first sample's route, not for this one: what a route changes in later layers'
+        routing is lost, so that ``resample=one`` is unbiased in the last layer only.
+        """
         ids_TK = super().draw(policy_TE, context)
         if self._learns(context):
             return ids_TK

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rlroute.config import Budget, DataConfig, ModelConfig, TrainConfig
-from rlroute.errors import ComparisonError, RlrouteError, StoreError
+from rlroute.errors import ComparisonError, ConfigError, RlrouteError, StoreError
 from rlroute.experiments.launch import Job, Launch
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def compare(
         entries: routers, `router:field=value,...`, or `dense`.
         seeds: each entry is trained with seeds 0 to seeds - 1.
         task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every router (of the
-            other options it takes --out and --concurrency).
+            other options it takes --seeds, --out and --concurrency).
         reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by name);
             under budget flops, whose training FLOPs everyone gets.
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
@@ -90,6 +90,8 @@ def compare(
         out: folder for table.md, table.csv and report.html.
     """
     if task == "clusters":
+        if (reference, budget, seconds, tuned, shared) != (None, "tokens", None, True, Shared()):
+            raise ConfigError("--task clusters takes ENTRIES, --seeds, --out and --concurrency, and no other option")
         _compare_clusters(entries, seeds, out, launch.concurrency or len(os.sched_getaffinity(0)))
         return
     from rlroute.experiments.compare import find_reference, run_all, with_budget
@@ -302,6 +304,8 @@ def play(
     if environment == "CartPole-v1":
         from rlroute.experiments import cartpole
 
+        if len(policies) > 1:
+            raise ConfigError(f"CartPole-v1 takes one router, not {', '.join(policies)}")
         entry = policies[0] if policies else cartpole.ENTRY
         print(cartpole.to_markdown(entry, cartpole.play(entry, range(3))))
         return
@@ -374,8 +378,9 @@ def bench(
 
 
 def _compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
+    from rlroute.config import RunConfig
     from rlroute.experiments import clusters
-    from rlroute.records import write_atomically, write_json
+    from rlroute.records import environment, write_atomically, write_json
     from rlroute.registry import default_names
 
     _make_folder(out)
@@ -384,7 +389,10 @@ def _compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: 
         entries or default_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
     )
     text = clusters.to_markdown(rows)
-    write_json(out / "clusters.json", {"command": _command(), "training": vars(how), "rows": rows})
+    write_json(
+        out / "clusters.json",
+        {"command": _command(), "environment": environment(RunConfig(), "cpu"), "training": vars(how), "rows": rows},
+    )
     write_atomically(out / "clusters.md", text)
     print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")
 

@@ -34,7 +34,8 @@ LEGEND = (
     "Variance: trace of the covariance over |exact|². SNR: power of the mean along the exact gradient over the variance, per "
     "micro-batch; tokens: how many to run for SNR 1. Choice part: cosine of the mean to the gradient through the choices alone, gates "
     "held. Brackets and ± are 95% intervals, over seeds where there are several, else over draws; variance, SNR and tokens are geometric "
-    "means over seeds. Where the estimates of all joint choices are enumerated too, a seed's figures are exact."
+    "means over seeds: an SNR of 0, and ∞ tokens, where one seed shows no signal. "
+    "Where the estimates of all joint choices are enumerated too, a seed's figures are exact."
 )
 
 

@@ -123,12 +123,14 @@ def over_seeds(intervals: Sequence[Interval]) -> Interval:
 def over_seeds_by_factor(intervals: Sequence[Interval]) -> Interval:
     """Return the interval over seeds of a positive quantity whose seeds differ by factors: of the geometric mean.
 
-    Where one is not above 0, the plain interval, cut off there.
+    Where one of several is not above 0, so is the mean: 0, with the upper end of the plain interval.
     """
     means = [interval.mean for interval in intervals]
-    if len(means) == 1 or min(means) <= 0:
-        plain = over_seeds(intervals)
+    plain = over_seeds(intervals)
+    if len(means) == 1:
         return replace(plain, low=None if plain.low is None else max(plain.low, 0.0))
+    if min(means) <= 0:
+        return replace(plain, mean=0.0, low=0.0)
     logs = t_interval([math.log(mean) for mean in means])
     assert logs.low is not None and logs.high is not None
     return Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(min(logs.high, 700.0)), logs.n)

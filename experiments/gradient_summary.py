@@ -43,7 +43,7 @@ def summary(record: Mapping[str, Any]) -> str:
     titles = (
         f"One layer, E = {base['experts']}, k = {base['k']}:",
         "Tokens for SNR 1, one layer:",
-        f"Tokens for SNR 1 by depth, after {ends[1]} steps (the first layer is layer 0; ∞: no signal found):",
+        f"Tokens for SNR 1 by depth, after {ends[1]} steps (the first layer is layer 0; ∞: no signal found on one seed or more):",
     )
     tables = (_table(record, columns) for columns in (quality, by_size, by_depth))
     return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables, strict=True)) + "\n"

@@ -46,9 +46,14 @@ class Learning:
     copies: int = 32
     """Copies of the environment that are stepped together."""
     rollout: int = 8
-    """Steps of a rollout."""
+    """Steps of a rollout; returns end with it, so that a discount sees no further."""
     lr: float = 0.02
     """Learning rate of Adam."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ConfigError(f"{name} = {value}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -237,13 +242,14 @@ class Result:
     Attributes:
         name: the policy, and for routers whether greedy or sampled.
         score, half_width: 0 uniform, 1 oracle; and half the 95 % interval over episodes.
-        regret: the oracle's mean reward per step less the policy's.
+        regret, regret_half_width: the oracle's mean reward per step less the policy's; and half its 95 % interval.
     """
 
     name: str
     score: float
     half_width: float
     regret: float
+    regret_half_width: float
 
 
 def play(
@@ -275,7 +281,9 @@ def play(
     for name, prepare in played:
         rewards_C = play_episode(envs, prepare(), seed=10**6 + seed)
         score, half_width = score_interval(envs, rewards_C)
-        results.append(Result(name, score, half_width, float(envs.world.anchors()[1] - rewards_C.mean())))
+        uniform, oracle = envs.world.anchors()
+        regret, unit = float(oracle - rewards_C.mean()), float(oracle - uniform)  # a score of 1 is as much reward
+        results.append(Result(name, score, half_width, regret, half_width * unit))
     return results
 
 
@@ -302,7 +310,7 @@ def _policies(
     if name in references:
         return {name: lambda: references[name]}
     if name.startswith(SB3) and not name.startswith("sb3:policy="):
-        policy = _stable_baselines(Path(name.removeprefix(SB3)))
+        policy = _stable_baselines(Path(name.removeprefix(SB3)), make(1))
         return {name: lambda: policy}
     entry = name.partition(":")[0]
     if entry == DENSE or entry not in router_names():
@@ -324,7 +332,7 @@ def _policies(
     return greedy | sampled
 
 
-def _stable_baselines(path: Path) -> Policy:
+def _stable_baselines(path: Path, envs: RoutingVectorEnv) -> Policy:
     """Load a saved policy of Stable-Baselines3: its algorithm's name starts the file's, as in ``ppo-bandit.zip``."""
     try:
         import stable_baselines3
@@ -336,6 +344,10 @@ def _stable_baselines(path: Path) -> Policy:
     if not path.exists():
         raise StoreError(f"{path} is not there")
     model = getattr(stable_baselines3, algorithm).load(path)
+    for what in ("observation_space", "action_space"):
+        saved, wanted = getattr(model, what), getattr(envs, f"single_{what}")
+        if saved != wanted:
+            raise ConfigError(f"policy {path} was trained with {what} {saved}: this environment has {wanted}")
     return lambda observations, infos: model.predict(observations, deterministic=True)[0]
 
 
@@ -343,5 +355,7 @@ def to_markdown(environment: str, results: list[Result]) -> str:
     """Return results as a table, best first."""
     rows = sorted(results, key=lambda result: -result.score)
     lines = [f"| {environment} | score | regret per step |", "|---|---:|---:|"]
-    lines += [f"| {r.name} | {r.score:.3f} ± {r.half_width:.3f} | {r.regret:.4f} |" for r in rows]
+    lines += [
+        f"| {r.name} | {r.score:.3f} ± {r.half_width:.3f} | {r.regret:.4f} ± {r.regret_half_width:.4f} |" for r in rows
+    ]
     return "\n".join(lines)

@@ -355,7 +355,7 @@ def test_every_router_is_measured_or_says_why_not(name: str, form: str) -> None:
     try:
         probe = make_probe(router_class(name), 2, 1, 3, 2, form)
     except Unmeasurable as reason:
-        assert str(reason) == "no scores, so no gradient at logits"
+        assert str(reason) == "no scores, so no gradient at logits" and name in ("bandit", "hash", "uniform")
         return
     measured = measure_probe(probe, draws=20, samples=2, seed=0)
     signals = [measured.signals(layer)[0] for layer in (0, 1)]
