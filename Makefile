@@ -1,7 +1,7 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
-# make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3
+# make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
 # make soak       twenty random kills over one sweep, which ends all the same
 # make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
@@ -39,6 +39,7 @@ envs: $(INSTALLED)
 		$(BIN)/python -c "import gymnasium as g, stable_baselines3 as s; print('Gymnasium', g.__version__, 'with SB3', s.__version__)"; \
 		$(BIN)/python -m pytest -m "" -k "not test_ppo" tests/test_envs.py tests/test_envs_learn.py || exit 1; \
 	done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "" -k test_ppo tests/test_envs_learn.py
 
 # The stamp comes last, so that an interrupted installation is taken up again.
 $(INSTALLED): setup.py pyproject.toml
