@@ -81,7 +81,7 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
         try:
             while driver.poll() is None:
                 time.sleep(draw.uniform(1.0, 4.0))
-                workers = [pid for pid in _marked(mark) if _is_trial(pid)]
+                workers = [pid for pid in marked(mark) if is_trial(pid)]
                 ended = len(list((folder / "runs").glob("*/summary.json")))
                 if len(kills) == min(KILLS, ended + AHEAD) or not workers or driver.poll() is not None:
                     continue
@@ -97,8 +97,8 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
             return kills, starts
 
 
-def _marked(mark: str) -> list[int]:
-    """Return the processes that the driver's mark was handed down to."""
+def marked(mark: str) -> list[int]:
+    """Return the processes in whose environment a mark stands, which every process hands down to those that it starts."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _is_trial(pid: int) -> bool:
+def is_trial(pid: int) -> bool:
     """Whether a process is a Ray worker that trains (its title says what it runs)."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ImplicitFunc")
@@ -117,7 +117,7 @@ def _is_trial(pid: int) -> bool:
 def _wait_for_none(mark: str) -> int:
     """Return how many marked processes are there after half a minute at most."""
     deadline = time.monotonic() + 30
-    while (left := len(_marked(mark))) and time.monotonic() < deadline:
+    while (left := len(marked(mark))) and time.monotonic() < deadline:
         time.sleep(0.5)
     return left
 

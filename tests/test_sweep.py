@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlroute.experiments import soak
 from rlroute.records import failure, read_runs
 from tests.test_cli import ROOT, ran, start, table
 from tests.test_third_party import install
@@ -85,15 +86,7 @@ def marked(monkeypatch):
     mark = uuid.uuid4().hex
     monkeypatch.setenv("RLROUTE_TEST_MARK", mark)
 
-    def left():
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
-                    found.append(int(folder.name))
-        return found
-
-    return left
+    return lambda: [pid for pid in soak.marked(mark) if pid != os.getpid()]
 
 
 def wait(condition, seconds=60):
@@ -157,12 +150,6 @@ def figures(store):
     }
 
 
-def is_trial(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ImplicitFunc")
-    return False
-
-
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked):
     command = ("sweep", spec_of(tmp_path, ("hash", "switch"), 200, 50), "--concurrency", "2")
@@ -174,7 +161,7 @@ def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked):
     if blow == signal.SIGINT:
         assert process.returncode == 130
         assert "the same command goes on" in err and "Traceback" not in err
-    wait(lambda: not [pid for pid in marked() if is_trial(pid)])  # Ray's own agents take a minute longer
+    wait(lambda: not [pid for pid in marked() if soak.is_trial(pid)])  # Ray's own agents take a minute longer
     ended = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
     assert ended and len(ended) < 4
     process = start(tmp_path, *command)

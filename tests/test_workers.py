@@ -12,7 +12,7 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
-from rlroute.experiments import launch
+from rlroute.experiments import launch, soak
 from rlroute.experiments.recipes import build_entry
 from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
 from rlroute.records import RunFolder
@@ -46,11 +46,10 @@ def session():
 def workers():
     """Return the process ids of this session's workers."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in soak.marked(MARK):
         with contextlib.suppress(OSError):
-            named = (folder / "cmdline").read_bytes().startswith(b"ray::_Worker")
-            if named and MARK.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_Worker"):
+                found.append(pid)
     return sorted(found)
 
 
