@@ -5,7 +5,6 @@ Shape suffixes: T tokens (rows of all routing samples), D model width, M routing
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from rlroute import seeding
 from rlroute.balance import entropy_T, load_balance, overload_T
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.limits import BelowOne, Count, NonNegative, Positive, Share
 from rlroute.rewards import discounted_return, own_token_reward
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
@@ -23,26 +22,11 @@ from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
 class DrawConfig(RouterConfig):
     """Fields of everything that draws from a softmax."""
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the sampling distribution; logits are divided by it."""
-    final_temperature: float | None = None
+    final_temperature: Positive | None = None
     """Reached linearly after ``temperature_steps``; none: the temperature stays."""
-    temperature_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        self.require("above 0", lambda v: v is None or v > 0, "temperature", "final_temperature", "temperature_steps")
-
-    def require(self, legal: str, holds: Any, *names: str) -> None:
-        """Refuse fields whose value does not hold, by name."""
-        for name in names:
-            if not holds(getattr(self, name)):
-                raise ConfigError(f"router {self.name}.{name} = {getattr(self, name)}: legal are numbers {legal}")
-
-    def require_choice(self, name: str, *legal: str) -> None:
-        """Refuse a field that is none of ``legal``, by name."""
-        if getattr(self, name) not in legal:
-            choices = ", ".join(map(repr, legal))
-            raise ConfigError(f"router {self.name}.{name} = {getattr(self, name)!r}: legal are {choices}")
+    temperature_steps: Count = 1000
 
 
 class DrawingRouter(Router):
@@ -107,18 +91,14 @@ class DrawingRouter(Router):
 class PolicyConfig(DrawConfig):
     """Fields of every sampled policy that learns."""
 
-    entropy_weight: float = 0.0
+    entropy_weight: NonNegative = 0.0
     """Weight of the entropy bonus."""
-    balance_weight: float = 0.01
+    balance_weight: NonNegative = 0.01
     """Weight of the f.P balance loss."""
     shape_body: bool = False
     """Let the router's losses shape the hidden states too. Off: the router reads them detached."""
-    init_std: float = 0.02
+    init_std: NonNegative = 0.02
     """Standard deviation of the initial score weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("from 0", lambda v: v >= 0, "entropy_weight", "balance_weight", "init_std")
 
 
 class PolicyRouter(DrawingRouter):
@@ -153,25 +133,18 @@ class PolicyRouter(DrawingRouter):
 class RewardConfig(PolicyConfig):
     """Fields of policies that learn from rewards."""
 
-    policy_weight: float = 0.1
+    policy_weight: NonNegative = 0.1
     """Weight of the policy-gradient term."""
-    charge_weight: float = 0.0
+    charge_weight: NonNegative = 0.0
     """Charge on the reward for full experts, in nats: times the mean over a token's experts of E f_e - 1."""
-    discount: float = 0.0
+    discount: Share = 0.0
     """Discount per token of the rewards that follow in the sequence; 0 is the token's own reward alone."""
-    value_weight: float = 0.01
+    value_weight: NonNegative = 0.01
     """Weight of the value head's squared error."""
-    value_hidden: int = 128
+    value_hidden: Count = 128
     """Width of the value head's two hidden layers."""
-    ema_decay: float = 0.99
+    ema_decay: BelowOne = 0.99
     """Decay per step of running means; they start at the first step's mean."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("from 0", lambda v: v >= 0, "policy_weight", "charge_weight", "value_weight")
-        self.require("from 1", lambda v: v >= 1, "value_hidden")
-        self.require("from 0 to below 1", lambda v: 0 <= v < 1, "ema_decay")
-        self.require("from 0 to 1", lambda v: 0 <= v <= 1, "discount")
 
 
 class RewardRouter(PolicyRouter):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlroute.agents._policy import RewardConfig, RewardRouter, RunningMean, critic, future_rewards, matrix_flops
+from rlroute.limits import Share
 from rlroute.rewards import temporal_differences
 from rlroute.routing import Feedback, RouterShape, RoutingDecision, Term
 
@@ -28,14 +29,10 @@ class ActorCriticRouter(RewardRouter):
     class Config(RewardConfig):
         """Fields of the actor-critic."""
 
-        discount: float = 0.9
+        discount: Share = 0.9
         """Discount per token of the rewards that follow."""
-        trace: float = 0.9
+        trace: Share = 0.9
         """lambda of the generalised advantage: 0 trusts the critic, 1 the returns."""
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.require("from 0 to 1", lambda v: 0 <= v <= 1, "trace")
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)

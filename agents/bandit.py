@@ -21,7 +21,7 @@ from rlroute import seeding
 from rlroute.agents._policy import RunningMean
 from rlroute.balance import overload_T
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.limits import BelowOne, Count, NonNegative, Positive
 from rlroute.rewards import own_token_reward
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
 from rlroute.sampling import top_k
@@ -36,33 +36,20 @@ class BanditRouter(Router):
 
         exploration: Literal["optimism", "thompson"] = "thompson"
         """Score by the mean plus ``width`` standard deviations, or by a draw from the posterior widened so."""
-        width: float = 1.0
+        width: NonNegative = 1.0
         """How many posterior standard deviations, in nats."""
-        features: int = 32
+        features: Count = 32
         """P, the width of the random projection of the hidden state."""
-        ridge: float = 1.0
+        ridge: Positive = 1.0
         """Precision of the prior."""
-        init_std: float = 0.02
+        init_std: NonNegative = 0.02
         """Standard deviation of the prior's means, without which all tokens would start with the same experts."""
-        forget: float = 0.99
+        forget: BelowOne = 0.99
         """Decay per step of what was seen."""
-        balance_weight: float = 0.1
+        balance_weight: NonNegative = 0.1
         """Charge on the reward, in nats: the mean over a token's experts of E f_e - 1."""
-        ema_decay: float = 0.99
+        ema_decay: BelowOne = 0.99
         """Decay of the running mean reward, which is subtracted from every reward."""
-
-        def __post_init__(self) -> None:
-            if self.exploration not in ("optimism", "thompson"):
-                raise ConfigError(f"router bandit.exploration = {self.exploration!r}: legal are 'optimism', 'thompson'")
-            for name in ("width", "balance_weight", "init_std"):
-                if not getattr(self, name) >= 0:
-                    raise ConfigError(f"router bandit.{name} = {getattr(self, name)}: legal are numbers from 0")
-            for name in ("features", "ridge"):
-                if not getattr(self, name) > 0:
-                    raise ConfigError(f"router bandit.{name} = {getattr(self, name)}: must be above 0")
-            for name in ("forget", "ema_decay"):
-                if not 0 <= getattr(self, name) < 1:
-                    raise ConfigError(f"router bandit.{name} = {getattr(self, name)}: legal are 0 to below 1")
 
     learns_from = frozenset({"reward"})
     gate_meaning = "1/k"

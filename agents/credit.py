@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlroute.agents._policy import PolicyConfig, PolicyRouter
+from rlroute.limits import Positive
 from rlroute.routing import Feedback, RouterShape, RoutingDecision, Term
 
 
@@ -27,12 +28,8 @@ class CreditRouter(PolicyRouter):
     class Config(PolicyConfig):
         """Fields of the credit router."""
 
-        scale: float = 1.0
+        scale: Positive = 1.0
         """Of the gradient that runs from the gates into log pi."""
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.require("above 0", lambda v: v > 0, "scale")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "1/k, gradient of log pi"

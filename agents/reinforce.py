@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlroute.agents._policy import RewardConfig, RewardRouter, RunningMean, critic, future_rewards, matrix_flops
 from rlroute.errors import ConfigError
+from rlroute.limits import Count
 from rlroute.routing import Feedback, RouterShape, RoutingContext, RoutingDecision, Term
 
 
@@ -32,7 +33,7 @@ class ReinforceRouter(RewardRouter):
         baseline: Literal["none", "batch", "ema", "value", "leave_one_out"] = "value"
         """What is subtracted from the return: nothing; the mean of the micro-batch's other rows; its running mean; that plus a learned
         value of the token; or the mean return of the same token in the other routing samples."""
-        samples: int | None = None
+        samples: Count | None = None
         """Routing samples of each token, each a forward and a backward; none: 2 where ``baseline`` or ``resample`` needs them, else 1."""
         resample: Literal["all", "one"] = "all"
         """Which layers differ between samples: all, or one per step in turn, the others held at the first sample's choice; only the
@@ -40,9 +41,10 @@ class ReinforceRouter(RewardRouter):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            self.require_choice("baseline", "none", "batch", "ema", "value", "leave_one_out")
-            self.require_choice("resample", "all", "one")
-            self.require(f"from {self.fewest_samples}", lambda v: v is None or v >= self.fewest_samples, "samples")
+            if self.samples is not None and self.samples < self.fewest_samples:
+                raise ConfigError(
+                    f"router reinforce.samples = {self.samples}: legal are numbers from {self.fewest_samples}, or none"
+                )
 
         @property
         def fewest_samples(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlroute.balance import sequence_balance
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.limits import NonNegative, Positive
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import top_k
 
@@ -25,21 +25,14 @@ class BiasBalancedRouter(Router):
     class Config(RouterConfig):
         """Fields of the bias-balanced router."""
 
-        update_rate: float = 0.001
+        update_rate: NonNegative = 0.001
         """How far a bias moves per step (the papers' u or gamma)."""
-        sequence_balance_weight: float = 0.0
+        sequence_balance_weight: NonNegative = 0.0
         """Weight of the sequence-wise balance loss; DeepSeek-V3 uses 1e-4."""
-        route_scale: float = 1.0
+        route_scale: Positive = 1.0
         """Factor on all gates; DeepSeek-V3 uses 2.5."""
-        init_std: float = 0.02
+        init_std: NonNegative = 0.02
         """Standard deviation of the initial score weights."""
-
-        def __post_init__(self) -> None:
-            for name in ("update_rate", "sequence_balance_weight", "init_std"):
-                if not getattr(self, name) >= 0:
-                    raise ConfigError(f"router bias_balanced.{name} = {getattr(self, name)}: legal are numbers from 0")
-            if not self.route_scale > 0:
-                raise ConfigError(f"router bias_balanced.route_scale = {self.route_scale}: must be above 0")
 
     learns_from = frozenset({"gate", "load"})
     gate_meaning = "sigmoid, unbiased, normalised over the chosen for k > 1"

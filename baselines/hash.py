@@ -31,10 +31,6 @@ class HashRouter(Router):
         table: Literal["random", "balanced", "position"] = "random"
         """random: seeded draws; balanced: greedy by token frequency, so that loads even out; position: by position, the control."""
 
-        def __post_init__(self) -> None:
-            if self.table not in ("random", "balanced", "position"):
-                raise ConfigError(f"router hash.table = {self.table!r}: legal are 'random', 'balanced', 'position'")
-
     gate_meaning = "1/k"
     table_XK: Tensor
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rlroute.balance import cv_squared
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.limits import NonNegative
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import top_k
 from rlroute.seeding import normal
@@ -28,15 +28,10 @@ class NoisyTopKRouter(Router):
     class Config(RouterConfig):
         """Fields of noisy top-k gating."""
 
-        importance_weight: float = 0.1
+        importance_weight: NonNegative = 0.1
         """Weight of CV^2 of the summed gates."""
-        load_weight: float = 0.1
+        load_weight: NonNegative = 0.1
         """Weight of CV^2 of the smooth load estimate."""
-
-        def __post_init__(self) -> None:
-            for name in ("importance_weight", "load_weight"):
-                if not getattr(self, name) >= 0:
-                    raise ConfigError(f"router noisy_topk.{name} = {getattr(self, name)}: legal are numbers from 0")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over the chosen noisy logits"

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlroute.balance import device_balance, load_balance, router_z
 from rlroute.baselines._softmax_topk import softmax_top_k
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.limits import BelowOne, NonNegative
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 
 
@@ -23,25 +23,18 @@ class SwitchRouter(Router):
     class Config(RouterConfig):
         """Fields of the Switch router."""
 
-        balance_weight: float = 0.01
+        balance_weight: NonNegative = 0.01
         """Weight of the f.P loss (the paper's alpha)."""
-        device_balance_weight: float = 0.0
+        device_balance_weight: NonNegative = 0.0
         """Weight of the same loss over the devices that hold the experts; 1 and without effect where one holds all."""
-        z_weight: float = 0.0
+        z_weight: NonNegative = 0.0
         """Weight of the router z-loss; ST-MoE uses 1e-3."""
-        jitter: float = 0.0
+        jitter: BelowOne = 0.0
         """In training the router's own copy of its input is multiplied by U(1 - jitter, 1 + jitter); the paper uses 1e-2."""
         normalize: bool = True
         """Renormalise the gates over the chosen where k > 1."""
-        init_std: float = 0.02
+        init_std: NonNegative = 0.02
         """Standard deviation of the initial score weights."""
-
-        def __post_init__(self) -> None:
-            if not 0 <= self.jitter < 1:
-                raise ConfigError(f"router switch.jitter = {self.jitter}: legal are 0 to below 1")
-            for name in ("balance_weight", "device_balance_weight", "z_weight", "init_std"):
-                if not getattr(self, name) >= 0:
-                    raise ConfigError(f"router switch.{name} = {getattr(self, name)}: legal are numbers from 0")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over all experts, renormalised over the chosen for k > 1"

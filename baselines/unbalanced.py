@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlroute.baselines._softmax_topk import softmax_top_k
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.limits import NonNegative
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
 
 
@@ -22,12 +22,8 @@ class UnbalancedRouter(Router):
 
         normalize: bool = True
         """Renormalise the gates over the chosen where k > 1."""
-        init_std: float = 0.02
+        init_std: NonNegative = 0.02
         """Standard deviation of the initial score weights."""
-
-        def __post_init__(self) -> None:
-            if not self.init_std >= 0:
-                raise ConfigError(f"router unbalanced.init_std = {self.init_std}: legal are numbers from 0")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over all experts, renormalised over the chosen for k > 1"

@@ -363,8 +363,10 @@ def _tune(
     plain = [(job.config.to_dict(), job.seed, job.command) for job in jobs]
 
     def trial(parameters: dict[str, int]) -> None:
+        from rlroute.registry import run_config  # and with it torch
+
         values, seed, command = plain[parameters["job"]]
-        job = Job(RunConfig.from_dict(values), seed, command)
+        job = Job(run_config(values), seed, command)
         folder = how.store / job.id
         if how.workers > 1:  # each of them has a watchdog of its own
             reason = _train(job, how)

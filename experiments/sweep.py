@@ -20,6 +20,7 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.launch import Job, Launch, Search
 from rlroute.experiments.recipes import build_entry
 from rlroute.records import read_rows, storing
+from rlroute.registry import run_config
 
 SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha")
 SEARCH = "SEARCH"
@@ -173,7 +174,7 @@ def _with(config: RunConfig, values: Choice) -> RunConfig:
         if part not in plain or not name:
             raise ConfigError(f"{path}: legal are data.FIELD, model.FIELD, train.FIELD and router.FIELD")
         plain[part] |= {name: value}
-    return RunConfig.from_dict(plain)
+    return run_config(plain)
 
 
 def _applies(path: str, config: RunConfig) -> bool:

@@ -24,6 +24,7 @@ from rlroute.kernels import expert_mlp
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
 from rlroute.records import RunRecord
+from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import Batch, eval_batches, load_corpus
@@ -44,7 +45,7 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         StoreError: its checkpoint is not there.
         CheckpointError, DataError: its checkpoint or its corpus cannot be read.
     """
-    config = RunConfig.from_dict(record.config["config"])
+    config = run_config(record.config["config"])
     if config.router is None or config.model.num_dense_layers == config.model.num_layers:
         raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
     corpus = load_corpus(config.data.spec, config.data.tokenizer)

@@ -7,12 +7,22 @@ with an entry point of the group ``rlroute.routers`` whose name is the router's 
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rlroute.config import DENSE, needed_fields
+from rlroute.config import (
+    DENSE,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    needed_fields,
+    refuse_unknown,
+)
 from rlroute.errors import ConfigError
 from rlroute.routing import Router
 
@@ -65,6 +75,27 @@ def router_class(name: str) -> type[Router]:
     if router.Config.name != name:
         raise ConfigError(f"router {name!r} is defined in a file called {router.Config.name!r}: the names must agree")
     return router
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a run from plain dictionaries; the inverse of :meth:`RunConfig.to_dict`.
+
+    Raises:
+        ConfigError: an unknown router or field, or an illegal value.
+    """
+    refuse_unknown("run", values, ("data", "model", "router", "train"))
+    router = dict(values.get("router", {"name": DENSE}))
+    name = router.pop("name", None)
+    if name is None:
+        raise ConfigError("router has no 'name'")
+    if name == DENSE:
+        refuse_unknown("router dense", router, ())
+    return RunConfig(
+        data=from_dict(DataConfig, values.get("data", {}), "data"),
+        model=from_dict(ModelConfig, values.get("model", {}), "model"),
+        router=None if name == DENSE else from_dict(router_class(name).Config, router, f"router {name}"),
+        train=from_dict(TrainConfig, values.get("train", {}), "train"),
+    )
 
 
 def _load(point: EntryPoint) -> Any:

@@ -301,12 +301,12 @@ def test_uniform_routing_sees_nothing_and_spreads_evenly() -> None:
 @pytest.mark.parametrize(
     ("router", "config", "message"),
     [
-        (SwitchRouter, {"jitter": 1.0}, r"switch\.jitter = 1\.0: legal are 0 to below 1"),
+        (SwitchRouter, {"jitter": 1.0}, r"switch\.jitter = 1\.0: legal are numbers from 0 to below 1"),
         (SwitchRouter, {"z_weight": -1.0}, r"switch\.z_weight = -1\.0: legal are numbers from 0"),
         (UnbalancedRouter, {"init_std": math.nan}, r"unbalanced\.init_std = nan: legal are numbers from 0"),
         (NoisyTopKRouter, {"load_weight": -0.1}, r"noisy_topk\.load_weight = -0\.1: legal are numbers from 0"),
         (BiasBalancedRouter, {"update_rate": -1.0}, r"bias_balanced\.update_rate = -1\.0: legal are numbers from 0"),
-        (BiasBalancedRouter, {"route_scale": 0.0}, r"bias_balanced\.route_scale = 0\.0: must be above 0"),
+        (BiasBalancedRouter, {"route_scale": 0.0}, r"bias_balanced\.route_scale = 0\.0: legal are numbers above 0"),
         (HashRouter, {"table": "even"}, r"hash\.table = 'even': legal are 'random', 'balanced', 'position'"),
     ],
 )

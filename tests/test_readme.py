@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlroute.config import RunConfig
 from rlroute.experiments.recipes import GRID, TUNED, TUNING_SEEDS
 from rlroute.experiments.table import build_table, to_markdown
 from rlroute.experiments.tune import best
 from rlroute.records import read_runs
+from rlroute.registry import run_config
 from rlroute.routing import RouterShape, RoutingContext
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_stored_comparison_used_seeds_that_tuning_did_not_and_the_tuned_settings
         if record.config["config"]["router"].get("table") == "position":
             entry = "hash:table=position"
         config = record.config["config"]
-        now = RunConfig.from_dict(config).to_dict()  # fields that are newer than the record take their defaults
+        now = run_config(config).to_dict()  # fields that are newer than the record take their defaults
         assert {part: {name: now[part][name] for name in config[part]} for part in config} == config
         assert config["train"] | TUNED[entry]["train"] == config["train"]
         assert config["router"] | TUNED[entry].get("router", {}) == config["router"]

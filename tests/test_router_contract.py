@@ -16,7 +16,7 @@ from torch import Tensor
 from rlroute.balance import load_balance, router_z
 from rlroute.config import ModelConfig, RouterConfig, RunConfig
 from rlroute.errors import ConfigError
-from rlroute.registry import router_class, router_names
+from rlroute.registry import router_class, router_names, run_config
 from rlroute.routing import Feedback, LinearScores, Router, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import top_k
 from tests import router_laws as laws
@@ -62,7 +62,7 @@ def test_every_router(case: Case, law: Callable[[Case], None]) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_configurations_survive_the_way_through_a_dictionary(case: Case) -> None:
     config = RunConfig(router=case.config)
-    assert RunConfig.from_dict(config.to_dict()) == config
+    assert run_config(config.to_dict()) == config
     assert config.run_id(3) == f"{case.config.name}-{config.content_hash()}-s3"
 
 

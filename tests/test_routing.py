@@ -18,7 +18,7 @@ from torch import Tensor
 from rlroute import registry, seeding
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError
-from rlroute.registry import default_names, router_class, router_names
+from rlroute.registry import default_names, router_class, router_names, run_config
 from rlroute.routing import Router, RoutingDecision, drop_over_capacity
 from tests.conftest import draw, make_context, make_feedback
 
@@ -271,7 +271,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], No
 def test_a_third_party_plugs_in_by_entry_point(install: Callable[[str, str], None]) -> None:
     install("test_routing", "ThirdParty")
     assert "test_routing" in router_names() and router_class("test_routing") is ThirdParty
-    config = RunConfig.from_dict({"router": {"name": "test_routing", "rate": 1}})
+    config = run_config({"router": {"name": "test_routing", "rate": 1}})
     assert config.router == ThirdParty.Config(rate=1.0)
 
 
@@ -297,12 +297,10 @@ def test_bad_entry_points_are_refused(install: Callable[[str, str], None], name:
 def test_a_configuration_comes_back_from_json_with_its_hash(name: str | None) -> None:
     config = RunConfig(router=None if name is None else router_class(name).Config())
     values = json.loads(json.dumps(config.to_dict(), sort_keys=True))
-    again = RunConfig.from_dict(values)
+    again = run_config(values)
     assert again == config and again.content_hash() == config.content_hash()
-    assert (
-        RunConfig.from_dict({part: values[part] for part in reversed(values)}).content_hash() == config.content_hash()
-    )
-    assert RunConfig.from_dict({"router": {"name": name or "dense"}}) == config
+    assert run_config({part: values[part] for part in reversed(values)}).content_hash() == config.content_hash()
+    assert run_config({"router": {"name": name or "dense"}}) == config
 
 
 def test_every_field_is_part_of_the_hash() -> None:
@@ -327,7 +325,12 @@ def test_every_field_is_part_of_the_hash() -> None:
         ({"model": {"d_model": True}}, "model.d_model = True: want int"),
         ({"model": {"gate_form": "both"}}, "model.gate_form = 'both': legal are 'own', 'unit'"),
         ({"model": {"k": 17}}, "model.k = 17: legal are 1 to model.num_experts = 16"),
-        ({"train": {"lr": 0}}, "train.lr = 0.0: must be above 0"),
+        ({"train": {"lr": 0}}, "train.lr = 0: legal are numbers above 0"),
+        ({"train": {"clip": math.nan}}, "train.clip = nan: legal are numbers above 0"),
+        ({"train": {"steps": 0}}, "train.steps = 0: legal are numbers from 1"),
+        ({"train": {"steps": 1.5}}, "train.steps = 1.5: want int"),
+        ({"model": {"num_shared_experts": -1}}, "model.num_shared_experts = -1: legal are numbers from 0"),
+        ({"model": {"capacity_factor": 0}}, "model.capacity_factor = 0: legal are numbers above 0, or none"),
         ({"train": {"micro_batches": 3}}, "train.micro_batches = 3: must divide train.batch_size = 16"),
         ({"train": {"budget": "flops"}}, "train.budget_amount = None with budget 'flops'"),
         ({"router": {"name": "nash"}}, "unknown router 'nash'"),
@@ -339,11 +342,11 @@ def test_every_field_is_part_of_the_hash() -> None:
 )
 def test_bad_configurations_name_the_value_and_what_is_legal(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        RunConfig.from_dict(values)
+        run_config(values)
     assert str(error.value).startswith(message)
 
 
 def test_whole_numbers_stand_for_floats_and_null_for_none() -> None:
-    config = RunConfig.from_dict({"train": {"lr": 1}, "model": {"capacity_factor": None}})
+    config = run_config({"train": {"lr": 1}, "model": {"capacity_factor": None}})
     assert isinstance(config.train.lr, float) and config.model.capacity_factor is None
     assert config == RunConfig(train=TrainConfig(lr=1.0))

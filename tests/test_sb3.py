@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from rlroute.agents.sb3 import Sb3Router
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.gradients import default_entries as gradient_entries
 from rlroute.experiments.recipes import build_entry, default_entries
 from rlroute.model.accounting import costs
-from rlroute.registry import default_names, router_names
+from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import build_model, train
 from tests.conftest import draw, make_context, make_shape
 from tests.policies import DESCRIBED, policy_file, weights_of, write_policy
@@ -63,13 +63,13 @@ def test_training_leaves_it_as_it_is_and_counts_it(path):
 def test_another_file_of_the_same_name_is_another_run(path, tmp_path):
     first = entry_of(path, steps=2, checkpoint_every=1)
     train(first, 0, tmp_path / "runs")
-    assert RunConfig.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    assert run_config(json.loads(json.dumps(first.to_dict()))) == first
     write_policy(path, weights_of(WIDTH, EXPERTS, seed=1))
     assert entry_of(path).run_id(0) != first.run_id(0)
     with pytest.raises(ConfigError, match=f"has SHA-256 [0-9a-f]{{64}}, want {first.router.sha256}"):
-        build_model(RunConfig.from_dict(first.to_dict()), CORPUS, 0)
+        build_model(run_config(first.to_dict()), CORPUS, 0)
     path.unlink()
-    assert RunConfig.from_dict(first.to_dict()) == first, "a record is read without the file"
+    assert run_config(first.to_dict()) == first, "a record is read without the file"
     with pytest.raises(ConfigError, match=r"ppo-tokens\.zip' cannot be read: No such file"):
         entry_of(path)
 

@@ -108,7 +108,7 @@ GOOD = "entries = ['hash', 'switch']\n"
         (GOOD + "[base]\ntrain.stpes = 3", "train has no field 'stpes'"),
         (GOOD + "[base]\ntrain.steps = 'many'", "train.steps = 'many': want int"),
         (GOOD + "[base]\nsteps = 3", "steps: legal are data.FIELD"),
-        (GOOD + "[base]\ntrain.lr = -1.0", "train.lr = -1.0: must be above 0"),
+        (GOOD + "[base]\ntrain.lr = -1.0", "train.lr = -1.0: legal are numbers above 0"),
         (
             GOOD + "[base]\nrouter.ema_decay = 0.9",
             "router.ema_decay: no entry's router has it, legal are .*balance_weight",

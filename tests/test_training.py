@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DENSE, DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import CheckpointError, ConfigError, StoreError
 from rlroute.experiments.recipes import build_entry
 from rlroute.model.accounting import costs, fingerprints, is_router
 from rlroute.records import RunFolder, read_runs, write_compact
-from rlroute.registry import default_names, router_class
+from rlroute.registry import default_names, router_class, run_config
 from rlroute.routing import Feedback, Router
 from rlroute.training import loop
 from rlroute.training.data import load_corpus, sample_batch
@@ -505,7 +505,7 @@ def optimizer_norms_only(optimizer):
 
 def test_run_config_round_trip_and_identity():
     config = config_of("switch:balance_weight=0.5")
-    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert run_config(json.loads(json.dumps(config.to_dict()))) == config
     assert config.content_hash() != config_of("switch").content_hash()
     assert config.run_id(3) == f"switch-{config.content_hash()}-s3"
 

@@ -27,6 +27,7 @@ from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
+from rlroute.registry import run_config
 from rlroute.sink import Mode, pass_on, take_warnings
 from rlroute.training.loop import check_shares, train
 from rlroute.watchdog import watchdog
@@ -161,7 +162,7 @@ class _Worker:
     ) -> tuple[dict[str, Any], list[str]]:
         import ray
 
-        run = RunConfig.from_dict(config)
+        run = run_config(config)
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         torch.set_num_threads(run.train.threads)
