@@ -1,4 +1,4 @@
-"""Balance and stability losses: pure functions of a decision.
+"""Balance and stability losses: pure functions of a decision, and the terms that any router can take from its configuration.
 
 The load fraction f is counted before capacity drops and per layer: counted after, total collapse under a tight capacity looks
 balanced; pooled over layers, layers that collapse onto different experts do.
@@ -6,20 +6,42 @@ balanced; pooled over layers, layers that collapse onto different experts do.
 Shape suffixes: T tokens, E experts, B sequences, G devices (as many columns as experts, the surplus empty).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rlroute.routing import RoutingContext, RoutingDecision
+from rlroute.config import RouterConfig
+from rlroute.decision import RoutingDecision
+from rlroute.errors import ConfigError
+from rlroute.routing import Feedback, RoutingContext, Term
+
+
+def regularisers(config: RouterConfig, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+    """Return the terms to which a router's configuration gives a weight, so that every router can be run with the same balance.
+
+    Raises:
+        ConfigError: a term reads what the decision does not carry.
+    """
+    context, terms = feedback.context, dict[str, Term]()
+    for field, weight in config.term_weights.items():
+        if weight:
+            scores_TE = decision.logits_TE if field == "z_weight" else decision.probs_TE
+            if scores_TE is None:
+                raise ConfigError(f"router {config.name}.{field} = {weight}: its decisions carry no scores, legal is 0")
+            name = field.removesuffix("_weight")
+            terms[name] = Term(_REGULARISERS[name](scores_TE, decision, context, feedback), weight)
+    return terms
 
 
 def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
     """Return E * sum_i f_i P_i (Switch, arXiv 2101.03961): f_i the share of pairs that chose expert i, P_i its mean probability.
 
-    It is 1 at perfect balance for every k, and differentiable through P alone. Both are taken over the valid tokens of the
-    context's balance scope.
+    It is 1 at perfect balance for every k, 0 where no pair was chosen, and differentiable through P alone. Both are taken over the
+    valid tokens of the context's balance scope.
     """
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
-    return decision.num_experts * (demand_E / demand_E.sum() * mass_E / mass_E.detach().sum()).sum()
+    return decision.num_experts * (demand_E / demand_E.sum().clamp(min=1) * mass_E / mass_E.detach().sum()).sum()
 
 
 def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
@@ -31,7 +53,7 @@ def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routing
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
     device_E = context.expert_device_E
     holds_EG = (device_E[:, None] == torch.arange(len(device_E), device=device_E.device)).to(probs_TE.dtype)
-    f_G, mass_G = demand_E @ holds_EG / demand_E.sum(), mass_E @ holds_EG
+    f_G, mass_G = demand_E @ holds_EG / demand_E.sum().clamp(min=1), mass_E @ holds_EG
     return (device_E.max() + 1) * (f_G * mass_G / mass_E.detach().sum()).sum()
 
 
@@ -48,7 +70,7 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     rows_T = rows_T + context.sample_T * (int(rows_T.max()) + 1)
     count, experts = int(rows_T.max()) + 1, decision.num_experts
     valid_T = context.mask_T.to(probs_TE.dtype)
-    used_R = (decision.expert_ids_R < experts) & context.mask_T[decision.token_ids_R]
+    used_R = decision.used_R & context.mask_T[decision.token_ids_R]
     slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
     demand_BE = torch.bincount(slots_R, weights=used_R.to(probs_TE.dtype), minlength=count * experts).view(
         count, experts
@@ -68,8 +90,7 @@ def overload_T(decision: RoutingDecision, context: RoutingContext) -> Tensor:
     experts = decision.num_experts
     demand_E = context.sum_over_scope(decision.demand_E(context.mask_T).double())
     over_E = torch.cat([experts * demand_E / demand_E.sum().clamp(min=1) - 1, demand_E.new_zeros(1)])  # 0 for unused
-    used_R = (decision.expert_ids_R < experts).double()
-    chosen_T = decision.token_sum(used_R).clamp(min=1)
+    chosen_T = decision.token_sum(decision.used_R.double()).clamp(min=1)
     return decision.token_sum(over_E[decision.expert_ids_R]) / chosen_T
 
 
@@ -88,3 +109,13 @@ def entropy_T(probs_TE: Tensor) -> Tensor:
     above_0_TE = probs_TE.clamp(min=torch.finfo(probs_TE.dtype).tiny)  # at exactly 0 the gradient is 0 * infinity
     entropy: Tensor = torch.special.entr(above_0_TE).sum(1)
     return entropy
+
+
+_REGULARISERS: dict[str, Callable[[Tensor, RoutingDecision, RoutingContext, Feedback], Tensor]] = {
+    "entropy": lambda probs_TE, d, context, feedback: feedback.mean(-entropy_T(probs_TE)),
+    "balance": lambda probs_TE, d, context, feedback: feedback.share * load_balance(probs_TE, d, context),
+    "z": lambda logits_TE, d, context, feedback: feedback.mean(router_z(logits_TE)),
+    "device_balance": lambda probs_TE, d, context, feedback: feedback.share * device_balance(probs_TE, d, context),
+    "sequence_balance": lambda probs_TE, d, context, feedback: feedback.share * sequence_balance(probs_TE, d, context),
+}
+"""What a weight of :class:`rlroute.config.RouterConfig` weighs, of probabilities or (z) logits."""

@@ -1,6 +1,8 @@
-"""What is measured of decisions, per layer: pure functions that leave their result on the device.
+"""What is measured of decisions, per site: pure functions that leave their result on the device.
 
-Shape suffixes: T tokens, E experts, K experts per token.
+Balance is not defined where nothing was chosen: it is NaN there, and all experts are dead.
+
+Shape suffixes: T tokens, E experts, R routed pairs.
 """
 
 import math
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlroute.balance import entropy_T
-from rlroute.routing import RoutingDecision
+from rlroute.decision import RoutingDecision
 
 
 def max_vio(load_E: Tensor) -> Tensor:
@@ -35,15 +37,18 @@ def router_entropy(probs_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 def dead_experts(load_E: Tensor, share: float = 0.05) -> Tensor:
-    """Count the experts whose load is below ``share`` of the fair one. Meaningful over a window of many tokens only."""
-    return (load_E < share * load_E.double().mean()).sum()
+    """Count the experts whose load is 0 or below ``share`` of the fair one. Meaningful over a window of many tokens only."""
+    return ((load_E < share * load_E.double().mean()) | (load_E == 0)).sum()
 
 
 def drop_rate(decision: RoutingDecision) -> Tensor:
-    """Return the share of chosen pairs that the capacity step dropped."""
-    return 1 - decision.load_E().sum() / decision.demand_E().sum().clamp(min=1)
+    """Return the share of chosen pairs that the capacity step dropped; 0 where none was chosen."""
+    chosen = decision.demand_E().sum()
+    return (chosen - decision.load_E().sum()) / chosen.clamp(min=1)
 
 
-def overlap(ids_a_TK: Tensor, ids_b_TK: Tensor) -> Tensor:
-    """Return the mean share of a token's K experts that two decisions have in common."""
-    return (ids_a_TK[:, :, None] == ids_b_TK[:, None, :]).any(2).double().mean()
+def overlap(decision: RoutingDecision, other: RoutingDecision) -> Tensor:
+    """Return the share of a decision's chosen pairs that another one on the same tokens chose too; NaN where it chose none."""
+    mine_R, theirs_R = (d.token_ids_R * d.num_experts + d.expert_ids_R for d in (decision, other))
+    shared_R = torch.isin(mine_R, torch.where(other.used_R, theirs_R, -1))
+    return (shared_R & decision.used_R).sum().double() / decision.used_R.sum()

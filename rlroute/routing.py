@@ -2,196 +2,42 @@
 
 A router looks at the hidden states of T tokens and answers with a :class:`RoutingDecision`: which (token, expert) pairs to run and
 with what weight. Afterwards it may learn from the :class:`Feedback`. Nothing else crosses the seam between routers and the rest, in a
-transformer layer and in a Gymnasium environment alike.
+transformer layer and in a Gymnasium environment alike. What ran is counted from the decision (:mod:`rlroute.learning`), never by
+the router.
 
-Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, E experts, K experts per token,
+Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, E experts, K slots per token,
 C tokens per expert, R routed (token, expert) pairs, V vocabulary, M routing samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlroute import seeding
 from rlroute.config import RouterConfig
+from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
+from rlroute.sampling import top_k
 
+__all__ = [
+    "Feedback",
+    "LinearScores",
+    "Router",
+    "RouterShape",
+    "RoutingContext",
+    "RoutingDecision",
+    "Site",
+    "Sums",
+    "Term",
+]
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RoutingDecision:
-    """Which (token, expert) pairs to run and with what weight, as R flat pairs.
-
-    Attributes:
-        num_tokens: T.
-        num_experts: E.
-        k: experts per token where that number is fixed; the pairs are then token-major, pair t * k + j being token t's j-th choice.
-        token_ids_R: int64, the token of each pair.
-        expert_ids_R: int64, the expert that was *chosen*; the value E marks an unused slot of a router with variable k, so that R
-            is known on the host and nothing waits for the device.
-        kept_R: bool, false where a capacity step dropped the pair.
-        gates_R: the weight of the pair's expert output in the token's sum. Where it requires a gradient, after backward
-            ``gates_R.grad`` is the pair's credit, <dL/dout_t, y_r>; a router of constant gates asks by ``requires_grad_()``.
-        logits_TE: clean scores, before noise and bias; None for routers without scores.
-        probs_TE: the routing distribution, rows sum to 1 (what f.P and entropy read); None for routers without scores.
-        log_prob_R: Plackett-Luce conditional log-probabilities of the *ordered* draw; their sum over a token's pairs is the
-            log-probability of its draw. None where nothing was sampled.
-        memo: read by the router that made it and by nobody else (value estimates, noise, thresholds).
-    """
-
-    num_tokens: int
-    num_experts: int
-    k: int | None
-    token_ids_R: Tensor
-    expert_ids_R: Tensor
-    kept_R: Tensor
-    gates_R: Tensor
-    logits_TE: Tensor | None = None
-    probs_TE: Tensor | None = None
-    log_prob_R: Tensor | None = None
-    memo: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def token_choice(
-        ids_TK: Tensor,
-        gates_TK: Tensor,
-        num_experts: int,
-        *,
-        log_prob_TK: Tensor | None = None,
-        **scores: Any,
-    ) -> RoutingDecision:
-        """Build the decision of a router in which each token picks K experts.
-
-        Args:
-            ids_TK: int64 expert ids of shape (T, K).
-            gates_TK: gates of shape (T, K).
-            num_experts: E.
-            log_prob_TK: conditional log-probabilities of a sampled draw, shape (T, K).
-            scores: ``logits_TE``, ``probs_TE`` and ``memo``.
-
-        Raises:
-            DecisionError: the shapes disagree.
-        """
-        if ids_TK.dim() != 2 or ids_TK.shape != gates_TK.shape:
-            raise DecisionError(
-                f"ids_TK has shape {tuple(ids_TK.shape)}, gates_TK {tuple(gates_TK.shape)}: want (T, K)"
-            )
-        num_tokens, k = ids_TK.shape
-        tokens_TK = torch.arange(num_tokens, device=ids_TK.device)[:, None].expand(-1, k)
-        return RoutingDecision(
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            k=k,
-            token_ids_R=tokens_TK.reshape(-1),
-            expert_ids_R=ids_TK.reshape(-1),
-            kept_R=torch.ones(num_tokens * k, dtype=torch.bool, device=ids_TK.device),
-            gates_R=gates_TK.reshape(-1),
-            log_prob_R=None if log_prob_TK is None else log_prob_TK.reshape(-1),
-            **scores,
-        )
-
-    @staticmethod
-    def expert_choice(ids_EC: Tensor, gates_EC: Tensor, num_tokens: int, **scores: Any) -> RoutingDecision:
-        """Build the decision of a router in which each expert picks C tokens.
-
-        Args:
-            ids_EC: int64 token ids of shape (E, C).
-            gates_EC: gates of shape (E, C).
-            num_tokens: T.
-            scores: ``logits_TE``, ``probs_TE`` and ``memo``.
-
-        Raises:
-            DecisionError: the shapes disagree.
-        """
-        if ids_EC.dim() != 2 or ids_EC.shape != gates_EC.shape:
-            raise DecisionError(
-                f"ids_EC has shape {tuple(ids_EC.shape)}, gates_EC {tuple(gates_EC.shape)}: want (E, C)"
-            )
-        num_experts, capacity = ids_EC.shape
-        experts_EC = torch.arange(num_experts, device=ids_EC.device)[:, None].expand(-1, capacity)
-        return RoutingDecision(
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            k=None,
-            token_ids_R=ids_EC.reshape(-1),
-            expert_ids_R=experts_EC.reshape(-1),
-            kept_R=torch.ones(num_experts * capacity, dtype=torch.bool, device=ids_EC.device),
-            gates_R=gates_EC.reshape(-1),
-            **scores,
-        )
-
-    def demand_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
-        return self._count(torch.ones_like(self.kept_R), mask_T)
-
-    def load_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
-        return self._count(self.kept_R, mask_T)
-
-    def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
-        if mask_T is not None:
-            counted_R = counted_R & mask_T[self.token_ids_R]
-        slots = torch.where(counted_R, self.expert_ids_R, self.num_experts)
-        return torch.bincount(slots, minlength=self.num_experts + 1)[: self.num_experts]
-
-    def token_sum(self, values_R: Tensor) -> Tensor:
-        """Sum a value per pair over each token's used pairs; shape (T,)."""
-        used_R = self.expert_ids_R < self.num_experts
-        values_R = torch.where(used_R, values_R, torch.zeros_like(values_R))
-        if self.k is not None:
-            return values_R.view(self.num_tokens, self.k).sum(1)
-        return values_R.new_zeros(self.num_tokens).index_add(0, self.token_ids_R, values_R)
-
-    def all_kept_T(self) -> Tensor:
-        """Say of each token whether all of its pairs were kept; shape (T,), bool."""
-        dropped_R = ~self.kept_R & (self.expert_ids_R < self.num_experts)
-        return self.token_sum(dropped_R.long()) == 0
-
-    def detach(self) -> RoutingDecision:
-        """Return a copy that holds no autograd graph, for whoever keeps one."""
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.detach()
-            return {name: cut(item) for name, item in value.items()} if isinstance(value, Mapping) else value
-
-        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})
-
-
-def drop_over_capacity(
-    decision: RoutingDecision, capacity: int, order: Literal["position", "gate"] = "position"
-) -> RoutingDecision:
-    """Drop what an expert was given beyond its capacity; a rule of the layer, not a router's business.
-
-    Args:
-        decision: any decision.
-        capacity: the most pairs that one expert runs.
-        order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv 2006.16668) or
-            ``gate`` (larger gates; batch-prioritised routing, arXiv 2106.05974).
-
-    Returns:
-        The decision with ``kept_R`` false for pairs over capacity.
-    """
-    if order == "gate":
-        first_R = torch.argsort(decision.gates_R.detach(), descending=True, stable=True)
-    elif decision.k is not None:  # all first choices before all second ones
-        first_R = torch.arange(len(decision.token_ids_R), device=decision.kept_R.device)
-        first_R = first_R.view(decision.num_tokens, decision.k).t().reshape(-1)
-    else:
-        first_R = torch.argsort(decision.token_ids_R, stable=True)
-    experts_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)[first_R]
-    by_expert_R = torch.argsort(experts_R, stable=True)
-    counts = torch.bincount(experts_R, minlength=decision.num_experts + 1)
-    starts = counts.cumsum(0) - counts
-    rank_R = torch.empty_like(by_expert_R)
-    rank_R[by_expert_R] = torch.arange(len(by_expert_R), device=rank_R.device) - starts[experts_R[by_expert_R]]
-    kept_R = torch.empty_like(decision.kept_R)
-    kept_R[first_R] = (rank_R < capacity) & (experts_R < decision.num_experts)
-    return replace(decision, kept_R=kept_R)
+Site = int | str
+"""The key of a place with a router: n for the feed-forward layer of block n, "n.attention" for its attention."""
 
 
 def _identity(value: Tensor) -> Tensor:
@@ -203,19 +49,23 @@ class RoutingContext:
     """What a router may know besides the hidden states: keys, never a live generator.
 
     Attributes:
-        seed, layer, step: what the draws of this forward are keyed by.
+        seed, site, step: what the draws of this forward are keyed by.
         token_ids_T: int64 ids of the tokens.
         position_T: int64 position of each token in its sequence.
         sequence_T: int64 *global* id of each token's sequence.
         mask_T: bool, false for padding.
         explore: whether to sample (training) or to answer greedily (evaluation); ``Router.training`` says neither.
         num_samples: M; the rows are then sample-major, M x T.
-        expert_device_E: int64, the device of each expert, all 0 in one process; None stands for that.
+        micro_batch: which of the step's micro-batches this is.
+        progress: the share of the run's budget that is spent, 0 to 1, whatever the budget.
+        expert_device_E: int64, the device of each expert, all 0 where one holds them; None stands for that.
         sum_over_scope: a differentiable sum over the balance scope (all ranks, say); the identity when alone.
+        previous: the decision of the site before, differentiable, for routers that carry state; None at the first.
+        choices: by site, ids that :meth:`take` answers with in place of a router's own: (T, K) experts, or (E, C) tokens.
     """
 
     seed: int
-    layer: int
+    site: Site
     step: int
     token_ids_T: Tensor
     position_T: Tensor
@@ -223,16 +73,46 @@ class RoutingContext:
     mask_T: Tensor
     explore: bool
     num_samples: int = 1
+    micro_batch: int = 0
+    progress: float = 0.0
     expert_device_E: Tensor | None = None
     sum_over_scope: Callable[[Tensor], Tensor] = _identity
+    previous: RoutingDecision | None = None
+    choices: Mapping[Site, Tensor] = field(default_factory=dict)
+
+    def choose(self, scores_TE: Tensor, k: int) -> Tensor:
+        """Return the ids of the k largest scores of each row, best first, ties to the lower id; int64 of shape (T, K).
+
+        This is how a router selects. A score of -inf is never chosen: a slot left over holds the number of columns, which marks it
+        as unused where the columns are the experts. Experts choose tokens by the transposed scores.
+
+        Raises:
+            DecisionError: choices are forced whose shape is another.
+        """
+        ids_TK = top_k(scores_TE, k)
+        left_over_TK = scores_TE.detach().gather(1, ids_TK) == float("-inf")
+        return self.take(ids_TK.masked_fill(left_over_TK, scores_TE.shape[1]))
+
+    def take(self, ids_TK: Tensor) -> Tensor:
+        """Return ids that a rule found without ranking (a table, an assignment), or the choices that are forced at this site.
+
+        Raises:
+            DecisionError: choices are forced whose shape is another.
+        """
+        forced_TK = self.choices.get(self.site, ids_TK)
+        if forced_TK.shape != ids_TK.shape:
+            raise DecisionError(
+                f"choices forced at site {self.site} have shape {tuple(forced_TK.shape)}: want {tuple(ids_TK.shape)}"
+            )
+        return forced_TK
 
     def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Draw uniform numbers in (0, 1) for the purpose ``name``, of shape (T, *shape), from the keys of each token.
 
-        The key is (seed, purpose, layer, step, sample, global sequence id, position): neither the batch that a sequence sits in nor
+        The key is (seed, purpose, site, step, sample, global sequence id, position): neither the batch that a sequence sits in nor
         recomputation changes its draws. :mod:`rlroute.seeding` turns them into Gumbel or normal draws.
         """
-        key = seeding.derive_key(self.seed, name, self.layer, self.step)
+        key = seeding.derive_key(self.seed, name, self.site, self.step)
         return seeding.keyed_uniform(key, (self.sample_T, self.sequence_T, self.position_T), shape)
 
     @property
@@ -274,32 +154,60 @@ class Term(NamedTuple):
     weight: float
 
 
+class Sums(dict[str, Tensor]):
+    """A step's sums at one site, over micro-batches and ranks: what the loop counted, and what the router's ``observe`` returned.
+
+    The loop counts ``demand_E`` (pairs that chose each expert), ``load_E`` (those that ran), ``without`` (tokens for which no expert
+    ran), ``loss`` and ``tokens``, all of them over valid rows.
+
+    Args:
+        values: the sums.
+        peers: those of all sites whose router has the same class, configuration and number of experts, this one included.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], peers: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__(values)
+        self.peers = peers
+
+    def over_sites(self, name: str) -> Tensor:
+        """Return the sum called ``name`` over all sites of this router, for rules that are global."""
+        return torch.stack([peer[name] for peer in self.peers]).sum(0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterShape:
     """What a router is built for.
 
     Attributes:
         d_model, num_experts, k: D, E and experts per token.
-        layer: index of the transformer layer.
-        moe_index, moe_layers: which of how many MoE layers this is.
+        site: the key of the site, from which names of draws derive.
         vocab_size: V.
         seed: initial weights and tables derive from it.
         token_counts_V: how often each token occurs in the training corpus, int64 (V,); None where unknown.
+        site_index, num_sites: which of how many routed sites this is.
     """
 
     d_model: int
     num_experts: int
     k: int
-    layer: int
+    site: Site
     vocab_size: int
     seed: int
     token_counts_V: Tensor | None = None
-    moe_index: int = 0
-    moe_layers: int = 1
+    site_index: int = 0
+    num_sites: int = 1
+
+    def key(self, name: str) -> tuple[int, str]:
+        """Return the key from which the draws for a weight or table called ``name`` derive."""
+        return self.seed, f"layers.{self.site}.router.{name}"
+
+    def init(self, tensor: Tensor, name: str, std: float) -> None:
+        """Fill ``tensor`` with N(0, std^2) drawn from the key of ``name`` at this site."""
+        seeding.init_normal(tensor, std, *self.key(name))
 
 
 class Router(nn.Module):
-    """A routing policy of one MoE layer: decide, and learn from what happened.
+    """A routing policy of one site: decide, and learn from what happened.
 
     A router is one file: a docstring with its paper, a nested ``Config``, :meth:`forward`, and :meth:`objective` or :meth:`adapt` if
     it learns. Its name is its file's name.
@@ -307,19 +215,25 @@ class Router(nn.Module):
     A router with logits keeps what makes them in a submodule called ``scores``, whose output is the decision's ``logits_TE``: there the
     gradient instrument (``rlroute gradients``) shifts them. Without one a router is named as unmeasurable, and is otherwise complete.
 
-    Class attributes:
+    Class attributes, each of which an instance may set otherwise by its configuration:
         learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load".
         gate_meaning: one line for the table: what the published gate is.
         causal: false if a token's route depends on later tokens.
-        stochastic: true if ``explore`` draws; evaluation then reports the sampled policy beside the greedy one. An instance may say
-            otherwise than its class.
+        stochastic: true if ``explore`` draws; evaluation then reports the sampled policy beside the greedy one.
+        two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment, say).
+        scored: false if its decisions carry no ``logits_TE`` and ``probs_TE``; terms that read them are then refused.
+        batch_dependent: whether the rule or a term of its own mixes the tokens of a micro-batch, so that two micro-batches cannot equal
+            one batch.
     """
 
     Config: ClassVar[type[RouterConfig]]
-    learns_from: ClassVar[frozenset[str]] = frozenset()
-    gate_meaning: ClassVar[str]
-    causal: ClassVar[bool] = True
+    learns_from: frozenset[str] = frozenset()
+    gate_meaning: str
+    causal: bool = True
     stochastic: bool = False
+    two_rules: bool = False
+    scored: bool = True
+    batch_dependent: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -327,15 +241,24 @@ class Router(nn.Module):
             cls.Config.name = cls.__module__.rpartition(".")[2]
 
     def __init__(self, config: RouterConfig, shape: RouterShape) -> None:
-        if not 1 <= shape.k <= shape.num_experts:
-            raise ConfigError(f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}")
+        if reason := self.refuses(config, shape):
+            raise ConfigError(f"router {config.name}: {reason}")
         super().__init__()
-        self.shape = shape
+        self.config, self.shape = config, shape
+        self.batch_dependent = self.batch_dependent or config.mixes_tokens
 
-    @property
-    def batch_dependent(self) -> bool:
-        """Whether the rule or a term mixes the tokens of a micro-batch, so that two micro-batches cannot equal one batch."""
-        return False
+    @classmethod
+    def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
+        """Return why a router of this configuration cannot be built for a shape, or None: it can.
+
+        The reason names the value and the legal ones. Overrides ask this one first.
+        """
+        if not 1 <= shape.k <= shape.num_experts:
+            return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
+        for name, weight in config.term_weights.items():
+            if weight and not cls.scored:
+                return f"{name} = {weight}: its decisions carry neither logits nor probabilities, legal is 0"
+        return None
 
     @property
     def num_samples(self) -> int:
@@ -347,22 +270,26 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return named terms to minimise, called per micro-batch before backward; pure. Values are sums over valid tokens divided
-        by ``feedback.num_valid``, so that gradient accumulation does not change them."""
+        """Return named terms to minimise besides those of its configuration, called per micro-batch before backward; pure.
+
+        Values are sums over valid tokens divided by ``feedback.num_valid``, so that gradient accumulation does not change them.
+        """
         return {}
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
-        """Return sums for :meth:`adapt`, called per micro-batch after backward (``decision.gates_R.grad`` is there)."""
-        mask_T = feedback.context.mask_T
-        return {
-            "demand_E": decision.demand_E(mask_T),
-            "load_E": decision.load_E(mask_T),
-            "loss": (feedback.loss_MT.reshape(-1) * mask_T).sum(),
-            "tokens": mask_T.sum(),
-        }
+        """Return sums that :meth:`adapt` wants besides what is counted, called per micro-batch after backward.
 
-    def adapt(self, sums: Mapping[str, Tensor]) -> None:
-        """Move what is moved without gradients, once per optimizer step, from the sums over micro-batches and ranks."""
+        ``decision.gates_R.grad`` is there.
+        """
+        return {}
+
+    def adapt(self, sums: Sums, progress: float) -> None:
+        """Move what is moved without gradients, once per optimizer step.
+
+        Args:
+            sums: over micro-batches and ranks.
+            progress: the share of the budget spent before this step, 0 to 1.
+        """
 
     def flops_per_token(self) -> int:
         """FLOPs per token of the greedy forward: two per weight of every matrix but those that only training needs."""
@@ -378,4 +305,4 @@ class LinearScores(nn.Linear):
 
     def __init__(self, shape: RouterShape, name: str, std: float) -> None:
         super().__init__(shape.d_model, shape.num_experts, bias=False)
-        seeding.init_normal(self.weight, std, shape.seed, f"layers.{shape.layer}.router.{name}")
+        shape.init(self.weight, name, std)

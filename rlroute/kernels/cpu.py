@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rlroute.errors import DecisionError
 from rlroute.kernels.activations import activate
-from rlroute.routing import RoutingDecision
+from rlroute.decision import RoutingDecision
 
 CHUNK_ROWS = 1024
 PIECE_ELEMENTS = 2**18
@@ -46,7 +46,8 @@ def sorted_expert_mlp(
             f"expert ids span {ids}: legal are 0 to {decision.num_experts - 1}, and {decision.num_experts} for unused"
         )
     counts = torch.bincount(experts_R, minlength=decision.num_experts + 1)[:-1].tolist()
-    pairs_N = torch.argsort(experts_R, stable=True)[: sum(counts)]
+    runs_N = torch.nonzero(experts_R < decision.num_experts).squeeze(1)  # of many unused slots, none is sorted
+    pairs_N = runs_N[torch.argsort(experts_R[runs_N], stable=True)]
     leaves = (x_TD, in_EHD, out_EDF, decision.gates_R)
     save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     out_TD: Tensor = _SortedExperts.apply(*leaves, decision.token_ids_R, pairs_N, counts, activation, save)  # type: ignore[no-untyped-call]

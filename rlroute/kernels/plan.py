@@ -1,6 +1,6 @@
 """The order in which pairs run: sorted by expert, cut into tiles that never span two experts. Nothing here waits for the device.
 
-Shape suffixes: T tokens, E experts, R routed pairs (rows, once sorted), G tiles.
+Shape suffixes: T tokens, E experts, R routed pairs (rows, once sorted; at most ``max_pairs`` where a decision has that bound), G tiles.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlroute.routing import RoutingDecision
+from rlroute.decision import RoutingDecision
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +60,38 @@ class Plan:
 
 def make_plan(decision: RoutingDecision) -> Plan:
     """Sort the pairs of a decision by expert."""
-    experts_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
-    sorted_R, pairs_R = torch.sort(experts_R, stable=True)
+    pairs_R, experts_R, tokens_R = _bounded(decision)
+    sorted_R, order_R = torch.sort(experts_R, stable=True)
     device = experts_R.device
     starts_E = torch.searchsorted(sorted_R, torch.arange(decision.num_experts + 1, device=device))
-    rows_of_pairs_R = torch.empty_like(pairs_R)
-    rows_of_pairs_R[pairs_R] = torch.arange(len(pairs_R), device=device)
-    rows_of_pairs_R = torch.where(experts_R < decision.num_experts, rows_of_pairs_R, -1)
+    row_of_pair_R = torch.empty_like(order_R)
+    row_of_pair_R[order_R] = torch.arange(len(order_R), device=device)
+    row_of_pair_R = torch.where(experts_R < decision.num_experts, row_of_pair_R, -1)
     tokens = torch.arange(decision.num_tokens + 1, device=device)
-    if decision.k is not None:
-        rows_R, first_T = rows_of_pairs_R, tokens * decision.k
+    if decision.k is not None and pairs_R is None:
+        rows_R, first_T = row_of_pair_R, tokens * decision.k
     else:
-        sorted_tokens_R, by_token_R = torch.sort(decision.token_ids_R, stable=True)
-        rows_R, first_T = rows_of_pairs_R[by_token_R], torch.searchsorted(sorted_tokens_R, tokens)
+        sorted_tokens_R, by_token_R = torch.sort(tokens_R, stable=True)
+        rows_R, first_T = row_of_pair_R[by_token_R], torch.searchsorted(sorted_tokens_R, tokens)
+    pairs_R = order_R if pairs_R is None else pairs_R[order_R]
     return Plan(
         decision.num_tokens, decision.num_experts, pairs_R, decision.token_ids_R[pairs_R], starts_E, rows_R, first_T
     )
+
+
+def _bounded(decision: RoutingDecision) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the pairs that may run (None: all in their order), the expert that runs each, E for none, and its token.
+
+    Under a bound these are the running pairs, filled up with some that do not run: only they are sorted, and given a row each.
+    """
+    experts_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
+    most = decision.max_pairs
+    if most is None or most >= len(experts_R):
+        return None, experts_R, decision.token_ids_R
+    runs_R = experts_R < decision.num_experts
+    idle_R = torch.where(runs_R, 0, (~runs_R).cumsum(0) + runs_R.sum())
+    places_R = torch.where(runs_R, runs_R.cumsum(0), idle_R) - 1  # running pairs first, in their order
+    pairs_R = torch.empty_like(places_R)
+    pairs_R[places_R] = torch.arange(len(places_R), device=places_R.device)
+    pairs_R = pairs_R[:most]
+    return pairs_R, experts_R[pairs_R], decision.token_ids_R[pairs_R]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlroute.kernels.activations import activate
-from rlroute.routing import RoutingDecision
+from rlroute.decision import RoutingDecision
 
 
 def reference_expert_mlp(

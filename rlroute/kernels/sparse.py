@@ -20,7 +20,7 @@ from rlroute.errors import DecisionError
 from rlroute.kernels import triton_kernels as kernels
 from rlroute.kernels.plan import Plan, make_plan
 from rlroute.kernels.tiles import INTERPRETER, Tile, chip_of, pick_tiles
-from rlroute.routing import RoutingDecision
+from rlroute.decision import RoutingDecision
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 COMBINE_COLUMNS = 1024
@@ -174,11 +174,11 @@ class _Launcher:
         kernels.sum_rows_of_tokens[grid](self.plan.rows_R, self.plan.first_T, inputs, outputs, D=columns, BD=block)
         return outputs
 
-    def to_pairs(self, values_R: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a value per row as a value per pair of the decision, 0 for pairs that do not run."""
+    def to_pairs(self, values_R: Tensor, gates_R: Tensor) -> Tensor:
+        """Return a value per row as a value per pair, as gates are; 0 for pairs that do not run."""
         runs_R = torch.arange(self.rows, device=values_R.device) < self.plan.starts_E[-1]
-        pairs_R = torch.empty_like(values_R, dtype=dtype)
-        pairs_R[self.plan.pairs_R] = torch.where(runs_R, values_R, 0.0).to(dtype)
+        pairs_R = torch.zeros_like(gates_R)
+        pairs_R[self.plan.pairs_R] = torch.where(runs_R, values_R, 0.0).to(gates_R.dtype)
         return pairs_R
 
 
@@ -212,7 +212,7 @@ class _ExpertMLP(torch.autograd.Function):
             launch.sum_rows(dx_RD),
             launch.rows_times_rows(dhidden_RH, x_TD, gather_left=False),
             launch.rows_times_rows(dout_TD, act_RF, gather_left=True),
-            launch.to_pairs(dgates_R, gates_R.dtype) if ctx.needs_input_grad[3] else None,
+            launch.to_pairs(dgates_R, gates_R) if ctx.needs_input_grad[3] else None,
             None,
             None,
             None,
@@ -262,7 +262,7 @@ class _LinearCombine(torch.autograd.Function):
         return (
             dy_RK * gates_R1,
             launch.rows_times_rows(dout_TN, y_RK * gates_R1, gather_left=True),
-            launch.to_pairs(dgates_R, gates_R.dtype) if ctx.needs_input_grad[2] else None,
+            launch.to_pairs(dgates_R, gates_R) if ctx.needs_input_grad[2] else None,
             None,
         )
 

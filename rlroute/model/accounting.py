@@ -1,11 +1,16 @@
-"""What a model costs and whether two of them started alike: parameters, FLOPs, fingerprints."""
+"""What a model costs and whether two of them started alike: parameters, FLOPs, fingerprints.
+
+Shape suffixes: S sequence length, L routed sites, M routing samples.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from rlroute.config import ModelConfig
+from rlroute.model.attention import Attention
 from rlroute.model.transformer import Transformer
 
 
@@ -42,31 +47,65 @@ def fingerprints(model: Transformer, whole: Callable[[Tensor], Tensor] = lambda 
     return {"shared": fingerprint(shared), "backbone": fingerprint(backbone)}
 
 
-def costs(model: Transformer, config: ModelConfig, seq_len: int) -> dict[str, int]:
-    """Count parameters and forward FLOPs per token.
+@dataclass(frozen=True)
+class Costs:
+    """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its site.
 
-    Active is what one token's greedy forward uses: all of the backbone, k of E experts, and the router's scores. What only training
-    needs (value heads, further routing samples) stands apart. Attention counts (S + 1) / 2 keys per token; norms and activations are
-    left out; the embedding is a look-up.
+    Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up.
+
+    Attributes:
+        total_parameters, router_parameters: all of them, and those of routers.
+        fixed_parameters, fixed_flops: what a token's greedy forward uses whatever its route: the backbone and the routers' scores.
+        pair_parameters_L, pair_flops_L: what each pair adds, by site.
+        training_flops: per token and routing sample, what only training needs of the routers (value heads).
+        samples: M.
     """
+
+    total_parameters: int
+    router_parameters: int
+    fixed_parameters: int
+    fixed_flops: int
+    pair_parameters_L: tuple[int, ...]
+    pair_flops_L: tuple[int, ...]
+    training_flops: int
+    samples: int
+
+    def per_token(self, pairs_L: Sequence[float]) -> dict[str, int]:
+        """Return active parameters and FLOPs per token of a greedy forward that runs so many pairs per token at each site."""
+        parameters = sum(n * each for n, each in zip(pairs_L, self.pair_parameters_L, strict=True))
+        flops = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
+        return {
+            "active_parameters": self.fixed_parameters + round(parameters),
+            "flops_per_token": self.fixed_flops + round(flops),
+        }
+
+    def of_training(self, tokens: int, pairs_L: Sequence[int]) -> int:
+        """Return the FLOPs of training on so many tokens with so many pairs at each site, of all routing samples: three forwards."""
+        pairs = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
+        return 3 * (tokens * self.samples * (self.fixed_flops + self.training_flops) + pairs)
+
+
+def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
+    """Count a model's parameters and FLOPs, whatever part of the experts is held here."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if is_expert(name):
-            sizes[name] = p.numel() // len(p) * config.num_experts  # whatever part of them is held here
-    router = sum(size for name, size in sizes.items() if is_router(name))
-    routed = sum(size for name, size in sizes.items() if is_expert(name))
-    other = sum(sizes.values()) - router - routed
-    routed_active = routed * config.k // config.num_experts
-    router_flops = sum(r.flops_per_token() for r in model.routers)
+            sizes[name] = p.numel() // len(p) * config.num_experts
+    routed = model.routed
+    total, router = sum(sizes.values()), sum(size for name, size in sizes.items() if is_router(name))
+    fixed = total - router - sum(site.pair_parameters * site.router.shape.num_experts for site in routed)
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and not is_router(name))
-    attention = 2 * config.num_layers * (seq_len + 1) * config.d_model
-    flops = 2 * (other - model.embed.weight.numel() - norms + routed_active) + attention + router_flops
-    samples = max((r.num_samples for r in model.routers), default=1)
-    extra = sum(r.training_flops_per_token() for r in model.routers)
-    return {
-        "active_parameters": other + routed_active + router_flops // 2,
-        "total_parameters": sum(sizes.values()),
-        "router_parameters": router,
-        "flops_per_token": flops,
-        "training_only_flops_per_token": samples * extra + (samples - 1) * flops,
-    }
+    plain_attention = sum(isinstance(block.attention, Attention) for block in model.blocks)
+    router_flops = sum(site.router.flops_per_token() for site in routed)
+    return Costs(
+        total_parameters=total,
+        router_parameters=router,
+        fixed_parameters=fixed + router_flops // 2,
+        fixed_flops=2 * (fixed - model.embed.weight.numel() - norms)
+        + 2 * plain_attention * (seq_len + 1) * config.d_model
+        + router_flops,
+        pair_parameters_L=tuple(site.pair_parameters for site in routed),
+        pair_flops_L=tuple(site.pair_flops(seq_len) for site in routed),
+        training_flops=sum(site.router.training_flops_per_token() for site in routed),
+        samples=max((site.router.num_samples for site in routed), default=1),
+    )

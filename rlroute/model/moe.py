@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from rlroute import seeding
 from rlroute.config import ModelConfig
+from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
-from rlroute.routing import Router, RoutingContext, RoutingDecision, drop_over_capacity
+from rlroute.model.capacity import limit
+from rlroute.routing import Router, RoutingContext
 
 
 def _start_here(
@@ -54,10 +56,6 @@ class Placement:
         each = num_experts // self.shards
         return range(self.shard * each, (self.shard + 1) * each)
 
-    def device_E(self, num_experts: int) -> Tensor:
-        """Return the device (shard) of each expert, int64."""
-        return torch.arange(num_experts) // (num_experts // self.shards)
-
 
 HERE = Placement()
 """All experts in this process."""
@@ -88,15 +86,27 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def apply_gate_form(decision: RoutingDecision, form: str, k: int) -> RoutingDecision:
-    """Return the decision with its gates as published (``own``), or with value 1/k and the gradient of the router's gate (``unit``)."""
+def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
+    """Return the decision with its gates as published (``own``), or each with the value 1 / (pairs of its token) and the gradient of
+    the router's gate (``unit``)."""
     if form == "own":
         return decision
-    return replace(decision, gates_R=1 / k + decision.gates_R - decision.gates_R.detach())
+    pairs_T = decision.token_sum(torch.ones_like(decision.gates_R)).clamp(min=1)
+    return replace(decision, gates_R=(1 / pairs_T)[decision.token_ids_R] + decision.gates_R - decision.gates_R.detach())
+
+
+def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelConfig) -> RoutingDecision:
+    """Return a router's decision as it is run: gates in their final form, pairs over capacity dropped.
+
+    Routers are in float32 at least: one in bfloat16 diverges (Switch, arXiv 2101.03961, table 2).
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
+        return limit(apply_gate_form(decision, config.gate_form), config, context)
 
 
 class MoELayer(nn.Module):
-    """Route, drop over capacity where there is one, run the experts that were chosen and those that all tokens share."""
+    """Route, run the experts that were chosen and those that all tokens share."""
 
     def __init__(
         self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str, placement: Placement = HERE
@@ -108,27 +118,29 @@ class MoELayer(nn.Module):
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
 
+    @property
+    def pair_parameters(self) -> int:
+        """The weights that a pair runs."""
+        return self.experts.in_EHD[0].numel() + self.experts.out_EDF[0].numel()
+
+    def pair_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of a pair."""
+        return 2 * self.pair_parameters
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
-        """Return the gated sum of expert outputs, shape (T, D), and the decision that was run, gates in their final form."""
+        """Return the gated sum of expert outputs, shape (T, D), and the decision that was run."""
         dtype = compute_dtype(x_TD)
-        in_float32 = partial(torch.autocast, x_TD.device.type, enabled=False)
-        with in_float32():  # a bf16 router diverges (Switch, arXiv 2101.03961, table 2)
-            decision = self.router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
-            decision = apply_gate_form(decision, self.config.gate_form, self.config.k)
-            if self.config.capacity_factor is not None:
-                decision = drop_over_capacity(decision, self._capacity(len(x_TD)))
-            if decision.gates_R.requires_grad:
-                decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit; routers read it in observe()
+        decision = decide(self.router, x_TD, context, self.config)
+        with torch.autocast(x_TD.device.type, enabled=False):
             weights = self.experts.weights(dtype)
             finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation)
-        shared_TD = None if self.shared is None else self.shared(x_TD)
-        with in_float32():
+        shared_TD = None if self.shared is None else self.shared(x_TD, decision.shared_gates_TS)
+        with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = finish()
-        return (out_TD if shared_TD is None else out_TD + shared_TD), decision
-
-    def _capacity(self, num_tokens: int) -> int:
-        assert self.config.capacity_factor is not None
-        return math.ceil(self.config.capacity_factor * self.config.k * num_tokens / self.config.num_experts)
+        out_TD = out_TD if shared_TD is None else out_TD + shared_TD
+        if decision.self_T is not None:
+            out_TD = out_TD + decision.self_T[:, None].to(dtype) * x_TD.to(dtype)
+        return out_TD, decision
 
 
 class DenseMLP(nn.Module):
@@ -139,7 +151,14 @@ class DenseMLP(nn.Module):
         self.activation = config.activation
         self.experts = Experts(config, layer, seed, range(1), width, key)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return the MLP's output, shape (T, D)."""
-        hidden_TH = nn.functional.linear(x_TD, self.experts.in_EHD[0])
-        return nn.functional.linear(activate(hidden_TH, self.activation), self.experts.out_EDF[0])
+    def forward(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
+        """Return the MLP's output, shape (T, D).
+
+        Args:
+            x_TD: hidden states.
+            gates_TS: weights of S equal parts of the hidden width, which are then S experts.
+        """
+        act_TF = activate(nn.functional.linear(x_TD, self.experts.in_EHD[0]), self.activation)
+        if gates_TS is not None:
+            act_TF = (act_TF.unflatten(1, (gates_TS.shape[1], -1)) * gates_TS[..., None].to(act_TF.dtype)).flatten(1)
+        return nn.functional.linear(act_TF, self.experts.out_EDF[0])

@@ -2,7 +2,7 @@
 
 The batches are micro-batches, so that rules that mix tokens see as many as in training; the ranks of a group take turns with them.
 
-Shape suffixes: T tokens, L MoE layers, E experts, K experts per token.
+Shape suffixes: T tokens, L routed sites, E experts.
 """
 
 import math
@@ -18,10 +18,10 @@ from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
 from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
-from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L, surroundings
+from rlroute.training.step import Device, defined, forward, load_fractions, make_context, max_vio_L, surroundings
 
 Decisions = list[list[RoutingDecision]]
-"""By batch and layer."""
+"""By batch and site."""
 
 
 @torch.no_grad()
@@ -33,31 +33,21 @@ def evaluate(
     *,
     seed: int,
     step: int,
+    progress: float,
     sampled: bool,
     group: Group = ALONE,
 ) -> dict[str, Any]:
     """Return the greedy loss, bits per byte and balance over all batches, and the sampled policy's where asked and meaningful.
 
-    Loads are counted over the whole of ``batches``, by layer, before capacity drops.
+    Loads are counted over the whole of ``batches``, by site, before capacity drops; pairs per token after them, as they ran.
     """
-    loss, decisions = _pass(model, batches, token_bytes_V, device, seed, step, group, explore=False)
-    sums = _balance_sums(model, decisions)
-    group.add_up(list(sums.values()))
+    loss, decisions = _pass(model, batches, token_bytes_V, device, seed, step, progress, group, explore=False)
+    balance = _balance(model, decisions, group)
     sampled_row = None
     if sampled and any(router.stochastic for router in model.routers):
-        sampled_loss, drawn = _pass(model, batches, token_bytes_V, device, seed, step, group, explore=True)
+        sampled_loss, drawn = _pass(model, batches, token_bytes_V, device, seed, step, progress, group, explore=True)
         sampled_row = sampled_loss | {"overlap_L": _overlap_L(model, decisions, drawn, group)}
-    demand_LE, entropy_L, scored_L = sums["demand_LE"].float(), sums["entropy_L"], sums["scored_L"]
-    return loss | {
-        "max_vio_L": max_vio_L(demand_LE),
-        "cv_L": [float(metrics.coefficient_of_variation(d)) for d in demand_LE],
-        "load_entropy_L": [float(metrics.load_entropy(d)) for d in demand_LE],
-        "router_entropy_L": (entropy_L / scored_L).tolist() if len(scored_L) and bool(scored_L.all()) else None,
-        "dead_L": [int(metrics.dead_experts(d)) for d in demand_LE],
-        "drop_rate": float(sums["drops"]) / (len(batches) * max(1, len(model.routers))),
-        "load_LE": load_fractions(demand_LE),
-        "sampled": sampled_row,
-    }
+    return loss | balance | {"sampled": sampled_row}
 
 
 def _pass(
@@ -67,19 +57,21 @@ def _pass(
     device: Device,
     seed: int,
     step: int,
+    progress: float,
     group: Group,
     explore: bool,
 ) -> tuple[dict[str, float], Decisions]:
     """Run all batches once and return the losses over all of them, and the decisions of this rank's.
 
-    Schedules (a policy's temperature) stand at ``step``; the sequence ids of evaluation batches keep their draws apart from training's.
+    Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep their draws apart from training's.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     decisions, around = [], surroundings(model, group)
     for turn in range(-(-len(batches) // group.size)):
         index = turn * group.size + group.rank
         batch = batches[min(index, len(batches) - 1)]
-        context = make_context(batch, device, seed=seed, step=step, explore=explore, **around)
+        keys = {"seed": seed, "step": step, "progress": progress, "explore": explore}
+        context = make_context(batch, device, **keys, **around)
         loss_MT, made = forward(model, batch, context, device)
         if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
             nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
@@ -91,30 +83,49 @@ def _pass(
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes}, decisions
 
 
-def _balance_sums(model: Transformer, decisions: Decisions) -> dict[str, Tensor]:
-    """Return sums over this rank's batches: demand, entropy of the routing distribution and how often there was one, drop rates."""
-    layers, device = len(model.routers), model.embed.weight.device
-    experts = model.routers[0].shape.num_experts if layers else 0
-    demand_LE = torch.zeros(layers, experts, dtype=torch.long, device=device)
-    entropy_L, scored_L, drops = (torch.zeros(n, dtype=torch.float64, device=device) for n in (layers, layers, 1))
-    for made in decisions:
-        for layer, decision in enumerate(made):
-            demand_LE[layer] += decision.demand_E()
-            drops += metrics.drop_rate(decision)
-            if decision.probs_TE is not None:
-                entropy_L[layer] += metrics.router_entropy(decision.probs_TE)
-                scored_L[layer] += 1
-    return {"demand_LE": demand_LE, "entropy_L": entropy_L, "scored_L": scored_L, "drops": drops}
+def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str, Any]:
+    """Return the balance of all ranks' decisions, and what they ran, by site."""
+    made_L = list(zip(*decisions, strict=True)) if decisions else [() for _ in model.routers]
+    device = model.embed.weight.device
+    demand_L = [
+        sum((d.demand_E() for d in made), start=torch.zeros(router.shape.num_experts, dtype=torch.long, device=device))
+        for router, made in zip(model.routers, made_L, strict=True)
+    ]
+    sums_L7 = torch.stack([sum(map(_sums, made), start=torch.zeros(7, dtype=torch.float64, device=device)) for made in made_L]) if made_L else torch.zeros(0, 7, dtype=torch.float64, device=device)
+    group.add_up([*demand_L, sums_L7])
+    batches_L, drops_L, scored_L, entropy_L, tokens_L, ran_L, without_L = sums_L7.t()
+    return {
+        "max_vio_L": max_vio_L(demand_L),
+        "cv_L": [defined(metrics.coefficient_of_variation(d)) for d in demand_L],
+        "load_entropy_L": [defined(metrics.load_entropy(d)) for d in demand_L],
+        "router_entropy_L": [defined(entropy) for entropy in entropy_L / scored_L] if scored_L.any() else None,
+        "dead_L": [int(metrics.dead_experts(d)) for d in demand_L],
+        "drop_rate": float(drops_L.sum() / batches_L.sum()) if len(batches_L) else 0.0,
+        "pairs_L": (ran_L / tokens_L).tolist(),
+        "without_L": (without_L / tokens_L).tolist(),
+        "load_LE": load_fractions(demand_L),
+    }
+
+
+def _sums(decision: RoutingDecision) -> Tensor:
+    """Return what :func:`_balance` adds up of one batch at one site, float64 of shape (7,).
+
+    These are: batches, drop rates, batches with probabilities, entropies of these, tokens, pairs that ran, tokens without any.
+    """
+    ran_T = decision.token_sum(decision.kept_R.double())
+    one = ran_T.new_ones(())
+    entropy = 0 * one if decision.probs_TE is None else metrics.router_entropy(decision.probs_TE).double()
+    scored = one * (decision.probs_TE is not None)
+    drops = metrics.drop_rate(decision).double()
+    return torch.stack([one, drops, scored, entropy, one * decision.num_tokens, ran_T.sum(), (ran_T == 0).sum().double()])
 
 
 def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: Group) -> list[float | None]:
-    """Return the share of chosen experts in common, by layer; None where the number per token is not fixed."""
+    """Return the share of the drawn pairs that are greedy ones too, by site; None where no pair was drawn."""
     sums_L2 = torch.zeros(len(model.routers), 2, dtype=torch.float64, device=model.embed.weight.device)
     for made, other in zip(greedy, drawn, strict=True):
-        for layer, (a, b) in enumerate(zip(made, other, strict=True)):
-            if a.k and b.k:
-                ids = (a.expert_ids_R.view(-1, a.k), b.expert_ids_R.view(-1, b.k))
-                sums_L2[layer, 0] += metrics.overlap(*ids)
-                sums_L2[layer, 1] += 1
+        for site, (a, b) in enumerate(zip(made, other, strict=True)):
+            sums_L2[site, 0] += metrics.overlap(b, a)
+            sums_L2[site, 1] += 1
     group.add_up([sums_L2])
-    return [shared / count if count else None for shared, count in sums_L2.tolist()]
+    return [defined(shared / count) if count else None for shared, count in sums_L2.tolist()]

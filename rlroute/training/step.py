@@ -1,10 +1,12 @@
 """The way of a batch, once, in one direction: tokens, decisions, loss, feedback, objectives, one backward, observe.
 
-Shape suffixes: B sequences, S sequence length, T = B * S tokens, M routing samples, V vocabulary, L MoE layers, E experts.
+Shape suffixes: B sequences, S sequence length, T = B * S tokens, M routing samples, V vocabulary, L routed sites, E experts.
 """
 
 import itertools
+import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlroute import metrics
+from rlroute.learning import learn
 from rlroute.model import Transformer
-from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Term
+from rlroute.routing import Feedback, RoutingContext, RoutingDecision
 from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
 
@@ -37,41 +40,35 @@ class StepResult:
 
     Attributes:
         loss: the language-model loss alone, nats per token.
-        terms: each objective term's value per MoE layer, unweighted.
-        weights: each term's weight.
-        sums_L: what the routers observed, by layer, for ``adapt``.
+        terms: each term's value at each site, unweighted; 0 where a site has none of that name.
+        weights: each term's weight at each site.
+        sums_L: what ran and what the routers observed, by site, for ``adapt``.
     """
 
     loss: float
     terms: dict[str, list[float]]
-    weights: dict[str, float]
+    weights: dict[str, list[float]]
     sums_L: list[dict[str, Tensor]]
 
     @property
-    def demand_LE(self) -> Tensor:
-        """Pairs that chose each expert, by layer; empty for the dense model."""
-        return torch.stack([sums["demand_E"] for sums in self.sums_L]).float() if self.sums_L else torch.zeros(0, 0)
+    def demand_L(self) -> list[Tensor]:
+        """Pairs that chose each expert, by site."""
+        return [sums["demand_E"] for sums in self.sums_L]
+
+    @property
+    def pairs_L(self) -> list[int]:
+        """Pairs that ran, by site, of all routing samples."""
+        return [int(sums["load_E"].sum()) for sums in self.sums_L]
 
 
-def make_context(
-    batch: Batch,
-    device: Device,
-    *,
-    seed: int,
-    step: int,
-    explore: bool,
-    samples: int = 1,
-    **surroundings: Any,
-) -> RoutingContext:
+def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any) -> RoutingContext:
     """Return the context of a batch's tokens, repeated ``samples`` times, sample-major.
 
     Args:
         batch: a micro-batch.
         device: where the forward runs.
-        seed, step: what draws are keyed by.
-        explore: whether to sample.
         samples: M.
-        surroundings: further fields of the context, from :func:`surroundings`.
+        keys: further fields of the context: seed, step, explore ..., and those of :func:`surroundings`.
     """
 
     def rows(values: Tensor) -> Tensor:
@@ -80,34 +77,32 @@ def make_context(
     tokens_BS = torch.from_numpy(batch.tokens_BS)
     sequences, length = tokens_BS.shape
     return RoutingContext(
-        seed=seed,
-        layer=0,
-        step=step,
+        site=0,
         token_ids_T=rows(tokens_BS),
         position_T=rows(torch.arange(length).expand(sequences, -1)),
         sequence_T=rows(torch.from_numpy(batch.sequence_B)[:, None].expand(-1, length)),
         mask_T=torch.ones(sequences * length * samples, dtype=torch.bool, device=device.name),
-        explore=explore,
         num_samples=samples,
-        **surroundings,
+        **keys,
     )
 
 
 def surroundings(
     model: Transformer, group: Group, scope: Literal["micro_batch", "batch"] = "micro_batch"
 ) -> dict[str, Any]:
-    """Return what a context says of the other processes: where the experts are, and the sum over the balance scope."""
+    """Return what a context says of devices and of the other processes: where the experts are, and the sum over the balance scope."""
     fields: dict[str, Any] = {"sum_over_scope": group.sum_over_scope} if scope == "batch" else {}
-    if group.placement.shards > 1 and model.routers:
-        device_E = group.placement.device_E(model.routers[0].shape.num_experts)
-        fields["expert_device_E"] = device_E.to(model.embed.weight.device)
+    devices = model.config.devices or group.placement.shards
+    if devices > 1:
+        experts_E = torch.arange(model.config.num_experts, device=model.embed.weight.device)
+        fields["expert_device_E"] = experts_E // (model.config.num_experts // devices)
     return fields
 
 
 def forward(
     model: Transformer, batch: Batch, context: RoutingContext, device: Device
 ) -> tuple[Tensor, list[RoutingDecision]]:
-    """Return each row's own next-token loss in nats, shape (M, T), and the decision of each MoE layer."""
+    """Return each row's own next-token loss in nats, shape (M, T), and the decision of each routed site."""
     tokens_BS = context.token_ids_T.view(-1, batch.tokens_BS.shape[1])
     with device.autocast():
         logits_BSV, decisions = model(tokens_BS, context)
@@ -138,8 +133,10 @@ def backward_batch(
     seed: int,
     step: int,
     micro_batches: int,
+    progress: float = 0.0,
     group: Group = ALONE,
     scope: Literal["micro_batch", "batch"] = "micro_batch",
+    on_decisions: Callable[[int, list[RoutingDecision]], None] = lambda micro_batch, decisions: None,
 ) -> StepResult:
     """Run a batch forward and backward, leaving the whole group's gradients in the parameters; the result is that of the whole batch.
 
@@ -149,57 +146,53 @@ def backward_batch(
         device: where it runs.
         seed, step: what draws are keyed by.
         micro_batches: the batch is cut into so many.
+        progress: the share of the budget that is spent.
         group: the processes that train together.
         scope: what balance losses look at: a micro-batch, or what all ranks run at a time.
+        on_decisions: told of each micro-batch that this rank runs, by its number, and of its decisions.
     """
-    around = surroundings(model, group, scope)
+    around = surroundings(model, group, scope) | {"seed": seed, "step": step, "progress": progress, "explore": True}
     samples = max((router.num_samples for router in model.routers), default=1)
     num_valid = batch.tokens_BS.size
     loss = 0.0
     values: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(model.routers))
-    weights: dict[str, float] = {}
+    weights: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(model.routers))
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
-    for micro in group.share(split(batch, micro_batches)):
-        context = make_context(micro, device, seed=seed, step=step, explore=True, samples=samples, **around)
+    for number, micro in group.share(list(enumerate(split(batch, micro_batches)))):
+        context = make_context(micro, device, samples=samples, micro_batch=number, **around)
         loss_MT, decisions = forward(model, micro, context, device)
+        on_decisions(number, decisions)
         feedback = Feedback(context=context, loss_MT=loss_MT.detach(), num_valid=num_valid)
-        terms_L = [r.objective(d, feedback) for r, d in zip(model.routers, decisions, strict=True)]
         total = loss_MT.sum() / (num_valid * samples)
+        learned = learn(model.routers, decisions, feedback, total)
         loss += float(total.detach())
-        for layer, terms in enumerate(terms_L):
+        for site, terms in enumerate(learned.terms_L):
             for name, term in terms.items():
-                values[name][layer] += float(term.value.detach())
-                weights[name] = term.weight
-        torch.autograd.backward(total + weighted(terms_L))
-        for sums, router, decision in zip(sums_L, model.routers, decisions, strict=True):
-            for name, value in router.observe(decision, feedback).items():
+                values[name][site] += float(term.value.detach())
+                weights[name][site] = term.weight
+        for sums, new in zip(sums_L, learned.sums_L, strict=True):
+            for name, value in new.items():
                 sums[name] = sums[name] + value if name in sums else value
     model_sums = torch.tensor([loss, *itertools.chain(*values.values())], dtype=torch.float64, device=device.name)
     group.add_up([model_sums, *(value for sums in sums_L for value in sums.values())])
     loss, *flat = model_sums.tolist()
-    layers = len(model.routers)
-    values = {name: flat[i * layers : (i + 1) * layers] for i, name in enumerate(values)}
+    sites = len(model.routers)
+    values = {name: flat[i * sites : (i + 1) * sites] for i, name in enumerate(values)}
     group.sum_gradients(model)
-    return StepResult(loss, values, weights, sums_L)
+    return StepResult(loss, values, dict(weights), sums_L)
 
 
-def weighted(terms_L: list[dict[str, Term]]) -> Tensor | float:
-    """Return the sum of the weighted terms over layers; a term of weight 0 is left out, so that it cannot touch a gradient."""
-    return sum((term.weight * term.value for terms in terms_L for term in terms.values() if term.weight), start=0.0)
+def defined(value: Tensor | float) -> float | None:
+    """Return a number, or None for what is not defined (NaN): records hold no NaN."""
+    number = float(value)
+    return None if math.isnan(number) else number
 
 
-def adapt(model: Transformer, result: StepResult) -> None:
-    """Hand the step's sums to the routers, once per optimizer step."""
-    with torch.no_grad():
-        for router, sums in zip(model.routers, result.sums_L, strict=True):
-            router.adapt(sums)
+def load_fractions(demand_L: Sequence[Tensor]) -> list[list[float]]:
+    """Return each site's demand as fractions that sum to 1, to six digits; zeros where nothing was chosen."""
+    return [[round(float(f), 6) for f in demand_E.float() / demand_E.sum().clamp(min=1)] for demand_E in demand_L]
 
 
-def max_vio_L(demand_LE: Tensor) -> list[float]:
-    """Return MaxVio of each layer."""
-    return [float(metrics.max_vio(demand_E)) for demand_E in demand_LE]
-
-
-def load_fractions(demand_LE: Tensor) -> list[list[float]]:
-    """Return each layer's demand as fractions that sum to 1, to six digits."""
-    return [[round(float(f), 6) for f in demand_E / demand_E.sum()] for demand_E in demand_LE]
+def max_vio_L(demand_L: Sequence[Tensor]) -> list[float | None]:
+    """Return MaxVio of each site."""
+    return [defined(metrics.max_vio(demand_E.float())) for demand_E in demand_L]

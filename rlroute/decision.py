@@ -1,0 +1,169 @@
+"""What a router decides: which (token, expert) pairs to run and with what weight.
+
+Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), E experts, K slots per token, C tokens per expert,
+R routed (token, expert) pairs, S shared experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlroute.errors import DecisionError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoutingDecision:
+    """Which (token, expert) pairs to run and with what weight, as R flat pairs.
+
+    Attributes:
+        num_tokens: T.
+        num_experts: E.
+        k: slots per token where that number is fixed; the pairs are then token-major, pair t * k + j being token t's j-th choice.
+            A router of variable k leaves slots unused. None where experts choose tokens.
+        token_ids_R: int64, the token of each pair.
+        expert_ids_R: int64, the expert that was *chosen*; the value E marks an unused slot, so that R is known on the host and
+            nothing waits for the device.
+        kept_R: bool, false where a capacity step dropped the pair.
+        gates_R: the weight of the pair's expert output in the token's sum. Where it requires a gradient, after backward
+            ``gates_R.grad`` is the pair's credit, <dL/dout_t, y_r>; a router of constant gates asks by ``requires_grad_()``.
+        logits_TE: clean scores, before noise and bias; None for routers without scores.
+        probs_TE: the routing distribution, rows sum to 1 (what f.P and entropy read); None for routers without scores.
+        log_prob_R: Plackett-Luce conditional log-probabilities of the *ordered* draw; their sum over a token's pairs is the
+            log-probability of its draw. None where nothing was sampled.
+        self_T: the weight of the token's own input in the layer's output (identity experts, MoE++, arXiv 2410.07348); None for 0.
+        shared_gates_TS: the gate of each shared expert; None for 1.
+        max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for. Further ones are
+            dropped, first choices before second ones and then by position.
+        memo: read by the router that made it (value estimates, noise, thresholds), and through ``RoutingContext.previous`` by the
+            router of the next site.
+    """
+
+    num_tokens: int
+    num_experts: int
+    k: int | None
+    token_ids_R: Tensor
+    expert_ids_R: Tensor
+    kept_R: Tensor
+    gates_R: Tensor
+    logits_TE: Tensor | None = None
+    probs_TE: Tensor | None = None
+    log_prob_R: Tensor | None = None
+    self_T: Tensor | None = None
+    shared_gates_TS: Tensor | None = None
+    max_pairs: int | None = None
+    memo: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def token_choice(
+        ids_TK: Tensor,
+        gates_TK: Tensor,
+        num_experts: int,
+        *,
+        log_prob_TK: Tensor | None = None,
+        **scores: Any,
+    ) -> RoutingDecision:
+        """Build the decision of a router in which each token picks up to K experts.
+
+        Args:
+            ids_TK: int64 expert ids of shape (T, K); E for an unused slot.
+            gates_TK: gates of shape (T, K).
+            num_experts: E.
+            log_prob_TK: conditional log-probabilities of a sampled draw, shape (T, K).
+            scores: further fields: ``logits_TE``, ``probs_TE``, ``memo`` ...
+
+        Raises:
+            DecisionError: the shapes disagree.
+        """
+        if ids_TK.dim() != 2 or ids_TK.shape != gates_TK.shape:
+            raise DecisionError(
+                f"ids_TK has shape {tuple(ids_TK.shape)}, gates_TK {tuple(gates_TK.shape)}: want (T, K)"
+            )
+        num_tokens, k = ids_TK.shape
+        tokens_TK = torch.arange(num_tokens, device=ids_TK.device)[:, None].expand(-1, k)
+        return RoutingDecision(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            k=k,
+            token_ids_R=tokens_TK.reshape(-1),
+            expert_ids_R=ids_TK.reshape(-1),
+            kept_R=torch.ones(num_tokens * k, dtype=torch.bool, device=ids_TK.device),
+            gates_R=gates_TK.reshape(-1),
+            log_prob_R=None if log_prob_TK is None else log_prob_TK.reshape(-1),
+            **scores,
+        )
+
+    @staticmethod
+    def expert_choice(ids_EC: Tensor, gates_EC: Tensor, num_tokens: int, **scores: Any) -> RoutingDecision:
+        """Build the decision of a router in which each expert picks up to C tokens.
+
+        Args:
+            ids_EC: int64 token ids of shape (E, C); T for an unused slot.
+            gates_EC: gates of shape (E, C).
+            num_tokens: T.
+            scores: further fields: ``logits_TE``, ``probs_TE``, ``memo`` ...
+
+        Raises:
+            DecisionError: the shapes disagree.
+        """
+        if ids_EC.dim() != 2 or ids_EC.shape != gates_EC.shape:
+            raise DecisionError(
+                f"ids_EC has shape {tuple(ids_EC.shape)}, gates_EC {tuple(gates_EC.shape)}: want (E, C)"
+            )
+        num_experts, capacity = ids_EC.shape
+        experts_EC = torch.arange(num_experts, device=ids_EC.device)[:, None].expand(-1, capacity)
+        experts_EC = experts_EC.masked_fill(ids_EC == num_tokens, num_experts)
+        return RoutingDecision(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            k=None,
+            token_ids_R=ids_EC.clamp(max=num_tokens - 1).reshape(-1),
+            expert_ids_R=experts_EC.reshape(-1),
+            kept_R=torch.ones(num_experts * capacity, dtype=torch.bool, device=ids_EC.device),
+            gates_R=gates_EC.reshape(-1),
+            **scores,
+        )
+
+    def demand_E(self, mask_T: Tensor | None = None) -> Tensor:
+        """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
+        return self._count(torch.ones_like(self.kept_R), mask_T)
+
+    def load_E(self, mask_T: Tensor | None = None) -> Tensor:
+        """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
+        return self._count(self.kept_R, mask_T)
+
+    @property
+    def used_R(self) -> Tensor:
+        """Say of each pair whether it is one: not an unused slot; bool."""
+        return self.expert_ids_R < self.num_experts
+
+    def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
+        if mask_T is not None:
+            counted_R = counted_R & mask_T[self.token_ids_R]
+        slots = torch.where(counted_R, self.expert_ids_R, self.num_experts)
+        return torch.bincount(slots, minlength=self.num_experts + 1)[: self.num_experts]
+
+    def token_sum(self, values_R: Tensor) -> Tensor:
+        """Sum a value per pair over each token's used pairs; shape (T,)."""
+        values_R = torch.where(self.used_R, values_R, torch.zeros_like(values_R))
+        if self.k is not None:
+            return values_R.view(self.num_tokens, self.k).sum(1)
+        return values_R.new_zeros(self.num_tokens).index_add(0, self.token_ids_R, values_R)
+
+    def all_kept_T(self) -> Tensor:
+        """Say of each token whether all of its pairs were kept; shape (T,), bool."""
+        return self.token_sum((~self.kept_R).long()) == 0
+
+    def detach(self) -> RoutingDecision:
+        """Return a copy that holds no autograd graph, for whoever keeps one."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.detach()
+            return {name: cut(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})

@@ -1,0 +1,154 @@
+"""Causal self-attention with rotary positions: plain, or with experts for its query and output projections.
+
+Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, N heads, H head width,
+E experts, R routed pairs, P width of one expert's queries, G groups of heads with keys and values of their own, J slots per token.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlroute import seeding
+from rlroute.config import ModelConfig
+from rlroute.decision import RoutingDecision
+from rlroute.kernels import gather_linear, linear_combine, make_plan
+from rlroute.model.moe import compute_dtype, decide
+from rlroute.routing import Router, RoutingContext, Site
+
+
+def attention_site(layer: int) -> Site:
+    """Return the key of a block's attention as a routed site."""
+    return f"{layer}.attention"
+
+
+class KeyedLinear(nn.Linear):
+    """A linear map without bias, initialised from its key."""
+
+    def __init__(self, d_in: int, d_out: int, std: float, seed: int, name: str) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        seeding.init_normal(self.weight, std, seed, name)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): the halves of a head's channels are the coordinates that turn."""
+
+    cos_SH: Tensor
+    sin_SH: Tensor
+
+    def __init__(self, head_width: int, seq_len: int, base: float) -> None:
+        super().__init__()
+        half = head_width // 2
+        angles = torch.arange(seq_len)[:, None] * base ** (-torch.arange(half) / half)
+        self.register_buffer("cos_SH", angles.cos(), persistent=False)
+        self.register_buffer("sin_SH", angles.sin(), persistent=False)
+
+    def forward(self, x_BNSH: Tensor) -> Tensor:
+        """Return queries or keys, turned by their positions."""
+        length = x_BNSH.shape[2]
+        cos_SH, sin_SH = self.cos_SH[:length].to(x_BNSH.dtype), self.sin_SH[:length].to(x_BNSH.dtype)
+        a, b = x_BNSH.chunk(2, dim=-1)
+        return torch.cat((a * cos_SH - b * sin_SH, a * sin_SH + b * cos_SH), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (Su et al. 2021, arXiv 2104.09864)."""
+
+    def __init__(self, config: ModelConfig, seq_len: int, layer: int, seed: int) -> None:
+        super().__init__()
+        width, self.num_heads = config.d_model, config.num_heads
+        std = width**-0.5
+        self.qkv = KeyedLinear(width, 3 * width, std, seed, f"layers.{layer}.attention.qkv")
+        self.out = KeyedLinear(width, width, std / (2 * config.num_layers) ** 0.5, seed, f"layers.{layer}.attention.out")
+        self.rotary = Rotary(width // self.num_heads, seq_len, config.rope_base)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the attention output, shape (B, S, D)."""
+        batch, length, width = x_BSD.shape
+        qk_BNSH, v_BNSH = (
+            self.qkv(x_BSD)
+            .view(batch, length, 3 * self.num_heads, -1)
+            .transpose(1, 2)
+            .split((2 * self.num_heads, self.num_heads), dim=1)
+        )
+        q_BNSH, k_BNSH = self.rotary(qk_BNSH).chunk(2, dim=1)
+        y_BNSH = functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
+        y_BSD: Tensor = self.out(y_BNSH.transpose(1, 2).reshape(batch, length, width))
+        return y_BSD
+
+
+class AttentionExperts(nn.Module):
+    """Mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144; JetMoE, arXiv 2404.07413).
+
+    An expert is a group of num_heads / k query heads with an output projection; keys and values, as many heads wide, are shared by all
+    experts. A token's k experts are thus as many query heads as plain attention has.
+    """
+
+    def __init__(
+        self, config: ModelConfig, seq_len: int, layer: int, seed: int, router: Router, backend: str
+    ) -> None:
+        super().__init__()
+        self.config, self.router, self.backend = config, router, backend
+        self.num_heads = config.num_heads // config.k
+        width, head = config.d_model, config.d_model // config.num_heads
+        inner, key = self.num_heads * head, f"layers.{layer}.attention"
+        self.kv = KeyedLinear(width, 2 * inner, width**-0.5, seed, f"{key}.kv")
+        self.query_EPD = nn.Parameter(torch.empty(config.attention_experts, inner, width))
+        self.out_EDP = nn.Parameter(torch.empty(config.attention_experts, width, inner))
+        std_out = (2 * config.num_layers * width) ** -0.5
+        for expert in range(config.attention_experts):
+            seeding.init_normal(self.query_EPD[expert], width**-0.5, seed, f"{key}.experts.query", expert)
+            seeding.init_normal(self.out_EDP[expert], std_out, seed, f"{key}.experts.out", expert)
+        self.site = attention_site(layer)
+        self.rotary = Rotary(head, seq_len, config.rope_base)
+
+    @property
+    def pair_parameters(self) -> int:
+        """The weights that a pair runs."""
+        return self.query_EPD[0].numel() + self.out_EDP[0].numel()
+
+    def pair_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of a pair: its projections, and scores and values of (S + 1) / 2 keys on average."""
+        return 2 * self.pair_parameters + 2 * (seq_len + 1) * self.query_EPD.shape[1]
+
+    def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
+        """Return the attention output, shape (B, S, D), and the decision that was run."""
+        dtype, x_TD = compute_dtype(x_BSD), x_BSD.flatten(0, 1)
+        decision = decide(self.router, x_TD, replace(context, site=self.site), self.config)
+        plan = make_plan(decision)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            q_RP = gather_linear(x_TD.to(dtype), plan, self.query_EPD.to(dtype), self.backend)
+        y_RP = self._attend(q_RP, x_BSD, decision, plan.pairs_R)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            out_TD = linear_combine(y_RP, plan, self.out_EDP.to(dtype), decision.gates_R, self.backend)
+        if decision.self_T is not None:
+            out_TD = out_TD + decision.self_T[:, None].to(dtype) * x_TD.to(dtype)
+        return out_TD.view_as(x_BSD), decision
+
+    def _attend(self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor) -> Tensor:
+        """Let the queries of each pair, in the plan's order, attend to their sequence; shapes (R, P)."""
+        batch, length, _ = x_BSD.shape
+        places, slots = _slots(decision)
+        slot_R = places[pairs_R]
+        q_QP = q_RP.new_zeros(batch * length * slots + 1, q_RP.shape[1]).index_copy(0, slot_R, q_RP)[:-1]
+        q_BNSH = q_QP.view(batch, length, slots * self.num_heads, -1).transpose(1, 2)
+        kv_BNSH = self.kv(x_BSD).view(batch, length, 2 * self.num_heads, -1).transpose(1, 2)
+        k_BNSH, v_BNSH = (part_BNSH.repeat(1, slots, 1, 1) for part_BNSH in kv_BNSH.chunk(2, dim=1))
+        y_BNSH = functional.scaled_dot_product_attention(
+            self.rotary(q_BNSH), self.rotary(k_BNSH), v_BNSH, is_causal=True
+        )
+        y_QP = y_BNSH.transpose(1, 2).reshape(batch * length * slots, -1)
+        return y_QP[slot_R.clamp(max=len(y_QP) - 1)]
+
+
+def _slots(decision: RoutingDecision) -> tuple[Tensor, int]:
+    """Return each pair's own place among (token, slot) pairs, and the slots per token; unused pairs share a place behind all others.
+
+    A pair's slot is its rank among its token's choices, or its expert where experts choose.
+    """
+    if decision.k is not None:
+        return torch.arange(len(decision.token_ids_R), device=decision.token_ids_R.device), decision.k
+    experts = decision.num_experts
+    places_R = decision.token_ids_R * experts + decision.expert_ids_R
+    return torch.where(decision.used_R, places_R, decision.num_tokens * experts), experts
