@@ -11,18 +11,27 @@ its choices, and importance ratios do not survive that.
 Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlroute.agents._policy import RewardConfig, RewardRouter, RunningMean, critic, future_rewards, matrix_flops
 from rlroute.limits import Share
+from rlroute.policies import (
+    RewardConfig,
+    RunningMean,
+    critic,
+    draw,
+    matrix_flops,
+    policy_decision,
+    returns,
+    reward,
+    surrogate,
+)
 from rlroute.rewards import temporal_differences
-from rlroute.routing import Feedback, RouterShape, RoutingDecision, Term
+from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
 
-class ActorCriticRouter(RewardRouter):
+class ActorCriticRouter(Router):
     """A policy with a bootstrapping critic, detached from the trunk."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -34,36 +43,46 @@ class ActorCriticRouter(RewardRouter):
         trace: Share = 0.9
         """lambda of the generalised advantage: 0 trusts the critic, 1 the returns."""
 
+    learns_from = frozenset({"reward"})
+    gate_meaning = "1/k"
+    stochastic = True
+    config: Config
+
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
+        self.scores = LinearScores(shape, "scores", config.init_std)
         self.value = critic(shape, config.value_hidden)
         self.mean_reward = RunningMean(config.ema_decay)
+        self.batch_dependent |= config.charge_weight > 0
 
-    def remember(self, x_TD: Tensor) -> dict[str, Tensor]:
-        """Return the critic's value of each row."""
-        return {"value_T": self.value(x_TD).squeeze(1)}
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Sample k experts in order where exploring, else take the k most probable."""
+        logits_TE = self.scores(x_TD if self.config.shape_body else x_TD.detach())
+        policy_TE = logits_TE / self.config.temperature_at(context.step)
+        ids_TK = draw(policy_TE, self.shape.k, context, "actor_critic")
+        memo = {"value_T": self.value(x_TD.detach()).squeeze(1)} if context.explore else {}
+        return policy_decision(logits_TE, policy_TE, ids_TK, context, memo)
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the policy-gradient surrogate, minus the entropy, the balance loss and the critic's squared error."""
+        """Return the policy-gradient surrogate and the critic's squared error."""
         config, mask_MT = self.config, feedback.context.mask_T.view_as(feedback.loss_MT)
         value_MT = decision.memo["value_T"].view_as(feedback.loss_MT)
-        reward_MT = self.mean_reward.centre(self.reward(decision, feedback)) * mask_MT
+        reward_MT = self.mean_reward.centre(reward(decision, feedback, config.charge_weight)) * mask_MT
         differences_MT = temporal_differences(
             reward_MT, value_MT.detach() * mask_MT, feedback.context.sequence_T[: mask_MT.shape[1]], config.discount
         )
-        advantage_MT = future_rewards(differences_MT, feedback, config.discount * config.trace)
+        advantage_MT = returns(differences_MT, feedback, config.discount * config.trace)
         error_MT = advantage_MT + value_MT.detach() - value_MT
         return {
-            "policy": self.surrogate(decision, advantage_MT.reshape(-1), feedback),
+            "policy": Term(surrogate(decision, advantage_MT.reshape(-1), feedback), config.policy_weight),
             "value": Term(feedback.mean(error_MT.reshape(-1).square()), config.value_weight),
-        } | self.regularisers(decision, feedback)
+        }
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
-        """Return the default sums and the sum of rewards."""
-        return super().observe(decision, feedback) | {"reward": self.reward(decision, feedback).sum()}
+        """Return the sum of rewards."""
+        return {"reward": reward(decision, feedback, self.config.charge_weight).sum()}
 
-    def adapt(self, sums: Mapping[str, Tensor]) -> None:
+    def adapt(self, sums: Sums, progress: float) -> None:
         """Move the running mean reward."""
         self.mean_reward.update(sums, "reward")
 

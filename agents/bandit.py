@@ -10,7 +10,6 @@ Shape suffixes: T tokens (rows of all routing samples), D model width, P feature
 R pairs.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,13 +17,11 @@ import torch
 from torch import Tensor
 
 from rlroute import seeding
-from rlroute.agents._policy import RunningMean
-from rlroute.balance import overload_T
 from rlroute.config import RouterConfig
 from rlroute.limits import BelowOne, Count, NonNegative, Positive
-from rlroute.rewards import own_token_reward
-from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
-from rlroute.sampling import top_k
+from rlroute.gates import constant_gates
+from rlroute.policies import RunningMean, reward
+from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
 class BanditRouter(Router):
@@ -46,13 +43,15 @@ class BanditRouter(Router):
         """Standard deviation of the prior's means, without which all tokens would start with the same experts."""
         forget: BelowOne = 0.99
         """Decay per step of what was seen."""
-        balance_weight: NonNegative = 0.1
-        """Charge on the reward, in nats: the mean over a token's experts of E f_e - 1."""
+        charge_weight: NonNegative = 0.1
+        """Charge on the reward for full experts, in nats: times the mean over a token's experts of E f_e - 1."""
         ema_decay: BelowOne = 0.99
         """Decay of the running mean reward, which is subtracted from every reward."""
 
     learns_from = frozenset({"reward"})
     gate_meaning = "1/k"
+    scored = False
+    config: Config
     projection_DP: Tensor
     prior_EP: Tensor
     gram_EPP: Tensor
@@ -62,13 +61,12 @@ class BanditRouter(Router):
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
         self.stochastic = config.exploration == "thompson"
         size, experts = config.features + 1, shape.num_experts
         projection_DP = torch.empty(shape.d_model, config.features)
-        seeding.init_normal(projection_DP, shape.d_model**-0.5, shape.seed, f"layers.{shape.layer}.router.projection")
+        shape.init(projection_DP, "projection", shape.d_model**-0.5)
         prior_EP = torch.empty(experts, size)
-        seeding.init_normal(prior_EP, config.init_std, shape.seed, f"layers.{shape.layer}.router.prior")
+        shape.init(prior_EP, "prior", config.init_std)
         self.register_buffer("projection_DP", projection_DP)
         self.register_buffer("prior_EP", prior_EP)
         self.register_buffer("gram_EPP", torch.zeros(experts, size, size))
@@ -76,11 +74,7 @@ class BanditRouter(Router):
         self.register_buffer("mean_EP", prior_EP.clone())
         self.register_buffer("covariance_EPP", torch.eye(size).repeat(experts, 1, 1) / config.ridge)
         self.mean_reward = RunningMean(config.ema_decay)
-
-    @property
-    def batch_dependent(self) -> bool:
-        """The charge for full experts mixes the tokens of a micro-batch."""
-        return self.config.balance_weight > 0
+        self.batch_dependent |= config.charge_weight > 0
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k experts of the highest score; of the highest mean where greedy. Gates are 1/k."""
@@ -88,8 +82,8 @@ class BanditRouter(Router):
         scores_TE = features_TP @ self.mean_EP.to(features_TP.dtype).t()
         if context.explore:
             scores_TE = scores_TE + self.config.width * self._spread(features_TP, context)
-        ids_TK = top_k(scores_TE, self.shape.k)
-        gates_TK = torch.full_like(ids_TK, 1 / self.shape.k, dtype=x_TD.dtype)
+        ids_TK = context.choose(scores_TE, self.shape.k)
+        gates_TK = constant_gates(ids_TK, x_TD)
         return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts, memo={"features_TP": features_TP})
 
     def _features(self, x_TD: Tensor) -> Tensor:
@@ -104,31 +98,26 @@ class BanditRouter(Router):
             return std_TE
         return std_TE * seeding.normal(context.noise("bandit", (self.shape.num_experts,))).to(std_TE.dtype)
 
-    def _reward(self, decision: RoutingDecision, feedback: Feedback) -> Tensor:
-        """Return each row's reward, shape (T,): its own negative loss less the charge for full experts."""
-        charge_T = overload_T(decision, feedback.context).to(feedback.loss_MT.dtype)
-        return own_token_reward(feedback.loss_MT.detach()).reshape(-1) - self.config.balance_weight * charge_T
-
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
-        """Return the default sums, the sum of rewards, and each expert's sums of feature products and of rewarded features.
+        """Return the sum of rewards, and each expert's sums of feature products and of rewarded features.
 
         A pair counts if it ran and its token is valid.
         """
-        reward_T, mask_T = self._reward(decision, feedback), feedback.context.mask_T
+        reward_T, mask_T = reward(decision, feedback, self.config.charge_weight).reshape(-1), feedback.context.mask_T
         features_TP, experts = decision.memo["features_TP"].to(reward_T.dtype), self.shape.num_experts
         centred_T = self.mean_reward.centre(reward_T)
-        counts_R = decision.kept_R & (decision.expert_ids_R < experts) & mask_T[decision.token_ids_R]
+        counts_R = decision.kept_R & decision.used_R & mask_T[decision.token_ids_R]
         counts_ET = reward_T.new_zeros(experts + 1, len(reward_T)).index_put_(
             (decision.expert_ids_R, decision.token_ids_R), counts_R.to(reward_T.dtype)
         )[:experts]
         grams = [features_TP.t() @ (counts_T[:, None] * features_TP) for counts_T in counts_ET]
-        return super().observe(decision, feedback) | {
-            "reward": (reward_T * mask_T).sum(),
+        return {
+            "reward": reward_T.sum(),
             "gram_EPP": torch.stack(grams),
             "moment_EP": (counts_ET * centred_T) @ features_TP,
         }
 
-    def adapt(self, sums: Mapping[str, Tensor]) -> None:
+    def adapt(self, sums: Sums, progress: float) -> None:
         """Forget a little, add what the step saw, and move the posterior."""
         config, kind = self.config, self.gram_EPP
         self.gram_EPP.copy_(config.forget * self.gram_EPP + sums["gram_EPP"].to(kind))

@@ -8,20 +8,19 @@ route changes, later tokens and auxiliary losses of later layers included.
 
 Related: straight-through estimators (Bengio et al. 2013, arXiv 1308.3432); unlike theirs, the value of the forward pass is untouched.
 
-Shape suffixes: T tokens, K experts per token.
+Shape suffixes: T tokens, D model width, E experts, R routed pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from rlroute.agents._policy import PolicyConfig, PolicyRouter
 from rlroute.limits import Positive
-from rlroute.routing import Feedback, RouterShape, RoutingDecision, Term
+from rlroute.policies import PolicyConfig, draw, policy_decision
+from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
 
 
-class CreditRouter(PolicyRouter):
+class CreditRouter(Router):
     """Policy gradient with first-order credit in place of a reward."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -33,19 +32,22 @@ class CreditRouter(PolicyRouter):
 
     learns_from = frozenset({"gate"})
     gate_meaning = "1/k, gradient of log pi"
+    stochastic = True
+    config: Config
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
+        self.scores = LinearScores(shape, "scores", config.init_std)
 
-    def gates(self, ids_TK: Tensor, log_prob_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return 1/k with the gradient of the summed log-probabilities of the draws up to each pair."""
-        constant_TK = super().gates(ids_TK, log_prob_TK, dtype)
-        if log_prob_TK is None:
-            return constant_TK
-        path_TK = self.config.scale / self.shape.k * log_prob_TK.cumsum(1).to(dtype)
-        return constant_TK + path_TK - path_TK.detach()
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Sample k experts in order where exploring, else take the k most probable.
 
-    def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return minus the entropy, and the balance loss."""
-        return self.regularisers(decision, feedback)
+        A gate is 1/k with the gradient of the summed log-probabilities of the draws up to its pair.
+        """
+        k, logits_TE = self.shape.k, self.scores(x_TD if self.config.shape_body else x_TD.detach())
+        policy_TE = logits_TE / self.config.temperature_at(context.step)
+        decision = policy_decision(logits_TE, policy_TE, draw(policy_TE, k, context, "credit"), context)
+        if decision.log_prob_R is None:
+            return decision
+        path_R = self.config.scale / k * decision.log_prob_R.view(-1, k).cumsum(1).reshape(-1)
+        return replace(decision, gates_R=decision.gates_R + path_R - path_R.detach())

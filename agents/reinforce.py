@@ -10,20 +10,29 @@ by Gumbel top-k, whose ordered draw has a Plackett-Luce log-probability. Advanta
 Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per token.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlroute.agents._policy import RewardConfig, RewardRouter, RunningMean, critic, future_rewards, matrix_flops
 from rlroute.errors import ConfigError
 from rlroute.limits import Count
-from rlroute.routing import Feedback, RouterShape, RoutingContext, RoutingDecision, Term
+from rlroute.policies import (
+    RewardConfig,
+    RunningMean,
+    critic,
+    draw,
+    matrix_flops,
+    policy_decision,
+    returns,
+    reward,
+    surrogate,
+)
+from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
 
-class ReinforceRouter(RewardRouter):
+class ReinforceRouter(Router):
     """A policy-gradient router: the output is not scaled by a learned gate, so the reward alone teaches it."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,8 @@ class ReinforceRouter(RewardRouter):
         samples: Count | None = None
         """Routing samples of each token, each a forward and a backward; none: 2 where ``baseline`` or ``resample`` needs them, else 1."""
         resample: Literal["all", "one"] = "all"
-        """Which layers differ between samples: all, or one per step in turn, the others held at the first sample's choice; only the
-        layer that differs learns in that step."""
+        """Which sites differ between samples: all, or one per step in turn, the others held at the first sample's choice; only the
+        site that differs learns in that step."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -51,54 +60,60 @@ class ReinforceRouter(RewardRouter):
             """How many routing samples the baseline and the resampling need."""
             return 2 if self.baseline == "leave_one_out" or self.resample == "one" else 1
 
+    learns_from = frozenset({"reward"})
+    gate_meaning = "1/k"
+    stochastic = True
+    config: Config
+
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
+        self.scores = LinearScores(shape, "scores", config.init_std)
         self.value = critic(shape, config.value_hidden) if config.baseline == "value" else None
         self.mean_return = RunningMean(config.ema_decay)
-
-    @property
-    def batch_dependent(self) -> bool:
-        """The balance term and the batch baseline mix the tokens of a micro-batch."""
-        return super().batch_dependent or self.config.baseline == "batch"
+        self.batch_dependent |= config.charge_weight > 0 or config.baseline == "batch"
 
     @property
     def num_samples(self) -> int:
         """As configured."""
         return self.config.samples or self.config.fewest_samples
 
-    def draw(self, policy_TE: Tensor, context: RoutingContext) -> Tensor:
-        """Draw, and hold this layer at the first sample's choice where it is not its turn to be resampled.
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Sample k experts in order where exploring, else take the k most probable."""
+        logits_TE = self.scores(x_TD if self.config.shape_body else x_TD.detach())
+        policy_TE = logits_TE / self.config.temperature_at(context.step)
+        ids_TK = self._hold(draw(policy_TE, self.shape.k, context, "reinforce"), context)
+        memo = {}
+        if context.explore and self.value is not None:
+            memo = {"value_T": self.value(x_TD.detach()).squeeze(1)}
+        return policy_decision(logits_TE, policy_TE, ids_TK, context, memo)
 
-        Held choices of later layers were drawn for the first sample's route, not for this one: what a route changes in later layers'
-        routing is lost, so that ``resample=one`` is unbiased in the last layer only.
+    def _hold(self, ids_TK: Tensor, context: RoutingContext) -> Tensor:
+        """Hold this site at the first sample's choice where it is not its turn to be resampled.
+
+        Held choices of later sites were drawn for the first sample's route, not for this one: what a route changes in later sites'
+        routing is lost, so that ``resample=one`` is unbiased in the last one only.
         """
-        ids_TK = super().draw(policy_TE, context)
         if self._learns(context):
             return ids_TK
         return ids_TK.view(context.num_samples, -1, self.shape.k)[0].repeat(context.num_samples, 1)
 
     def _learns(self, context: RoutingContext) -> bool:
-        """Whether the samples differ in this layer in this step."""
-        turn = context.step % self.shape.moe_layers == self.shape.moe_index
+        """Whether the samples differ at this site in this step."""
+        turn = context.step % self.shape.num_sites == self.shape.site_index
         return self.config.resample == "all" or context.num_samples == 1 or turn
 
-    def remember(self, x_TD: Tensor) -> dict[str, Tensor]:
-        """Return the value of each row over the running mean."""
-        return {} if self.value is None else {"value_T": self.value(x_TD).squeeze(1)}
-
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the policy-gradient surrogate, minus the entropy, the balance loss and the value head's squared error.
+        """Return the policy-gradient surrogate, and the value head's squared error.
 
         Raises:
             ConfigError: fewer routing samples were run than the baseline or the resampling needs.
         """
-        if feedback.context.num_samples < self.config.fewest_samples:
+        config, terms = self.config, dict[str, Term]()
+        if feedback.context.num_samples < config.fewest_samples:
             raise ConfigError(
-                f"router reinforce:baseline={self.config.baseline},resample={self.config.resample} needs "
-                f"{self.config.fewest_samples} routing samples: {feedback.context.num_samples} was run"
+                f"router reinforce:baseline={config.baseline},resample={config.resample} needs "
+                f"{config.fewest_samples} routing samples: {feedback.context.num_samples} was run"
             )
-        config, terms = self.config, self.regularisers(decision, feedback)
         advantage_T = self._advantage(decision, feedback)
         if self.value is not None:
             value_T = decision.memo["value_T"]
@@ -106,10 +121,10 @@ class ReinforceRouter(RewardRouter):
             advantage_T = advantage_T - value_T.detach()
         if not self._learns(feedback.context):
             advantage_T = torch.zeros_like(advantage_T)
-        return {"policy": self.surrogate(decision, advantage_T, feedback)} | terms
+        return {"policy": Term(surrogate(decision, advantage_T, feedback), config.policy_weight)} | terms
 
     def _return(self, decision: RoutingDecision, feedback: Feedback) -> Tensor:
-        return future_rewards(self.reward(decision, feedback), feedback, self.config.discount)
+        return returns(reward(decision, feedback, self.config.charge_weight), feedback, self.config.discount)
 
     def _advantage(self, decision: RoutingDecision, feedback: Feedback) -> Tensor:
         """Return each row's return less its baseline, without the learned value; shape (T,)."""
@@ -127,11 +142,10 @@ class ReinforceRouter(RewardRouter):
         return self.mean_return.centre(return_MT.reshape(-1))
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
-        """Return the default sums and the sum of returns."""
-        return_T = self._return(decision, feedback).reshape(-1) * feedback.context.mask_T
-        return super().observe(decision, feedback) | {"return": return_T.sum()}
+        """Return the sum of returns."""
+        return {"return": (self._return(decision, feedback).reshape(-1) * feedback.context.mask_T).sum()}
 
-    def adapt(self, sums: Mapping[str, Tensor]) -> None:
+    def adapt(self, sums: Sums, progress: float) -> None:
         """Move the running mean of the return."""
         self.mean_return.update(sums, "return")
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlroute.agents._policy import DrawConfig, DrawingRouter
 from rlroute.errors import ConfigError
-from rlroute.routing import RouterShape
+from rlroute.policies import DrawConfig, draw, policy_decision
+from rlroute.routing import Router, RouterShape, RoutingContext, RoutingDecision
 
 LEGAL = {
     "activation_fn": "<class 'torch.nn.modules.activation.Tanh'>",
@@ -39,7 +39,7 @@ USED = r"(mlp_extractor\.policy_net\.\d+|action_net)\.(weight|bias)"
 CRITIC = r"(mlp_extractor\.)?value_net\..*"
 
 
-class Sb3Router(DrawingRouter):
+class Sb3Router(Router):
     """A frozen multi-layer perceptron from hidden states to the logits of experts."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,19 @@ class Sb3Router(DrawingRouter):
             """Return an error that names the file."""
             return ConfigError(f"router sb3.policy = {self.policy!r} {reason}")
 
+    gate_meaning = "1/k"
+    stochastic = True
+    config: Config
+
     def __init__(self, config: Config, shape: RouterShape) -> None:
-        super().__init__(config, shape, read_actor(config, shape))
+        super().__init__(config, shape)
+        self.scores = read_actor(config, shape)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Sample k experts in order where exploring, else take the k most probable."""
+        logits_TE = self.scores(x_TD.detach())
+        policy_TE = logits_TE / self.config.temperature_at(context.step)
+        return policy_decision(logits_TE, policy_TE, draw(policy_TE, self.shape.k, context, "sb3"), context)
 
 
 def read_actor(config: Sb3Router.Config, shape: RouterShape) -> nn.Sequential:

@@ -5,17 +5,15 @@ Loss-free balancing, Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 241
 For k = 1 the gate is the score itself: normalised over one expert it would be a constant.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlroute.balance import sequence_balance
 from rlroute.config import RouterConfig
+from rlroute.gates import normalize_rows
 from rlroute.limits import NonNegative, Positive
-from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
-from rlroute.sampling import top_k
+from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
 class BiasBalancedRouter(Router):
@@ -27,8 +25,6 @@ class BiasBalancedRouter(Router):
 
         update_rate: NonNegative = 0.001
         """How far a bias moves per step (the papers' u or gamma)."""
-        sequence_balance_weight: NonNegative = 0.0
-        """Weight of the sequence-wise balance loss; DeepSeek-V3 uses 1e-4."""
         route_scale: Positive = 1.0
         """Factor on all gates; DeepSeek-V3 uses 2.5."""
         init_std: NonNegative = 0.02
@@ -36,11 +32,11 @@ class BiasBalancedRouter(Router):
 
     learns_from = frozenset({"gate", "load"})
     gate_meaning = "sigmoid, unbiased, normalised over the chosen for k > 1"
+    config: Config
     bias_E: Tensor
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
         self.scores = LinearScores(shape, "scores", config.init_std)
         self.register_buffer("bias_E", torch.zeros(shape.num_experts))
 
@@ -48,29 +44,16 @@ class BiasBalancedRouter(Router):
         """Select by biased scores, gate by unbiased ones."""
         logits_TE = self.scores(x_TD)
         scores_TE = logits_TE.sigmoid()
-        ids_TK = top_k(scores_TE + self.bias_E, self.shape.k)
+        ids_TK = context.choose(scores_TE + self.bias_E, self.shape.k)
         gates_TK = scores_TE.gather(1, ids_TK)
         if self.shape.k > 1:
-            gates_TK = _normalize(gates_TK)
-        probs_TE = _normalize(scores_TE)
+            gates_TK = normalize_rows(gates_TK)
+        probs_TE = normalize_rows(scores_TE)
         return RoutingDecision.token_choice(
             ids_TK, self.config.route_scale * gates_TK, self.shape.num_experts, logits_TE=logits_TE, probs_TE=probs_TE
         )
 
-    def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the sequence-wise balance loss, where it has a weight."""
-        if not self.config.sequence_balance_weight:
-            return {}
-        assert decision.probs_TE is not None
-        value = feedback.share * sequence_balance(decision.probs_TE, decision, feedback.context)
-        return {"sequence_balance": Term(value, self.config.sequence_balance_weight)}
-
-    def adapt(self, sums: Mapping[str, Tensor]) -> None:
+    def adapt(self, sums: Sums, progress: float) -> None:
         """Raise the bias of experts that less than the mean chose, lower that of the others."""
         demand_E = sums["demand_E"].to(self.bias_E.dtype)
         self.bias_E += self.config.update_rate * torch.sign(demand_E.mean() - demand_E)
-
-
-def _normalize(scores: Tensor) -> Tensor:
-    """Divide each row by its sum, which all sigmoids of a row may underflow to 0."""
-    return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

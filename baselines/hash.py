@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlroute import seeding
 from rlroute.config import RouterConfig
-from rlroute.errors import ConfigError
+from rlroute.gates import constant_gates
 from rlroute.routing import Router, RouterShape, RoutingContext, RoutingDecision
 
 POSITIONS = 4096
@@ -32,29 +32,34 @@ class HashRouter(Router):
         """random: seeded draws; balanced: greedy by token frequency, so that loads even out; position: by position, the control."""
 
     gate_meaning = "1/k"
+    scored = False
+    config: Config
     table_XK: Tensor
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
         self.register_buffer("table_XK", torch.from_numpy(_table(config, shape)))
+
+    @classmethod
+    def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
+        """Refuse a balanced table where the corpus's token counts are not known."""
+        assert isinstance(config, cls.Config)
+        if config.table == "balanced" and shape.token_counts_V is None:
+            return "table = 'balanced' needs the corpus's token counts: legal without are 'random', 'position'"
+        return super().refuses(config, shape)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Look the experts up."""
         by_position = self.config.table == "position"
         rows_T = context.position_T % POSITIONS if by_position else context.token_ids_T
-        ids_TK = self.table_XK[rows_T]
-        gates_TK = torch.full(ids_TK.shape, 1 / self.shape.k, dtype=x_TD.dtype, device=x_TD.device)
-        return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts)
+        ids_TK = context.take(self.table_XK[rows_T])
+        return RoutingDecision.token_choice(ids_TK, constant_gates(ids_TK, x_TD), self.shape.num_experts)
 
 
 def _table(config: HashRouter.Config, shape: RouterShape) -> np.ndarray:
-    generator = seeding.numpy_generator(shape.seed, f"layers.{shape.layer}.router.table")
+    generator = seeding.numpy_generator(*shape.key("table"))
     if config.table == "balanced":
-        if shape.token_counts_V is None:
-            raise ConfigError(
-                "router hash.table = 'balanced' needs the corpus's token counts: legal without are 'random', 'position'"
-            )
+        assert shape.token_counts_V is not None
         return _balanced_table(shape.token_counts_V.numpy(), shape, generator)
     rows = POSITIONS if config.table == "position" else shape.vocab_size
     return generator.random((rows, shape.num_experts)).argsort(axis=1)[:, : shape.k]

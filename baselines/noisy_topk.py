@@ -17,7 +17,6 @@ from rlroute.balance import cv_squared
 from rlroute.config import RouterConfig
 from rlroute.limits import NonNegative
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
-from rlroute.sampling import top_k
 from rlroute.seeding import normal
 
 
@@ -36,17 +35,13 @@ class NoisyTopKRouter(Router):
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over the chosen noisy logits"
     stochastic = True
+    config: Config
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
         self.scores = LinearScores(shape, "scores", 0.0)
         self.noise = LinearScores(shape, "noise", 0.0)
-
-    @property
-    def batch_dependent(self) -> bool:
-        """Both losses mix the tokens of a micro-batch."""
-        return self.config.importance_weight > 0 or self.config.load_weight > 0
+        self.batch_dependent |= config.importance_weight > 0 or config.load_weight > 0
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k largest noisy logits; the clean ones where not exploring."""
@@ -56,7 +51,7 @@ class NoisyTopKRouter(Router):
             std_TE = functional.softplus(self.noise(x_TD))
             noisy_TE = clean_TE + std_TE * normal(context.noise("noisy_topk", (self.shape.num_experts,))).to(x_TD.dtype)
             memo = {"noisy_TE": noisy_TE, "std_TE": std_TE}
-        ids_TK = top_k(noisy_TE, self.shape.k)
+        ids_TK = context.choose(noisy_TE, self.shape.k)
         gates_TK = noisy_TE.gather(1, ids_TK).softmax(1)
         if self.shape.k == 1:  # softmax over one is constant: the paper's form would teach k = 1 by the load loss alone
             gates_TK = noisy_TE.softmax(1).gather(1, ids_TK)

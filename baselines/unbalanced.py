@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlroute.baselines._softmax_topk import softmax_top_k
 from rlroute.config import RouterConfig
+from rlroute.gates import softmax_meaning, softmax_top_k
 from rlroute.limits import NonNegative
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
 
@@ -26,13 +26,14 @@ class UnbalancedRouter(Router):
         """Standard deviation of the initial score weights."""
 
     learns_from = frozenset({"gate"})
-    gate_meaning = "softmax over all experts, renormalised over the chosen for k > 1"
+    gate_meaning = softmax_meaning(normalize=True, k=2)
+    config: Config
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.config = config
+        self.gate_meaning = softmax_meaning(config.normalize, shape.k)
         self.scores = LinearScores(shape, "scores", config.init_std)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k most probable experts."""
-        return softmax_top_k(self.scores, x_TD, self.shape.k, normalize=self.config.normalize)
+        return softmax_top_k(self.scores(x_TD), self.shape.k, context, normalize=self.config.normalize)

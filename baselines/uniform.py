@@ -5,12 +5,11 @@ Random routing as a control: THOR, Zuo et al. 2021 (arXiv 2110.04260).
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlroute.config import RouterConfig
+from rlroute.gates import constant_gates
 from rlroute.routing import Router, RoutingContext, RoutingDecision
-from rlroute.sampling import top_k
 
 
 class UniformRouter(Router):
@@ -21,9 +20,9 @@ class UniformRouter(Router):
         """The uniform router has no fields."""
 
     gate_meaning = "1/k"
+    scored = False
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Draw k experts; greedy evaluation draws too, as there is no best expert."""
-        ids_TK = top_k(context.noise("uniform", (self.shape.num_experts,)), self.shape.k)
-        gates_TK = torch.full(ids_TK.shape, 1 / self.shape.k, dtype=x_TD.dtype, device=x_TD.device)
-        return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts)
+        ids_TK = context.choose(context.noise("uniform", (self.shape.num_experts,)), self.shape.k)
+        return RoutingDecision.token_choice(ids_TK, constant_gates(ids_TK, x_TD), self.shape.num_experts)

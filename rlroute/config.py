@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -16,6 +18,8 @@ from rlroute.limits import AtLeast, Count, NonNegative, Positive, check_fields, 
 
 SCHEMA = 1
 DENSE = "dense"
+
+_SITES = re.compile(r"(mlp|attention)?(?:(\d+)(?:-(\d+))?)?")
 
 C = TypeVar("C")
 Budget = Literal["tokens", "flops", "time"]
@@ -34,8 +38,29 @@ class RouterConfig:
 
     name: ClassVar[str] = ""
 
+    entropy_weight: NonNegative = 0.0
+    """Weight of minus the entropy of the routing distribution: a bonus."""
+    balance_weight: NonNegative = 0.0
+    """Weight of the f.P balance loss (Switch, arXiv 2101.03961) over the balance scope."""
+    z_weight: NonNegative = 0.0
+    """Weight of the router z-loss; ST-MoE (arXiv 2202.08906) uses 1e-3."""
+    device_balance_weight: NonNegative = 0.0
+    """Weight of the f.P loss over the devices that hold the experts (DeepSeek-V2, arXiv 2405.04434); no gradient where one holds all."""
+    sequence_balance_weight: NonNegative = 0.0
+    """Weight of the f.P loss within each sequence; DeepSeek-V3 (arXiv 2412.19437) uses 1e-4."""
+
     def __post_init__(self) -> None:
         check_fields(self, f"router {self.name}")
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weights of the terms that every router with scores can have, by field: see :func:`rlroute.balance.regularisers`."""
+        return {name: getattr(self, name) for name in RouterConfig.__dataclass_fields__}
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether one of these terms mixes the tokens of a micro-batch."""
+        return self.balance_weight > 0 or self.device_balance_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +107,18 @@ class ModelConfig:
     """own: the gate as published (1/k where it does not learn); unit: value 1/k, gradient of the router's gate."""
     capacity_factor: Positive | None = None
     """Capacity of an expert over its fair share of pairs; none: dropless."""
+    capacity_order: Literal["position", "gate"] = "position"
+    """Who comes first under a capacity: first choices before second ones and then earlier tokens, or larger gates."""
+    capacity_rows: Literal["sample", "sequence"] = "sample"
+    """Which rows compete for a capacity: those of a micro-batch (of one routing sample), or those of a sequence."""
+    capacity_groups: Count = 1
+    """A sample's rows are cut into this many groups of neighbours, each with capacities of its own (GShard, arXiv 2006.16668)."""
+    capacity_of: Literal["expert", "device"] = "expert"
+    """What has a capacity: each expert, or all experts of a device together (DeepSeek-V2, arXiv 2405.04434)."""
+    devices: Annotated[int, AtLeast(0)] = 0
+    """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that hold them."""
+    attention_experts: Annotated[int, AtLeast(0)] = 0
+    """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv 2404.07413); 0: none."""
     rope_base: Positive = 10_000.0
 
     @property
@@ -104,6 +141,17 @@ class ModelConfig:
             )
         if self.num_dense_layers > self.num_layers:
             raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
+        if self.devices and self.num_experts % self.devices:
+            raise ConfigError(f"model.devices = {self.devices}: must divide model.num_experts = {self.num_experts}")
+        if self.capacity_of == "device" and not self.devices:
+            raise ConfigError("model.capacity_of = 'device' needs model.devices: 0 says nothing of them")
+        if self.capacity_rows == "sequence" and self.capacity_groups > 1:
+            raise ConfigError(f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1")
+        if self.attention_experts and (self.k > self.attention_experts or self.num_heads % self.k):
+            raise ConfigError(
+                f"model.attention_experts = {self.attention_experts} with k = {self.k} and num_heads = {self.num_heads}: "
+                "k must divide the heads, and is at most the experts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +212,35 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SitedRouter:
+    """A router for some sites, in place of the run's.
+
+    Raises:
+        ConfigError: ``sites`` is not of that form.
+    """
+
+    sites: str
+    """Which: ``0-2`` or ``3`` (layers), ``mlp``, ``attention``, or both as in ``attention0-2``."""
+    router: RouterConfig
+
+    def __post_init__(self) -> None:
+        if not self.sites or not (match := _SITES.fullmatch(self.sites)):
+            raise ConfigError(f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'")
+        kind, first, last = match.groups()
+        object.__setattr__(self, "_range", (kind, int(first or 0), int(last or first or sys.maxsize)))
+
+    def serves(self, site: int | str) -> bool:
+        """Whether a site (:data:`rlroute.routing.Site`) is one of them."""
+        layer, _, kind = str(site).partition(".")
+        wanted, first, last = self._range  # type: ignore[attr-defined]
+        return wanted in (None, kind or "mlp") and first <= int(layer) <= last
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run but for its seed. ``router`` None is the dense model of equal active width, the yardstick.
+
+    ``others`` are routers for some sites, the first that serves a site deciding there; ``router`` decides elsewhere.
 
     Raises:
         ConfigError: a part holds an illegal value. The parts themselves are plain values until they meet here, so that the command
@@ -175,22 +250,32 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig | None = None
+    others: tuple[SitedRouter, ...] = ()
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         for part in (self.data, self.model, self.train):
             part.check()
+        if self.others and self.router is None:
+            raise ConfigError(f"routers at sites {self.others[0].sites}: the dense model has none elsewhere")
+
+    def router_at(self, site: int | str) -> RouterConfig:
+        """Return the configuration of a site's router; not for the dense model."""
+        assert self.router is not None
+        return next((other.router for other in self.others if other.serves(site)), self.router)
 
     @property
     def router_name(self) -> str:
-        """The router's name, or ``dense``."""
-        return DENSE if self.router is None else self.router.name
+        """The names of the run's routers, as in ``switch+hash``; or ``dense``."""
+        routers = [self.router, *(other.router for other in self.others)]
+        return "+".join(dict.fromkeys(DENSE if router is None else router.name for router in routers))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries; :func:`rlroute.registry.run_config` is the inverse."""
-        router = {} if self.router is None else asdict(self.router)
         parts = {"data": asdict(self.data), "model": asdict(self.model), "train": asdict(self.train)}
-        return parts | {"router": {"name": self.router_name} | router}
+        router = {"name": DENSE} if self.router is None else _router_dict(self.router)
+        others = {"others": [{"sites": other.sites} | _router_dict(other.router) for other in self.others]}
+        return parts | {"router": router} | (others if self.others else {})
 
     def content_hash(self) -> str:
         """Return 12 hex digits of the SHA-256 of the configuration and the schema version."""
@@ -200,6 +285,10 @@ class RunConfig:
     def run_id(self, seed: int) -> str:
         """Return the name of the run with this seed: router, content hash, seed."""
         return f"{self.router_name}-{self.content_hash()}-s{seed}"
+
+
+def _router_dict(router: RouterConfig) -> dict[str, Any]:
+    return {"name": router.name} | asdict(router)
 
 
 def from_dict(cls: type[C], values: Mapping[str, Any], where: str) -> C:

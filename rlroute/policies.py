@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlroute.balance import overload_T
 from rlroute.config import RouterConfig
+from rlroute.gates import constant_gates
 from rlroute.limits import BelowOne, Count, NonNegative, Positive, Share
 from rlroute.rewards import discounted_return, own_token_reward
 from rlroute.routing import Feedback, RouterShape, RoutingContext, RoutingDecision
@@ -65,13 +66,13 @@ class RewardConfig(PolicyConfig):
     """Decay per step of running means; they start at the first step's mean."""
 
 
-def draw(policy_TE: Tensor, k: int, context: RoutingContext) -> Tensor:
+def draw(policy_TE: Tensor, k: int, context: RoutingContext, name: str) -> Tensor:
     """Return k experts of each token: drawn in order, without replacement, from softmax(policy) where exploring, else the k most
-    probable; int64 of shape (T, K).
+    probable; int64 of shape (T, K). ``name`` keys the noise.
     """
     scores_TE = policy_TE.detach()
     if context.explore:  # Gumbel top-k, Kool et al. 2019 (arXiv 1903.06059)
-        scores_TE = scores_TE + gumbel(context.noise("policy", (scores_TE.shape[1],))).to(scores_TE.dtype)
+        scores_TE = scores_TE + gumbel(context.noise(name, (scores_TE.shape[1],))).to(scores_TE.dtype)
     return context.choose(scores_TE, k)
 
 
@@ -100,11 +101,6 @@ def policy_decision(
         probs_TE=policy_TE.softmax(1),
         memo=memo or {},
     )
-
-
-def constant_gates(ids_TK: Tensor, like: Tensor) -> Tensor:
-    """Return gates of 1/k for ids of shape (T, K), in the precision of ``like``."""
-    return torch.full_like(ids_TK, 1 / ids_TK.shape[1], dtype=like.dtype)
 
 
 def reward(decision: RoutingDecision, feedback: Feedback, charge_weight: float) -> Tensor:

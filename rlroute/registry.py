@@ -1,13 +1,12 @@
 """Which routers there are: a router's name is its file's name, and there is nothing to register by hand.
 
-Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``; a leading underscore marks a private helper. Third parties plug in
-with an entry point of the group ``rlroute.routers`` whose name is the router's and whose value is its class.
+Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third parties plug in with an entry point of the group ``rlroute.routers`` whose name is the router's and whose value is its class.
 """
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,14 +16,16 @@ from rlroute.config import (
     DENSE,
     DataConfig,
     ModelConfig,
+    RouterConfig,
     RunConfig,
+    SitedRouter,
     TrainConfig,
     from_dict,
     needed_fields,
     refuse_unknown,
 )
 from rlroute.errors import ConfigError
-from rlroute.routing import Router
+from rlroute.routing import Router, RouterShape
 
 WINGS = ("rlroute.agents", "rlroute.baselines")
 GROUP = "rlroute.routers"
@@ -36,8 +37,7 @@ def _sources() -> dict[str, str | EntryPoint]:
     found: dict[str, str | EntryPoint] = {}
     for wing in WINGS:
         for module in pkgutil.iter_modules(importlib.import_module(wing).__path__):
-            if not module.name.startswith("_"):
-                found[module.name] = f"{wing}.{module.name}"
+            found[module.name] = f"{wing}.{module.name}"
     for point in entry_points(group=GROUP):
         if point.name in found or point.name == DENSE:
             raise ConfigError(f"entry point {point.value!r} names its router {point.name!r}, which is taken")
@@ -77,25 +77,59 @@ def router_class(name: str) -> type[Router]:
     return router
 
 
+def make_router(config: RouterConfig, shape: RouterShape) -> Router:
+    """Return a new router of a configuration for a shape.
+
+    Raises:
+        ConfigError: the router refuses the shape.
+    """
+    return router_class(config.name)(config, shape)
+
+
+def refusals(shapes: Sequence[RouterShape]) -> dict[str, str]:
+    """Return which of :func:`default_names` refuse one of the shapes by their default configuration, each with its reason."""
+    reasons = {}
+    for name in default_names():
+        router = router_class(name)
+        reason = next(filter(None, (router.refuses(router.Config(), shape) for shape in shapes)), None)
+        if reason:
+            reasons[name] = reason
+    return reasons
+
+
 def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a run from plain dictionaries; the inverse of :meth:`RunConfig.to_dict`.
+    """Build a run's configuration from plain dictionaries, as :meth:`rlroute.config.RunConfig.to_dict` returns them.
 
     Raises:
         ConfigError: an unknown router or field, or an illegal value.
     """
-    refuse_unknown("run", values, ("data", "model", "router", "train"))
-    router = dict(values.get("router", {"name": DENSE}))
-    name = router.pop("name", None)
-    if name is None:
-        raise ConfigError("router has no 'name'")
-    if name == DENSE:
-        refuse_unknown("router dense", router, ())
+    refuse_unknown("run", values, ("data", "model", "router", "others", "train"))
+    others = [dict(other) for other in values.get("others", ())]
     return RunConfig(
         data=from_dict(DataConfig, values.get("data", {}), "data"),
         model=from_dict(ModelConfig, values.get("model", {}), "model"),
-        router=None if name == DENSE else from_dict(router_class(name).Config, router, f"router {name}"),
+        router=_router_config(values.get("router", {"name": DENSE})),
+        others=tuple(SitedRouter(sites=other.pop("sites", ""), router=_some_router(other)) for other in others),
         train=from_dict(TrainConfig, values.get("train", {}), "train"),
     )
+
+
+def _router_config(values: Mapping[str, Any]) -> RouterConfig | None:
+    fields = dict(values)
+    name = fields.pop("name", None)
+    if name is None:
+        raise ConfigError("router has no 'name'")
+    if name == DENSE:
+        refuse_unknown("router dense", fields, ())
+        return None
+    return from_dict(router_class(name).Config, fields, f"router {name}")
+
+
+def _some_router(values: Mapping[str, Any]) -> RouterConfig:
+    config = _router_config(values)
+    if config is None:
+        raise ConfigError("the dense model is no router for some sites: say model.num_dense_layers")
+    return config
 
 
 def _load(point: EntryPoint) -> Any:

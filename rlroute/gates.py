@@ -1,0 +1,38 @@
+"""Scores and gates of top-k routers, as functions.
+
+Shape suffixes: T tokens, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+from rlroute.routing import RoutingContext, RoutingDecision
+
+
+def softmax_top_k(logits_TE: Tensor, k: int, context: RoutingContext, *, normalize: bool) -> RoutingDecision:
+    """Route each token to its k most probable experts, gated by their probabilities.
+
+    With ``normalize`` and k > 1 the gates are renormalised over the chosen (GShard, Mixtral). A single gate never is: it would be a
+    constant 1 and cut the router's gradient.
+    """
+    probs_TE = logits_TE.softmax(1)
+    ids_TK = context.choose(logits_TE, k)
+    gates_TK = probs_TE.gather(1, ids_TK)
+    if normalize and k > 1:
+        gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
+    return RoutingDecision.token_choice(ids_TK, gates_TK, probs_TE.shape[1], logits_TE=logits_TE, probs_TE=probs_TE)
+
+
+def softmax_meaning(normalize: bool, k: int) -> str:
+    """Return what the gates of :func:`softmax_top_k` are, for the table."""
+    return "softmax over all experts" + (", renormalised over the chosen" if normalize and k > 1 else "")
+
+
+def normalize_rows(scores: Tensor) -> Tensor:
+    """Divide each row by its sum, which all sigmoids of a row may underflow to 0."""
+    return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def constant_gates(ids_TK: Tensor, like: Tensor) -> Tensor:
+    """Return gates of 1/k for ids of shape (T, K), in the precision of ``like``."""
+    return torch.full_like(ids_TK, 1 / ids_TK.shape[1], dtype=like.dtype)
