@@ -20,8 +20,8 @@ from rlroute.policies import (
     RewardConfig,
     RunningMean,
     critic,
-    draw,
     matrix_flops,
+    perturb,
     policy_decision,
     returns,
     reward,
@@ -59,7 +59,7 @@ class ActorCriticRouter(Router):
         """Sample k experts in order where exploring, else take the k most probable."""
         logits_TE = self.scores(x_TD if self.config.shape_body else x_TD.detach())
         policy_TE = logits_TE / self.config.temperature_at(context.step)
-        ids_TK = draw(policy_TE, self.shape.k, context, "actor_critic")
+        ids_TK = context.choose(perturb(policy_TE, context, "actor_critic"), self.shape.k)
         memo = {"value_T": self.value(x_TD.detach()).squeeze(1)} if context.explore else {}
         return policy_decision(logits_TE, policy_TE, ids_TK, context, memo)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rlroute import seeding
 from rlroute.config import RouterConfig
-from rlroute.limits import BelowOne, Count, NonNegative, Positive
 from rlroute.gates import constant_gates
+from rlroute.limits import BelowOne, Count, NonNegative, Positive
 from rlroute.policies import RunningMean, reward
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rlroute.limits import Positive
-from rlroute.policies import PolicyConfig, draw, policy_decision
+from rlroute.policies import PolicyConfig, perturb, policy_decision
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
 
 
@@ -46,7 +46,8 @@ class CreditRouter(Router):
         """
         k, logits_TE = self.shape.k, self.scores(x_TD if self.config.shape_body else x_TD.detach())
         policy_TE = logits_TE / self.config.temperature_at(context.step)
-        decision = policy_decision(logits_TE, policy_TE, draw(policy_TE, k, context, "credit"), context)
+        ids_TK = context.choose(perturb(policy_TE, context, "credit"), k)
+        decision = policy_decision(logits_TE, policy_TE, ids_TK, context)
         if decision.log_prob_R is None:
             return decision
         path_R = self.config.scale / k * decision.log_prob_R.view(-1, k).cumsum(1).reshape(-1)

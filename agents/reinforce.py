@@ -22,8 +22,8 @@ from rlroute.policies import (
     RewardConfig,
     RunningMean,
     critic,
-    draw,
     matrix_flops,
+    perturb,
     policy_decision,
     returns,
     reward,
@@ -81,21 +81,21 @@ class ReinforceRouter(Router):
         """Sample k experts in order where exploring, else take the k most probable."""
         logits_TE = self.scores(x_TD if self.config.shape_body else x_TD.detach())
         policy_TE = logits_TE / self.config.temperature_at(context.step)
-        ids_TK = self._hold(draw(policy_TE, self.shape.k, context, "reinforce"), context)
+        ids_TK = context.choose(self._hold(perturb(policy_TE, context, "reinforce"), context), self.shape.k)
         memo = {}
         if context.explore and self.value is not None:
             memo = {"value_T": self.value(x_TD.detach()).squeeze(1)}
         return policy_decision(logits_TE, policy_TE, ids_TK, context, memo)
 
-    def _hold(self, ids_TK: Tensor, context: RoutingContext) -> Tensor:
-        """Hold this site at the first sample's choice where it is not its turn to be resampled.
+    def _hold(self, scores_TE: Tensor, context: RoutingContext) -> Tensor:
+        """Hold this site at the first sample's draw where it is not its turn to be resampled.
 
         Held choices of later sites were drawn for the first sample's route, not for this one: what a route changes in later sites'
         routing is lost, so that ``resample=one`` is unbiased in the last one only.
         """
         if self._learns(context):
-            return ids_TK
-        return ids_TK.view(context.num_samples, -1, self.shape.k)[0].repeat(context.num_samples, 1)
+            return scores_TE
+        return scores_TE.view(context.num_samples, -1, scores_TE.shape[1])[0].repeat(context.num_samples, 1)
 
     def _learns(self, context: RoutingContext) -> bool:
         """Whether the samples differ at this site in this step."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rlroute.errors import ConfigError
-from rlroute.policies import DrawConfig, draw, policy_decision
+from rlroute.policies import DrawConfig, perturb, policy_decision
 from rlroute.routing import Router, RouterShape, RoutingContext, RoutingDecision
 
 LEGAL = {
@@ -87,7 +87,8 @@ class Sb3Router(Router):
         """Sample k experts in order where exploring, else take the k most probable."""
         logits_TE = self.scores(x_TD.detach())
         policy_TE = logits_TE / self.config.temperature_at(context.step)
-        return policy_decision(logits_TE, policy_TE, draw(policy_TE, self.shape.k, context, "sb3"), context)
+        ids_TK = context.choose(perturb(policy_TE, context, "sb3"), self.shape.k)
+        return policy_decision(logits_TE, policy_TE, ids_TK, context)
 
 
 def read_actor(config: Sb3Router.Config, shape: RouterShape) -> nn.Sequential:

@@ -55,7 +55,7 @@ class RouterConfig:
     @property
     def term_weights(self) -> dict[str, float]:
         """The weights of the terms that every router with scores can have, by field: see :func:`rlroute.balance.regularisers`."""
-        return {name: getattr(self, name) for name in RouterConfig.__dataclass_fields__}
+        return {name: getattr(self, name) for name in (f.name for f in fields(RouterConfig))}
 
     @property
     def mixes_tokens(self) -> bool:
@@ -146,7 +146,9 @@ class ModelConfig:
         if self.capacity_of == "device" and not self.devices:
             raise ConfigError("model.capacity_of = 'device' needs model.devices: 0 says nothing of them")
         if self.capacity_rows == "sequence" and self.capacity_groups > 1:
-            raise ConfigError(f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1")
+            raise ConfigError(
+                f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1"
+            )
         if self.attention_experts and (self.k > self.attention_experts or self.num_heads % self.k):
             raise ConfigError(
                 f"model.attention_experts = {self.attention_experts} with k = {self.k} and num_heads = {self.num_heads}: "
@@ -225,7 +227,9 @@ class SitedRouter:
 
     def __post_init__(self) -> None:
         if not self.sites or not (match := _SITES.fullmatch(self.sites)):
-            raise ConfigError(f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'")
+            raise ConfigError(
+                f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'"
+            )
         kind, first, last = match.groups()
         object.__setattr__(self, "_range", (kind, int(first or 0), int(last or first or sys.maxsize)))
 

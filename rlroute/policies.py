@@ -1,4 +1,4 @@
-"""What sampled policies share, as functions: the draw, its decision, rewards, the policy-gradient surrogate, a running mean, a critic.
+"""What sampled policies share, as functions: draws, their decision, rewards, the policy-gradient surrogate, a running mean, a critic.
 
 Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per token.
 """
@@ -66,14 +66,15 @@ class RewardConfig(PolicyConfig):
     """Decay per step of running means; they start at the first step's mean."""
 
 
-def draw(policy_TE: Tensor, k: int, context: RoutingContext, name: str) -> Tensor:
-    """Return k experts of each token: drawn in order, without replacement, from softmax(policy) where exploring, else the k most
-    probable; int64 of shape (T, K). ``name`` keys the noise.
+def perturb(policy_TE: Tensor, context: RoutingContext, name: str) -> Tensor:
+    """Return scores whose k largest are k experts drawn in order, without replacement, from softmax(policy); shape (T, E).
+
+    By Gumbel noise (Kool et al. 2019, arXiv 1903.06059), which ``name`` keys. Where not exploring there is none: the k most probable.
     """
     scores_TE = policy_TE.detach()
-    if context.explore:  # Gumbel top-k, Kool et al. 2019 (arXiv 1903.06059)
-        scores_TE = scores_TE + gumbel(context.noise(name, (scores_TE.shape[1],))).to(scores_TE.dtype)
-    return context.choose(scores_TE, k)
+    if not context.explore:
+        return scores_TE
+    return scores_TE + gumbel(context.noise(name, (scores_TE.shape[1],))).to(scores_TE.dtype)
 
 
 def policy_decision(

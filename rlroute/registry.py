@@ -1,6 +1,7 @@
 """Which routers there are: a router's name is its file's name, and there is nothing to register by hand.
 
-Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third parties plug in with an entry point of the group ``rlroute.routers`` whose name is the router's and whose value is its class.
+Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third parties plug in with an entry point of the group
+``rlroute.routers`` whose name is the router's and whose value is its class.
 """
 
 import importlib

@@ -28,7 +28,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def make_shape(experts: int = 8, k: int = 2, **fields: Any) -> RouterShape:
     """Return a layer of 6 features and 11 tokens whose counts are known and skewed."""
     counts_V = torch.arange(1, V + 1) ** 2
-    defaults: dict[str, Any] = {"d_model": D, "layer": 1, "vocab_size": V, "seed": 0, "token_counts_V": counts_V}
+    defaults: dict[str, Any] = {"d_model": D, "site": 1, "vocab_size": V, "seed": 0, "token_counts_V": counts_V}
     return RouterShape(num_experts=experts, k=k, **(defaults | fields))
 
 
@@ -37,7 +37,7 @@ def make_context(tokens: int = 12, length: int = 4, samples: int = 1, **fields: 
     rows_T = torch.arange(tokens).repeat(samples)
     defaults: dict[str, Any] = {
         "seed": 0,
-        "layer": 1,
+        "site": 1,
         "step": 0,
         "token_ids_T": 7 * rows_T % V,
         "position_T": rows_T % length,

@@ -4,19 +4,32 @@ Shape suffixes: T tokens (rows of all routing samples), D model width, E experts
 """
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from rlroute import learning
+from rlroute.balance import regularisers
 from rlroute.config import RouterConfig
-from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, drop_over_capacity
+from rlroute.errors import ConfigError
+from rlroute.learning import learn
+from rlroute.model.capacity import drop_over_capacity
+from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, Term
 from tests.conftest import D, draw, make_context, make_feedback, make_shape
 from tests.policies import needs
 
-SHAPES = [(12, 8, 2), (12, 8, 1), (6, 3, 3), (1, 4, 2)]  # (T, E, k), with k = E and a single token among them
+SHAPES = [
+    (12, 8, 2),
+    (12, 8, 1),
+    (6, 3, 3),
+    (1, 4, 2),
+    (12, 16, 4),
+]  # (T, E, k), with k = E and a single token among them
 
 
 @dataclass(frozen=True)
@@ -27,9 +40,28 @@ class Case:
     config: RouterConfig
     changed: tuple[str, ...] = ()
 
-    def make(self, experts: int = 8, k: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64) -> Router:
-        config = replace(self.config, **needs(self.config.name, D, experts))
-        return self.router(config, make_shape(experts, k, seed=seed)).to(dtype)
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """The shapes that the router takes, of which there must be one."""
+        taken = [s for s in SHAPES if self.router.refuses(self._config(s[1]), make_shape(s[1], s[2])) is None]
+        assert taken, f"{self.config} refuses all of {SHAPES}"
+        return taken
+
+    def make(
+        self,
+        experts: int | None = None,
+        k: int | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        **shape: Any,
+    ) -> Router:
+        """Return a new router; of the first shape that it takes, unless another is said."""
+        first = self.shapes[0]
+        experts, k = experts or first[1], k or first[2]
+        return self.router(self._config(experts), make_shape(experts, k, seed=seed, **shape)).to(dtype)
+
+    def _config(self, experts: int) -> RouterConfig:
+        return replace(self.config, **needs(self.config.name, D, experts))
 
     @property
     def teaches(self) -> bool:
@@ -100,17 +132,20 @@ def backward(router: Router, batch: Batch, *, terms: bool = True, interrupted: b
     decision = router(batch.x_TD, batch.context)
     if interrupted:
         evaluate(router)
-    found = router.objective(decision, batch.feedback) if terms else {}
-    used_R = (decision.expert_ids_R < decision.num_experts) & batch.context.mask_T[decision.token_ids_R]
+    used_R = decision.used_R & batch.context.mask_T[decision.token_ids_R]
     credit_R = batch.credit_TE[decision.token_ids_R, decision.expert_ids_R.clamp(max=decision.num_experts - 1)]
     loss = torch.where(used_R, decision.gates_R * credit_R, 0.0).sum() / batch.num_valid
-    loss = loss + sum(term.weight * term.value for term in found.values() if term.weight)
-    if loss.requires_grad:
-        loss.backward()
+    if terms:
+        learned = learn([router], [decision], batch.feedback, loss)
+        found, sums = learned.terms_L[0], learned.sums_L[0]
+    else:
+        found, sums = {}, {}
+        if loss.requires_grad:
+            loss.backward()
     return Outcome(
         {name: term.weight * term.value.detach() for name, term in found.items()},
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in router.named_parameters()},
-        router.observe(decision, batch.feedback),
+        sums,
     )
 
 
@@ -119,15 +154,18 @@ def evaluate(router: Router) -> RoutingDecision:
         return decide(router, tokens=8, explore=False)
 
 
-@torch.no_grad()
 def adapt(router: Router, sums: dict[str, Tensor]) -> None:
-    router.adapt(sums)
+    learning.adapt([router], [sums], progress=0.0)
 
 
 def with_a_past(router: Router) -> Router:
     """Let the router see one step: running means start there."""
     adapt(router, backward(router, make_batch(router, loss_seed=9)).sums)
     return router
+
+
+def terms_of(router: Router, decision: RoutingDecision, batch: Batch) -> dict[str, Term]:
+    return regularisers(router.config, decision, batch.feedback) | router.objective(decision, batch.feedback)
 
 
 def state(router: Router) -> dict[str, Tensor]:
@@ -162,12 +200,12 @@ def law_attributes(case: Case) -> None:
 
 
 def law_pairs(case: Case) -> None:
-    for tokens, experts, k in SHAPES:
+    for tokens, experts, k in case.shapes:
         router = case.make(experts, k)
         for explore in (True, False):
             decision = decide(router, tokens, explore=explore)
             rows = tokens * router.num_samples
-            used_R = decision.expert_ids_R < experts
+            used_R = decision.used_R
             assert (decision.num_tokens, decision.num_experts) == (rows, experts)
             assert bool(((decision.expert_ids_R >= 0) & (decision.expert_ids_R <= experts)).all())
             assert bool(((decision.token_ids_R >= 0) & (decision.token_ids_R < rows)).all())
@@ -175,13 +213,13 @@ def law_pairs(case: Case) -> None:
             assert len(pairs_R.unique()) == len(pairs_R), "an expert twice for a token"
             assert bool(decision.gates_R.isfinite().all()) and bool(decision.kept_R.all())
             if decision.k is not None:
-                assert decision.k == k
-                assert torch.equal(decision.token_ids_R, torch.arange(rows).repeat_interleave(k))
+                assert torch.equal(decision.token_ids_R, torch.arange(rows).repeat_interleave(decision.k))
 
 
 def law_scores(case: Case) -> None:
-    for tokens, experts, k in SHAPES:
+    for tokens, experts, k in case.shapes:
         decision = decide(case.make(experts, k), tokens)
+        assert case.router.scored == (decision.probs_TE is not None), "`scored` says otherwise"
         for scores_TE in (decision.logits_TE, decision.probs_TE):
             assert scores_TE is None or scores_TE.shape == (decision.num_tokens, experts)
             assert scores_TE is None or bool(scores_TE.isfinite().all())
@@ -202,10 +240,10 @@ def law_precision(case: Case) -> None:
 
 
 def law_terms(case: Case) -> None:
-    for tokens, experts, k in SHAPES:
+    for tokens, experts, k in case.shapes:
         router = case.make(experts, k)
         batch = make_batch(router, tokens)
-        for term in router.objective(router(batch.x_TD, batch.context), batch.feedback).values():
+        for term in terms_of(router, router(batch.x_TD, batch.context), batch).values():
             assert term.value.shape == () and bool(term.value.isfinite()) and term.weight >= 0
 
 
@@ -228,10 +266,14 @@ def law_keys(case: Case) -> None:
     before = torch.get_rng_state()
     assert same(first, decide(router, tokens=64))
     assert torch.equal(before, torch.get_rng_state())
-    others = [decide(router, tokens=64, **key) for key in ({"seed": 5}, {"step": 5}, {"layer": 5})]
+    others = [
+        decide(router, tokens=64, **key) for key in ({"seed": 5}, {"step": 5}, {"site": 5}, {"site": "1.attention"})
+    ]
     if router.stochastic:
         assert not any(torch.equal(first.expert_ids_R, other.expert_ids_R) for other in others)
-    if not case.changed:  # a choice may add noise that is no sampling of the policy, as jitter does
+    if (
+        not case.changed and not router.two_rules
+    ):  # a choice may add noise that is no sampling of the policy, as jitter does
         greedy = decide(router, tokens=64, explore=False)
         assert router.stochastic != torch.equal(first.expert_ids_R, greedy.expert_ids_R)
 
@@ -314,22 +356,19 @@ def law_demand(case: Case) -> None:
     router = with_a_past(case.make())
     batch = make_batch(router)
     decision = router(batch.x_TD, batch.context)
-    dropped = drop_over_capacity(decision, 1)
+    dropped = drop_over_capacity(decision, 1 / decision.num_tokens, 1)  # one pair an expert
     assert int(dropped.load_E().sum()) < int(decision.load_E().sum())
     assert torch.equal(dropped.demand_E(), decision.demand_E())
-    observed, want = router.observe(dropped, batch.feedback), router.observe(decision, batch.feedback)
-    assert torch.equal(observed["demand_E"], want["demand_E"])
-    terms = router.objective(decision, batch.feedback)
+    terms, after = terms_of(router, decision, batch), terms_of(router, dropped, batch)
     rewarded = router.objective(decision, replace(batch.feedback, loss_MT=2 * batch.feedback.loss_MT + 1))
-    after = router.objective(dropped, batch.feedback)
     for name in terms:
-        if torch.equal(terms[name].value, rewarded[name].value):
+        if name not in rewarded or torch.equal(terms[name].value, rewarded[name].value):
             assert torch.equal(after[name].value, terms[name].value), name
 
 
 def law_gate_signal(case: Case) -> None:
     """The loss reaches the parameters through the gates exactly where the router says so, k = 1 and an evaluation in between included."""
-    for tokens, experts, k in SHAPES:
+    for tokens, experts, k in case.shapes:
         outcome = backward(
             case.make(experts, k), make_batch(case.make(experts, k), tokens), terms=False, interrupted=True
         )
@@ -340,14 +379,16 @@ def law_gate_signal(case: Case) -> None:
 def law_reward_signal(case: Case) -> None:
     """Other losses teach something else exactly where the router says that it learns from reward."""
 
-    def learned(loss_seed: int, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        router = with_a_past(case.make(k=k))
+    def learned(loss_seed: int, experts: int, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        router = with_a_past(case.make(experts, k))
         outcome = backward(router, make_batch(router, loss_seed=loss_seed), interrupted=True)
         adapt(router, outcome.sums)
         return outcome.gradients, state(router), decide(router, tokens=64, explore=False).expert_ids_R
 
-    for k in (1, 2):
-        (gradients, after, ids_R), (other_gradients, other_after, other_ids_R) = learned(3, k), learned(4, k)
+    for _, experts, k in case.shapes[:2]:
+        (gradients, after, ids_R), (other_gradients, other_after, other_ids_R) = (
+            learned(s, experts, k) for s in (3, 4)
+        )
         differs = not same(gradients, other_gradients) or not torch.equal(ids_R, other_ids_R)
         if "reward" in case.router.learns_from:
             assert differs or not case.teaches, f"k = {k}"
@@ -375,7 +416,7 @@ def law_every_parameter_moves(case: Case) -> None:
         with torch.no_grad():
             for name, parameter in router.named_parameters():
                 parameter.sub_(0.1 * outcome.gradients[name])
-            router.adapt(outcome.sums)
+        adapt(router, outcome.sums)
     idle = [name for name, p in router.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert not idle or not case.teaches, idle
 
@@ -385,6 +426,43 @@ def law_interruption(case: Case) -> None:
     router = with_a_past(case.make())
     batch = make_batch(router)
     assert backward(router, batch, interrupted=True).close_to(backward(router, batch), tolerance=0)
+
+
+def law_choices(case: Case) -> None:
+    """Choices that the context forces are taken, in their order, where exploring and where not; gates go with them."""
+    router = case.make()
+    for explore in (True, False):
+        batch = make_batch(router, explore=explore)
+        decision = router(batch.x_TD, batch.context)
+        own, columns = decision.expert_ids_R, decision.num_experts
+        if decision.k is None:
+            own, columns = decision.token_ids_R, decision.num_tokens
+        forced = torch.where(decision.used_R, (own + 1) % columns, own).view(-1, decision.k or len(own) // columns)
+        if decision.k is None:
+            forced = forced.view(decision.num_experts, -1)
+        got = router(batch.x_TD, replace(batch.context, choices={batch.context.site: forced}))
+        taken = got.token_ids_R if decision.k is None else got.expert_ids_R
+        assert torch.equal(taken, forced.flatten()), "its choices cannot be forced"
+        assert bool(got.gates_R[got.used_R].isfinite().all())
+
+
+def law_sites(case: Case) -> None:
+    """Two sites of one block differ in their initial weights, where these are drawn at all."""
+    first, second = (state(case.make(site=site)) for site in (1, "1.attention"))
+    other_seed = state(case.make(seed=1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) == torch.equal(value, other_seed[name]), name
+
+
+def law_shapes(case: Case) -> None:
+    """A shape is refused with a reason before anything is built, or taken."""
+    for _, experts, k in SHAPES:
+        reason = case.router.refuses(case._config(experts), make_shape(experts, k))
+        if reason is None:
+            case.make(experts, k)
+        else:
+            with pytest.raises(ConfigError, match=re.escape(reason)):
+                case.make(experts, k)
 
 
 LAWS: list[Callable[[Case], None]] = [law for name, law in list(globals().items()) if name.startswith("law_")]

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rlroute.decision import RoutingDecision
 from rlroute.errors import DecisionError
 from rlroute.kernels.activations import activate
-from rlroute.decision import RoutingDecision
 
 CHUNK_ROWS = 1024
 PIECE_ELEMENTS = 2**18

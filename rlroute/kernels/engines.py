@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError, MissingDependencyError
 from rlroute.kernels.activations import hidden_rows
 from rlroute.kernels.cpu import sorted_expert_mlp
 from rlroute.kernels.reference import reference_expert_mlp
-from rlroute.decision import RoutingDecision
 
 ENGINES = ("cpu", "triton", "reference")
 CHECK_VALUES = "RLROUTE_CHECK_VALUES"

@@ -6,8 +6,8 @@ Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where
 import torch
 from torch import Tensor
 
-from rlroute.kernels.activations import activate
 from rlroute.decision import RoutingDecision
+from rlroute.kernels.activations import activate
 
 
 def reference_expert_mlp(

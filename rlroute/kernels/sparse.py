@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rlroute.decision import RoutingDecision
 from rlroute.errors import DecisionError
 from rlroute.kernels import triton_kernels as kernels
 from rlroute.kernels.plan import Plan, make_plan
 from rlroute.kernels.tiles import INTERPRETER, Tile, chip_of, pick_tiles
-from rlroute.decision import RoutingDecision
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 COMBINE_COLUMNS = 1024

@@ -60,7 +60,9 @@ class Attention(nn.Module):
         width, self.num_heads = config.d_model, config.num_heads
         std = width**-0.5
         self.qkv = KeyedLinear(width, 3 * width, std, seed, f"layers.{layer}.attention.qkv")
-        self.out = KeyedLinear(width, width, std / (2 * config.num_layers) ** 0.5, seed, f"layers.{layer}.attention.out")
+        self.out = KeyedLinear(
+            width, width, std / (2 * config.num_layers) ** 0.5, seed, f"layers.{layer}.attention.out"
+        )
         self.rotary = Rotary(width // self.num_heads, seq_len, config.rope_base)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -85,9 +87,7 @@ class AttentionExperts(nn.Module):
     experts. A token's k experts are thus as many query heads as plain attention has.
     """
 
-    def __init__(
-        self, config: ModelConfig, seq_len: int, layer: int, seed: int, router: Router, backend: str
-    ) -> None:
+    def __init__(self, config: ModelConfig, seq_len: int, layer: int, seed: int, router: Router, backend: str) -> None:
         super().__init__()
         self.config, self.router, self.backend = config, router, backend
         self.num_heads = config.num_heads // config.k

@@ -57,7 +57,9 @@ def drop_over_capacity(
     bin_T = decision.token_ids_R.new_zeros(decision.num_tokens) if bin_T is None else bin_T
     rows_T = torch.zeros_like(bin_T).index_add(0, bin_T, torch.ones_like(bin_T))
     capacity_T = torch.ceil(pairs_per_row * rows_T.double() / takers)
-    first_R = _places(decision) if order == "position" else decision.gates_R.detach().argsort(descending=True, stable=True)
+    first_R = (
+        _places(decision) if order == "position" else decision.gates_R.detach().argsort(descending=True, stable=True)
+    )
     runs_R = (decision.kept_R & decision.used_R)[first_R]
     taker_R = decision.expert_ids_R.clamp(max=decision.num_experts - 1)[first_R]
     taker_R = taker_R if device_E is None else device_E[taker_R]

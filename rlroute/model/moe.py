@@ -160,5 +160,6 @@ class DenseMLP(nn.Module):
         """
         act_TF = activate(nn.functional.linear(x_TD, self.experts.in_EHD[0]), self.activation)
         if gates_TS is not None:
-            act_TF = (act_TF.unflatten(1, (gates_TS.shape[1], -1)) * gates_TS[..., None].to(act_TF.dtype)).flatten(1)
+            act_TSF = act_TF.view(*gates_TS.shape, -1)
+            act_TF = (act_TSF * gates_TS[..., None].to(act_TF.dtype)).flatten(1)
         return nn.functional.linear(act_TF, self.experts.out_EDF[0])

@@ -48,9 +48,7 @@ class Block(nn.Module):
         attention_router, router = routers.get(attention_site(layer)), routers.get(layer)
         size = (config, shape.seq_len, layer, shape.seed)
         self.attention = (
-            Attention(*size)
-            if attention_router is None
-            else AttentionExperts(*size, attention_router, shape.backend)
+            Attention(*size) if attention_router is None else AttentionExperts(*size, attention_router, shape.backend)
         )
         self.ffn_norm = nn.RMSNorm(config.d_model)
         self.moe = (

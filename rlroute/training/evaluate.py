@@ -63,15 +63,15 @@ def _pass(
 ) -> tuple[dict[str, float], Decisions]:
     """Run all batches once and return the losses over all of them, and the decisions of this rank's.
 
-    Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep their draws apart from training's.
+    Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep their draws apart
+    from training's.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     decisions, around = [], surroundings(model, group)
     for turn in range(-(-len(batches) // group.size)):
         index = turn * group.size + group.rank
         batch = batches[min(index, len(batches) - 1)]
-        keys = {"seed": seed, "step": step, "progress": progress, "explore": explore}
-        context = make_context(batch, device, **keys, **around)
+        context = make_context(batch, device, seed=seed, step=step, progress=progress, explore=explore, **around)
         loss_MT, made = forward(model, batch, context, device)
         if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
             nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
@@ -91,7 +91,10 @@ def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str
         sum((d.demand_E() for d in made), start=torch.zeros(router.shape.num_experts, dtype=torch.long, device=device))
         for router, made in zip(model.routers, made_L, strict=True)
     ]
-    sums_L7 = torch.stack([sum(map(_sums, made), start=torch.zeros(7, dtype=torch.float64, device=device)) for made in made_L]) if made_L else torch.zeros(0, 7, dtype=torch.float64, device=device)
+    sums_L7 = torch.zeros(len(made_L), 7, dtype=torch.float64, device=device)
+    for site, made in enumerate(made_L):
+        for decision in made:
+            sums_L7[site] += _sums(decision)
     group.add_up([*demand_L, sums_L7])
     batches_L, drops_L, scored_L, entropy_L, tokens_L, ran_L, without_L = sums_L7.t()
     return {
@@ -117,7 +120,9 @@ def _sums(decision: RoutingDecision) -> Tensor:
     entropy = 0 * one if decision.probs_TE is None else metrics.router_entropy(decision.probs_TE).double()
     scored = one * (decision.probs_TE is not None)
     drops = metrics.drop_rate(decision).double()
-    return torch.stack([one, drops, scored, entropy, one * decision.num_tokens, ran_T.sum(), (ran_T == 0).sum().double()])
+    return torch.stack(
+        [one, drops, scored, entropy, one * decision.num_tokens, ran_T.sum(), (ran_T == 0).sum().double()]
+    )
 
 
 def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: Group) -> list[float | None]:
