@@ -18,8 +18,8 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import StoreError
-from rlroute.experiments import launch
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.launch import launcher as launch
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import RunFolder, failure, last_row
 from rlroute.training import loop
 from tests.test_cli import COMPARE, STEPS, TINY, contents, ran, refused, rlroute, rows, stamps, start, table

@@ -61,7 +61,7 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = {"gymnasium", "numpy", "pandas", "plotly", "ray", "scipy", "torch", "wandb"}
     done = _python(
         "import sys\n"
-        "from rlroute.experiments.cli import main\n"
+        "from rlroute.experiments.cli.main import main\n"
         "sys.argv = ['rlroute', '--help']\n"
         "try:\n"
         "    code = main()\n"

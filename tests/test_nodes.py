@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlroute.experiments import launch
+from rlroute.experiments.launch import launcher as launch
 from rlroute.records import read_runs
 from tests.test_cli import ROOT, TINY
 from tests.test_workers import config_of, figures, grouped

@@ -10,9 +10,9 @@ pytest.importorskip("gymnasium")
 
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.errors import ConfigError
-from rlroute.experiments import cartpole
-from rlroute.experiments import play as playing
-from rlroute.experiments.play import Learning, RouterPlayer, Spec, play, to_markdown
+from rlroute.experiments.play import cartpole
+from rlroute.experiments.play import player as playing
+from rlroute.experiments.play.player import Learning, RouterPlayer, Spec, play, to_markdown
 from rlroute.routing import RoutingDecision
 
 QUICK = Learning(updates=80, copies=32, rollout=8)

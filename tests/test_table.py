@@ -13,8 +13,7 @@ import pytest
 
 from rlroute.config import SCHEMA
 from rlroute.errors import ComparisonError
-from rlroute.experiments.statistics import paired_difference, t_interval
-from rlroute.experiments.table import (
+from rlroute.experiments.comparison.table import (
     CHOICES_IN_MODEL,
     SAME,
     SAME_IN_TRAIN,
@@ -25,6 +24,7 @@ from rlroute.experiments.table import (
     to_csv,
     to_markdown,
 )
+from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.records import RunRecord
 
 EXPERTS, LAYERS, STEPS = 16, 2, 400

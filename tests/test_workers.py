@@ -12,8 +12,9 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
-from rlroute.experiments import launch, soak
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.bench import soak
+from rlroute.experiments.launch import launcher as launch
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
 from rlroute.records import RunFolder
 from rlroute.training import loop
