@@ -137,7 +137,8 @@ def test_what_is_no_zip_is_refused(tmp_path):
 
 def test_it_plays_without_stable_baselines():
     pytest.importorskip("gymnasium")
-    from rlroute.experiments.play.player import Learning, play
+    from rlroute.experiments.play.games import play
+    from rlroute.experiments.play.player import Learning
 
     greedy, sampled = play("TokenBandit-v0", (f"sb3:policy={policy_file(16, 8)}",), 4, 0, Learning(updates=1))
     assert "untaught" in greedy.name and "(sampled)" in sampled.name

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlroute.errors import ConfigError
-from rlroute.experiments.launch.launcher import Launch
+from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.launch.spec import SEARCH, apart, read_spec
 from tests.test_cli import refused, rlroute
 

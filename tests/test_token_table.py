@@ -10,7 +10,8 @@ pytest.importorskip("gymnasium")
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.play.player import Learning, play
+from rlroute.experiments.play.games import play
+from rlroute.experiments.play.player import Learning
 from rlroute.experiments.play.token_table import token_table
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import read_runs

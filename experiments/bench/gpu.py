@@ -21,9 +21,10 @@ import torch
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.experiments.bench import run as benches
-from rlroute.experiments.comparison import budget as compare
-from rlroute.experiments.comparison.table import build_table, to_markdown
-from rlroute.experiments.launch.launcher import Job, Launch
+from rlroute.experiments.comparison.table import build_table
+from rlroute.experiments.comparison.text import to_markdown
+from rlroute.experiments.launch import runs
+from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.recipes.entries import build_comparison
 from rlroute.kernels import resolve_backend
 from rlroute.records import environment, write_atomically, write_compact, write_json
@@ -68,7 +69,7 @@ def run_comparison(out: Path, device: str, quick: bool) -> None:
         for seed in range(2)
         for config in build_comparison(ENTRIES, data, model, train, tuned=False)
     ]
-    records = compare.run_all(jobs, Launch(store=out / "runs", launcher="local"))
+    records = runs.run_all(jobs, Launch(store=out / "runs", launcher="local"))
     write_compact(records, out / "comparison.jsonl")
     table = to_markdown(build_table(records))
     write_atomically(out / "comparison.md", table)

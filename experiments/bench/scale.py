@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.comparison.table import make_entries
+from rlroute.experiments.comparison.entries import make_entries
 from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.records import RunRecord
 from rlroute.seeding import numpy_generator

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rlroute.config import RunConfig
-from rlroute.experiments.comparison.table import build_table, to_markdown
+from rlroute.experiments.comparison.table import build_table
+from rlroute.experiments.comparison.text import to_markdown
 from rlroute.records import environment, read_runs, write_json
 
 KILLS, AHEAD, SEED = 20, 5, 0

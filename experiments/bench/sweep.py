@@ -16,8 +16,9 @@ from typing import Any
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ComparisonError
-from rlroute.experiments.comparison.budget import run_all
-from rlroute.experiments.launch.launcher import Job, Launch, session
+from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.launch.ray_session import session
+from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import environment, write_json
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.comparison.budget import run_all
-from rlroute.experiments.launch.launcher import Job, Launch
+from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import GRID, TUNING_SEEDS, build_entry
 from rlroute.records import write_atomically
 

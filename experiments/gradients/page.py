@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rlroute.config import RunConfig
 from rlroute.experiments.gradients.instrument import Row, Sweep, Unmeasured
 from rlroute.experiments.gradients.signal import over_seeds, over_seeds_by_factor, relative_bias
-from rlroute.experiments.report.page import COLOURS, STYLE, SYMBOLS, figure_html, new_figure
+from rlroute.experiments.report.figures import COLOURS, SYMBOLS, figure_html, new_figure
+from rlroute.experiments.report.page import STYLE
 from rlroute.experiments.statistics import Interval
 from rlroute.kernels import resolve_backend
 from rlroute.records import environment

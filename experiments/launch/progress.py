@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rlroute.experiments.launch.launcher import STOPPED, Job
+from rlroute.experiments.launch.jobs import STOPPED, Job
 from rlroute.records import last_row
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 from rlroute import seeding
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict
 from rlroute.errors import ConfigError
-from rlroute.experiments.launch.launcher import Job, Launch, Search
+from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import read_rows, storing
 from rlroute.registry import run_config
