@@ -75,12 +75,14 @@ def markdown(
         head: the titles.
         lines: their cells; these and the titles are escaped.
         sides: ``<`` or ``>`` for each column; by default all but the first stand right.
-        tight: no spaces in the second line.
+        tight: no spaces in the second line, and one in an empty cell.
     """
     marks = [{"<": "---", ">": "---:"}[side] for side in sides or "<".ljust(len(head), ">")]
     rule = f"|{'|'.join(marks)}|" if tight else f"| {' | '.join(marks)} |"
-    return "\n".join([_line(head), rule, *map(_line, lines)])
+    first, *others = (_line(cells, tight) for cells in (head, *lines))
+    return "\n".join([first, rule, *others])
 
 
-def _line(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(escape(str(cell)) for cell in cells)} |"
+def _line(cells: Sequence[object], tight: bool) -> str:
+    texts = [escape(str(cell)) for cell in cells]
+    return "|" + "".join(" |" if tight and not text else f" {text} |" for text in texts)

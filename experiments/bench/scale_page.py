@@ -10,6 +10,7 @@ from typing import Any
 
 from rlroute.errors import StoreError
 from rlroute.experiments.bench.scale import H100, MODELS, bench_scale, breaks_at, hold_against, recorded_loads
+from rlroute.experiments.text import markdown, three_digits, with_ends
 from rlroute.records import read_runs, storing, write_atomically, write_json
 
 WAYS = ("apart", "overlapped")
@@ -88,9 +89,11 @@ def _plans(result: Mapping[str, Any]) -> str:
     head += ["compute, ms", "NVLink, ms", "InfiniBand, ms", "GB of parameters and optimizer"]
     lines = []
     for row in result["rows"]:
-        megabytes = [_number(row[part] / 1e6) for part in ("local_bytes", "within_bytes", "between_bytes")]
-        times = [_number(1e3 * row[part]) for part in ("compute", "within", "between")]
-        memory = _number(row["memory"] / 1e9) + (", too much" if row["memory"] > result["device"]["memory"] else "")
+        megabytes = [three_digits(row[part] / 1e6) for part in ("local_bytes", "within_bytes", "between_bytes")]
+        times = [three_digits(1e3 * row[part]) for part in ("compute", "within", "between")]
+        memory = three_digits(row["memory"] / 1e9) + (
+            ", too much" if row["memory"] > result["device"]["memory"] else ""
+        )
         lines.append([row["model"], row["devices"], f"{row['shards']} × {row['replicas']}", *megabytes, *times, memory])
     return _table(head, lines)
 
@@ -105,8 +108,8 @@ def _routers(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tup
 
     def cell(values: Mapping[str, Any]) -> str:
         value = values["imbalance"]
-        interval = "" if value["low"] is None else f" ({value['low']:.2f} to {value['high']:.2f})"
-        return f"{value['mean']:.2f}{interval}: " + " / ".join(f"{values[way]['efficiency']:.2f}" for way in WAYS)
+        shown = with_ends(value["mean"], value["low"], value["high"])
+        return f"{shown}: " + " / ".join(f"{values[way]['efficiency']:.2f}" for way in WAYS)
 
     head = ["", *(f"{row['devices']} devices" for row in rows)]
     return title, _table(head, [[name, *(cell(row["routers"][name]) for row in rows)] for name in rows[0]["routers"]])
@@ -131,11 +134,11 @@ def _checks(check: Mapping[str, Any] | None) -> Iterable[str]:
         return ["No result of `rlroute bench parallel` was there to hold the times against."]
     head = ["rates of", "GFLOP/s", "MB/s", "predicted for", "share of the exchange: predicted", "measured"]
     lines = [
-        [row["from"], _number(row["flops"] / 1e9), _number(row["bandwidth"] / 1e6), row["of"]]
+        [row["from"], three_digits(row["flops"] / 1e9), three_digits(row["bandwidth"] / 1e6), row["of"]]
         + [f"{row['share'][what]:.1%}" for what in ("predicted", "measured")]
         + [
             f"{row['slowdown']['predicted']:.2f}",
-            "{mean:.2f} ({low:.2f} to {high:.2f})".format(**row["slowdown"]["measured"]),
+            with_ends(**row["slowdown"]["measured"]),
         ]
         for row in check["rows"]
     ]
@@ -145,10 +148,5 @@ def _checks(check: Mapping[str, Any] | None) -> Iterable[str]:
     ]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _table(head: Sequence[object], lines: Iterable[Sequence[object]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    return markdown(head, lines, "<" * len(head))

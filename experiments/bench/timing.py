@@ -19,6 +19,7 @@ import torch
 
 from rlroute.config import RunConfig, TrainConfig
 from rlroute.errors import ConfigError
+from rlroute.experiments.text import NOTHING, markdown, with_ends
 from rlroute.kernels import resolve_backend
 from rlroute.kernels.tiles import table_hash
 from rlroute.records import environment, storing, write_json
@@ -227,19 +228,18 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     )
     base = ", ".join(sorted({row["base"] for row in rows}))
     times = _table(rows, names, lambda v: f"{v['time_over_base']['mean']:.2f}")
-    speeds = _table(rows, names, lambda v: "{mean:.2f} ({low:.2f} to {high:.2f})".format(**v["speed_of_ours"]))
+    speeds = _table(rows, names, lambda v: with_ends(**v["speed_of_ours"]))
     ours = ", ".join(sorted({row["ours"] for row in rows}))
     text = f"{head}\n\nTime over {base}:\n\n{times}\n\nSpeed of {ours} over each, with its 95 % interval:\n\n{speeds}\n"
     if any("all_to_all_share" in values for row in rows for values in row["contenders"].values()):
-        shares = _table(rows, names, lambda v: f"{v['all_to_all_share']:.1%}" if "all_to_all_share" in v else "–")
+        shares = _table(rows, names, lambda v: f"{v['all_to_all_share']:.1%}" if "all_to_all_share" in v else NOTHING)
         text += f"\nShare of the time in sending and waiting:\n\n{shares}\n"
     return text
 
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], cell: Callable[[Any], str]) -> str:
     def text(values: Mapping[str, Any] | None) -> str:
-        return "–" if values is None else "failed" if "failed" in values else cell(values)
+        return NOTHING if values is None else "failed" if "failed" in values else cell(values)
 
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    lines += [f"| {row['what']} | {' | '.join(text(row['contenders'].get(name)) for name in names)} |" for row in rows]
-    return "\n".join(lines)
+    lines = [[row["what"], *(text(row["contenders"].get(name)) for name in names)] for row in rows]
+    return markdown(["", *names], lines, "<" * (1 + len(names)), tight=True)

@@ -16,6 +16,7 @@ from rlroute.experiments.gradients.signal import over_seeds, over_seeds_by_facto
 from rlroute.experiments.report.figures import COLOURS, SYMBOLS, figure_html, new_figure
 from rlroute.experiments.report.page import STYLE
 from rlroute.experiments.statistics import Interval
+from rlroute.experiments.text import NOTHING, markdown, plus_minus, two_digits
 from rlroute.kernels import resolve_backend
 from rlroute.records import environment
 
@@ -80,22 +81,21 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "T": lambda row: str(row.tokens),
     "step": lambda row: str(row.train_steps),
     "gradient": _target,
-    "cosine, one micro-batch": lambda row: plus_minus(_cosine(row)),
-    "cosine, mean": lambda row: plus_minus(over_seeds([signal.mean_cosine for signal in row.signals])),
+    "cosine, one micro-batch": lambda row: mean_text(_cosine(row)),
+    "cosine, mean": lambda row: mean_text(over_seeds([signal.mean_cosine for signal in row.signals])),
     "relative bias": lambda row: brackets(bias(row)),
     "variance": lambda row: _figure(over_seeds_by_factor([signal.variance for signal in row.signals]).mean),
     "SNR": lambda row: brackets(snr(row)),
     "tokens for SNR 1": lambda row: brackets(tokens_for_snr_1(row)),
-    "cosine to choice part": lambda row: plus_minus(over_seeds([signal.mean_cosine for signal in row.choices])),
+    "cosine to choice part": lambda row: mean_text(over_seeds([signal.mean_cosine for signal in row.choices])),
 }
 
 
 def to_markdown(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
     """Return the table, what its columns mean, and what was not measured."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in rows]
-    lines += ["", LEGEND]
-    return "\n".join([*lines, *(f"No figures for `{item.entry}`: {item.reason}." for item in unmeasured)])
+    table = markdown(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows])
+    missing = (f"No figures for `{item.entry}`: {item.reason}." for item in unmeasured)
+    return "\n".join([table, "", LEGEND, *missing])
 
 
 def to_json(
@@ -185,21 +185,19 @@ def _distance(end: float | None, mean: float) -> float:
 
 
 def _figure(value: float) -> str:
-    if not math.isfinite(value):
-        return "∞"
-    if abs(value) < ROUNDING:
-        return "0"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.0e}"
+    return "0" if abs(value) < ROUNDING else two_digits(value)
 
 
-def plus_minus(interval: Interval) -> str:
+def mean_text(interval: Interval) -> str:
+    """Return the mean, and half the interval's length unless that is rounding."""
     half = interval.half_width
-    return f"{interval.mean:.2f}" + (f" ± {half:.2f}" if half and half > ROUNDING else "")
+    return plus_minus(interval.mean, half if half and half > ROUNDING else None, 2)
 
 
 def brackets(interval: Interval | None) -> str:
+    """Return the mean, and the interval's ends unless they are both 0, or equal."""
     if interval is None:
-        return "–"
+        return NOTHING
     if interval.low is None or interval.high is None or interval.low == interval.high:
         return _figure(interval.mean)
     ends = _figure(max(interval.low, 0.0)), _figure(interval.high)

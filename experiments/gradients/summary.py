@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlroute.experiments.gradients.page import brackets, plus_minus
+from rlroute.experiments.gradients.page import brackets, mean_text
 from rlroute.experiments.gradients.signal import over_seeds
 from rlroute.experiments.statistics import Interval
+from rlroute.experiments.text import NOTHING, markdown
 
 Row = Mapping[str, Any]
 
@@ -54,13 +55,12 @@ Column = tuple[Mapping[str, int], Callable[[Row], str]]
 
 def _table(record: Mapping[str, Any], columns: Mapping[str, Column]) -> str:
     entries = list(dict.fromkeys(row["entry"] for row in record["rows"]))
-    lines = ["| " + " | ".join(["entry", *columns]) + " |", "|---|" + "---:|" * len(columns)]
+    lines = []
     for entry in entries:
         cells = [of(_find(record, entry, where)) for where, of in columns.values()]
-        if set(cells) == {"–"}:  # nothing to say of a signal without noise
-            continue
-        lines.append("| " + " | ".join([f"`{entry}`", *cells]) + " |")
-    return "\n".join(lines)
+        if set(cells) != {NOTHING}:  # there is nothing to say of a signal without noise
+            lines.append([f"`{entry}`", *cells])
+    return markdown(["entry", *columns], lines, tight=True)
 
 
 def _find(record: Mapping[str, Any], entry: str, where: Mapping[str, int]) -> Row:
@@ -71,7 +71,7 @@ def _find(record: Mapping[str, Any], entry: str, where: Mapping[str, int]) -> Ro
 
 
 def _cosine(row: Row) -> str:
-    return plus_minus(over_seeds([Interval(**signal["cosine"]) for signal in row["signals"]]))
+    return mean_text(over_seeds([Interval(**signal["cosine"]) for signal in row["signals"]]))
 
 
 def _of(name: str) -> Callable[[Row], str]:
@@ -80,4 +80,6 @@ def _of(name: str) -> Callable[[Row], str]:
 
 def _tokens(row: Row) -> str:
     found = row["tokens_for_snr_1"]
-    return "–" if found is None else "∞" if found["mean"] is None else brackets(Interval(**found)).partition(" [")[0]
+    return (
+        NOTHING if found is None else "∞" if found["mean"] is None else brackets(Interval(**found)).partition(" [")[0]
+    )

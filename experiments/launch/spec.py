@@ -19,6 +19,7 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.text import markdown
 from rlroute.records import read_rows, storing
 from rlroute.registry import run_config
 
@@ -163,8 +164,8 @@ def ranking(jobs: Sequence[Job], store: Path) -> str:
         if evals:
             rows.append((evals[-1]["bits_per_byte"], evals[-1]["step"], job))
     rows.sort(key=lambda row: row[:2])
-    lines = [f"| {bits:.4f} | {step} | {job.label} | {job.seed} |" for bits, step, job in rows]
-    return "\n".join(["| bits/byte | at step | trial | seed |", "|---:|---:|---|---:|", *lines])
+    lines = [(f"{bits:.4f}", step, job.label, job.seed) for bits, step, job in rows]
+    return markdown(("bits/byte", "at step", "trial", "seed"), lines, ">><>", tight=True)
 
 
 def _with(config: RunConfig, values: Choice) -> RunConfig:

@@ -15,6 +15,7 @@ from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.play.player import Learning, RouterPlayer, Spec
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.text import markdown
 
 ENVIRONMENT = "CartPole-v1"
 ENTRY = "reinforce:discount=0.98,policy_weight=1.0,value_weight=0.001,balance_weight=0.0,ema_decay=0.9"
@@ -66,7 +67,7 @@ def _greedy_return(player: RouterPlayer, seed: int) -> float:
 
 def to_markdown(entry: str, results: Sequence[Return]) -> str:
     """Return the results as a table."""
-    lines = [f"| {ENVIRONMENT}, {entry} | steps | greedy return, {EPISODES} episodes |", "|---|---:|---:|"]
-    lines += [f"| seed {r.seed} | {r.steps:,} | {r.mean:.1f} |" for r in results]
+    head = (f"{ENVIRONMENT}, {entry}", "steps", f"greedy return, {EPISODES} episodes")
+    lines = [(f"seed {r.seed}", f"{r.steps:,}", f"{r.mean:.1f}") for r in results]
     solved = sum(r.mean >= SOLVED for r in results)
-    return "\n".join([*lines, "", f"{solved} of {len(results)} seeds reach {SOLVED:g}."])
+    return f"{markdown(head, lines, tight=True)}\n\n{solved} of {len(results)} seeds reach {SOLVED:g}."

@@ -20,6 +20,7 @@ from rlroute.envs.vector import RoutingVectorEnv
 from rlroute.errors import ConfigError, MissingDependencyError, StoreError
 from rlroute.experiments.play.player import Learning, RouterPlayer, Spec
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.text import markdown, plus_minus
 from rlroute.registry import router_names
 
 SB3 = "sb3:"
@@ -144,8 +145,5 @@ def _stable_baselines(path: Path, envs: RoutingVectorEnv) -> Policy:
 def to_markdown(environment: str, results: list[Result]) -> str:
     """Return results as a table, best first."""
     rows = sorted(results, key=lambda result: -result.score)
-    lines = [f"| {environment} | score | regret per step |", "|---|---:|---:|"]
-    lines += [
-        f"| {r.name} | {r.score:.3f} ± {r.half_width:.3f} | {r.regret:.4f} ± {r.regret_half_width:.4f} |" for r in rows
-    ]
-    return "\n".join(lines)
+    lines = [(r.name, plus_minus(r.score, r.half_width, 3), plus_minus(r.regret, r.regret_half_width)) for r in rows]
+    return markdown((environment, "score", "regret per step"), lines, tight=True)

@@ -27,6 +27,7 @@ from rlroute.envs.clusters import NOISE, VOCAB_PER_EXPERT, WIDTH, Clusters
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.statistics import wilson
+from rlroute.experiments.text import NOTHING, between, markdown
 from rlroute.kernels import gather_linear, make_plan
 from rlroute.model.moe import apply_gate_form
 from rlroute.registry import router_class
@@ -254,33 +255,40 @@ def _mean(outcomes: Sequence[dict[str, Any]], name: str) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
+COLUMNS = (
+    *("router", "loss", "worst seed", "sampled loss", "overlap", "merged", "seeds with none merged"),
+    *("NMI", "MaxVio", "steps to 1.5 Bayes"),
+)
+
+
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return one table per task and gate form, best first, with the task's ladder underneath."""
     parts = []
     for task, form in dict.fromkeys((row["task"], row["gate"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["gate"]) == (task, form)]
         mine.sort(key=lambda row: _mean(row["outcomes"], "loss"))
-        lines = [
-            f"**{task} clusters, gate {form}**\n",
-            "| router | loss | worst seed | sampled loss | overlap | merged | seeds with none merged | NMI | MaxVio | steps to 1.5 Bayes |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-            *map(_line, mine),
-        ]
+        table = markdown(COLUMNS, map(_line, mine), tight=True)
         ladder = ", ".join(f"{name} {loss:.4f}" for name, loss in TASKS[task].ladder().items())
-        parts.append("\n".join(lines) + f"\n\nIn closed form, with experts that fit: {ladder}.\n")
+        title = f"**{task} clusters, gate {form}**"
+        parts.append(f"{title}\n\n{table}\n\nIn closed form, with experts that fit: {ladder}.\n")
     return "\n".join(parts)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> tuple[str, ...]:
     runs = row["outcomes"]
     none_merged = sum(run["merged"] == 0 for run in runs)
-    low, high = wilson(none_merged, len(runs))
     arrived = [run["arrived"] for run in runs if run["arrived"] is not None]
     when = f"{sorted(arrived)[len(arrived) // 2]} ({len(arrived)} of {len(runs)})" if arrived else "never"
     drawn = [f"{_mean(runs, name):{spec}}" for name, spec in (("sampled_loss", ".4f"), ("overlap", ".2f"))]
-    drawn = drawn if runs[0]["overlap"] is not None else ["–", "–"]
+    drawn = drawn if runs[0]["overlap"] is not None else [NOTHING, NOTHING]
     return (
-        f"| {row['entry']} | {_mean(runs, 'loss'):.4f} | {max(run['loss'] for run in runs):.4f} | {drawn[0]} | {drawn[1]} "
-        f"| {_mean(runs, 'merged'):.1f} | {none_merged} of {len(runs)} ({low:.2f} to {high:.2f}) | {_mean(runs, 'nmi'):.3f} "
-        f"| {_mean(runs, 'max_vio'):.2f} | {when} |"
+        row["entry"],
+        f"{_mean(runs, 'loss'):.4f}",
+        f"{max(run['loss'] for run in runs):.4f}",
+        *drawn,
+        f"{_mean(runs, 'merged'):.1f}",
+        f"{none_merged} of {len(runs)} {between(*wilson(none_merged, len(runs)))}",
+        f"{_mean(runs, 'nmi'):.3f}",
+        f"{_mean(runs, 'max_vio'):.2f}",
+        when,
     )

@@ -11,7 +11,7 @@ from rlroute.errors import MissingDependencyError
 from rlroute.experiments.comparison.entries import Entry
 from rlroute.experiments.comparison.table import Table
 from rlroute.experiments.statistics import Interval, t_interval
-from rlroute.experiments.text import of_interval
+from rlroute.experiments.text import NOTHING, of_interval
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -74,7 +74,7 @@ def curves_figure(entries: Sequence[Entry], styles: Mapping[str, Mapping[str, st
             line={"color": colour, "width": 2, "dash": "dash" if entry.router == DENSE else "solid"},
             marker={"symbol": styles[entry.label]["symbol"], "size": 7, "line": {"color": colour, "width": 1}},
             hovertemplate="%{y:.4f} ± %{customdata}",
-            customdata=["–" if i.half_width is None else f"{i.half_width:.4f}" for i in points.values()],
+            customdata=[NOTHING if i.half_width is None else f"{i.half_width:.4f}" for i in points.values()],
         )
     figure.update_layout(hovermode="x unified", legend={"x": 1.01, "y": 1})
     figure.update_xaxes(tickformat="~s")
