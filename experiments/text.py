@@ -14,7 +14,9 @@ NOTHING = "–"
 
 
 def plus_minus(mean: float, half_width: float | None, digits: int = 4, sign: str = "") -> str:
-    """Return a mean, and half the length of its interval where there is one; with sign ``+`` also for positive means."""
+    """Return a mean, and half the length of its interval where there is one; with sign ``+`` also for positive
+    means.
+    """
     return f"{mean:{sign}.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
 
 

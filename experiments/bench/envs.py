@@ -57,7 +57,8 @@ def speed_text(speed: Speed) -> str:
     """Return a result as one line."""
     name, copies, steps, times = speed
     interval = f"{times['mean']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
-    return f"{name.rpartition('/')[2]:<16} n={copies:<5} {steps / 1e3:7,.0f} k steps per CPU second, {interval} times {PEER}"
+    shown = f"{steps / 1e3:7,.0f} k steps per CPU second, {interval} times {PEER}"
+    return f"{name.rpartition('/')[2]:<16} n={copies:<5} {shown}"
 
 
 def _calls_in(envs: Any, seconds: float) -> int:

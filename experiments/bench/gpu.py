@@ -1,4 +1,5 @@
-"""``make gpu``: everything that wants a CUDA device, in one command of at most ten minutes, without the command line's packages.
+"""``make gpu``: everything that wants a CUDA device, in one command of at most ten minutes, without the command line's
+packages.
 
 ``python3 -m rlroute.experiments.bench.gpu`` runs the card's tests, the benches with every installed peer, and a
 comparison of four routers and the dense model, each in a process of its own with a time limit, and leaves tables, JSON

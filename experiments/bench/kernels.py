@@ -1,4 +1,5 @@
-"""``rlroute bench kernels``: the shared expert MLP beside every peer that is installed, and the dense MLP of the same FLOPs.
+"""``rlroute bench kernels``: the shared expert MLP beside every peer that is installed, and the dense MLP of the same
+FLOPs.
 
 Shape suffixes: T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -46,14 +47,18 @@ SHAPES = {
         *(Shape(32768, 1024, 512, 64, k) for k in (1, 2, 4, 8)),
     ),
 }
-"""The CPU shapes are those that one core runs in a second; the CUDA ones are SonicMoE's, Liger-Kernel's and a sweep over k."""
+"""The CPU shapes are those that one core runs in a second; the CUDA ones are SonicMoE's, Liger-Kernel's and a sweep
+over k.
+"""
 ROUTINGS = ("balanced", "zipf", "collapsed")
 ZIPF = 1.0
 """Exponent of the skewed routing: the popularity of expert i is proportional to (i + 1) ** -ZIPF."""
 
 
 def choose_experts(routing: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    """Return distinct expert ids for each token, int64 of shape (T, K): even, Zipf-skewed, or all tokens on the same k experts."""
+    """Return distinct expert ids for each token, int64 of shape (T, K): even, Zipf-skewed, or all tokens on the same k
+    experts.
+    """
     if routing == "collapsed":
         return torch.arange(shape.K).repeat(shape.T, 1)
     if routing == "balanced":  # a random order of experts, walked by the tokens in turn
@@ -100,7 +105,9 @@ def passes(problem: Problem, call: Callable[[], Tensor]) -> dict[str, Call]:
 
 
 def prepare(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """Return the contenders that run and agree with ours in the output and every gradient, and why the others do not."""
+    """Return the contenders that run and agree with ours in the output and every gradient, and why the others do
+    not.
+    """
     calls, failed = {}, {}
     found = contenders(problem.x_TD.is_cuda)
     want = _outcome(problem, found[OURS](problem))

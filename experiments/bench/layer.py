@@ -1,7 +1,8 @@
-"""``rlroute bench layer``: the whole MoE layer, router included, for each router: what routing costs beside the dense MLP.
+"""``rlroute bench layer``: the whole MoE layer, router included, for each router: what routing costs beside the dense
+MLP.
 
-Training is what the loop does with a layer: forward with exploration, the router's terms, backward, observe, adapt. The reward is a
-constant, for there is no model around the layer.
+Training is what the loop does with a layer: forward with exploration, the router's terms, backward, observe, adapt. The
+reward is a constant, for there is no model around the layer.
 
 Shape suffixes: T tokens, D model width, S sequence length.
 """

@@ -1,7 +1,9 @@
-"""``rlroute bench parallel``: two expert-parallel workers beside two independent ones, each with one thread and half the batch.
+"""``rlroute bench parallel``: two expert-parallel workers beside two independent ones, each with one thread and half
+the batch.
 
-What the difference buys is a model whose experts need not fit one device; what it costs is the all-to-all. Routing is forced to be
-balanced, so that waiting for an uneven share is not part of it. Times are wall-clock, of the slower worker in each round.
+What the difference buys is a model whose experts need not fit one device; what it costs is the all-to-all. Routing is
+forced to be balanced, so that waiting for an uneven share is not part of it. Times are wall-clock, of the slower worker
+in each round.
 
 Shape suffixes: T tokens of one worker, D model width, F expert width, E experts, K experts per token.
 """
@@ -55,8 +57,8 @@ def _balanced(tokens: int, k: int, experts: int) -> RoutingDecision:
 
 
 def bench_parallel(shapes: Sequence[Shape], rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield one row per shape and work: the experts of one layer, forward and backward; a training step of two layers; the same with a
-    shared expert, which is computed while rows travel, or apart.
+    """Yield one row per shape and work: the experts of one layer, forward and backward; a training step of two layers;
+    the same with a shared expert, which is computed while rows travel, or apart.
 
     Args:
         shapes: tokens of *one* worker, and the layer's sizes.

@@ -1,8 +1,11 @@
-"""The shared kernel's peers, each behind one signature, for ``rlroute bench kernels``: adapters only, none of their code.
+"""The shared kernel's peers, each behind one signature, for ``rlroute bench kernels``: adapters only, none of their
+code.
 
-Every contender computes sum_j gate_tj * (silu(W_gate x_t) * (W_up x_t)) W_down for the same tokens, experts, gates and weights.
+Every contender computes sum_j gate_tj * (silu(W_gate x_t) * (W_up x_t)) W_down for the same tokens, experts, gates and
+weights.
 
-Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, K experts per token, R pairs, C rows of the fullest expert.
+Shape suffixes: T tokens, D model width, F expert width, H = 2F, E experts, K experts per token, R pairs, C rows of the
+fullest expert.
 """
 
 import importlib.util
@@ -125,7 +128,9 @@ def liger(problem: Problem) -> Tensor:
 
 
 def scattermoe(problem: Problem) -> Tensor:
-    """ScatterMoE (arXiv 2403.08245): Triton, rows scattered and gathered inside its products; weights stored (E, in, out)."""
+    """ScatterMoE (arXiv 2403.08245): Triton, rows scattered and gathered inside its products; weights stored (E, in,
+    out).
+    """
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     experts, k = len(problem.weights.in_EHD), problem.ids_TK.shape[1]

@@ -1,4 +1,6 @@
-"""The benches as one call each, for the command line and for ``make gpu``: check what is wanted, measure, write, print."""
+"""The benches as one call each, for the command line and for ``make gpu``: check what is wanted, measure, write,
+print.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,8 @@ def parallel(
     """Run ``bench parallel`` and return its tables; nothing wanted means the standard shapes.
 
     Raises:
-        ConfigError: an unknown shape, one that two workers cannot share, or a choice that this bench does not have, before any work.
+        ConfigError: an unknown shape, one that two workers cannot share, or a choice that this bench does not have,
+            before any work.
         StoreError: ``out`` cannot be written, before any work.
     """
     _check(device, rounds)

@@ -1,13 +1,14 @@
-"""``rlroute bench scale``: what expert parallelism would cost at 8, 64 and 512 devices, calculated from recorded loads and data sheets.
+"""``rlroute bench scale``: what expert parallelism would cost at 8, 64 and 512 devices, calculated from recorded loads
+and data sheets.
 
-P devices are ``replicas`` times ``shards`` (as in :mod:`rlroute.parallel.mesh`), with shards = min(P, E) and every device bringing T
-tokens. Each exchange moves T K rows a device, four times a step and layer; the fullest device receives I times as many, computes I times
-as long, and all others wait for it:
+P devices are ``replicas`` times ``shards`` (as in :mod:`rlroute.parallel.mesh`), with shards = min(P, E) and every
+device bringing T tokens. Each exchange moves T K rows a device, four times a step and layer; the fullest device
+receives I times as many, computes I times as long, and all others wait for it:
 
     time = I (compute + exchange), or with perfect overlap I max(compute, exchange);    efficiency = compute / time,
 
-where I is the imbalance: the fullest device's pairs over the mean, itself averaged over steps, as the times add up. Nothing here runs
-on a GPU. docs/scale.md says what is left out.
+where I is the imbalance: the fullest device's pairs over the mean, itself averaged over steps, as the times add up.
+Nothing here runs on a GPU. docs/scale.md says what is left out.
 
 Shape suffixes: N recorded loads of one run (steps times layers), E experts, P devices (shards).
 """
@@ -31,13 +32,17 @@ DEVICES = (8, 64, 512)
 DRAWS = 16
 """Arrangements drawn for each recorded load where the model has more experts than were recorded."""
 OPTIMIZER_BYTES = 16
-"""Per parameter: weight, gradient and AdamW's two moments in float32; or bfloat16 weight and gradient beside a float32 copy and both."""
+"""Per parameter: weight, gradient and AdamW's two moments in float32; or bfloat16 weight and gradient beside a float32
+copy and both.
+"""
 Limit = Literal["imbalance", "NVLink", "InfiniBand"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """An MoE layer (of ``layers`` equal ones): tokens of one device, widths, experts, bytes of a number that travels."""
+    """An MoE layer (of ``layers`` equal ones): tokens of one device, widths, experts, bytes of a number that
+    travels.
+    """
 
     name: str
     T: int
@@ -52,7 +57,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Device:
-    """A device: peak FLOP/s, the share of it that expert products reach, bytes/s each way within and between nodes, bytes of memory."""
+    """A device: peak FLOP/s, the share of it that expert products reach, bytes/s each way within and between nodes,
+    bytes of memory.
+    """
 
     name: str
     flops: float
@@ -77,14 +84,17 @@ H100 = Device(
     between=50e9,
     per_node=8,
     memory=80e9,
-    source="NVIDIA's H100 data sheet: 1,979 TFLOP/s bfloat16 with sparsity, half without; NVLink 900 GB/s both ways; one 400 Gb/s "
-    "InfiniBand port a GPU (DGX H100). Expert products at 0.43 to 0.60 of the peak: SonicMoE, arXiv 2512.14080, figure 14, D = 4096",
+    source="NVIDIA's H100 data sheet: 1,979 TFLOP/s bfloat16 with sparsity, half without; NVLink 900 GB/s both ways; "
+    "one 400 Gb/s InfiniBand port a GPU (DGX H100). Expert products at 0.43 to 0.60 of the peak: SonicMoE, arXiv "
+    "2512.14080, figure 14, D = 4096",
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layer's step on balanced devices: bytes that a device sends in the four exchanges, seconds, and memory of all layers' experts."""
+    """One layer's step on balanced devices: bytes that a device sends in the four exchanges, seconds, and memory of all
+    layers' experts.
+    """
 
     shards: int
     replicas: int
@@ -168,10 +178,12 @@ def recorded_loads(records: Sequence[RunRecord]) -> dict[str, list[np.ndarray]]:
 
 
 def imbalance(loads: Sequence[np.ndarray], experts: int, shards: int) -> Interval:
-    """Return the mean over steps and layers of the fullest device's load over the mean load, with the interval over runs.
+    """Return the mean over steps and layers of the fullest device's load over the mean load, with the interval over
+    runs.
 
-    Devices hold consecutive experts. Fewer experts than recorded: neighbours count as one. More: every recorded expert stands for
-    several, and ``DRAWS`` random orders of them are averaged, as if where an expert lies said nothing of its load.
+    Devices hold consecutive experts. Fewer experts than recorded: neighbours count as one. More: every recorded expert
+    stands for several, and ``DRAWS`` random orders of them are averaged, as if where an expert lies said nothing of its
+    load.
 
     Raises:
         ConfigError: ``experts`` is neither a divisor nor a multiple of those recorded.
@@ -211,7 +223,8 @@ def _outlook(planned: Plan, value: Interval) -> dict[str, Any]:
 
 
 def breaks_at(rows: Sequence[Mapping[str, Any]], router: str, how: str) -> tuple[int, Limit] | None:
-    """Return the fewest devices at which a router falls under half the efficiency, and what limits it there; None if none of them.
+    """Return the fewest devices at which a router falls under half the efficiency, and what limits it there; None if
+    none of them.
 
     Args:
         rows: those of one model, as :func:`bench_scale` returns them.
@@ -226,7 +239,9 @@ def breaks_at(rows: Sequence[Mapping[str, Any]], router: str, how: str) -> tuple
 
 
 def hold_against(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Predict each shape of ``bench parallel``'s experts from the rates of each other one; return it beside what was measured."""
+    """Predict each shape of ``bench parallel``'s experts from the rates of each other one; return it beside what was
+    measured.
+    """
     rows = [row for row in measured["rows"] if row["work"] == "experts"]
     cases = [(_shape_of(row), row["contenders"][row["base"]], row["contenders"][row["ours"]]) for row in rows]
     found = []

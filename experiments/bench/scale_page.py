@@ -1,4 +1,6 @@
-"""What :mod:`.scale` calculates, as JSON and as Markdown tables: a pure function of the recorded runs and of a measured result."""
+"""What :mod:`.scale` calculates, as JSON and as Markdown tables: a pure function of the recorded runs and of a measured
+result.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +72,14 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     models = [model["name"] for model in result["models"]]
     rows = {name: [row for row in result["rows"] if row["model"] == name] for name in models}
     parts = [
-        f"`{result['command']}`; loads of {recorded['runs']} runs, seeds {', '.join(map(str, recorded['seeds']))}, commit "
-        f"{', '.join(recorded['commits'])}; {device['name']}, "
+        f"`{result['command']}`; loads of {recorded['runs']} runs, seeds {', '.join(map(str, recorded['seeds']))}, "
+        f"commit {', '.join(recorded['commits'])}; {device['name']}, "
         f"expert products at {device['gemm_efficiency']:g} of its peak: {device['source']}.",
         "One layer's step, per device, with balanced routing (memory: the experts of all layers):",
         _plans(result),
         *(part for model in result["models"] for part in _routers(model, rows[model["name"]])),
-        "The fewest devices of those tried at which the efficiency is under one half, and what costs most there; exchange and "
-        "compute apart / overlapped:",
+        "The fewest devices of those tried at which the efficiency is under one half, and what costs most there; "
+        "exchange and compute apart / overlapped:",
         _breaks(rows, device["memory"]),
         *_checks(result["check"]),
     ]
@@ -102,8 +104,8 @@ def _routers(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tup
     sizes = ", ".join(f"{letter} = {model[letter]}" for letter in "TDFEK")
     how = "drawn from the recorded loads" if rows[0]["drawn"] else "of the recorded loads"
     title = (
-        f"{model['name']} ({sizes}; {model['source']}): imbalance, {how}, with its 95 % interval over runs; efficiency with exchange "
-        "and compute apart / overlapped:"
+        f"{model['name']} ({sizes}; {model['source']}): imbalance, {how}, with its 95 % interval over runs; efficiency "
+        "with exchange and compute apart / overlapped:"
     )
 
     def cell(values: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
-"""``make soak``: twenty random kills over one sweep, which ends all the same, with the figures of one that nobody disturbed.
+"""``make soak``: twenty random kills over one sweep, which ends all the same, with the figures of one that nobody
+disturbed.
 
-A kill takes a worker in the midst of its run, or the driver, which is then started again by the same command. What was done is drawn from
-a seed; when, from the clock. At most ``AHEAD`` more kills than runs have ended, so that they are spread over the whole sweep.
+A kill takes a worker in the midst of its run, or the driver, which is then started again by the same command. What was
+done is drawn from a seed; when, from the clock. At most ``AHEAD`` more kills than runs have ended, so that they are
+spread over the whole sweep.
 """
 
 from __future__ import annotations
@@ -99,7 +101,9 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def marked(mark: str) -> list[int]:
-    """Return the processes in whose environment a mark stands, which every process hands down to those that it starts."""
+    """Return the processes in whose environment a mark stands, which every process hands down to those that it
+    starts.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

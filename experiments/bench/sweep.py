@@ -1,7 +1,8 @@
 """``rlroute bench sweep``: what Ray costs: 24 runs on two cores, beside the same runs one after another without Ray.
 
-Half the summed time of the runs alone is what two cores could take at best. Starting is measured as the processor time of everything that
-is there once Ray stands and before a trial runs; idle memory as the proportional set size of the same processes.
+Half the summed time of the runs alone is what two cores could take at best. Starting is measured as the processor time
+of everything that is there once Ray stands and before a trial runs; idle memory as the proportional set size of the
+same processes.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def to_text(result: dict[str, Any]) -> str:
     """Return the figures as sentences."""
     return (
         f"{result['runs']} runs of {result['steps']} steps: {result['seconds_alone']:.0f} s alone, "
-        f"{result['seconds_under_ray']:.0f} s under Ray on {CORES} cores, {result['over_half_the_sum']:.2f} of half the sum; "
-        f"losses equal.\nStarting Ray: {result['start_cpu_seconds']:.1f} CPU-seconds, {result['start_seconds']:.1f} s; "
-        f"idle memory {result['idle_bytes'] / 2**30:.2f} GiB in {result['processes']} processes."
+        f"{result['seconds_under_ray']:.0f} s under Ray on {CORES} cores, {result['over_half_the_sum']:.2f} of half "
+        f"the sum; losses equal.\nStarting Ray: {result['start_cpu_seconds']:.1f} CPU-seconds, "
+        f"{result['start_seconds']:.1f} s; idle memory {result['idle_bytes'] / 2**30:.2f} GiB in {result['processes']} "
+        "processes."
     )
 
 
@@ -93,7 +95,9 @@ def session_cost() -> dict[str, Any]:
 
 
 def idle() -> None:
-    """Start Ray; print the processor seconds, the proportional memory and the number of all processes of this one; and stop it."""
+    """Start Ray; print the processor seconds, the proportional memory and the number of all processes of this one; and
+    stop it.
+    """
     with session(Launch(launcher="ray", concurrency=CORES)):
         time.sleep(2.0)
         mine = _family(os.getpid())

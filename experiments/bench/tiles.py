@@ -1,7 +1,8 @@
 """The tile tuner: measure candidates for each kernel body at one shape, and pin the fastest in the table.
 
-Opt-in, because other tiles round differently: a comparison under way keeps its table. One body is changed at a time, and the time is
-that of a whole forward and backward pass with balanced routing, so that what is gained is what a user gains.
+Opt-in, because other tiles round differently: a comparison under way keeps its table. One body is changed at a time,
+and the time is that of a whole forward and backward pass with balanced routing, so that what is gained is what a user
+gains.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def tune(
     say: Callable[[str], None],
     candidates: Mapping[str, Sequence[Tile]] = CANDIDATES,
 ) -> Entry:
-    """Find the tiles of a shape, have the engine use them for the rest of this process, and return their line of the table.
+    """Find the tiles of a shape, have the engine use them for the rest of this process, and return their line of the
+    table.
 
     Args:
         shape: the problem; its widths and its bucket of rows per expert are the line's key.
@@ -92,7 +94,8 @@ def tune(
             if tile not in seconds:
                 seconds[tile] = _seconds(problem, entry(best._replace(**{body: tile})), rounds)
                 say(
-                    f"{body} {tuple(tile)}: {seconds[tile] / seconds[getattr(best, body)]:.3f} of the pinned tile's time"
+                    f"{body} {tuple(tile)}: {seconds[tile] / seconds[getattr(best, body)]:.3f} of the pinned tile's "
+                    "time"
                 )
         fastest = min(seconds, key=seconds.__getitem__)
         if seconds[fastest] < (1 - LIMIT) * seconds[getattr(best, body)]:

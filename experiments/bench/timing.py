@@ -1,7 +1,9 @@
-"""How benches measure: contenders called in turn, in a new order each round, on one device; ratios from the same rounds.
+"""How benches measure: contenders called in turn, in a new order each round, on one device; ratios from the same
+rounds.
 
-A machine that is disturbed disturbs all contenders of a round; on the CPU the time is the process's CPU time, which other processes
-disturb less than the clock. What cannot run, or computes something else, is recorded with its reason and holds up nobody.
+A machine that is disturbed disturbs all contenders of a round; on the CPU the time is the process's CPU time, which
+other processes disturb less than the clock. What cannot run, or computes something else, is recorded with its reason
+and holds up nobody.
 """
 
 from __future__ import annotations
@@ -100,7 +102,9 @@ def _cuda_seconds(call: Call) -> float:
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Return the geometric mean over the rounds that both have of seconds over the base's, with its 95 % Student-t interval."""
+    """Return the geometric mean over the rounds that both have of seconds over the base's, with its 95 % Student-t
+    interval.
+    """
     from scipy.stats import t
 
     logs = [math.log(a / b) for a, b in zip(seconds, base, strict=False)]
@@ -218,13 +222,15 @@ def row_text(row: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """Return a result as two tables: times over the base, and the speed of ours over each contender; a pure function of the file."""
+    """Return a result as two tables: times over the base, and the speed of ours over each contender; a pure function of
+    the file.
+    """
     rows = result["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
     where = result["environment"]
     head = (
-        f"{where['device_name']}, torch {where['torch']}, triton {where['triton']}, {where['threads']} thread(s), tile table "
-        f"{where['tile_table']}, {result['rounds']} rounds, commit {where['commit']}; `{result['command']}`"
+        f"{where['device_name']}, torch {where['torch']}, triton {where['triton']}, {where['threads']} thread(s), tile "
+        f"table {where['tile_table']}, {result['rounds']} rounds, commit {where['commit']}; `{result['command']}`"
     )
     base = ", ".join(sorted({row["base"] for row in rows}))
     times = _table(rows, names, lambda v: f"{v['time_over_base']['mean']:.2f}")

@@ -23,14 +23,15 @@ def bench(
     measured: Path = Path("experiments/results/parallel-cpu.json"),
     out: Path = Path("results/bench.json"),
 ) -> None:
-    """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on its machine.
+    """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on
+    its machine.
 
     Args:
-        what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the whole layer for
-            each router; parallel: two expert-parallel workers beside two independent ones (on the CPU); envs: how fast the
-            environments step, beside Gymnasium's CartPole (it takes --rounds alone); sweep: what Ray costs (it takes --out alone);
-            scale: what expert parallelism would cost at 8 to 512 devices, calculated (it takes --path, --measured and --out alone);
-            table: print the result in --out once more.
+        what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the
+            whole layer for each router; parallel: two expert-parallel workers beside two independent ones (on the CPU);
+            envs: how fast the environments step, beside Gymnasium's CartPole (it takes --rounds alone); sweep: what Ray
+            costs (it takes --out alone); scale: what expert parallelism would cost at 8 to 512 devices, calculated (it
+            takes --path, --measured and --out alone); table: print the result in --out once more.
         device: cpu in float32, cuda in bfloat16.
         rounds: interleaved repetitions, after one that warms up.
         minutes: no new row is begun after so many.

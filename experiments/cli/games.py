@@ -22,13 +22,14 @@ def play(
     rollout: int = 8,
     lr: float = 0.02,
 ) -> None:
-    """Play an environment in which routing is the action; print scores (0 uniform, 1 oracle) and regrets with 95 % intervals.
+    """Play an environment in which routing is the action; print scores (0 uniform, 1 oracle) and regrets with 95 %
+    intervals.
 
     Args:
-        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which REINFORCE shows on three seeds that it is
-            right (it takes one router and none of the options).
-        policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference policies if none
-            are given.
+        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which REINFORCE shows on three
+            seeds that it is right (it takes one router and none of the options).
+        policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference
+            policies if none are given.
         table: the tokens of a bandit, from `rlroute export-tokens`; synthetic clusters without one.
         episodes: episodes per policy.
         seed: of episodes, initial weights and draws.

@@ -30,14 +30,17 @@ def gradients(
     corpus: str = "synth:documents=512,vocab=32,domains=4",
     out: Path = Path("results/gradients"),
 ) -> None:
-    """Measure the learning signal at the router's logits: what training micro-batches give ENTRIES against the exact gradient.
+    """Measure the learning signal at the router's logits: what training micro-batches give ENTRIES against the exact
+    gradient.
 
     Args:
-        entries: routers or estimators, as `reinforce:baseline=ema`; by default every router, and the estimators of reinforce.
+        entries: routers or estimators, as `reinforce:baseline=ema`; by default every router, and the estimators of
+            reinforce.
         experts: numbers of experts, as `2,4`; this and the next four make a sweep over all combinations.
         k: experts per token.
         layers: MoE layers of the model.
-        tokens: tokens of the measured micro-batch, one sequence. Exact to 4096 joint choices: for k = 1, E^(tokens * layers).
+        tokens: tokens of the measured micro-batch, one sequence. Exact to 4096 joint choices: for k = 1, E^(tokens *
+            layers).
         one_at_a_time: vary one of these four sizes at a time, the others at their first value.
         train_steps: measure after so many steps of real training.
         draws: micro-batches drawn per measurement, where what they can give is not enumerated as well.

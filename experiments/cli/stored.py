@@ -1,4 +1,6 @@
-"""The commands that read what is there: ``routers``, ``runs``, ``table``, ``report``, ``export`` and ``export-tokens``."""
+"""The commands that read what is there: ``routers``, ``runs``, ``table``, ``report``, ``export`` and
+``export-tokens``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def report(
     reference: str | None = None,
     only: tuple[str, ...] = (),
 ) -> None:
-    """Write one self-contained HTML page about stored runs: table, curves, expert loads, quality against balance, provenance.
+    """Write one self-contained HTML page about stored runs: table, curves, expert loads, quality against balance,
+    provenance.
 
     Args:
         path: a run store or a compact file.
@@ -88,7 +91,8 @@ def export_tokens(
     path: Path = Path("runs"),
     tokens: int = 16_384,
 ) -> None:
-    """Write the last MoE layer of a trained run as a table that TokenBandit-v0 plays: what each expert would cost each token.
+    """Write the last MoE layer of a trained run as a table that TokenBandit-v0 plays: what each expert would cost each
+    token.
 
     Args:
         run: the run's id or the start of it.
@@ -107,5 +111,6 @@ def export_tokens(
     with storing(out):
         table.save(out)
     print(
-        f"{len(table.x_ND)} tokens in {out}; loss uniform {table.uniform:.4f}, fixed {table.fixed:.4f}, oracle {table.oracle:.4f}"
+        f"{len(table.x_ND)} tokens in {out}; loss uniform {table.uniform:.4f}, fixed {table.fixed:.4f}, oracle "
+        f"{table.oracle:.4f}"
     )

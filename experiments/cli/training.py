@@ -33,8 +33,8 @@ def train(
 ) -> None:
     """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
 
-    With --workers, several processes train it together: as many micro-batches as there are workers, or --train.micro-batches, a
-    multiple of it.
+    With --workers, several processes train it together: as many micro-batches as there are workers, or
+    --train.micro-batches, a multiple of it.
     """
     from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.entries import build_entry
@@ -61,15 +61,16 @@ def compare(
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
-    """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the report.
+    """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the
+    report.
 
     Args:
         entries: routers, `router:field=value,...`, or `dense`.
         seeds: each entry is trained with seeds 0 to seeds - 1.
-        task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every router (of the
-            other options it takes --seeds, --out and --concurrency).
-        reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by name);
-            under budget flops, whose training FLOPs everyone gets.
+        task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every
+            router (of the other options it takes --seeds, --out and --concurrency).
+        reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by
+            name); under budget flops, whose training FLOPs everyone gets.
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
         seconds: training time of each run under budget time; the figures are then not reproducible.
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
@@ -99,7 +100,8 @@ def sweep(
     reference: str | None = None,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
 ) -> None:
-    """Train the runs that a TOML file describes; print their table. The same command goes on where it stopped, and tries again what failed.
+    """Train the runs that a TOML file describes; print their table. The same command goes on where it stopped, and
+    tries again what failed.
 
     Args:
         spec: the file (docs/sweeps.md): entries, seeds, a grid, random draws, resources.

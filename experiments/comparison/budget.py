@@ -10,7 +10,8 @@ from rlroute.errors import ConfigError
 
 
 def find_reference(configs: Sequence[RunConfig], label: str | None) -> RunConfig:
-    """Return the configuration that the table's ``label`` means (its first word is the router); ``switch`` or the first by default.
+    """Return the configuration that the table's ``label`` means (its first word is the router); ``switch`` or the first
+    by default.
 
     Raises:
         ConfigError: there is none, found before any work.

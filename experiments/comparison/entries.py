@@ -1,4 +1,5 @@
-"""What may stand in one table: runs grouped into entries, and what is refused because it differs in more than the router.
+"""What may stand in one table: runs grouped into entries, and what is refused because it differs in more than the
+router.
 
 Everything here is a pure function of run records.
 """
@@ -32,10 +33,14 @@ SAME = {
 """What every run of a table shares, and why."""
 
 SAME_IN_TRAIN = ("steps", "batch_size", "dtype", "budget", "budget_amount")
-"""The fields of ``train`` that every run shares; the others are ways of training an entry well (tuning), printed where they differ."""
+"""The fields of ``train`` that every run shares; the others are ways of training an entry well (tuning), printed where
+they differ.
+"""
 
 CHOICES_IN_MODEL = ("gate_form", "k", "num_experts", "num_shared_experts", "capacity_factor")
-"""The fields of ``model`` in which entries may differ on purpose; these are printed, all others and all of ``data`` are shared."""
+"""The fields of ``model`` in which entries may differ on purpose; these are printed, all others and all of ``data`` are
+shared.
+"""
 
 SAME_WEIGHTS = "with one seed every router starts from the same weights"
 SAME_BATCHES = "with one seed every router sees the same batches in the same order"
@@ -65,8 +70,8 @@ class Entry:
 
 
 def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
-    """Group runs by configuration, in the order of their labels: the router's name, and in brackets what sets apart several
-    configurations of one router.
+    """Group runs by configuration, in the order of their labels: the router's name, and in brackets what sets apart
+    several configurations of one router.
 
     Raises:
         ComparisonError: there are no runs, or one run is there twice.
@@ -175,7 +180,9 @@ def _check_identity(runs: Sequence[RunRecord]) -> None:
 
 
 def _check_overlap(runs: Sequence[RunRecord]) -> None:
-    """A finished run of another length than the longest proves its batches only where both were hashed at the same step."""
+    """A finished run of another length than the longest proves its batches only where both were hashed at the same
+    step.
+    """
     longest = max(runs, key=lambda run: run.summary["batches"]["steps"])
     for run in runs:
         if run.summary["status"] == "finished" and not _chains(run).keys() & _chains(longest).keys():
@@ -184,7 +191,9 @@ def _check_overlap(runs: Sequence[RunRecord]) -> None:
 
 
 def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int | None], list[RunRecord]]:
-    """Group the MoE runs whose shared parameters have the same shapes; leading dense layers are as wide as what a token runs."""
+    """Group the MoE runs whose shared parameters have the same shapes; leading dense layers are as wide as what a token
+    runs.
+    """
     groups: dict[tuple[int, int, int | None], list[RunRecord]] = {}
     for run in runs:
         model = run.config["config"]["model"]

@@ -1,4 +1,6 @@
-"""What stands under a table about its runs: what was held equal and the proof of it, what differs on purpose, where it comes from."""
+"""What stands under a table about its runs: what was held equal and the proof of it, what differs on purpose, where it
+comes from.
+"""
 
 from __future__ import annotations
 
@@ -100,8 +102,8 @@ def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     versions = [f"{name} {_all(runs, name)}" for name in ("rlroute", "python", "torch", "numpy")]
     yield "Versions", ", ".join(versions)
     device = f"{_all(runs, 'device')} ({_all(runs, 'device_name')}), CPU capability {_all(runs, 'cpu_capability')}"
-    kernel = f"{_all(runs, 'workers')} worker(s) a run, {_all(runs, 'threads')} thread(s) each, kernel {_all(runs, 'kernel_backend')}"
-    yield "Machine", f"{device}, {kernel}, {_all(runs, 'platform')}"
+    processes = f"{_all(runs, 'workers')} worker(s) a run, {_all(runs, 'threads')} thread(s) each"
+    yield "Machine", f"{device}, {processes}, kernel {_all(runs, 'kernel_backend')}, {_all(runs, 'platform')}"
 
 
 def _commit(environment: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""The table of a comparison: reduce entries to rows, with what has to be said underneath. A pure function of run records."""
+"""The table of a comparison: reduce entries to rows, with what has to be said underneath. A pure function of run
+records.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ COSTS = ("active_parameters", "total_parameters", "flops_per_token", "training_o
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """The figures of one entry; None where there is nothing to say. Bits per byte are greedy unless they say sampled."""
+    """The figures of one entry; None where there is nothing to say. Bits per byte are greedy unless they say
+    sampled.
+    """
 
     label: str
     router: str
@@ -55,7 +59,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows from best to worst, the label of the entry that differences are taken to, and titled notes to print underneath."""
+    """Rows from best to worst, the label of the entry that differences are taken to, and titled notes to print
+    underneath.
+    """
 
     reference: str
     rows: tuple[TableRow, ...]
@@ -67,10 +73,12 @@ def build_table(records: Sequence[RunRecord], reference: str | None = None) -> T
 
     Args:
         records: finished and diverged runs.
-        reference: label of the entry to take differences to; by default ``switch``, or the first by name where it is missing.
+        reference: label of the entry to take differences to; by default ``switch``, or the first by name where it is
+            missing.
 
     Raises:
-        ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such reference.
+        ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such
+            reference.
     """
     entries = make_entries(records)
     check_comparable(entries)

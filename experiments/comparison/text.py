@@ -40,17 +40,20 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
 def legend(table: Table) -> str:
     """Return how to read the columns."""
     return (
-        f"Bits per byte: greedy routing, mean over n seeds ± half the {CONFIDENCE:.0%} Student-t interval; lower is better. "
-        f"Difference to {table.reference}: paired by seed, with the interval of the paired differences; not separated where it holds "
-        "zero; the intervals are not corrected for the number of comparisons. MaxVio: highest load of an expert over the fair share, "
-        "minus 1, counted over the whole validation set before drops; mean over seeds, then the worst layer. Dead experts: below 5% of "
-        "the fair share over the whole validation set; mean over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest "
-        "true difference that a paired t-test at 5% finds with power 80% given n and the spread seen, itself uncertain at small n."
+        f"Bits per byte: greedy routing, mean over n seeds ± half the {CONFIDENCE:.0%} Student-t interval; lower is "
+        f"better. Difference to {table.reference}: paired by seed, with the interval of the paired differences; not "
+        "separated where it holds zero; the intervals are not corrected for the number of comparisons. MaxVio: highest "
+        "load of an expert over the fair share, minus 1, counted over the whole validation set before drops; mean over "
+        "seeds, then the worst layer. Dead experts: below 5% of the fair share over the whole validation set; mean "
+        "over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest true difference that a paired t-test "
+        "at 5% finds with power 80% given n and the spread seen, itself uncertain at small n."
     )
 
 
 def to_markdown(table: Table, timings: bool = True) -> str:
-    """Return the table and its notes as Markdown; without ``timings`` it is the same, bit for bit, when the same command runs again."""
+    """Return the table and its notes as Markdown; without ``timings`` it is the same, bit for bit, when the same
+    command runs again.
+    """
     shown = columns(table, timings)
     body = markdown(list(shown), [[cell(row) for cell in shown.values()] for row in table.rows])
     notes = "".join(f"- **{escape(title)}**: {escape(text)}.\n" for title, text in table.notes if text)

@@ -1,6 +1,8 @@
-"""What training micro-batches give a router's logits, set against the gradient: all of it where it can be enumerated, else draws.
+"""What training micro-batches give a router's logits, set against the gradient: all of it where it can be enumerated,
+else draws.
 
-Shape suffixes: T tokens, M routing samples, X = M * T, N micro-batches, L MoE layers, E experts, K experts per token, P numbers.
+Shape suffixes: T tokens, M routing samples, X = M * T, N micro-batches, L MoE layers, E experts, K experts per token, P
+numbers.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class Measurement:
     rows: int
 
     def signals(self, layer: int) -> tuple[Signal, Signal, int]:
-        """Return the quality against the whole gradient and against its choice part, and in how many steps the layer learns once.
+        """Return the quality against the whole gradient and against its choice part, and in how many steps the layer
+        learns once.
 
-        Routers may teach one layer per step, in turn: a step in which no draw gives a layer any gradient is not its turn.
+        Routers may teach one layer per step, in turn: a step in which no draw gives a layer any gradient is not its
+        turn.
         """
         by_turn = [estimates[:, layer].flatten(1) for estimates in self.estimates_NLTE]
         live = [estimates for estimates in by_turn if estimates.any()] or by_turn
@@ -59,7 +63,9 @@ class Measurement:
 
 
 def measure_probe(probe: Probe, *, draws: int, samples: int, seed: int) -> Measurement:
-    """Return the target and the estimates: all of them where they can be enumerated, with their probabilities, else draws."""
+    """Return the target and the estimates: all of them where they can be enumerated, with their probabilities, else
+    draws.
+    """
     target = measure_target(probe, samples=samples, seed=seed)
     rows = probe.tokens * probe.num_samples
     choices = count_choices(probe.num_experts, probe.k) ** (len(probe.routers) * rows)
@@ -72,7 +78,9 @@ def measure_probe(probe: Probe, *, draws: int, samples: int, seed: int) -> Measu
 
 
 def enumerate_estimates(probe: Probe) -> tuple[Tensor, Tensor]:
-    """Return the estimate of every joint choice of all routing samples, shape (N, L, T, E), and its probability, shape (N,)."""
+    """Return the estimate of every joint choice of all routing samples, shape (N, L, T, E), and its probability, shape
+    (N,).
+    """
     experts, k, layers, samples, tokens = (
         probe.num_experts,
         probe.k,

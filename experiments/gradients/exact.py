@@ -1,21 +1,25 @@
-"""The exact gradient of the expected loss at a router's logits: by enumeration of all joint choices, or of one choice at a time.
+"""The exact gradient of the expected loss at a router's logits: by enumeration of all joint choices, or of one choice
+at a time.
 
-The target is G_l = d/d delta E[L] at delta = 0, delta_l (T, E) being added to layer l's logits, the same for all draws, and L the
-mean next-token loss of a micro-batch of T tokens, as training divides it. The expectation is over the choices of all tokens in all
-layers, drawn in order and without replacement (Plackett-Luce) from each router's distribution. Later logits depend on earlier choices,
-and gates may depend on the logits, so
+The target is G_l = d/d delta E[L] at delta = 0, delta_l (T, E) being added to layer l's logits, the same for all draws,
+and L the mean next-token loss of a micro-batch of T tokens, as training divides it. The expectation is over the choices
+of all tokens in all layers, drawn in order and without replacement (Plackett-Luce) from each router's distribution.
+Later logits depend on earlier choices, and gates may depend on the logits, so
 
-    G = sum_a P(a) [ L(a) d log P(a)/d delta + dL(a)/d delta ],     P(a) = prod over layers and tokens of pi(a_lt | a_before).
+    G = sum_a P(a) [ L(a) d log P(a)/d delta + dL(a)/d delta ],     P(a) = prod over layers and tokens of pi(a_lt |
+    a_before).
 
-Autograd through sum_a P(a) L(a) gives both terms, the ways through gates into later logits included. With constant or straight-through
-gates the second term is 0.
+Autograd through sum_a P(a) L(a) gives both terms, the ways through gates into later logits included. With constant or
+straight-through gates the second term is 0.
 
-Beyond ``ENUMERABLE`` joint choices, the *conditional* gradient: the choices are drawn, and for one token and layer at a time all its
-choices c are enumerated while the others are held, each weighted by P(c | the others) = P(c, others) / sum_c' P(c', others): a
-Rao-Blackwell step, so its mean over draws is G at any depth. Policy weights pi(c) in place of P(c | the others) would not do: later
-layers' choices were drawn under another c. L is taken relative to the mean loss of the other draws, which changes no expectation.
+Beyond ``ENUMERABLE`` joint choices, the *conditional* gradient: the choices are drawn, and for one token and layer at a
+time all its choices c are enumerated while the others are held, each weighted by P(c | the others) = P(c, others) /
+sum_c' P(c', others): a Rao-Blackwell step, so its mean over draws is G at any depth. Policy weights pi(c) in place of
+P(c | the others) would not do: later layers' choices were drawn under another c. L is taken relative to the mean loss
+of the other draws, which changes no expectation.
 
-Shape suffixes: T tokens, N replicas, L MoE layers, E experts, K experts per token, C ordered choices of a token, S sampled joint choices.
+Shape suffixes: T tokens, N replicas, L MoE layers, E experts, K experts per token, C ordered choices of a token, S
+sampled joint choices.
 """
 
 from __future__ import annotations
@@ -81,7 +85,9 @@ def joint_choices(num_experts: int, k: int, layers: int, tokens: int) -> Iterato
 
 
 def measure_target(probe: Probe, *, samples: int, seed: int) -> Target:
-    """Return the exact gradient where it can be enumerated, else the conditional one over ``samples`` (at least 2) draws."""
+    """Return the exact gradient where it can be enumerated, else the conditional one over ``samples`` (at least 2)
+    draws.
+    """
     layers = len(probe.routers)
     if is_enumerable(probe.num_experts, probe.k, layers, probe.tokens):
         whole = exact_gradient(probe, held=not probe.gates_follow)
@@ -96,7 +102,9 @@ def measure_target(probe: Probe, *, samples: int, seed: int) -> Target:
 
 
 def expected_loss(probe: Probe, shift_LTE: Tensor, *, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, chunk by chunk of the joint choices, the terms of sum_a P(a) L(a) and the probabilities, summed over the chunk."""
+    """Yield, chunk by chunk of the joint choices, the terms of sum_a P(a) L(a) and the probabilities, summed over the
+    chunk.
+    """
     for ids_LNTK in joint_choices(probe.num_experts, probe.k, len(probe.routers), probe.tokens):
         loss_N, log_prob_LNT = probe.forced(ids_LNTK, shift_LTE, held=held)
         prob_N = log_prob_LNT.sum((0, 2)).exp()
@@ -104,7 +112,9 @@ def expected_loss(probe: Probe, shift_LTE: Tensor, *, held: bool) -> Iterator[tu
 
 
 def exact_gradient(probe: Probe, *, held: bool) -> Tensor:
-    """Return the gradient of the expected loss with respect to a shift of the logits, shape (L, T, E), by enumeration."""
+    """Return the gradient of the expected loss with respect to a shift of the logits, shape (L, T, E), by
+    enumeration.
+    """
     shift_LTE, total = probe.zero_shift(), torch.zeros(())
     gradient_LTE = torch.zeros_like(shift_LTE)
     for expected, probability in expected_loss(probe, shift_LTE, held=held):

@@ -1,7 +1,8 @@
 """The gradient instrument: how good is the signal that a router's logits get from one training micro-batch?
 
-For every entry, size and checkpoint: build the model, train it so far, warm up what a router keeps beside its policy, take one held-out
-micro-batch, and compare what training gives its logits, over many draws, with the exact gradient (:mod:`.exact`).
+For every entry, size and checkpoint: build the model, train it so far, warm up what a router keeps beside its policy,
+take one held-out micro-batch, and compare what training gives its logits, over many draws, with the exact gradient
+(:mod:`.exact`).
 
 Shape suffixes: T tokens, L MoE layers, E experts, N draws.
 """
@@ -39,7 +40,8 @@ ESTIMATORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is measured: all combinations of entries and sizes (or one size varied at a time), at all checkpoints, with all seeds.
+    """What is measured: all combinations of entries and sizes (or one size varied at a time), at all checkpoints, with
+    all seeds.
 
     Raises:
         ConfigError: a value is illegal.
@@ -102,7 +104,8 @@ class Sweep:
             raise ConfigError(f"k = {k} with experts = {experts}: nothing is chosen, legal are k below experts")
         if count_choices(experts, k) > ENUMERABLE:
             raise ConfigError(
-                f"experts = {experts} with k = {k}: {count_choices(experts, k)} choices of a token, legal are {ENUMERABLE}"
+                f"experts = {experts} with k = {k}: {count_choices(experts, k)} choices of a token, legal are "
+                f"{ENUMERABLE}"
             )
         model = ModelConfig(
             num_layers=layers,
@@ -131,8 +134,8 @@ class Row:
     Attributes:
         target: ``exact`` or ``conditional``.
         target_error: of a conditional target: its sampling error over its norm, the largest of the seeds.
-        rows_per_estimate: token rows that one estimate costs, forward and backward: T for each routing sample, times the steps of which
-            this layer learns in one only.
+        rows_per_estimate: token rows that one estimate costs, forward and backward: T for each routing sample, times
+            the steps of which this layer learns in one only.
         signals: by seed; how the estimates compare with the gradient of the expected loss.
         choices: by seed; how they compare with its part through the choices alone.
     """

@@ -29,15 +29,16 @@ ROUNDING = 1e-9
 """What is smaller, in relative terms, is printed as 0."""
 
 LEGEND = (
-    "Per entry and layer (the first is layer 0), against the gradient of the expected loss at the router's logits (exact: all joint "
-    "choices enumerated; "
-    "conditional: one token and layer at a time, the others held at sampled choices, ± its sampling error). Cosine: of one training "
-    "micro-batch's gradient, and of the mean of all draws. Relative bias: |mean - exact| / |exact| with the draws' own noise taken out. "
-    "Variance: trace of the covariance over |exact|². SNR: power of the mean along the exact gradient over the variance, per "
-    "micro-batch; tokens: how many to run for SNR 1. Choice part: cosine of the mean to the gradient through the choices alone, gates "
-    "held. Brackets and ± are 95% intervals, over seeds where there are several, else over draws; variance, SNR and tokens are geometric "
-    "means over seeds: an SNR of 0, and ∞ tokens, where one seed shows no signal. "
-    "Where the estimates of all joint choices are enumerated too, a seed's figures are exact."
+    "Per entry and layer (the first is layer 0), against the gradient of the expected loss at the router's logits "
+    "(exact: all joint choices enumerated; "
+    "conditional: one token and layer at a time, the others held at sampled choices, ± its sampling error). Cosine: of "
+    "one training micro-batch's gradient, and of the mean of all draws. Relative bias: |mean - exact| / |exact| with "
+    "the draws' own noise taken out. Variance: trace of the covariance over |exact|². SNR: power of the mean along the "
+    "exact gradient over the variance, per micro-batch; tokens: how many to run for SNR 1. Choice part: cosine of the "
+    "mean to the gradient through the choices alone, gates held. Brackets and ± are 95% intervals, over seeds where "
+    "there are several, else over draws; variance, SNR and tokens are geometric means over seeds: an SNR of 0, and ∞ "
+    "tokens, where one seed shows no signal. Where the estimates of all joint choices are enumerated too, a seed's "
+    "figures are exact."
 )
 
 
@@ -101,9 +102,11 @@ def to_markdown(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
 def to_json(
     sweep: Sweep, rows: Sequence[Row], unmeasured: Sequence[Unmeasured], command: str, provenance: Mapping[str, Any]
 ) -> str:
-    """Return everything as JSON: the command, the sweep and the configurations behind it, versions, and the figures by seed.
+    """Return everything as JSON: the command, the sweep and the configurations behind it, versions, and the figures by
+    seed.
 
-    Numbers have six digits; infinite ones are null. Of the comparison with the choice part it holds what the table shows.
+    Numbers have six digits; infinite ones are null. Of the comparison with the choice part it holds what the table
+    shows.
     """
     derived = {"bias": bias, "snr": snr, "tokens_for_snr_1": tokens_for_snr_1}
     figures = {
@@ -148,7 +151,9 @@ def _row_html(cells: Sequence[str]) -> str:
 
 
 def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str, *, log: bool = False) -> Figure:
-    """Draw a quantity of all rows, one colour and marker for each entry, beside one another for each size, step and layer."""
+    """Draw a quantity of all rows, one colour and marker for each entry, beside one another for each size, step and
+    layer.
+    """
     drawn = new_figure("", title, height=720)
     for index, entry in enumerate(dict.fromkeys(row.entry for row in rows)):
         found = [(_setting(row), of(row)) for row in rows if row.entry == entry]

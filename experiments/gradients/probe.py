@@ -1,10 +1,11 @@
 """A model and one micro-batch under the gradient instrument: router logits can be shifted, choices forced, gates held.
 
-Routers are not edited. The shift is added to what a router's ``scores`` module returns; a choice is forced by answering, for as long as
-the router decides, every ranking of a (tokens, experts) matrix with the wanted experts first. Both are checked: a router on which
-either does not take is named as unmeasurable.
+Routers are not edited. The shift is added to what a router's ``scores`` module returns; a choice is forced by
+answering, for as long as the router decides, every ranking of a (tokens, experts) matrix with the wanted experts first.
+Both are checked: a router on which either does not take is named as unmeasurable.
 
-Shape suffixes: T tokens of the micro-batch, N replicas of it in one forward, L MoE layers, E experts, K experts per token.
+Shape suffixes: T tokens of the micro-batch, N replicas of it in one forward, L MoE layers, E experts, K experts per
+token.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Probe:
         step: the training step that the forwards pretend to be (temperature schedules read it).
 
     Attributes:
-        gates_follow: whether the gates' values change with the logits while the choices are held. They do not where gates are
-            constant or straight-through: there the loss depends on the logits through the choices alone.
+        gates_follow: whether the gates' values change with the logits while the choices are held. They do not where
+            gates are constant or straight-through: there the loss depends on the logits through the choices alone.
         independent: whether a micro-batch's estimate stays as it is beside others in one batch.
     """
 
@@ -79,8 +80,8 @@ class Probe:
             held: let the gates carry no gradient.
 
         Returns:
-            Each replica's mean next-token loss, shape (N,), and each choice's log-probability under the Plackett-Luce policy of the
-            router's distribution ``probs_TE``, shape (L, N, T).
+            Each replica's mean next-token loss, shape (N,), and each choice's log-probability under the Plackett-Luce
+            policy of the router's distribution ``probs_TE``, shape (L, N, T).
         """
         replicas = ids_LNTK.shape[1]
         _, loss_MT, decisions = self._run(shift_LTE, replicas, ids_LTK=ids_LNTK.flatten(1, 2), held=held)
@@ -91,7 +92,9 @@ class Probe:
         return loss_MT.view(replicas, -1).mean(1), torch.stack(log_prob_L)
 
     def policy(self, ids_LNTK: Tensor, layer: int) -> Tensor:
-        """Return a layer's unnormalised log-probabilities, shape (N * T, E), after the forced choices of the layers before it."""
+        """Return a layer's unnormalised log-probabilities, shape (N * T, E), after the forced choices of the layers
+        before it.
+        """
         with torch.no_grad():
             decisions = self._run(self.zero_shift(), ids_LNTK.shape[1], ids_LTK=ids_LNTK.flatten(1, 2), held=True)[2]
         return log_policy(decisions[layer])
@@ -99,18 +102,20 @@ class Probe:
     # The router as it is: what training gets.
 
     def estimates(self, count: int, seed: int, *, turn: int = 0, ids_LNTK: Tensor | None = None) -> Tensor:
-        """Return what each of N training micro-batches gives the logits, shape (N, L, T, E), from one forward and backward.
+        """Return what each of N training micro-batches gives the logits, shape (N, L, T, E), from one forward and
+        backward.
 
-        It is the gradient of the language-model loss (through the gates) plus the values, unweighted, of those terms of the routers'
-        objectives that depend on the losses: balance, entropy and z terms are not part of the signal, and a weight is a learning rate.
-        The replicas are sequences of one batch, each with draws of its own. That equals N micro-batches where no such term mixes
-        sequences, which ``independent`` says.
+        It is the gradient of the language-model loss (through the gates) plus the values, unweighted, of those terms of
+        the routers' objectives that depend on the losses: balance, entropy and z terms are not part of the signal, and
+        a weight is a learning rate. The replicas are sequences of one batch, each with draws of its own. That equals N
+        micro-batches where no such term mixes sequences, which ``independent`` says.
 
         Args:
             count: N.
             seed: keys the draws.
             turn: added to the step, for routers that do something else in each of L successive steps.
-            ids_LNTK: choices to force in place of the router's draws, of M * N micro-batches, the first routing samples first.
+            ids_LNTK: choices to force in place of the router's draws, of M * N micro-batches, the first routing samples
+                first.
         """
         shift_LTE, ids_LTK = self.zero_shift(count), None if ids_LNTK is None else ids_LNTK.flatten(1, 2)
         context, loss_MT, decisions = self._run(shift_LTE, count, seed=seed, turn=turn, explore=True, ids_LTK=ids_LTK)
@@ -127,7 +132,9 @@ class Probe:
         return all(self._is_drawn(decision) for decision in decisions)
 
     def _is_drawn(self, decision: RoutingDecision) -> bool:
-        """Compare the router's own log-probabilities with the policy's, and its samples with one another: a held one repeats."""
+        """Compare the router's own log-probabilities with the policy's, and its samples with one another: a held one
+        repeats.
+        """
         if decision.log_prob_R is None:
             return False
         ids_TK = decision.expert_ids_R.view(-1, self.k)
@@ -138,7 +145,9 @@ class Probe:
         return same and not any(torch.equal(first, other) for other in others)
 
     def _reward_terms(self, decisions: list[RoutingDecision], feedback: Feedback) -> Tensor | float:
-        """Return the sum of the terms that other losses would change; which these are is found out once for each step."""
+        """Return the sum of the terms that other losses would change; which these are is found out once for each
+        step.
+        """
         terms_L, step = self._terms(decisions, feedback), feedback.context.step
         if step not in self._rewarded:
             # Not an affine change: a router that standardises its advantages would not notice one.
@@ -195,7 +204,8 @@ class Probe:
             return replace(decision, gates_R=decision.gates_R.detach()) if self._held else decision
 
         scores.register_forward_hook(shifted)
-        setattr(router, "forward", steered)  # noqa: B010 (the copy of the model is ours; mypy refuses a plain assignment)
+        # The copy of the model is ours; mypy refuses a plain assignment.
+        setattr(router, "forward", steered)  # noqa: B010
 
     def _check_reach(self) -> None:
         """Make sure that a shift arrives in the first layer's logits as it is.
@@ -259,7 +269,9 @@ def repeat(batch: Batch, count: int) -> Batch:
 
 
 def log_policy(decision: RoutingDecision) -> Tensor:
-    """Return logits of the policy whose gradient is measured: the router's published distribution, else softmax of its logits."""
+    """Return logits of the policy whose gradient is measured: the router's published distribution, else softmax of its
+    logits.
+    """
     assert decision.logits_TE is not None
     if decision.probs_TE is None:
         return decision.logits_TE

@@ -1,15 +1,18 @@
 """How good an estimator of a known gradient is: pure functions of its draws.
 
-With G the target (P numbers), g_1 .. g_n independent estimates, m their mean, S their covariance, and everything in units of |G|:
+With G the target (P numbers), g_1 .. g_n independent estimates, m their mean, S their covariance, and everything in
+units of |G|:
 
 - cosine: the mean over draws of cos(g_i, G); what one micro-batch is worth as a direction.
-- mean cosine: cos(m, G); towards it the cosine rises as estimates are averaged. Below 1 by the noise left in m, and by bias.
+- mean cosine: cos(m, G); towards it the cosine rises as estimates are averaged. Below 1 by the noise left in m, and by
+  bias.
 - gain: the mean of <g_i, G> / |G|^2: how much of G an estimate holds. 1 where unbiased.
-- squared bias: |E g - G|^2 / |G|^2 by the U-statistic over pairs i != j of <g_i - G, g_j - G>, from which the noise of m is thereby
-  taken out; it may come out below 0. ``floor`` is what |m - G| / |G| would be on average without any bias, tr(S / n)^(1/2) / |G|.
+- squared bias: |E g - G|^2 / |G|^2 by the U-statistic over pairs i != j of <g_i - G, g_j - G>, from which the noise of
+  m is thereby taken out; it may come out below 0. ``floor`` is what |m - G| / |G| would be on average without any bias,
+  tr(S / n)^(1/2) / |G|.
 - variance: tr S / |G|^2.
-- SNR: gain^2 |G|^2 / tr S, the power of the useful part of the mean over the noise; 0 where the mean points away from G. Averaging
-  1 / SNR micro-batches brings it to 1, whatever the scale of the estimator.
+- SNR: gain^2 |G|^2 / tr S, the power of the useful part of the mean over the noise; 0 where the mean points away from
+  G. Averaging 1 / SNR micro-batches brings it to 1, whatever the scale of the estimator.
 
 Intervals are of 95 %: Student's t over draws for means, the jackknife over draws (Efron 1982) for the rest.
 """
@@ -77,7 +80,9 @@ def measure(estimates_NP: Floats, target_P: Floats) -> Signal:
 
 
 def measure_enumerated(estimates_NP: Floats, prob_N: Floats, target_P: Floats) -> Signal:
-    """Return the quality of an estimator of which every possible value and its probability are known; nothing is left to chance."""
+    """Return the quality of an estimator of which every possible value and its probability are known; nothing is left
+    to chance.
+    """
     norm = float(np.linalg.norm(target_P))
     unit_P = target_P / norm if norm else target_P
     draws_NP = estimates_NP / norm if norm else estimates_NP
@@ -99,10 +104,11 @@ def measure_enumerated(estimates_NP: Floats, prob_N: Floats, target_P: Floats) -
 
 
 def without_target_error(signal: Signal, error: float) -> Signal:
-    """Return a signal whose squared bias is rid of the target's own noise, which it holds on top: a target known to ``error`` |G|.
+    """Return a signal whose squared bias is rid of the target's own noise, which it holds on top: a target known to
+    ``error`` |G|.
 
-    |E g - G'|^2 is on average |E g - G|^2 + error^2 |G'|^2 for a noisy target G'. The other figures stay: cosines and gains are too low
-    by error^2 / 2 and error^2.
+    |E g - G'|^2 is on average |E g - G|^2 + error^2 |G'|^2 for a noisy target G'. The other figures stay: cosines and
+    gains are too low by error^2 / 2 and error^2.
     """
     found = signal.squared_bias
     low, high = (None if end is None else end - error**2 for end in (found.low, found.high))
@@ -137,7 +143,9 @@ def over_seeds_by_factor(intervals: Sequence[Interval]) -> Interval:
 
 
 def _snr(gain: Interval, gain_variance: float, noise: float) -> Interval:
-    """Return gain^2 over noise, less what noise alone would give: the square of a mean of n is too large by its variance."""
+    """Return gain^2 over noise, less what noise alone would give: the square of a mean of n is too large by its
+    variance.
+    """
     useful = max(gain.mean, 0.0) ** 2 - (gain_variance / gain.n if gain.mean > 0 else 0.0)
     low, high = (None if end is None else max(end, 0.0) ** 2 / noise for end in (gain.low, gain.high))
     return Interval(max(useful, 0.0) / noise, low, high, gain.n)

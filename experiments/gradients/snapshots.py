@@ -22,7 +22,9 @@ CPU = Device("cpu", torch.float32)
 def checkpoints(
     config: RunConfig, corpus: Corpus, seed: int, steps: Sequence[int]
 ) -> Iterator[tuple[int, Transformer]]:
-    """Train a model as the loop does and yield it after each of the (sorted) numbers of steps; it is trained on afterwards."""
+    """Train a model as the loop does and yield it after each of the (sorted) numbers of steps; it is trained on
+    afterwards.
+    """
     model = build_model(config, corpus, seed)
     optimizer = Optimizer(model, config.train)
     size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
@@ -37,7 +39,9 @@ def checkpoints(
 
 
 def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, step: int, steps: int) -> Transformer:
-    """Return a copy whose routers have seen so many more steps: running means move and value heads learn, model and policy stay."""
+    """Return a copy whose routers have seen so many more steps: running means move and value heads learn, model and
+    policy stay.
+    """
     model = copy.deepcopy(model)
     size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
     heads = _heads(model, corpus, seed, step, size)

@@ -1,4 +1,5 @@
-"""The headlines of a published gradient record, as Markdown: what each estimator's signal is worth, and what changes it.
+"""The headlines of a published gradient record, as Markdown: what each estimator's signal is worth, and what changes
+it.
 
 The record is one of ``rlroute gradients --one-at-a-time``: sizes are varied one at a time about the first of each.
 """
@@ -17,7 +18,9 @@ Row = Mapping[str, Any]
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """Return three tables, before and after training: direction, SNR and bias; tokens for SNR 1 by E and k; the same by depth."""
+    """Return three tables, before and after training: direction, SNR and bias; tokens for SNR 1 by E and k; the same by
+    depth.
+    """
     sweep = record["sweep"]
     base = {name: sweep[name][0] for name in ("experts", "k", "layers")} | {"layer": 0}
     ends = sweep["train_steps"][0], sweep["train_steps"][-1]
@@ -44,7 +47,8 @@ def summary(record: Mapping[str, Any]) -> str:
     titles = (
         f"One layer, E = {base['experts']}, k = {base['k']}:",
         "Tokens for SNR 1, one layer:",
-        f"Tokens for SNR 1 by depth, after {ends[1]} steps (the first layer is layer 0; ∞: no signal found on one seed or more):",
+        f"Tokens for SNR 1 by depth, after {ends[1]} steps (the first layer is layer 0; ∞: no signal found on one seed "
+        "or more):",
     )
     tables = (_table(record, columns) for columns in (quality, by_size, by_depth))
     return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables, strict=True)) + "\n"

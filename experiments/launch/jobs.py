@@ -17,8 +17,8 @@ STOPPED = "stopped"
 
 @dataclass(frozen=True)
 class Search:
-    """Successive halving (ASHA, Li et al. 2018, arXiv 1810.05934): trials that lag are stopped early. For tuning alone: which ones are
-    stopped depends on the order in which they arrive.
+    """Successive halving (ASHA, Li et al. 2018, arXiv 1810.05934): trials that lag are stopped early. For tuning alone:
+    which ones are stopped depends on the order in which they arrive.
 
     Attributes:
         steps: the most steps of a trial.
@@ -78,7 +78,9 @@ class Launch:
     expert_parallel: int = 1
     """Shards into which they cut the experts."""
     exchange_chunks: int = 1
-    """Parts in which rows travel between shards; one is computed while the next is on its way. 0: nothing is computed meanwhile."""
+    """Parts in which rows travel between shards; one is computed while the next is on its way. 0: nothing is computed
+    meanwhile.
+    """
     retries: int = 2
     """How often a run is started again that failed, or whose process was lost or hung."""
     patience: float = 10.0

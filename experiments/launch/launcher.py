@@ -1,4 +1,5 @@
-"""Run many training runs: here in sequence, or as Ray Tune trials, as many at a time as the machine or cluster has room for.
+"""Run many training runs: here in sequence, or as Ray Tune trials, as many at a time as the machine or cluster has room
+for.
 
 The run store is the truth. Ray is a scheduler and no more: whatever happens to it, launching the same jobs again keeps
 what is finished and resumes what is not.
@@ -147,7 +148,9 @@ def _tune(
 
 
 def _give_memory_back() -> None:
-    """Return freed memory to the system: a worker trains run after run, each in a new thread, whose heap the C library would keep."""
+    """Return freed memory to the system: a worker trains run after run, each in a new thread, whose heap the C library
+    would keep.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -56,8 +56,8 @@ def require() -> tuple[Any, Any]:
 def _make_tune_survive_want_of_memory() -> None:
     """Let Tune take a process that Ray's memory monitor ended for a lost one.
 
-    Ray 2.60 reports it as an ``OutOfMemoryError``, which is not the ``RayActorError`` by which Tune knows a lost process, and which Tune
-    takes for a defect of its own: it ends all trials.
+    Ray 2.60 reports it as an ``OutOfMemoryError``, which is not the ``RayActorError`` by which Tune knows a lost
+    process, and which Tune takes for a defect of its own: it ends all trials.
     """
     from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.exceptions import OutOfMemoryError, RayActorError
@@ -78,8 +78,9 @@ def _make_tune_survive_want_of_memory() -> None:
 def session(how: Launch) -> Iterator[tuple[Any, Path]]:
     """Connect to Ray, and leave it; yield Tune and a private folder.
 
-    A Ray of our own has a token that this process and its children alone know, and keeps its files in the private folder (Ray's own are
-    open to all users), which is removed at the end, or by the next session if this process is killed.
+    A Ray of our own has a token that this process and its children alone know, and keeps its files in the private
+    folder (Ray's own are open to all users), which is removed at the end, or by the next session if this process is
+    killed.
 
     Raises:
         ConfigError: the cluster cannot be reached, or has no room for a trial.
@@ -117,7 +118,8 @@ def _connect(ray: Any, how: Launch, scratch: Path) -> None:
             include_dashboard=False,
             object_store_memory=80 * 2**20,
             _temp_dir=str(scratch / "ray"),
-            _node_ip_address="127.0.0.2",  # 127.0.0.1 is "this machine" to Ray, which then takes its address in the network
+            # 127.0.0.1 is "this machine" to Ray, which then takes its address in the network.
+            _node_ip_address="127.0.0.2",
             **quiet,
         )
         return
@@ -142,18 +144,23 @@ def _require_room(nodes: Sequence[dict[str, float]], how: Launch) -> None:
     if sum(held) < how.workers:
         there = "; ".join(", ".join(f"{node.get(name, 0.0):g} {name}s" for name in want) for node in nodes)
         raise ConfigError(
-            f"a run wants {how.workers} x ({how.cpus:g} CPUs, {how.gpus:g} GPUs), each on one node: there are nodes of {there}"
+            f"a run wants {how.workers} x ({how.cpus:g} CPUs, {how.gpus:g} GPUs), each on one node: there are nodes of "
+            f"{there}"
         )
 
 
 def _temporary_folder() -> str:
-    """Return where private folders lie: the usual place, or /tmp where that has too long a name for the sockets that Ray puts inside."""
+    """Return where private folders lie: the usual place, or /tmp where that has too long a name for the sockets that
+    Ray puts inside.
+    """
     usual = tempfile.gettempdir()
     return usual if len(usual) <= LONGEST_TEMPORARY else "/tmp"
 
 
 def _host() -> str:
-    """Return what tells processes that can see each other from those of other hosts and containers; empty where nothing does."""
+    """Return what tells processes that can see each other from those of other hosts and containers; empty where nothing
+    does.
+    """
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     return ""

@@ -19,7 +19,8 @@ def run_all(jobs: Sequence[Job], how: Launch) -> list[RunRecord]:
     """Train all jobs and return their records.
 
     Raises:
-        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
+        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any
+            work.
         MissingDependencyError: the launcher is not installed.
         ComparisonError: some failed; the finished ones stay in the store.
     """
@@ -36,7 +37,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     """Train all jobs; return the records of those that ended, and why the others failed, by run id.
 
     Raises:
-        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
+        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any
+            work.
         MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
     from rlroute.training.loop import check

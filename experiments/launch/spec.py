@@ -1,7 +1,8 @@
 """``rlroute sweep SPEC``: the runs that a TOML file describes. The list of runs is a pure function of the file.
 
-A file names entries and seeds, what all runs share (``[base]``), and what varies: ``[grid]`` takes all combinations, ``[random]`` draws.
-A field is named by its path, ``train.lr`` or ``model.k``; ``router.balance_weight`` goes to the entries whose router has that field.
+A file names entries and seeds, what all runs share (``[base]``), and what varies: ``[grid]`` takes all combinations,
+``[random]`` draws. A field is named by its path, ``train.lr`` or ``model.k``; ``router.balance_weight`` goes to the
+entries whose router has that field.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Spec:
     reduction: float = 3.0
 
     def jobs(self, command: str) -> list[Job]:
-        """Return the runs, without those that are the same twice (a router field that an entry does not have changes nothing there).
+        """Return the runs, without those that are the same twice (a router field that an entry does not have changes
+        nothing there).
 
         Raises:
             ConfigError: a field that no entry has, or an illegal value.
@@ -104,7 +106,8 @@ def read_spec(path: Path) -> Spec:
     """Read a sweep file.
 
     Raises:
-        ConfigError: it is not there, not TOML, or says something that means nothing; the message names it and what is legal.
+        ConfigError: it is not there, not TOML, or says something that means nothing; the message names it and what is
+            legal.
     """
     try:
         text = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +142,8 @@ def _refuse_twice(sections: Mapping[str, Choice]) -> None:
 
 
 def apart(how: Launch, name: str) -> Launch:
-    """Return the launch with a store of its own inside the store, marked as a search's: trials that were stopped early enter no table.
+    """Return the launch with a store of its own inside the store, marked as a search's: trials that were stopped early
+    enter no table.
 
     Raises:
         ConfigError: nothing could stop a trial early.
@@ -157,7 +161,9 @@ def apart(how: Launch, name: str) -> Launch:
 
 
 def ranking(jobs: Sequence[Job], store: Path) -> str:
-    """Return the trials of a search as a table, best first: how far each came, and its last evaluation in bits per byte."""
+    """Return the trials of a search as a table, best first: how far each came, and its last evaluation in bits per
+    byte.
+    """
     rows = []
     for job in jobs:
         evals = [row for row in read_rows(store / job.id / "metrics.jsonl", torn_ok=True) if row["kind"] == "eval"]

@@ -1,6 +1,7 @@
 """Trust: our REINFORCE on CartPole-v1, through the code that plays routing environments. ``rlroute play CartPole-v1``.
 
-Two "experts", push left and push right, and the four numbers of the pole as hidden state: if the agent is right, it balances the pole.
+Two "experts", push left and push right, and the four numbers of the pole as hidden state: if the agent is right, it
+balances the pole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ EPISODES, LENGTH, SOLVED = 100, 500, 475.0
 
 
 class Return(NamedTuple):
-    """The mean greedy return over ``EPISODES`` episodes after training with a seed, and the environment steps it took."""
+    """The mean greedy return over ``EPISODES`` episodes after training with a seed, and the environment steps it
+    took.
+    """
 
     seed: int
     mean: float

@@ -1,4 +1,5 @@
-"""``rlroute play``: a router, a reference policy or a saved Stable-Baselines3 policy in an environment, with its score and regret.
+"""``rlroute play``: a router, a reference policy or a saved Stable-Baselines3 policy in an environment, with its score
+and regret.
 
 Shape suffix: C copies.
 """
@@ -50,8 +51,8 @@ def play(
 
     Args:
         environment: an id, with or without ``rlroute/``.
-        names: reference policies, router entries, or ``sb3:FILE`` (``sb3:policy=FILE`` is the router); all reference policies if there
-            are none.
+        names: reference policies, router entries, or ``sb3:FILE`` (``sb3:policy=FILE`` is the router); all reference
+            policies if there are none.
         episodes: as many copies play one episode each.
         seed: of the episodes; training uses others.
         how: how routers learn.

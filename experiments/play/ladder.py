@@ -1,10 +1,13 @@
-"""``rlroute compare --task clusters``: every router on a task whose best score is known, with experts that are learned too.
+"""``rlroute compare --task clusters``: every router on a task whose best score is known, with experts that are learned
+too.
 
-Latent clusters (``rlroute.envs.clusters``): the router sees mu_c + sigma * noise, the experts see z, the target is Q_c z + noise. Expert e
-is a linear map, learned from its tokens beside the router; one token in a wrong expert costs about 2, a merged pair of clusters costs
-each of its tokens half of that. Data are drawn from (seed, step), the same for every router.
+Latent clusters (``rlroute.envs.clusters``): the router sees mu_c + sigma * noise, the experts see z, the target is Q_c
+z + noise. Expert e is a linear map, learned from its tokens beside the router; one token in a wrong expert costs about
+2, a merged pair of clusters costs each of its tokens half of that. Data are drawn from (seed, step), the same for every
+router.
 
-Shape suffixes: T tokens, D features, W coordinates of the experts' input, E clusters and experts, R pairs, M routing samples.
+Shape suffixes: T tokens, D features, W coordinates of the experts' input, E clusters and experts, R pairs, M routing
+samples.
 """
 
 from __future__ import annotations
@@ -216,7 +219,8 @@ def mutual_information(counts: Any) -> float:
 def compare(
     entries: Sequence[str], seeds: Sequence[int], how: Ladder, workers: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Train every entry on both tasks and with both gate forms, and return one row per entry, task and form with its outcomes.
+    """Train every entry on both tasks and with both gate forms, and return one row per entry, task and form with its
+    outcomes.
 
     Args:
         entries: routers, or ``router:field=value,...``.

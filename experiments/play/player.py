@@ -106,8 +106,8 @@ class RouterPlayer:
             raise ConfigError(f"router {config.name!r} decides over a batch: legal is rlroute/TokenBandits-v0")
         if self.router.num_samples > 1 and not spec.counterfactual:
             raise ConfigError(
-                f"router {config.name!r} wants {self.router.num_samples} outcomes of each token: legal is a TokenBandit, "
-                "which knows what every expert would have cost"
+                f"router {config.name!r} wants {self.router.num_samples} outcomes of each token: legal is a "
+                "TokenBandit, which knows what every expert would have cost"
             )
         self.learns = bool(self.router.learns_from & {"reward", "load"})
 
@@ -116,7 +116,8 @@ class RouterPlayer:
     ) -> RoutingContext:
         """Return the context of tokens (C, L, B), the copies' steps from ``first`` on of a rollout.
 
-        ``ended`` (C, L) counts the episodes that ended in the rollout before each step: another episode is another sequence.
+        ``ended`` (C, L) counts the episodes that ended in the rollout before each step: another episode is another
+        sequence.
         """
         copies, steps, batch = tokens.shape
         position_T = (first + torch.arange(steps))[None, :, None] * batch + torch.arange(batch)
@@ -148,7 +149,9 @@ class RouterPlayer:
         return decision
 
     def actions(self, decision: RoutingDecision, copies: int) -> Array:
-        """Return the action of each copy: the expert of each token's strongest pair, E (none) for a token without one."""
+        """Return the action of each copy: the expert of each token's strongest pair, E (none) for a token without
+        one.
+        """
         experts = self.spec.num_experts
         chosen_T = torch.full((decision.num_tokens,), experts)
         order_R = decision.gates_R.argsort(stable=True)

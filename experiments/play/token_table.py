@@ -1,10 +1,12 @@
 """``rlroute export-tokens``: the last MoE layer of a trained run as a bandit, every expert's counterfactual loss exact.
 
-After the last attention a token's route changes no other token. So the loss that each expert would have brought each validation token,
-alone and with gate 1, follows from the residual stream before the layer: one pass of the layers below, then one of the experts, the last
-norm and the unembedding for each expert. ``rlroute play TokenBandit-v0 --table FILE`` plays it.
+After the last attention a token's route changes no other token. So the loss that each expert would have brought each
+validation token, alone and with gate 1, follows from the residual stream before the layer: one pass of the layers
+below, then one of the experts, the last norm and the unembedding for each expert. ``rlroute play TokenBandit-v0 --table
+FILE`` plays it.
 
-Shape suffixes: B sequences, S sequence length, T = B * S tokens, N tokens of the table, D model width, E experts, V vocabulary.
+Shape suffixes: B sequences, S sequence length, T = B * S tokens, N tokens of the table, D model width, E experts, V
+vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The comparison as data: which entries it has, what each was tuned to, and the grid that it was tuned on.
 
-An entry is a router with its configuration, or the dense model. ``TUNED`` holds the best trial of ``GRID`` for each entry, found by
-``rlroute tune`` (400 steps, seeds that no table uses); every entry had the same number of trials.
+An entry is a router with its configuration, or the dense model. ``TUNED`` holds the best trial of ``GRID`` for each
+entry, found by ``rlroute tune`` (400 steps, seeds that no table uses); every entry had the same number of trials.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ TUNED: dict[str, Overrides] = {
 
 
 def default_entries() -> list[str]:
-    """Return the entries of the default comparison: routers that need no field, position hashing as a control, and the dense model."""
+    """Return the entries of the default comparison: routers that need no field, position hashing as a control, and the
+    dense model.
+    """
     return [DENSE, *default_names(), "hash:table=position"]
 
 
@@ -126,7 +128,8 @@ def build_comparison(
     """Return the configurations of all entries, each with its tuned settings where ``tuned`` asks for them.
 
     Raises:
-        ConfigError: an illegal entry; or ``tuned`` together with a learning rate of one's own, which it would overwrite.
+        ConfigError: an illegal entry; or ``tuned`` together with a learning rate of one's own, which it would
+            overwrite.
     """
     if tuned and train.lr != TrainConfig().lr:
         raise ConfigError(

@@ -82,7 +82,9 @@ def curves_figure(entries: Sequence[Entry], styles: Mapping[str, Mapping[str, st
 
 
 def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[str, Mapping[str, str]]) -> Figure:
-    """Draw quality against balance: the mean with its interval over all seeds' own points; the dense model is a line."""
+    """Draw quality against balance: the mean with its interval over all seeds' own points; the dense model is a
+    line.
+    """
     figure = new_figure("MaxVio (worst layer, validation set)", "validation loss (bits per byte)", height=470)
     vios = []
     for row in table.rows:
@@ -111,7 +113,8 @@ def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[s
             legendgroup=name,
             mode="markers",
             marker={"color": colour, "symbol": styles[row.label]["symbol"], "size": 11},
-            hovertemplate=f"<b>{name}</b><br>MaxVio %{{x:.3f}}<br>{of_interval(row.bits_per_byte)} bits/byte<extra></extra>",
+            hovertemplate=f"<b>{name}</b><br>MaxVio %{{x:.3f}}<br>{of_interval(row.bits_per_byte)} bits/byte"
+            "<extra></extra>",
         )
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
     if vios and min(vios) > 0:

@@ -28,7 +28,8 @@ def write_report(records: Sequence[RunRecord], path: Path, *, reference: str | N
     Args:
         records: finished and diverged runs.
         path: the HTML file.
-        reference: label of the entry that differences are taken to, as in :func:`~rlroute.experiments.comparison.table.build_table`.
+        reference: label of the entry that differences are taken to, as in
+            :func:`~rlroute.experiments.comparison.table.build_table`.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
@@ -66,7 +67,9 @@ def render(table: Table, entries: Sequence[Entry]) -> str:
 
 
 def conclude(table: Table) -> Iterable[str]:
-    """Say in words what the table shows and what it does not: who is separated from the reference, who is not, who is unbalanced."""
+    """Say in words what the table shows and what it does not: who is separated from the reference, who is not, who is
+    unbalanced.
+    """
     ranked = [row for row in table.rows if row.bits_per_byte]
     if not ranked:
         yield "Every run diverged: there is nothing to compare."
@@ -74,12 +77,14 @@ def conclude(table: Table) -> Iterable[str]:
     best = next((row for row in ranked if row.causal), ranked[0])
     seeds = "1 seed" if best.n == 1 else f"{best.n} seeds"
     among = "" if all(row.causal for row in ranked) else " of all that are causal"
-    yield f"{best.label} has the lowest mean validation loss{among}: {of_interval(best.bits_per_byte)} bits per byte over {seeds}."
+    bits = of_interval(best.bits_per_byte)
+    yield f"{best.label} has the lowest mean validation loss{among}: {bits} bits per byte over {seeds}."
     yield from _separation(table)
     yield from _balance(ranked)
     future = [row.label for row in ranked if not row.causal]
     if future:
-        yield f"Not causal: {listed(future)}. Such routing sees later tokens, so its loss cannot be held against the others'."
+        reason = "Such routing sees later tokens, so its loss cannot be held against the others'."
+        yield f"Not causal: {listed(future)}. {reason}"
     lost = sum(row.diverged for row in table.rows)
     if lost:
         yield f"Diverged: {lost} {'run' if lost == 1 else 'runs'}, named below and left out of all figures."
@@ -94,7 +99,8 @@ def _separation(table: Table) -> Iterable[str]:
     worse = [_change(row) for row, difference in pairs if difference.separated and difference.mean > 0]
     yield f"Better than {table.reference}, paired by seed: {listed(better)}."
     yield f"Worse than {table.reference}: {listed(worse)}."
-    yield f"Not separated from {table.reference}: {listed([row.label for row, difference in pairs if not difference.separated])}."
+    others = [row.label for row, difference in pairs if not difference.separated]
+    yield f"Not separated from {table.reference}: {listed(others)}."
     if better or worse:
         holds = [row.label for row, _ in pairs if row.p_holm is not None and row.p_holm < 0.05]
         yield f"Separated also when corrected for {len(pairs)} comparisons (Holm, 5%): {listed(holds)}."
