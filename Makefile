@@ -58,11 +58,11 @@ aot: $(INSTALLED)
 
 # Twenty random kills over one sweep, and its record.
 soak: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.bench.soak
 
 # Nothing is installed: the machine's own Python has torch for its card.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m rlroute.experiments.gpu
+	PYTHONPATH=. $(PYTHON) -m rlroute.experiments.bench.gpu
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,7 +1,8 @@
 """The statistics of a comparison: pure functions of numbers, none of which looks at a run.
 
-Few seeds are the rule, so intervals are Student's t (at 3 seeds a percentile bootstrap covers 76 % where it says 95 %), and routers
-are compared by their differences seed by seed: the same seed means the same initial weights, data order and validation tokens.
+Few seeds are the rule, so intervals are Student's t (at 3 seeds a percentile bootstrap covers 76 % where it says 95 %),
+and routers are compared by their differences seed by seed: the same seed means the same initial weights, data order and
+validation tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953): sound for few trials, and near 0 and 1.
+    """Return Wilson's interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953): sound for few trials, and
+    near 0 and 1.
 
     Raises:
         ComparisonError: no trials, or more successes than trials.
@@ -86,10 +88,12 @@ def paired_difference(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, fl
 
 
 def smallest_resolvable(diffs: Sequence[float], power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """Return the true mean difference that a two-sided paired t-test at ``alpha`` would find with probability ``power``.
+    """Return the true mean difference that a two-sided paired t-test at ``alpha`` would find with probability
+    ``power``.
 
-    (t_{1-alpha/2, n-1} + t_{power, n-1}) s / sqrt(n), with s the standard deviation of the paired differences ``diffs``: the usual
-    approximation (Sokal and Rohlf), as good as its s, which few seeds estimate badly. None for fewer than two differences.
+    (t_{1-alpha/2, n-1} + t_{power, n-1}) s / sqrt(n), with s the standard deviation of the paired differences
+    ``diffs``: the usual approximation (Sokal and Rohlf), as good as its s, which few seeds estimate badly. None for
+    fewer than two differences.
     """
     n = len(diffs)
     if n < 2:
@@ -110,7 +114,8 @@ def paired_p_value(diffs: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return Holm's step-down adjusted p-values (Holm 1979): they bound the chance of *any* false finding among all comparisons.
+    """Return Holm's step-down adjusted p-values (Holm 1979): they bound the chance of *any* false finding among all
+    comparisons.
 
     The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1) p_j).
     """

@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments import bench_kernels, bench_layer, bench_sweep, benches, peers, timing
-from rlroute.experiments.bench_kernels import ROUTINGS, Shape, choose_experts, make_problem, parse_shape, prepare
-from rlroute.experiments.peers import contenders
-from rlroute.experiments.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
+from rlroute.experiments.bench import kernels as bench_kernels
+from rlroute.experiments.bench import layer as bench_layer
+from rlroute.experiments.bench import peers, timing
+from rlroute.experiments.bench import run as benches
+from rlroute.experiments.bench import sweep as bench_sweep
+from rlroute.experiments.bench.kernels import ROUTINGS, Shape, choose_experts, make_problem, parse_shape, prepare
+from rlroute.experiments.bench.peers import contenders
+from rlroute.experiments.bench.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
 from rlroute.registry import default_names
 
 SHAPE = Shape(24, 16, 8, 4, 2)
@@ -234,7 +238,7 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "rlroute.experiments.gpu",
+        "rlroute.experiments.bench.gpu",
         "--device",
         "cpu",
         "--quick",

@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
-from rlroute.experiments.cli import main
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.cli.main import main
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.registry import router_names
 from tests.policies import weights_of, write_policy
 

@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("gymnasium")
 
 from rlroute.errors import ComparisonError, ConfigError
-from rlroute.experiments import clusters
-from rlroute.experiments.clusters import TASKS, Ladder, Outcome, mutual_information, to_markdown, train
+from rlroute.experiments.play import ladder as clusters
+from rlroute.experiments.play.ladder import TASKS, Ladder, Outcome, mutual_information, to_markdown, train
 from rlroute.experiments.statistics import wilson
 from rlroute.routing import RoutingDecision
 

@@ -225,7 +225,7 @@ def test_no_action_passes_the_dispatch_bound():
 
 def test_the_bench_puts_every_environment_beside_its_peer():
     pytest.importorskip("scipy")
-    from rlroute.experiments.bench_envs import CONTENDERS, COPIES, PEER, bench_envs, speed_text
+    from rlroute.experiments.bench.envs import CONTENDERS, COPIES, PEER, bench_envs, speed_text
 
     speeds = list(bench_envs(rounds=2, seconds=0.005))
     assert [(s.name, s.copies) for s in speeds] == [(name, copies) for copies in COPIES for name in CONTENDERS]

@@ -18,8 +18,9 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import StoreError
-from rlroute.experiments import launch
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.launch import launcher
+from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import RunFolder, failure, last_row
 from rlroute.training import loop
 from tests.test_cli import COMPARE, STEPS, TINY, contents, ran, refused, rlroute, rows, stamps, start, table
@@ -526,8 +527,8 @@ def test_what_may_pass_is_tried_again_and_what_would_come_again_is_not(error, tr
             raise error
 
     monkeypatch.setattr(loop, "train", train)
-    job = launch.Job(build_entry("hash", DATA, MODEL, SETTINGS), 0)
-    outcomes = [launch._train(job, launch.Launch(retries=1)) for _ in range(tries)]
+    job = Job(build_entry("hash", DATA, MODEL, SETTINGS), 0)
+    outcomes = [launcher._train(job, Launch(retries=1)) for _ in range(tries)]
     wanted = {2: ["RuntimeError: out of memory", ""], 3: ["a full disk", "a full disk", ""]}
     assert outcomes == wanted[tries]
 
@@ -536,9 +537,9 @@ def test_the_one_run_that_is_left_of_several_goes_through_ray_as_they_did(finish
     """In the driver it could hang for ever, or take the driver with it."""
     configs = [build_entry(entry, DATA, MODEL, SETTINGS) for entry in ("uniform", "unbalanced")]
     asked = []
-    monkeypatch.setattr(launch, "session", lambda how: contextlib.nullcontext((None, None)))
-    monkeypatch.setattr(launch, "_tune", lambda tune, jobs, *rest: asked.extend(jobs) or {})
-    jobs = [launch.Job(config, 0) for config in configs]
+    monkeypatch.setattr(launcher, "session", lambda how: contextlib.nullcontext((None, None)))
+    monkeypatch.setattr(launcher, "_tune", lambda tune, jobs, *rest: asked.extend(jobs) or {})
+    jobs = [Job(config, 0) for config in configs]
     monkeypatch.setattr(RunFolder, "ended", property(lambda folder: folder.id == jobs[0].id))
-    launch.launch(jobs, launch.Launch(store=finished / "runs"))
+    launcher.launch(jobs, Launch(store=finished / "runs"))
     assert asked == jobs[1:]

@@ -20,11 +20,12 @@ from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.baselines.switch import SwitchRouter
 from rlroute.config import ModelConfig, RouterConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments import exact, gradient_statistics
-from rlroute.experiments.estimates import enumerate_estimates, measure_probe
-from rlroute.experiments.gradient_summary import summary
-from rlroute.experiments.gradients import Sweep, default_entries, run
-from rlroute.experiments.probe import Probe, Unmeasurable
+from rlroute.experiments.gradients import exact
+from rlroute.experiments.gradients import signal as gradient_statistics
+from rlroute.experiments.gradients.estimates import enumerate_estimates, measure_probe
+from rlroute.experiments.gradients.instrument import Sweep, default_entries, run
+from rlroute.experiments.gradients.probe import Probe, Unmeasurable
+from rlroute.experiments.gradients.summary import summary
 from rlroute.model import ModelShape, Transformer
 from rlroute.registry import default_names, router_class
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term

@@ -45,6 +45,17 @@ def test_wings_are_packages(wing: str) -> None:
     assert (ROOT / wing / "__init__.py").is_file()
 
 
+def test_experiments_live_in_rooms() -> None:
+    flat = {path.name for path in (ROOT / "experiments").glob("*.py")}
+    assert flat == {"__init__.py", "statistics.py", "text.py"}
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    files = {path.resolve() for folder in ("rlroute", *_wings()) for path in (ROOT / folder).rglob("*.py")}
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def test_core_and_routers_need_no_extra() -> None:
     extras = ("gymnasium", "pandas", "plotly", "ray", "rich", "scipy", "tokenizers", "tyro", "wandb")
     routers = [name for wing in ("agents", "baselines") for name in _modules(ROOT / wing, f"rlroute.{wing}")]
@@ -61,7 +72,7 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = {"gymnasium", "numpy", "pandas", "plotly", "ray", "scipy", "torch", "wandb"}
     done = _python(
         "import sys\n"
-        "from rlroute.experiments.cli import main\n"
+        "from rlroute.experiments.cli.main import main\n"
         "sys.argv = ['rlroute', '--help']\n"
         "try:\n"
         "    code = main()\n"

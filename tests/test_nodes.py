@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlroute.experiments import launch
+from rlroute.experiments.launch import ray_session
 from rlroute.records import read_runs
 from tests.test_cli import ROOT, TINY
 from tests.test_workers import config_of, figures, grouped
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def two_nodes():
     """Two nodes of one core beside a head without any, so that a group of two has to span both."""
-    launch.require()
+    ray_session.require()
     import ray
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="rr") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_AUTH_TOKEN", launch.TOKEN)  # Ray reads it once in a process
+        patch.setenv("RAY_AUTH_TOKEN", ray_session.TOKEN)  # Ray reads it once in a process
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -70,7 +70,7 @@ def two_hosts():
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        environment = os.environ | launch.RAY_ENVIRONMENT | settings
+        environment = os.environ | ray_session.RAY_ENVIRONMENT | settings
 
         def run(name, *command, **options):
             inside = ["ip", "netns", "exec", name, *command]

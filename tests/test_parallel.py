@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, TrainConfig
 from rlroute.errors import ComparisonError, ConfigError, StoreError
-from rlroute.experiments.recipes import build_entry
-from rlroute.experiments.table import build_table
+from rlroute.experiments.comparison.table import build_table
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import ExpertWeights
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints, is_expert

@@ -10,17 +10,19 @@ pytest.importorskip("gymnasium")
 
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.errors import ConfigError
-from rlroute.experiments import cartpole
-from rlroute.experiments import play as playing
-from rlroute.experiments.play import Learning, RouterPlayer, Spec, play, to_markdown
+from rlroute.experiments.play import cartpole, games
+from rlroute.experiments.play import player as playing
+from rlroute.experiments.play.games import play, to_markdown
+from rlroute.experiments.play.player import Learning, RouterPlayer, Spec
+from rlroute.registry import router_class
 from rlroute.routing import RoutingDecision
 
 QUICK = Learning(updates=80, copies=32, rollout=8)
 
 
 def player_of(environment, name="reinforce", copies=4, **fields):
-    envs = playing._make(environment, None, copies)
-    router = playing.router_class(name)
+    envs = games._make(environment, None, copies)
+    router = router_class(name)
     return RouterPlayer(router.Config(**fields), Spec.of(envs), seed=0), envs
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from rlroute.errors import ComparisonError, StoreError
-from rlroute.experiments.report import balance_figure, conclude, curves_figure, loads_figure, make_styles, write_report
+from rlroute.experiments.comparison.entries import make_entries
+from rlroute.experiments.comparison.table import build_table
+from rlroute.experiments.comparison.text import columns
+from rlroute.experiments.report.figures import balance_figure, curves_figure, loads_figure, make_styles
+from rlroute.experiments.report.page import conclude, write_report
 from rlroute.experiments.statistics import t_interval
-from rlroute.experiments.table import build_table, columns, make_entries
 from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"

@@ -11,8 +11,8 @@ import torch
 from rlroute.agents.sb3 import Sb3Router
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.gradients import default_entries as gradient_entries
-from rlroute.experiments.recipes import build_entry, default_entries
+from rlroute.experiments.gradients.instrument import default_entries as gradient_entries
+from rlroute.experiments.recipes.entries import build_entry, default_entries
 from rlroute.model.accounting import costs
 from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import build_model, train
@@ -137,7 +137,8 @@ def test_what_is_no_zip_is_refused(tmp_path):
 
 def test_it_plays_without_stable_baselines():
     pytest.importorskip("gymnasium")
-    from rlroute.experiments.play import Learning, play
+    from rlroute.experiments.play.games import play
+    from rlroute.experiments.play.player import Learning
 
     greedy, sampled = play("TokenBandit-v0", (f"sb3:policy={policy_file(16, 8)}",), 4, 0, Learning(updates=1))
     assert "untaught" in greedy.name and "(sampled)" in sampled.name

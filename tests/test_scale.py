@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments import benches, scale, scale_page
-from rlroute.experiments.recipes import build_entry
-from rlroute.experiments.scale import H100, MODELS, Device, Model, imbalance, plan, split_pairs
+from rlroute.experiments.bench import run as benches
+from rlroute.experiments.bench import scale, scale_page
+from rlroute.experiments.bench.scale import H100, MODELS, Device, Model, imbalance, plan, split_pairs
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
 from rlroute.records import read_runs, write_compact

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlroute import sink
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
 from rlroute.records import RunFolder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlroute.experiments import soak
+from rlroute.experiments.bench import soak
 from rlroute.records import failure, read_runs
 from tests.test_cli import ROOT, ran, start, table
 from tests.test_third_party import install

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlroute.errors import ConfigError
-from rlroute.experiments.launch import Launch
-from rlroute.experiments.sweep import SEARCH, apart, read_spec
+from rlroute.experiments.launch.jobs import Launch
+from rlroute.experiments.launch.spec import SEARCH, apart, read_spec
 from tests.test_cli import refused, rlroute
 
 ROOT = Path(__file__).parents[1]

@@ -13,18 +13,10 @@ import pytest
 
 from rlroute.config import SCHEMA
 from rlroute.errors import ComparisonError
+from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_IN_TRAIN
+from rlroute.experiments.comparison.table import Table, TableRow, build_table
+from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
 from rlroute.experiments.statistics import paired_difference, t_interval
-from rlroute.experiments.table import (
-    CHOICES_IN_MODEL,
-    SAME,
-    SAME_IN_TRAIN,
-    Table,
-    TableRow,
-    build_table,
-    columns,
-    to_csv,
-    to_markdown,
-)
 from rlroute.records import RunRecord
 
 EXPERTS, LAYERS, STEPS = 16, 2, 400

@@ -10,9 +10,10 @@ pytest.importorskip("gymnasium")
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.play import Learning, play
-from rlroute.experiments.recipes import build_entry
-from rlroute.experiments.token_table import token_table
+from rlroute.experiments.play.games import play
+from rlroute.experiments.play.player import Learning
+from rlroute.experiments.play.token_table import token_table
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import read_runs
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import CheckpointError, ConfigError, StoreError
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.model.accounting import costs, fingerprints, is_router
 from rlroute.records import RunFolder, read_runs, write_compact
 from rlroute.registry import default_names, router_class, run_config

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from rlroute.experiments import tune_tiles
-from rlroute.experiments.bench_kernels import Shape
-from rlroute.experiments.timing import Contest
+from rlroute.experiments.bench import tiles as tune_tiles
+from rlroute.experiments.bench.kernels import Shape
+from rlroute.experiments.bench.timing import Contest
 from rlroute.kernels import sparse, tiles
 from rlroute.kernels.tiles import Tile
 

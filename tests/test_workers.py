@@ -12,8 +12,10 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
-from rlroute.experiments import launch, soak
-from rlroute.experiments.recipes import build_entry
+from rlroute.experiments.bench import soak
+from rlroute.experiments.launch import ray_session
+from rlroute.experiments.launch.jobs import Launch
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
 from rlroute.records import RunFolder
 from rlroute.training import loop
@@ -36,7 +38,7 @@ MARK = uuid.uuid4().hex
 def session():
     other = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "of-another-cluster"}
     os.environ.update(other, RLROUTE_TEST_MARK=MARK)  # the mark is handed down to all of this session's processes
-    with launch.session(launch.Launch()):
+    with ray_session.session(Launch()):
         assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN"] not in other.values()
         yield
     assert {name: os.environ.pop(name) for name in other} == other
@@ -183,9 +185,9 @@ def test_the_interface_is_that_of_the_address():
 
 def test_a_run_that_no_node_could_hold_is_refused():
     nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}]
-    launch._require_room(nodes, launch.Launch(cpus=4))
-    launch._require_room(nodes, launch.Launch(workers=8, cpus=1))
-    launch._require_room(nodes, launch.Launch(gpus=0.1))
-    for how in (launch.Launch(cpus=5), launch.Launch(workers=3, cpus=3), launch.Launch(workers=2, gpus=1)):
+    ray_session._require_room(nodes, Launch(cpus=4))
+    ray_session._require_room(nodes, Launch(workers=8, cpus=1))
+    ray_session._require_room(nodes, Launch(gpus=0.1))
+    for how in (Launch(cpus=5), Launch(workers=3, cpus=3), Launch(workers=2, gpus=1)):
         with pytest.raises(ConfigError, match="each on one node: there are nodes of 4 CPUs, 1 GPUs; 4 CPUs, 0 GPUs"):
-            launch._require_room(nodes, how)
+            ray_session._require_room(nodes, how)

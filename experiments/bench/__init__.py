@@ -1,0 +1,1 @@
+"""What things cost: kernels, layers, workers, environments, Ray, and devices that are not there."""

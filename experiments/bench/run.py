@@ -1,0 +1,174 @@
+"""The benches as one call each, for the command line and for ``make gpu``: check what is wanted, measure, write,
+print.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlroute.errors import ConfigError, StoreError
+from rlroute.experiments.bench import kernels as bench_kernels
+from rlroute.experiments.bench import layer as bench_layer
+from rlroute.experiments.bench import parallel as bench_parallel
+from rlroute.experiments.bench.kernels import Shape, parse_shape
+from rlroute.experiments.bench.peers import contenders
+from rlroute.experiments.bench.timing import choose, run_bench, to_markdown
+from rlroute.kernels import resolve_backend, tiles
+from rlroute.records import storing, write_atomically
+from rlroute.registry import default_names
+
+
+def kernels(
+    device: str,
+    shapes: Sequence[str],
+    routings: Sequence[str],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    minutes: float,
+    out: Path,
+    command: str,
+) -> str:
+    """Run ``bench kernels`` and return its tables; nothing wanted means everything there is.
+
+    Raises:
+        ConfigError: an unknown shape, routing, contender or device, before any work.
+        StoreError: ``out`` cannot be written, before any work.
+    """
+    _check(device, rounds)
+    chosen = _shapes(shapes, bench_kernels.SHAPES[device])
+    routings = choose(routings, bench_kernels.ROUTINGS, "routing")
+    names = choose(names, list(contenders(device == "cuda")), "contender")
+    rows = bench_kernels.bench_kernels(device, chosen, routings, names, rounds)
+    return _run("kernels", rows, device, rounds, minutes, out, command)
+
+
+def layer(
+    device: str,
+    shapes: Sequence[str],
+    routings: Sequence[str],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    minutes: float,
+    out: Path,
+    command: str,
+) -> str:
+    """Run ``bench layer`` and return its tables; ``names`` are entries, every router if there are none.
+
+    Raises:
+        ConfigError: an unknown shape, router or device, or a routing, which is the routers' own here; before any work.
+        StoreError: ``out`` cannot be written, before any work.
+    """
+    _check(device, rounds)
+    if routings:
+        raise ConfigError(f"routing {routings[0]!r}: bench layer takes none, its routers decide")
+    chosen = _shapes(shapes, bench_layer.SHAPES[device])
+    entries = list(names or default_names())
+    for shape in chosen:
+        for entry in entries:
+            bench_layer.config_of(entry, shape, device)
+    rows = bench_layer.bench_layer(device, chosen, entries, rounds)
+    return _run("layer", rows, device, rounds, minutes, out, command)
+
+
+def parallel(
+    device: str,
+    shapes: Sequence[str],
+    routings: Sequence[str],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    minutes: float,
+    out: Path,
+    command: str,
+) -> str:
+    """Run ``bench parallel`` and return its tables; nothing wanted means the standard shapes.
+
+    Raises:
+        ConfigError: an unknown shape, one that two workers cannot share, or a choice that this bench does not have,
+            before any work.
+        StoreError: ``out`` cannot be written, before any work.
+    """
+    _check(device, rounds)
+    if device != "cpu" or routings or names:
+        raise ConfigError("bench parallel runs on device 'cpu', with balanced routing and all its contenders")
+    chosen = _shapes(shapes, bench_parallel.SHAPES)
+    bench_parallel.check(chosen)
+    return _run("parallel", bench_parallel.bench_parallel(chosen, rounds), "cpu", rounds, minutes, out, command)
+
+
+def envs(rounds: int) -> None:
+    """Run ``bench envs`` and print each speed as it is known.
+
+    Raises:
+        ConfigError: too few rounds.
+        MissingDependencyError: Gymnasium is not installed.
+    """
+    _check("cpu", rounds)
+    from rlroute.experiments.bench.envs import bench_envs, speed_text  # Gymnasium is not there on every machine
+
+    for speed in bench_envs(rounds):
+        print(speed_text(speed), flush=True)
+
+
+def tune_tiles(device: str, shapes: Sequence[str], rounds: int) -> None:
+    """Search tiles for each shape and write the best into the table that the engine reads.
+
+    Raises:
+        ConfigError: the device's engine has no tiles.
+        StoreError: the table cannot be written, as in a read-only installation.
+    """
+    _check(device, rounds)
+    resolve_backend("triton", device)
+    from rlroute.experiments.bench.tiles import tune
+
+    for shape in _shapes(shapes, bench_kernels.SHAPES[device]):
+        found = tune(shape, device, torch.bfloat16 if device == "cuda" else torch.float32, rounds, print)
+        print(f"{' '.join(map(str, shape))}: {found.tiles}")
+        with storing(tiles.PATH):
+            tiles.write_table(list(tiles.pinned()))
+    print(f"table in {tiles.PATH}, hash {tiles.table_hash()}; `make aot` compiles it for other chips")
+
+
+def read_table(path: Path) -> str:
+    """Return the tables of a result file.
+
+    Raises:
+        StoreError: it is none.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if result["bench"] == "scale":
+            from rlroute.experiments.bench import scale_page  # SciPy is not there on every machine
+
+            return scale_page.to_markdown(result)
+        return to_markdown(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is not a bench's result: {type(error).__name__}: {error}") from error
+
+
+def _check(device: str, rounds: int) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': no CUDA device is there, legal is 'cpu'")
+    if rounds < 2:
+        raise ConfigError(f"rounds = {rounds}: want 2 or more, an interval needs them")
+
+
+def _shapes(wanted: Sequence[str], standard: Sequence[Shape]) -> list[Shape]:
+    return [parse_shape(text) for text in wanted] or list(standard)
+
+
+def _run(
+    kind: str, rows: Iterator[dict[str, Any]], device: str, rounds: int, minutes: float, out: Path, command: str
+) -> str:
+    torch.set_num_threads(1)
+    result = run_bench(rows, out, kind=kind, device=device, rounds=rounds, minutes=minutes, command=command)
+    text = to_markdown(result)
+    write_atomically(out.with_suffix(".md"), text)
+    return text

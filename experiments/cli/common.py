@@ -1,0 +1,85 @@
+"""What several commands share: options, the choice of stored runs, and how results are published."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
+from rlroute.errors import ComparisonError, StoreError
+from rlroute.experiments.launch.jobs import Launch
+
+if TYPE_CHECKING:
+    from rlroute.records import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all runs of a command have in common."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+LAUNCH, SHARED = Launch(), Shared()
+"""The defaults of commands that train."""
+
+
+def select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
+    """Return the ended runs of a store whose ids start as ``only`` says.
+
+    Raises:
+        StoreError: there are none, or they are trials of a search.
+    """
+    from rlroute.experiments.launch.spec import SEARCH
+    from rlroute.records import read_runs
+
+    if (path / SEARCH).exists():
+        raise StoreError(f"{path} holds trials of a search, which stopped some of them early: they make no comparison")
+    records = [r for r in read_runs(path) if not only or r.id.startswith(only)]
+    if not records:
+        wanted = f" whose id starts with {' or '.join(map(repr, only))}" if only else ""
+        raise StoreError(f"{path} holds no ended run{wanted}")
+    return records
+
+
+def publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
+    """Write table and report, and return the table's text."""
+    from rlroute.experiments.comparison.table import build_table
+    from rlroute.experiments.comparison.text import to_csv, to_markdown
+    from rlroute.experiments.report.page import write_report
+    from rlroute.records import write_atomically
+
+    built = build_table(records, reference)
+    text = to_markdown(built)
+    write_atomically(out / "table.md", text)
+    write_atomically(out / "table.csv", to_csv(built))
+    write_report(records, out / "report.html", reference=reference)
+    return text
+
+
+def publish_if_comparable(records: list[RunRecord], out: Path, reference: str | None) -> None:
+    """Print and write the table; of runs that differ in more than their router say so, and list them."""
+    from rlroute.experiments.report.listing import records_text
+
+    try:
+        print(publish(records, out, reference))
+        print(f"table in {out}/table.md and table.csv, report in {out}/report.html")
+    except ComparisonError as error:
+        print(f"{records_text(records)}\nno table: {error}")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that a command will write into, before its work."""
+    from rlroute.records import storing
+
+    with storing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def command_line() -> str:
+    return shlex.join(["rlroute", *sys.argv[1:]])

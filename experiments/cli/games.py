@@ -1,0 +1,78 @@
+"""The commands in which routers play: ``play``, and ``compare --task clusters``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from rlroute.errors import ConfigError
+from rlroute.experiments.cli.common import command_line, make_folder
+
+
+def play(
+    environment: tyro.conf.Positional[str] = "rlroute/TokenBandit-v0",
+    policies: tyro.conf.Positional[tuple[str, ...]] = (),
+    table: Path | None = None,
+    episodes: int = 256,
+    seed: int = 0,
+    updates: int = 400,
+    copies: int = 32,
+    rollout: int = 8,
+    lr: float = 0.02,
+) -> None:
+    """Play an environment in which routing is the action; print scores (0 uniform, 1 oracle) and regrets with 95 %
+    intervals.
+
+    Args:
+        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which REINFORCE shows on three
+            seeds that it is right (it takes one router and none of the options).
+        policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference
+            policies if none are given.
+        table: the tokens of a bandit, from `rlroute export-tokens`; synthetic clusters without one.
+        episodes: episodes per policy.
+        seed: of episodes, initial weights and draws.
+        updates: rollouts that a router learns from.
+        copies: environments stepped together while it does.
+        rollout: steps of a rollout.
+        lr: learning rate of Adam.
+    """
+    if environment == "CartPole-v1":
+        from rlroute.experiments.play import cartpole
+
+        if len(policies) > 1:
+            raise ConfigError(f"CartPole-v1 takes one router, not {', '.join(policies)}")
+        entry = policies[0] if policies else cartpole.ENTRY
+        print(cartpole.to_markdown(entry, cartpole.play(entry, range(3))))
+        return
+    from rlroute.experiments.play import games
+    from rlroute.experiments.play.player import Learning
+
+    results = games.play(environment, policies, episodes, seed, Learning(updates, copies, rollout, lr), table=table)
+    print(games.to_markdown(environment, results))
+
+
+def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
+    from rlroute.config import RunConfig
+    from rlroute.experiments.play import ladder as clusters
+    from rlroute.records import environment, write_atomically, write_json
+    from rlroute.registry import default_names
+
+    make_folder(out)
+    how = clusters.Ladder()
+    rows = clusters.compare(
+        entries or default_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
+    )
+    text = clusters.to_markdown(rows)
+    write_json(
+        out / "clusters.json",
+        {
+            "command": command_line(),
+            "environment": environment(RunConfig(), "cpu"),
+            "training": vars(how),
+            "rows": rows,
+        },
+    )
+    write_atomically(out / "clusters.md", text)
+    print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")

@@ -1,0 +1,37 @@
+"""The command line. Every command that writes says where; bad input is one line on stderr and exit code 2.
+
+Heavy packages are imported inside the commands, so that ``rlroute --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from rlroute.errors import RlrouteError
+from rlroute.experiments.cli.benches import bench
+from rlroute.experiments.cli.games import play
+from rlroute.experiments.cli.gradients import gradients
+from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table
+from rlroute.experiments.cli.training import compare, sweep, train, tune
+
+COMMANDS = (train, compare, sweep, routers, runs, table, report, export, export_tokens, tune, play, bench, gradients)
+
+
+def main() -> None:
+    """Run the command line."""
+    app = tyro.extras.SubcommandApp()
+    for command in COMMANDS:
+        app.command(command)
+    try:
+        app.cli(
+            prog="rlroute",
+            description="Compare the routers of mixture-of-experts transformers inside identical models.",
+        )
+    except RlrouteError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)

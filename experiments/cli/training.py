@@ -1,0 +1,159 @@
+"""The commands that train: ``train``, ``compare``, ``sweep`` and ``tune``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from rlroute.config import Budget, TrainConfig
+from rlroute.errors import ConfigError
+from rlroute.experiments.cli.common import (
+    LAUNCH,
+    SHARED,
+    Shared,
+    command_line,
+    make_folder,
+    publish,
+    publish_if_comparable,
+)
+from rlroute.experiments.cli.games import compare_clusters
+from rlroute.experiments.launch.jobs import Job, Launch
+
+
+def train(
+    entry: tyro.conf.Positional[str],
+    seed: int = 0,
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
+) -> None:
+    """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
+
+    With --workers, several processes train it together: as many micro-batches as there are workers, or
+    --train.micro-batches, a multiple of it.
+    """
+    from rlroute.experiments.launch.runs import run_all
+    from rlroute.experiments.recipes.entries import build_entry
+    from rlroute.records import RunFolder
+
+    steps = shared.train
+    if steps.micro_batches == 1:
+        steps = replace(steps, micro_batches=launch.workers)
+    config = build_entry(entry, shared.data, shared.model, steps)
+    already = "already " if RunFolder(launch.store, config, seed).ended else ""
+    (record,) = run_all([Job(config, seed, command_line())], launch)
+    print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
+
+
+def compare(
+    entries: tyro.conf.Positional[tuple[str, ...]] = (),
+    seeds: int = 3,
+    task: Literal["text", "clusters"] = "text",
+    reference: str | None = None,
+    budget: Budget = "tokens",
+    seconds: float | None = None,
+    tuned: bool = True,
+    out: Path = Path("results"),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
+) -> None:
+    """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the
+    report.
+
+    Args:
+        entries: routers, `router:field=value,...`, or `dense`.
+        seeds: each entry is trained with seeds 0 to seeds - 1.
+        task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every
+            router (of the other options it takes --seeds, --out and --concurrency).
+        reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by
+            name); under budget flops, whose training FLOPs everyone gets.
+        budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
+        seconds: training time of each run under budget time; the figures are then not reproducible.
+        tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
+        out: folder for table.md, table.csv and report.html.
+    """
+    if task == "clusters":
+        if (reference, budget, seconds, tuned, shared) != (None, "tokens", None, True, SHARED):
+            raise ConfigError("--task clusters takes ENTRIES, --seeds, --out and --concurrency, and no other option")
+        compare_clusters(entries, seeds, out, launch.concurrency or len(os.sched_getaffinity(0)))
+        return
+    from rlroute.experiments.comparison.budget import find_reference, with_budget
+    from rlroute.experiments.launch.runs import run_all
+    from rlroute.experiments.recipes.entries import build_comparison, default_entries
+
+    configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
+    configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
+    make_folder(out)
+    jobs = [Job(config, seed, command_line()) for seed in range(seeds) for config in configs]
+    records = run_all(jobs, launch)
+    print(publish(records, out, reference))
+    print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
+
+
+def sweep(
+    spec: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    reference: str | None = None,
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+) -> None:
+    """Train the runs that a TOML file describes; print their table. The same command goes on where it stopped, and
+    tries again what failed.
+
+    Args:
+        spec: the file (docs/sweeps.md): entries, seeds, a grid, random draws, resources.
+        out: folder for the table; results/NAME if none is given.
+        reference: the entry that differences are taken to.
+    """
+    from rlroute.experiments.launch import spec as sweeping
+    from rlroute.experiments.launch.runs import run_jobs
+
+    read = sweeping.read_spec(spec)
+    said = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv if word.startswith("--")}
+    jobs, how = read.jobs(command_line()), read.launch(launch, said)
+    search = read.search(jobs)
+    if search is not None:
+        how = sweeping.apart(how, read.name)
+    out = out or Path("results") / read.name
+    make_folder(out)
+    records, failed = run_jobs(jobs, how, search)
+    if search is not None:
+        print(sweeping.ranking(jobs, how.store))
+    elif records:
+        publish_if_comparable(records, out, reference)
+    for run, reason in failed.items():
+        print(f"set aside: {run}: {reason}", file=sys.stderr)
+    print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")
+    if failed:
+        sys.exit(1)
+
+
+def tune(
+    entries: tyro.conf.Positional[tuple[str, ...]] = (),
+    out: Path = Path("results/tuning.json"),
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    train: Annotated[TrainConfig, tyro.conf.arg()] = TrainConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
+
+    Args:
+        entries: routers or `dense`, as named in the grid.
+        out: all trials, as JSON.
+    """
+    from rlroute.experiments.comparison import tune as tuning
+    from rlroute.experiments.recipes.entries import GRID
+
+    make_folder(out.parent)
+    rows = tuning.tune(entries or tuple(GRID), train, launch, command_line())
+    tuning.write_trials(rows, train, out, command_line())
+    for entry, overrides in tuning.best(rows).items():
+        print(f"{entry}: {overrides}")
+    print(f"{len(rows)} trials in {out}")
+
+
+def _score(summary: dict[str, Any]) -> str:
+    final = summary["final"]
+    return f"{final['bits_per_byte']:.4f} bits per byte" if final else str(summary["diverged"])

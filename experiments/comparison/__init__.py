@@ -1,0 +1,1 @@
+"""What may stand in one table, at which budget, and the table."""

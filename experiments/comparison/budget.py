@@ -1,0 +1,49 @@
+"""What a comparison holds equal: tokens, training FLOPs, or time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rlroute.config import Budget, RunConfig
+from rlroute.errors import ConfigError
+
+
+def find_reference(configs: Sequence[RunConfig], label: str | None) -> RunConfig:
+    """Return the configuration that the table's ``label`` means (its first word is the router); ``switch`` or the first
+    by default.
+
+    Raises:
+        ConfigError: there is none, found before any work.
+    """
+    names = [config.router_name for config in configs]
+    name = label.partition(" ")[0] if label else "switch" if "switch" in names else min(names)
+    if name not in names:
+        raise ConfigError(f"reference {label!r} is not among the entries: {', '.join(sorted(set(names)))}")
+    return configs[names.index(name)]
+
+
+def with_budget(
+    configs: Sequence[RunConfig], budget: Budget, reference: RunConfig, seconds: float | None
+) -> list[RunConfig]:
+    """Return the configurations under a budget: their tokens, the reference's training FLOPs, or so many seconds.
+
+    Raises:
+        ConfigError: seconds without budget time or the reverse.
+    """
+    if (budget == "time") != (seconds is not None):
+        raise ConfigError(f"--seconds {seconds} with --budget {budget}: time needs it, the others take none")
+    if budget == "tokens":
+        return list(configs)
+    amount = seconds if seconds is not None else _training_flops(reference)
+    return [replace(c, train=replace(c.train, budget=budget, budget_amount=amount)) for c in configs]
+
+
+def _training_flops(config: RunConfig) -> float:
+    """Return the training FLOPs that a configuration spends in its steps."""
+    from rlroute.model.accounting import costs
+    from rlroute.training.data import load_corpus
+    from rlroute.training.loop import build_model, training_flops_per_step
+
+    model = build_model(config, load_corpus(config.data.spec, config.data.tokenizer), seed=0)
+    return config.train.steps * training_flops_per_step(config, costs(model, config.model, config.data.seq_len))

@@ -1,0 +1,209 @@
+"""What may stand in one table: runs grouped into entries, and what is refused because it differs in more than the
+router.
+
+Everything here is a pure function of run records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from rlroute.config import DENSE
+from rlroute.errors import ComparisonError
+from rlroute.records import RunRecord
+
+SAME = {
+    "config.schema": "records of another schema mean other things by the same names",
+    "summary.data.sha256": "another corpus is another task",
+    "summary.eval_tokens_sha256": "losses on other validation tokens cannot be subtracted",
+    "summary.budget.kind": "the budget is what a comparison holds equal",
+    "summary.budget.amount": "the budget is what a comparison holds equal",
+    "environment.kernel_backend": "kernels differ in bits and speed",
+    "environment.device": "devices differ in bits and speed",
+    "environment.threads": "bits and speed change with the number of threads",
+    "environment.workers": "bits and speed change with the number of processes",
+    "environment.expert_parallel": "bits and speed change with the number of processes",
+    "environment.torch": "bits and speed change with the version",
+    "environment.cpu_capability": "bits and speed change with the instruction set",
+}
+"""What every run of a table shares, and why."""
+
+SAME_IN_TRAIN = ("steps", "batch_size", "dtype", "budget", "budget_amount")
+"""The fields of ``train`` that every run shares; the others are ways of training an entry well (tuning), printed where
+they differ.
+"""
+
+CHOICES_IN_MODEL = ("gate_form", "k", "num_experts", "num_shared_experts", "capacity_factor")
+"""The fields of ``model`` in which entries may differ on purpose; these are printed, all others and all of ``data`` are
+shared.
+"""
+
+SAME_WEIGHTS = "with one seed every router starts from the same weights"
+SAME_BATCHES = "with one seed every router sees the same batches in the same order"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """All runs of one configuration, in the order of their seeds."""
+
+    label: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def router(self) -> str:
+        """The router's name, or ``dense``."""
+        return str(self.runs[0].config["router"])
+
+    @property
+    def finished(self) -> list[RunRecord]:
+        """The runs that did not diverge."""
+        return [run for run in self.runs if run.summary["status"] == "finished"]
+
+    @property
+    def bits_by_seed(self) -> dict[int, float]:
+        """Final validation bits per byte of the finished runs."""
+        return {run.config["seed"]: run.summary["final"]["bits_per_byte"] for run in self.finished}
+
+
+def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
+    """Group runs by configuration, in the order of their labels: the router's name, and in brackets what sets apart
+    several configurations of one router.
+
+    Raises:
+        ComparisonError: there are no runs, or one run is there twice.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in sorted(records, key=lambda record: (record.config["config_hash"], record.config["seed"])):
+        groups.setdefault(record.config["config_hash"], []).append(record)
+    if not groups:
+        raise ComparisonError("there are no ended runs to compare")
+    for runs in groups.values():
+        for one, other in pairwise(runs):
+            if one.config["seed"] == other.config["seed"]:
+                raise ComparisonError(f"run {one.id} is there twice")
+    labels = _labels({name: runs[0] for name, runs in groups.items()})
+    return sorted((Entry(labels[name], tuple(runs)) for name, runs in groups.items()), key=lambda entry: entry.label)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _labels(configs: Mapping[str, RunRecord]) -> dict[str, str]:
+    labels = {}
+    for name, record in configs.items():
+        same_router = [other for other in configs.values() if other.config["router"] == record.config["router"]]
+        flats = [flatten(other.config["config"]) for other in same_router]
+        fields = varying(flats)
+        of_router = [field for field in fields if field.startswith("router.")]
+        enough = len({json.dumps([flat.get(field) for field in of_router]) for flat in flats}) == len(flats)
+        own = flatten(record.config["config"])
+        said = [f"{f.removeprefix('router.')}={own.get(f)}" for f in (of_router if enough else fields)]
+        labels[name] = record.config["router"] + (f" ({', '.join(said)})" if said else "")
+    return labels
+
+
+def varying(flats: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = sorted(set().union(*flats))
+    return [name for name in names if len({json.dumps(flat.get(name), sort_keys=True) for flat in flats}) > 1]
+
+
+# What is refused
+
+
+def check_comparable(entries: Sequence[Entry]) -> None:
+    """Refuse runs that differ in more than their router, but for what is printed as a deliberate difference.
+
+    Raises:
+        ComparisonError: naming the field, the two runs and the two values.
+    """
+    runs = [run for entry in entries for run in entry.runs]
+    for path, reason in SAME.items():
+        _require_equal(path, [(run.id, _at(run, path)) for run in runs], reason)
+    flats = [(run.id, flatten(run.config["config"])) for run in runs]
+    for name in filter(_shared_in_config, sorted(set().union(*(flat for _, flat in flats)))):
+        values = [(run_id, flat.get(name)) for run_id, flat in flats]
+        _require_equal(
+            f"config.{name}", values, "one comparison trains every router on the same data in the same model"
+        )
+    # Diverged runs count here: their seeds were trained too.
+    seeds = [(entry.label, [run.config["seed"] for run in entry.runs]) for entry in entries]
+    _require_equal("seeds", seeds, "differences are taken seed by seed")
+    for seed in seeds[0][1]:
+        _check_identity([run for run in runs if run.config["seed"] == seed])
+
+
+def _at(record: RunRecord, path: str) -> Any:
+    head, *rest = path.split(".")
+    value = getattr(record, head)
+    for name in rest:
+        value = value.get(name)  # of a record older than the field, None
+    return value
+
+
+def _shared_in_config(name: str) -> bool:
+    part, _, field = name.partition(".")
+    return (
+        part == "data"
+        or (part == "model" and field not in CHOICES_IN_MODEL)
+        or (part == "train" and field in SAME_IN_TRAIN)
+    )
+
+
+def _require_equal(field: str, values: Sequence[tuple[str, Any]], reason: str) -> None:
+    """Refuse the first of the named values that is not equal to the first of all."""
+    (one, wanted), *others = values
+    for other, value in others:
+        if value != wanted:
+            raise ComparisonError(f"{field} differs: {one} has {wanted!r}, {other} has {value!r}; {reason}")
+
+
+def _check_identity(runs: Sequence[RunRecord]) -> None:
+    """Check the runs of one seed: the same initial weights, the same batches in the same order."""
+    backbones = [(run.id, run.summary["fingerprint"]["backbone"]) for run in runs]
+    _require_equal("fingerprint.backbone", backbones, SAME_WEIGHTS)
+    for alike in by_shape(runs).values():
+        shared = [(run.id, run.summary["fingerprint"]["shared"]) for run in alike]
+        _require_equal("fingerprint.shared", shared, SAME_WEIGHTS)
+    for step in sorted(set().union(*map(_chains, runs))):
+        chains = [(run.id, _chains(run)[step]) for run in runs if step in _chains(run)]
+        _require_equal(f"batches.chain at step {step}", chains, SAME_BATCHES)
+    _check_overlap(runs)
+
+
+def _check_overlap(runs: Sequence[RunRecord]) -> None:
+    """A finished run of another length than the longest proves its batches only where both were hashed at the same
+    step.
+    """
+    longest = max(runs, key=lambda run: run.summary["batches"]["steps"])
+    for run in runs:
+        if run.summary["status"] == "finished" and not _chains(run).keys() & _chains(longest).keys():
+            values = [(r.id, sorted(_chains(r))) for r in (longest, run)]
+            _require_equal("batches.steps", values, "without a common step their batches cannot be compared")
+
+
+def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int | None], list[RunRecord]]:
+    """Group the MoE runs whose shared parameters have the same shapes; leading dense layers are as wide as what a token
+    runs.
+    """
+    groups: dict[tuple[int, int, int | None], list[RunRecord]] = {}
+    for run in runs:
+        model = run.config["config"]["model"]
+        if run.config["router"] != DENSE:
+            shared = model.get("num_shared_experts", 0)
+            width = model["k"] + shared if model["num_dense_layers"] else None
+            groups.setdefault((model["num_experts"], shared, width), []).append(run)
+    return groups
+
+
+def _chains(run: RunRecord) -> dict[int, str]:
+    batches = run.summary["batches"]
+    return {row["step"]: row["chain"] for row in run.evals} | {batches["steps"]: batches["chain"]}

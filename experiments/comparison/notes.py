@@ -1,0 +1,114 @@
+"""What stands under a table about its runs: what was held equal and the proof of it, what differs on purpose, where it
+comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rlroute.config import DENSE
+from rlroute.experiments.comparison.entries import Entry, by_shape, flatten, varying
+from rlroute.records import RunRecord
+
+SHOWN = 8
+"""Fingerprints are printed seed by seed for up to this many seeds."""
+
+
+def diverged(entry: Entry) -> str:
+    stops = [(run.config["seed"], run.summary["diverged"]) for run in entry.runs if run.summary["diverged"]]
+    said = ", ".join(f"seed {seed} at step {stop['step']} ({stop['what']})" for seed, stop in stops)
+    return f"{entry.label}: {said}, left out of all figures"
+
+
+def deliberate(entries: Sequence[Entry]) -> list[str]:
+    flats = {entry.label: flatten(entry.runs[0].config["config"]) for entry in entries}
+    said = (
+        ["dense has one MLP as wide as k experts in place of the experts"]
+        if DENSE in {e.router for e in entries}
+        else []
+    )
+    for name in varying(list(flats.values())):
+        if not name.startswith("router."):
+            labels: dict[str, list[str]] = {}
+            for label, flat in flats.items():
+                labels.setdefault(json.dumps(flat.get(name)), []).append(label)
+            said.append(f"{name}: " + ", ".join(f"{value} ({', '.join(who)})" for value, who in sorted(labels.items())))
+    return said or ["none"]
+
+
+def gates(entries: Sequence[Entry]) -> list[str]:
+    """Say what a published gate is, once for each meaning."""
+    labels: dict[str, list[str]] = {}
+    for entry in entries:
+        gate = entry.runs[0].summary["gate"]
+        if gate["form"] == "own" and entry.router != DENSE:
+            labels.setdefault(gate["meaning"], []).append(entry.label)
+    return [f"{meaning} ({', '.join(who)})" for meaning, who in labels.items()]
+
+
+def budget(runs: Sequence[RunRecord]) -> str:
+    budget, config = runs[0].summary["budget"], runs[0].config["config"]
+    unit = {"tokens": "training tokens", "flops": "training FLOPs", "time": "seconds of training"}[budget["kind"]]
+    steps = sorted({run.summary["steps"] for run in runs if run.summary["status"] == "finished"})
+    counts = " to ".join(f"{count:,}" for count in dict.fromkeys((steps[0], steps[-1]))) if steps else "no"
+    batch = f"{config['train']['batch_size']} sequences of {config['data']['seq_len']} tokens"
+    return f"{budget['amount']:,.10g} {unit} a run; {counts} steps of {batch}"
+
+
+def identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
+    shapes = by_shape(runs)
+    for (experts, *_), alike in shapes.items():
+        title = "Same initial weights" + (f" ({experts} experts)" if len(shapes) > 1 else "")
+        said = f"all but the routers' own, equal over {_count(alike)} with experts: "
+        yield title, said + _per_seed(alike, lambda run: run.summary["fingerprint"]["shared"])
+    said = f"outside the feed-forward layers, equal over {_count(runs)}: "
+    yield "Same initial backbone", said + _per_seed(runs, lambda run: run.summary["fingerprint"]["backbone"])
+    finished = [run for run in runs if run.summary["status"] == "finished"] or list(runs)
+    if len({run.summary["steps"] for run in finished}) == 1:
+        said = f"hash chain over {finished[0].summary['steps']:,} steps, equal over {_count(finished)}: "
+        yield "Same batches", said + _per_seed(finished, lambda run: run.summary["batches"]["chain"])
+    else:
+        yield (
+            "Same batches",
+            "hash chains of the shorter runs are prefixes of the longest's, compared at all common evaluation steps",
+        )
+
+
+def _count(runs: Sequence[RunRecord]) -> str:
+    count = len({run.config["config_hash"] for run in runs})
+    return f"{count} {'entry' if count == 1 else 'entries'}"
+
+
+def _per_seed(runs: Sequence[RunRecord], value: Callable[[RunRecord], str]) -> str:
+    by_seed = {run.config["seed"]: value(run)[:12] for run in runs}
+    if len(by_seed) > SHOWN:
+        return f"{len(by_seed)} seeds, all equal"
+    return ", ".join(f"seed {seed} {digest}" for seed, digest in sorted(by_seed.items()))
+
+
+def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
+    data = runs[0].summary["data"]
+    version = f" ({data['distribution']} {data['version']})" if data["distribution"] else ""
+    sizes = f"{data['train_tokens']:,} training and {data['valid_tokens']:,} validation tokens"
+    yield "Corpus", f"{data['spec']}{version}, {sizes}, sha256 {data['sha256']}"
+    floor = data["floor_bits_per_byte"]
+    yield "Entropy floor", "" if floor is None else f"{floor:.4f} bits/byte"
+    yield "Validation tokens", f"sha256 {runs[0].summary['eval_tokens_sha256']}"
+    yield "Seeds", ", ".join(map(str, sorted({run.config["seed"] for run in runs})))
+    yield "Command", "; ".join(sorted({run.config["command"] for run in runs if run.config.get("command")}))
+    yield "Commit", ", ".join(sorted({_commit(run.environment) for run in runs}))
+    versions = [f"{name} {_all(runs, name)}" for name in ("rlroute", "python", "torch", "numpy")]
+    yield "Versions", ", ".join(versions)
+    device = f"{_all(runs, 'device')} ({_all(runs, 'device_name')}), CPU capability {_all(runs, 'cpu_capability')}"
+    processes = f"{_all(runs, 'workers')} worker(s) a run, {_all(runs, 'threads')} thread(s) each"
+    yield "Machine", f"{device}, {processes}, kernel {_all(runs, 'kernel_backend')}, {_all(runs, 'platform')}"
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    return f"{environment['commit'] or 'unknown'}{' with uncommitted changes' if environment['dirty'] else ''}"
+
+
+def _all(runs: Sequence[RunRecord], name: str) -> str:
+    return " and ".join(sorted({str(run.environment.get(name, 1)) for run in runs}))

@@ -1,0 +1,180 @@
+"""The table of a comparison: reduce entries to rows, with what has to be said underneath. A pure function of run
+records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlroute.config import DENSE
+from rlroute.errors import ComparisonError
+from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
+from rlroute.experiments.comparison.notes import budget, deliberate, diverged, gates, identity, provenance
+from rlroute.experiments.statistics import (
+    Interval,
+    differences,
+    holm,
+    paired_p_value,
+    smallest_resolvable,
+    t_interval,
+)
+from rlroute.experiments.text import of_interval
+from rlroute.records import RunRecord
+
+COSTS = ("active_parameters", "total_parameters", "flops_per_token", "training_only_flops_per_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """The figures of one entry; None where there is nothing to say. Bits per byte are greedy unless they say
+    sampled.
+    """
+
+    label: str
+    router: str
+    gate_form: str
+    causal: bool
+    n: int
+    diverged: int
+    bits_per_byte: Interval | None
+    difference: Interval | None
+    p_holm: float | None
+    smallest_resolvable: float | None
+    max_vio: float | None
+    max_vio_layer: int | None
+    dead_experts: float | None
+    experts: int
+    sampled_bits_per_byte: Interval | None
+    overlap: float | None
+    """Share of a token's greedy experts that are drawn too."""
+    tokens_per_second: float | None
+    active_parameters: int
+    total_parameters: int
+    flops_per_token: int
+    training_only_flops_per_token: int
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows from best to worst, the label of the entry that differences are taken to, and titled notes to print
+    underneath.
+    """
+
+    reference: str
+    rows: tuple[TableRow, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+def build_table(records: Sequence[RunRecord], reference: str | None = None) -> Table:
+    """Return the table of ``records``, whatever their order.
+
+    Args:
+        records: finished and diverged runs.
+        reference: label of the entry to take differences to; by default ``switch``, or the first by name where it is
+            missing.
+
+    Raises:
+        ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such
+            reference.
+    """
+    entries = make_entries(records)
+    check_comparable(entries)
+    base = _reference(entries, reference)
+    adjusted = holm(_p_values(entries, base))
+    rows = sorted((_row(entry, base, adjusted) for entry in entries), key=_rank)
+    return Table(base.label, tuple(rows), tuple(_notes(entries, base, rows, adjusted)))
+
+
+def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
+    if name is None:
+        return next((entry for entry in entries if entry.router == "switch"), entries[0])
+    for entry in entries:
+        if entry.label == name:
+            return entry
+    raise ComparisonError(
+        f"reference {name!r} is not in the table: legal are {', '.join(entry.label for entry in entries)}"
+    )
+
+
+# What is computed
+
+
+def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
+    runs, model = entry.finished, entry.runs[0].summary["model"]
+    finals = [run.summary["final"] for run in runs]
+    bits = list(entry.bits_by_seed.values())
+    diffs = [] if entry is base else _paired(entry, base)
+    vio_L = [math.fsum(vio) / len(vio) for vio in zip(*(final["max_vio_L"] for final in finals), strict=True)]
+    speeds = [run.summary["tokens_per_second"] for run in runs]
+    sampled = [final["sampled"]["bits_per_byte"] for final in finals if final["sampled"]]
+    overlaps = [share for f in finals if f["sampled"] for share in f["sampled"]["overlap_L"] if share is not None]
+    first_moe = entry.runs[0].config["config"]["model"]["num_dense_layers"]
+    return TableRow(
+        label=entry.label,
+        router=entry.router,
+        gate_form="none" if entry.router == DENSE else entry.runs[0].summary["gate"]["form"],
+        causal=entry.runs[0].summary["causal"],
+        n=len(runs),
+        diverged=len(entry.runs) - len(runs),
+        bits_per_byte=t_interval(bits) if bits else None,
+        difference=t_interval(diffs) if diffs else None,
+        p_holm=adjusted.get(entry.label),
+        smallest_resolvable=smallest_resolvable(diffs),
+        max_vio=max(vio_L, default=None),
+        max_vio_layer=first_moe + vio_L.index(max(vio_L)) if vio_L else None,
+        dead_experts=math.fsum(sum(final["dead_L"]) for final in finals) / len(finals) if vio_L else None,
+        experts=sum(len(load_E) for load_E in finals[0]["load_LE"]) if finals else 0,
+        sampled_bits_per_byte=t_interval(sampled) if sampled else None,
+        overlap=math.fsum(overlaps) / len(overlaps) if overlaps else None,
+        tokens_per_second=math.fsum(speeds) / len(speeds) if speeds else None,
+        config_hash=entry.runs[0].config["config_hash"],
+        **{name: model[name] for name in COSTS},
+    )
+
+
+def _paired(entry: Entry, base: Entry) -> list[float]:
+    """Return the differences over the seeds that both finished."""
+    both = entry.bits_by_seed.keys() & base.bits_by_seed.keys()
+    return differences(*({seed: e.bits_by_seed[seed] for seed in both} for e in (entry, base)))
+
+
+def _p_values(entries: Sequence[Entry], base: Entry) -> dict[str, float]:
+    found = {entry.label: paired_p_value(_paired(entry, base)) for entry in entries if entry is not base}
+    return {label: p for label, p in found.items() if p is not None}
+
+
+def _rank(row: TableRow) -> tuple[float, str]:
+    return (math.inf if row.bits_per_byte is None else row.bits_per_byte.mean, row.label)
+
+
+# What stands under the table
+
+
+def _notes(
+    entries: Sequence[Entry], base: Entry, rows: Sequence[TableRow], adjusted: Mapping[str, float]
+) -> Iterable[tuple[str, str]]:
+    runs = [run for entry in entries for run in entry.runs]
+    yield "Diverged", "; ".join(diverged(entry) for entry in entries if len(entry.finished) < len(entry.runs))
+    yield (
+        "Sampled",
+        "; ".join(
+            f"{row.label} {of_interval(row.sampled_bits_per_byte)} bits/byte when its experts are drawn as in training"
+            + (f" ({row.overlap:.0%} of them the greedy ones)" if row.overlap is not None else "")
+            for row in rows
+            if row.sampled_bits_per_byte
+        ),
+    )
+    holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
+    yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
+    yield "Deliberate differences", "; ".join(deliberate(entries))
+    yield "Gate form own", "; ".join(gates(entries))
+    yield (
+        "Gate unit",
+        "value 1/k, gradient of the router's own gate" if any(row.gate_form == "unit" for row in rows) else "",
+    )
+    yield "Budget", budget(runs)
+    yield from identity(runs)
+    yield from provenance(runs)

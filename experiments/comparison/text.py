@@ -1,0 +1,91 @@
+"""A table as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import fields
+
+from rlroute.config import DENSE
+from rlroute.experiments.comparison.table import Table, TableRow
+from rlroute.experiments.statistics import CONFIDENCE
+from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, short, si
+
+TIMINGS = ("tokens_per_second",)
+"""The columns that differ when the same command runs again."""
+
+
+def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow], str]]:
+    """Return the title of each column and how a row fills it."""
+    shown: dict[str, Callable[[TableRow], str]] = {
+        "router": lambda row: _name(row, table),
+        "gate": lambda row: row.gate_form,
+        "validation bits/byte": lambda row: of_interval(row.bits_per_byte) if row.n else "diverged",
+        f"difference to {table.reference}": lambda row: _difference(row, table),
+        "MaxVio": lambda row: NOTHING if row.max_vio is None else f"{row.max_vio:.2f}",
+        "dead experts": lambda row: (
+            NOTHING if row.dead_experts is None else f"{short(row.dead_experts)} of {row.experts}"
+        ),
+        "tokens/s": lambda row: NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        "parameters active / total": lambda row: f"{si(row.active_parameters)} / {si(row.total_parameters)}",
+        "FLOPs/token": lambda row: si(row.flops_per_token),
+        "training-only FLOPs/token": lambda row: si(row.training_only_flops_per_token),
+        "n": lambda row: str(row.n),
+        "resolvable": lambda row: NOTHING if row.smallest_resolvable is None else f"{row.smallest_resolvable:.4f}",
+    }
+    return shown if timings else {title: cell for title, cell in shown.items() if title != "tokens/s"}
+
+
+def legend(table: Table) -> str:
+    """Return how to read the columns."""
+    return (
+        f"Bits per byte: greedy routing, mean over n seeds ± half the {CONFIDENCE:.0%} Student-t interval; lower is "
+        f"better. Difference to {table.reference}: paired by seed, with the interval of the paired differences; not "
+        "separated where it holds zero; the intervals are not corrected for the number of comparisons. MaxVio: highest "
+        "load of an expert over the fair share, minus 1, counted over the whole validation set before drops; mean over "
+        "seeds, then the worst layer. Dead experts: below 5% of the fair share over the whole validation set; mean "
+        "over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest true difference that a paired t-test "
+        "at 5% finds with power 80% given n and the spread seen, itself uncertain at small n."
+    )
+
+
+def to_markdown(table: Table, timings: bool = True) -> str:
+    """Return the table and its notes as Markdown; without ``timings`` it is the same, bit for bit, when the same
+    command runs again.
+    """
+    shown = columns(table, timings)
+    body = markdown(list(shown), [[cell(row) for cell in shown.values()] for row in table.rows])
+    notes = "".join(f"- **{escape(title)}**: {escape(text)}.\n" for title, text in table.notes if text)
+    return f"{body}\n\n{escape(legend(table))}\n\n{notes}"
+
+
+def to_csv(table: Table, timings: bool = True) -> str:
+    """Return the rows as CSV at full precision, an interval in four columns; nothing stands for None."""
+    intervals = ("bits_per_byte", "difference", "sampled_bits_per_byte")
+    names = [field.name for field in fields(TableRow) if timings or field.name not in TIMINGS]
+    parts = [(name, part) for name in names for part in (("mean", "low", "high", "n") if name in intervals else ("",))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([f"{name}_{part}" if part else name for name, part in parts])
+    for row in table.rows:
+        writer.writerow(
+            [getattr(getattr(row, name), part, None) if part else getattr(row, name) for name, part in parts]
+        )
+    return text.getvalue()
+
+
+def _name(row: TableRow, table: Table) -> str:
+    marks = {
+        "yardstick": row.router == DENSE,
+        "non-causal": not row.causal,
+        f"{row.diverged} of {row.n + row.diverged} diverged": row.diverged > 0,
+    }
+    return ", ".join([row.label, *(mark for mark, holds in marks.items() if holds)])
+
+
+def _difference(row: TableRow, table: Table) -> str:
+    if row.difference is None:
+        return "reference" if row.label == table.reference else NOTHING
+    pairs = f" (n = {row.difference.n})" if row.difference.n != row.n else ""
+    return of_interval(row.difference, "+") + pairs + ("" if row.difference.separated else ", not separated")

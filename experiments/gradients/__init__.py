@@ -1,0 +1,1 @@
+"""The gradient instrument: what training's micro-batches give a router, against the exact gradient."""

@@ -1,0 +1,248 @@
+"""The gradient instrument: how good is the signal that a router's logits get from one training micro-batch?
+
+For every entry, size and checkpoint: build the model, train it so far, warm up what a router keeps beside its policy,
+take one held-out micro-batch, and compare what training gives its logits, over many draws, with the exact gradient
+(:mod:`.exact`).
+
+Shape suffixes: T tokens, L MoE layers, E experts, N draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.errors import ConfigError
+from rlroute.experiments.gradients.estimates import Measurement, measure_probe
+from rlroute.experiments.gradients.exact import ENUMERABLE, count_choices
+from rlroute.experiments.gradients.probe import Probe, Unmeasurable
+from rlroute.experiments.gradients.signal import Signal
+from rlroute.experiments.gradients.snapshots import checkpoints, warmed_up
+from rlroute.experiments.recipes.entries import build_entry
+from rlroute.registry import default_names, router_names
+from rlroute.training.data import Corpus, load_corpus, sample_batch
+from rlroute.training.loop import build_model
+
+MEASURED_STEP = 2**32
+"""The measured micro-batch is the first sequence of this step: no training step gets there."""
+ESTIMATORS = (
+    "reinforce:baseline=none",
+    "reinforce:baseline=ema",
+    "reinforce:discount=1",
+    "reinforce:baseline=leave_one_out,discount=1",
+    "reinforce:baseline=leave_one_out,discount=1,resample=one",
+)
+"""What the default sweep adds to the routers' own defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is measured: all combinations of entries and sizes (or one size varied at a time), at all checkpoints, with
+    all seeds.
+
+    Raises:
+        ConfigError: a value is illegal.
+    """
+
+    entries: tuple[str, ...]
+    experts: tuple[int, ...] = (4,)
+    k: tuple[int, ...] = (1,)
+    layers: tuple[int, ...] = (1, 2)
+    tokens: tuple[int, ...] = (3,)
+    one_at_a_time: bool = False
+    """Vary one of the sizes above at a time, the others at their first value."""
+    train_steps: tuple[int, ...] = (0, 50)
+    draws: int = 1000
+    """Estimates drawn where they cannot all be enumerated."""
+    samples: int = 32
+    """Sampled joint choices of a conditional gradient."""
+    warm_up: int = 20
+    """Steps for the routers' running means and value heads before each measurement; model and policy stay."""
+    seeds: int = 4
+    gate_form: str = "own"
+    corpus: str = "synth:documents=512,vocab=32,domains=4"
+    d_model: int = 32
+    batch_size: int = 32
+    """Sequences per training step; a sequence is as long as the measured micro-batch."""
+    lr: float = 8e-3
+
+    def __post_init__(self) -> None:
+        least = {"experts": 1, "k": 1, "layers": 1, "tokens": 1, "train_steps": 0}
+        for name, smallest in least.items():
+            values = getattr(self, name)
+            if not values or min(values) < smallest or len(set(values)) < len(values):
+                shown = ",".join(map(str, values))
+                raise ConfigError(f"{name} = {shown!r}: legal are different whole numbers from {smallest}")
+        for name, smallest in {"draws": 3, "samples": 2, "warm_up": 0, "seeds": 1}.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name} = {getattr(self, name)}: legal are whole numbers from {smallest}")
+        twice = [entry for entry in self.entries if self.entries.count(entry) > 1]
+        if twice or not self.entries:
+            raise ConfigError(f"entries = {' '.join(twice)!r}: want at least one entry, each once")
+
+    def cases(self) -> list[Case]:
+        """Return what is to be measured, in order.
+
+        Raises:
+            ConfigError: an entry or a size is illegal.
+        """
+        return [Case(entry, self._config(entry, *size)) for size in self._sizes() for entry in self.entries]
+
+    def _sizes(self) -> list[tuple[int, ...]]:
+        axes = (self.layers, self.k, self.experts, self.tokens)
+        base = tuple(values[0] for values in axes)
+        apart = 1 if self.one_at_a_time else len(axes)
+        return [size for size in product(*axes) if sum(a != b for a, b in zip(size, base, strict=True)) <= apart]
+
+    def _config(self, entry: str, layers: int, k: int, experts: int, tokens: int) -> RunConfig:
+        if entry.partition(":")[0] == DENSE:
+            raise ConfigError(f"entry {entry!r}: the dense model has no router, legal are {', '.join(router_names())}")
+        if k >= experts:
+            raise ConfigError(f"k = {k} with experts = {experts}: nothing is chosen, legal are k below experts")
+        if count_choices(experts, k) > ENUMERABLE:
+            raise ConfigError(
+                f"experts = {experts} with k = {k}: {count_choices(experts, k)} choices of a token, legal are "
+                f"{ENUMERABLE}"
+            )
+        model = ModelConfig(
+            num_layers=layers,
+            d_model=self.d_model,
+            num_experts=experts,
+            k=k,
+            d_expert=self.d_model,
+            gate_form=self.gate_form,  # type: ignore[arg-type]  # RunConfig holds it to its choices
+        )
+        train = TrainConfig(steps=max(*self.train_steps, 1), batch_size=self.batch_size, lr=self.lr, warmup_steps=10)
+        return build_entry(entry, DataConfig(spec=self.corpus, seq_len=tokens), model, train)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An entry at one size."""
+
+    entry: str
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layer of one case at one checkpoint, measured with every seed.
+
+    Attributes:
+        target: ``exact`` or ``conditional``.
+        target_error: of a conditional target: its sampling error over its norm, the largest of the seeds.
+        rows_per_estimate: token rows that one estimate costs, forward and backward: T for each routing sample, times
+            the steps of which this layer learns in one only.
+        signals: by seed; how the estimates compare with the gradient of the expected loss.
+        choices: by seed; how they compare with its part through the choices alone.
+    """
+
+    entry: str
+    experts: int
+    k: int
+    layers: int
+    layer: int
+    tokens: int
+    train_steps: int
+    target: str
+    target_error: float
+    rows_per_estimate: float
+    signals: tuple[Signal, ...]
+    choices: tuple[Signal, ...]
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """An entry that the instrument does not apply to, and why."""
+
+    entry: str
+    reason: str
+
+
+def default_entries() -> tuple[str, ...]:
+    """Return every router that needs no field, and the estimators of REINFORCE."""
+    return (*default_names(), *ESTIMATORS)
+
+
+def parse_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers parted by commas.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"{name} = {text!r}: want whole numbers parted by commas, as 2,4")
+    return tuple(map(int, parts))
+
+
+def run(sweep: Sweep, report: Callable[[str], None] = lambda text: None) -> tuple[list[Row], list[Unmeasured]]:
+    """Measure everything.
+
+    Args:
+        sweep: what.
+        report: told what is being measured.
+
+    Raises:
+        ConfigError, DataError: bad input, found before any work.
+    """
+    cases = sweep.cases()
+    load = cache(load_corpus)
+    for case in cases:  # what does not fit is found here
+        build_model(case.config, load(case.config.data.spec), 0)
+        sample_batch(load(case.config.data.spec), seed=0, step=0, batch_size=1, seq_len=case.config.data.seq_len)
+    rows: list[Row] = []
+    unmeasured: dict[str, Unmeasured] = {}
+    for case in cases:
+        if case.entry in unmeasured:
+            continue
+        model = case.config.model
+        report(f"{case.entry}: E = {model.num_experts}, k = {model.k}, {model.num_layers} layers")
+        try:
+            rows += measure_case(case, load(case.config.data.spec), sweep)
+        except Unmeasurable as reason:
+            unmeasured[case.entry] = Unmeasured(case.entry, str(reason))
+    return rows, list(unmeasured.values())
+
+
+def measure_case(case: Case, corpus: Corpus, sweep: Sweep) -> list[Row]:
+    """Return a row for each checkpoint and layer.
+
+    Raises:
+        Unmeasurable: the instrument does not apply to this router.
+    """
+    found: dict[int, list[Measurement]] = {}
+    for seed in range(sweep.seeds):
+        for step, model in checkpoints(case.config, corpus, seed, sorted(sweep.train_steps)):
+            warm = warmed_up(model, case.config, corpus, seed, step, sweep.warm_up)
+            batch = sample_batch(corpus, seed=seed, step=MEASURED_STEP, batch_size=1, seq_len=case.config.data.seq_len)
+            probe = Probe(warm, batch, step)
+            measured = measure_probe(probe, draws=sweep.draws, samples=sweep.samples, seed=seed)
+            found.setdefault(step, []).append(measured)
+    return [
+        _row(case, step, layer, measurements)
+        for step, measurements in found.items()
+        for layer in range(case.config.model.num_layers)
+    ]
+
+
+def _row(case: Case, step: int, layer: int, measurements: Sequence[Measurement]) -> Row:
+    model, tokens = case.config.model, case.config.data.seq_len
+    found = [measurement.signals(layer) for measurement in measurements]
+    return Row(
+        entry=case.entry,
+        experts=model.num_experts,
+        k=model.k,
+        layers=model.num_layers,
+        layer=layer,
+        tokens=tokens,
+        train_steps=step,
+        target=measurements[0].target.kind,
+        target_error=max(measurement.target.error_L[layer] for measurement in measurements),
+        rows_per_estimate=float(measurements[0].rows * max(turns for _, _, turns in found)),
+        signals=tuple(whole for whole, _, _ in found),
+        choices=tuple(choice for _, choice, _ in found),
+    )

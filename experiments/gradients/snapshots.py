@@ -1,0 +1,70 @@
+"""A model over training, in memory, and its routers warmed up for a measurement."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlroute.config import RunConfig
+from rlroute.model import Transformer
+from rlroute.routing import Router
+from rlroute.training.data import Corpus, sample_batch
+from rlroute.training.loop import build_model
+from rlroute.training.optimizer import Optimizer
+from rlroute.training.step import Device, adapt, backward_batch, make_context
+
+CPU = Device("cpu", torch.float32)
+
+
+def checkpoints(
+    config: RunConfig, corpus: Corpus, seed: int, steps: Sequence[int]
+) -> Iterator[tuple[int, Transformer]]:
+    """Train a model as the loop does and yield it after each of the (sorted) numbers of steps; it is trained on
+    afterwards.
+    """
+    model = build_model(config, corpus, seed)
+    optimizer = Optimizer(model, config.train)
+    size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+    for step in range(steps[-1] + 1):
+        if step in steps:
+            yield step, model
+        if step < steps[-1]:
+            batch = sample_batch(corpus, seed=seed, step=step, **size)
+            result = backward_batch(model, batch, CPU, seed=seed, step=step, micro_batches=1)
+            optimizer.step(step, step / config.train.steps)
+            adapt(model, result)
+
+
+def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, step: int, steps: int) -> Transformer:
+    """Return a copy whose routers have seen so many more steps: running means move and value heads learn, model and
+    policy stay.
+    """
+    model = copy.deepcopy(model)
+    size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+    heads = _heads(model, corpus, seed, step, size)
+    if not heads and all(type(router).adapt is Router.adapt for router in model.routers):
+        return model
+    optimizer = torch.optim.AdamW(heads, lr=config.train.lr, weight_decay=0.0) if heads else None
+    for further in range(step, step + steps):
+        batch = sample_batch(corpus, seed=seed, step=further, **size)
+        result = backward_batch(model, batch, CPU, seed=seed, step=further, micro_batches=1)
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        adapt(model, result)
+    return model
+
+
+def _heads(model: Transformer, corpus: Corpus, seed: int, step: int, size: dict[str, int]) -> list[Tensor]:
+    """Return the routers' parameters that no decision depends on: value heads."""
+    batch = sample_batch(corpus, seed=seed, step=step, **size)
+    context = make_context(batch, CPU, seed=seed, step=step, explore=True)
+    _, decisions = model(torch.from_numpy(batch.tokens_BS), context)
+    parts = [part for d in decisions for part in (d.gates_R, d.logits_TE, d.log_prob_R) if part is not None]
+    total = sum((part.sum() for part in parts if part.requires_grad), start=torch.zeros((), requires_grad=True))
+    own = [parameter for router in model.routers for parameter in router.parameters() if parameter.requires_grad]
+    reached = torch.autograd.grad(total, own, allow_unused=True) if own else ()
+    return [parameter for parameter, gradient in zip(own, reached, strict=True) if gradient is None]

@@ -1,0 +1,1 @@
+"""How runs are described, started, watched and taken up again."""

@@ -1,0 +1,117 @@
+"""What is to be trained, and how it is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlroute.config import RunConfig
+from rlroute.errors import ConfigError
+from rlroute.sink import Mode
+
+Launcher = Literal["auto", "ray", "local"]
+STOPPED = "stopped"
+"""The file that marks a trial that a search has stopped early."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Successive halving (ASHA, Li et al. 2018, arXiv 1810.05934): trials that lag are stopped early. For tuning alone:
+    which ones are stopped depends on the order in which they arrive.
+
+    Attributes:
+        steps: the most steps of a trial.
+        grace: steps before any is stopped.
+        reduction: one in so many goes on.
+    """
+
+    steps: int
+    grace: int
+    reduction: float = 3.0
+
+    def tune_options(self) -> dict[str, Any]:
+        """Return the fields of Tune's configuration."""
+        from ray.tune.schedulers import ASHAScheduler
+
+        halving = ASHAScheduler(
+            time_attr="step", max_t=self.steps + 1, grace_period=self.grace, reduction_factor=self.reduction
+        )
+        return {"scheduler": halving, "metric": "bits_per_byte", "mode": "min"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to train."""
+
+    config: RunConfig
+    seed: int
+    command: str | None = None
+    """The command line behind it, for the run's record."""
+    label: str = ""
+    """What it is called while it runs; the router's name if nothing is said."""
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return self.config.run_id(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where runs are stored, and where and how they are started."""
+
+    store: Path = Path("runs")
+    """The run store's folder."""
+    launcher: Launcher = "auto"
+    """ray: Tune trials; local: one after the other in this process; auto: ray for more than one run or worker."""
+    concurrency: int | None = None
+    """Trials at a time under ray; none: as many as there is room for."""
+    address: str | None = None
+    """A running Ray cluster (host:port, or auto); none: a Ray of our own on this machine."""
+    cpus: float = 1.0
+    """Cores of a worker."""
+    gpus: float = 0.0
+    """GPUs of a worker; a fraction shares one."""
+    workers: int = 1
+    """Processes that train one run together."""
+    expert_parallel: int = 1
+    """Shards into which they cut the experts."""
+    exchange_chunks: int = 1
+    """Parts in which rows travel between shards; one is computed while the next is on its way. 0: nothing is computed
+    meanwhile.
+    """
+    retries: int = 2
+    """How often a run is started again that failed, or whose process was lost or hung."""
+    patience: float = 10.0
+    """Minutes without a step after which a run counts as hung."""
+    wandb: Mode = "off"
+    """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
+
+    def check(self) -> None:
+        """Refuse illegal values by name.
+
+        Raises:
+            ConfigError: a value is illegal, or does not go with another.
+        """
+        for name in ("cpus", "workers", "expert_parallel", "patience"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        for name in ("gpus", "retries", "exchange_chunks"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: legal are numbers from 0")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ConfigError(f"--concurrency {self.concurrency}: legal are numbers from 1")
+        if self.exchange_chunks != 1 and self.expert_parallel == 1:
+            raise ConfigError(f"--exchange-chunks {self.exchange_chunks}: without --expert-parallel no rows travel")
+        if self.gpus % 1 and self.workers > 1:
+            raise ConfigError(
+                f"--gpus {self.gpus} with --workers {self.workers}: workers of one run cannot share a GPU"
+            )
+        if self.launcher == "local" and (self.workers > 1 or self.address):
+            raise ConfigError("--launcher local trains in this process: --workers and --address want --launcher ray")
+
+    def uses_ray(self, jobs: int) -> bool:
+        """Whether so many jobs go through Ray."""
+        several = jobs > 1 or self.workers > 1 or self.address is not None
+        return self.launcher == "ray" or (self.launcher == "auto" and several)

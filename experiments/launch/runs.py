@@ -1,0 +1,85 @@
+"""All runs of a command: check them before any work, train them, and say what ended and what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from rlroute.errors import ComparisonError, ConfigError, StoreError
+from rlroute.experiments.launch.jobs import Job, Launch, Search
+from rlroute.experiments.launch.launcher import launch
+from rlroute.experiments.launch.progress import Monitor
+from rlroute.experiments.launch.ray_session import require
+from rlroute.records import RunFolder, RunRecord
+from rlroute.sink import require as require_wandb
+
+
+def run_all(jobs: Sequence[Job], how: Launch) -> list[RunRecord]:
+    """Train all jobs and return their records.
+
+    Raises:
+        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any
+            work.
+        MissingDependencyError: the launcher is not installed.
+        ComparisonError: some failed; the finished ones stay in the store.
+    """
+    records, failed = run_jobs(jobs, how)
+    if failed:
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
+        raise ComparisonError(
+            f"{len(failed)} of {len(jobs)} runs failed, the others are kept in {how.store}: {reasons}"
+        )
+    return records
+
+
+def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> tuple[list[RunRecord], dict[str, str]]:
+    """Train all jobs; return the records of those that ended, and why the others failed, by run id.
+
+    Raises:
+        ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any
+            work.
+        MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
+    """
+    from rlroute.training.loop import check
+
+    how.check()
+    ids = [job.id for job in jobs]
+    twice = sorted({run for run in ids if ids.count(run) > 1})
+    if twice:
+        raise ConfigError(f"run {twice[0]} is asked for twice: want each entry once")
+    if not ids:
+        raise ConfigError("no runs: want at least 1 seed and 1 entry")
+    check(
+        dict.fromkeys(job.config for job in jobs), how.workers, how.expert_parallel, elsewhere=how.address is not None
+    )
+    if how.uses_ray(len(jobs)):
+        require()
+        if not how.gpus and any(job.config.train.device == "cuda" for job in jobs):
+            raise ConfigError("--gpus 0 with train.device = 'cuda': say how much of a GPU a worker gets")
+    if how.wandb != "off":
+        require_wandb()
+    folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
+    for folder in folders.values():
+        folder.create()
+        folder.set_aside(None)
+    print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {how.store}/; {_engines(jobs)}", file=sys.stderr)
+
+    def say(run: str, reason: str) -> None:
+        with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
+            if not folders[run].ended:  # an ended run whose record is broken stays as it is
+                folders[run].set_aside(reason)
+
+    with Monitor(jobs, how.store):
+        failed = launch(jobs, how, search, say)
+    return [folder.read() for folder in folders.values() if folder.ended], failed
+
+
+def _engines(jobs: Sequence[Job]) -> str:
+    """Say which engine runs the experts: chosen before any work, never changed afterwards."""
+    from rlroute.kernels import resolve_backend
+
+    chosen = {(resolve_backend(job.config.train.kernel, job.config.train.device), job.config.train) for job in jobs}
+    return ", ".join(
+        sorted({f"experts run on the {engine} engine, device {t.device}, {t.dtype}" for engine, t in chosen})
+    )

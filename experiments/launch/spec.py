@@ -1,0 +1,290 @@
+"""``rlroute sweep SPEC``: the runs that a TOML file describes. The list of runs is a pure function of the file.
+
+A file names entries and seeds, what all runs share (``[base]``), and what varies: ``[grid]`` takes all combinations,
+``[random]`` draws. A field is named by its path, ``train.lr`` or ``model.k``; ``router.balance_weight`` goes to the
+entries whose router has that field.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rlroute import seeding
+from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict
+from rlroute.errors import ConfigError
+from rlroute.experiments.launch.jobs import Job, Launch, Search
+from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.text import markdown
+from rlroute.records import read_rows, storing
+from rlroute.registry import run_config
+
+SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha")
+SEARCH = "SEARCH"
+"""The file that marks a store of trials, some of which were stopped early."""
+RESOURCES = ("cpus", "gpus", "workers", "expert_parallel", "exchange_chunks")
+LIMITS = ("low", "high", "log", "choice")
+Choice = dict[str, Any]
+"""Values by dotted path."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a sweep file says.
+
+    Attributes:
+        name: the file's, without its ending.
+        entries: routers, ``router:field=value,...``, or ``dense``.
+        seeds: of every run.
+        base: what all runs share, by dotted path.
+        choices: what varies: one run per choice, entry and seed.
+        resources: fields of :class:`Launch`: what a run gets.
+        grace, reduction: of successive halving; None where every run goes to its end.
+    """
+
+    name: str
+    entries: tuple[str, ...]
+    seeds: tuple[int, ...]
+    base: Choice
+    choices: tuple[Choice, ...]
+    resources: dict[str, Any] = field(default_factory=dict)
+    grace: int | None = None
+    reduction: float = 3.0
+
+    def jobs(self, command: str) -> list[Job]:
+        """Return the runs, without those that are the same twice (a router field that an entry does not have changes
+        nothing there).
+
+        Raises:
+            ConfigError: a field that no entry has, or an illegal value.
+        """
+        configs = {entry: self._config(entry) for entry in self.entries}
+        self._check_router_fields(list(configs.values()))
+        jobs: dict[str, Job] = {}
+        for entry, choice in itertools.product(self.entries, self.choices):
+            mine = {path: value for path, value in choice.items() if _applies(path, configs[entry])}
+            config = _with(configs[entry], mine)
+            label = " ".join([entry, *(f"{path.rpartition('.')[2]}={value}" for path, value in mine.items())])
+            for seed in self.seeds:
+                jobs.setdefault(config.run_id(seed), Job(config, seed, command, label))
+        return list(jobs.values())
+
+    def _config(self, entry: str) -> RunConfig:
+        config = build_entry(entry, DataConfig(), ModelConfig(), TrainConfig())
+        return _with(config, {path: value for path, value in self.base.items() if _applies(path, config)})
+
+    def _check_router_fields(self, configs: Sequence[RunConfig]) -> None:
+        for path in {path: None for choice in (self.base, *self.choices) for path in choice}:
+            if not any(_applies(path, config) for config in configs):
+                legal = sorted({f.name for c in configs if c.router is not None for f in fields(c.router)})
+                raise ConfigError(f"{path}: no entry's router has it, legal are {', '.join(legal) or 'none'}")
+
+    def launch(self, how: Launch, said: Collection[str] = ()) -> Launch:
+        """Return how the runs are launched: the file's resources, but for the fields ``said`` on the command line."""
+        return replace(how, **{name: value for name, value in self.resources.items() if name not in said})
+
+    def search(self, jobs: Sequence[Job]) -> Search | None:
+        """Return the successive halving that the file asks for.
+
+        Raises:
+            ConfigError: it would stop nothing, because runs are shorter.
+        """
+        if self.grace is None:
+            return None
+        steps = max(job.config.train.steps for job in jobs)
+        if not self.grace < steps:
+            raise ConfigError(f"[asha] grace = {self.grace}: want fewer steps than a run has, {steps}")
+        return Search(steps=steps, grace=self.grace, reduction=self.reduction)
+
+
+def read_spec(path: Path) -> Spec:
+    """Read a sweep file.
+
+    Raises:
+        ConfigError: it is not there, not TOML, or says something that means nothing; the message names it and what is
+            legal.
+    """
+    try:
+        text = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sweep {path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"sweep {path}: not TOML: {error}") from error
+    _only(text, SECTIONS, f"sweep {path}")
+    sections = {name: _table(text, name) for name in ("base", "grid", "random", "resources", "asha")}
+    _only(sections["resources"], RESOURCES, "[resources]")
+    _only(sections["asha"], ("grace", "reduction"), "[asha]")
+    base, grid, draws = _flat(sections["base"]), _grid(sections["grid"]), _random(sections["random"])
+    _refuse_twice({"[base]": base, "[grid]": grid[0], "[random.fields]": draws[0]})
+    spec = Spec(
+        name=path.stem,
+        entries=_entries(text.get("entries")),
+        seeds=_seeds(text.get("seeds", 1)),
+        base=base,
+        choices=tuple(a | b for a in grid for b in draws),
+        resources=sections["resources"],
+        grace=_whole(sections["asha"].get("grace"), "[asha] grace") if "asha" in text else None,
+        reduction=_number(sections["asha"].get("reduction", 3), "[asha] reduction", above=1),
+    )
+    from_dict(Launch, spec.resources, "[resources]").check()
+    return spec
+
+
+def _refuse_twice(sections: Mapping[str, Choice]) -> None:
+    for (one, mine), (other, theirs) in itertools.combinations(sections.items(), 2):
+        if twice := sorted(mine.keys() & theirs.keys()):
+            raise ConfigError(f"{twice[0]} is in {one} and in {other}: want it in one of them")
+
+
+def apart(how: Launch, name: str) -> Launch:
+    """Return the launch with a store of its own inside the store, marked as a search's: trials that were stopped early
+    enter no table.
+
+    Raises:
+        ConfigError: nothing could stop a trial early.
+        StoreError: it cannot be written.
+    """
+    if how.launcher == "local" or how.workers > 1:
+        raise ConfigError(
+            "[asha] stops trials of one worker under --launcher ray: leave it out, or --workers and --launcher local"
+        )
+    store = how.store / f"search-{name}"
+    with storing(store):
+        store.mkdir(parents=True, exist_ok=True)
+        (store / SEARCH).touch()
+    return replace(how, store=store)
+
+
+def ranking(jobs: Sequence[Job], store: Path) -> str:
+    """Return the trials of a search as a table, best first: how far each came, and its last evaluation in bits per
+    byte.
+    """
+    rows = []
+    for job in jobs:
+        evals = [row for row in read_rows(store / job.id / "metrics.jsonl", torn_ok=True) if row["kind"] == "eval"]
+        if evals:
+            rows.append((evals[-1]["bits_per_byte"], evals[-1]["step"], job))
+    rows.sort(key=lambda row: row[:2])
+    lines = [(f"{bits:.4f}", step, job.label, job.seed) for bits, step, job in rows]
+    return markdown(("bits/byte", "at step", "trial", "seed"), lines, ">><>", tight=True)
+
+
+def _with(config: RunConfig, values: Choice) -> RunConfig:
+    plain = config.to_dict()
+    for path, value in values.items():
+        part, _, name = path.partition(".")
+        if part not in plain or not name:
+            raise ConfigError(f"{path}: legal are data.FIELD, model.FIELD, train.FIELD and router.FIELD")
+        plain[part] |= {name: value}
+    return run_config(plain)
+
+
+def _applies(path: str, config: RunConfig) -> bool:
+    """Whether an entry has the field: all have those of data, model and train."""
+    part, _, name = path.partition(".")
+    return part != "router" or (config.router is not None and name in {f.name for f in fields(config.router)})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Choice:
+    """Return nested tables as values by dotted path; a table that has one of ``leaves`` is a value itself."""
+    flat: Choice = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and not value.keys() & set(leaves)
+        flat |= _flat(value, f"{prefix}{name}.", leaves) if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def _grid(section: Mapping[str, Any]) -> list[Choice]:
+    axes = _flat(section)
+    for path, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"[grid] {path} = {values!r}: want a list of values")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _random(section: Mapping[str, Any]) -> list[Choice]:
+    """Draw the trials: each value from a key of its own, so that another trial or field moves none."""
+    if not section:
+        return [{}]
+    _only(section, ("trials", "seed", "fields"), "[random]")
+    trials = _whole(section.get("trials"), "[random] trials")
+    named = _flat(_table(section, "fields"), leaves=LIMITS)
+    ranges = {path: _range(path, value) for path, value in named.items()}
+    seed = _whole(section.get("seed", 0), "[random] seed", least=0)
+    return [
+        {path: _draw(limits, seeding.numpy_generator("sweep", seed, trial, path)) for path, limits in ranges.items()}
+        for trial in range(trials)
+    ]
+
+
+def _range(path: str, limits: Any) -> dict[str, Any]:
+    where = f"[random.fields] {path}"
+    if not isinstance(limits, dict) or not (limits.keys() >= {"low", "high"} or limits.keys() == {"choice"}):
+        raise ConfigError(
+            f"{where} = {limits!r}: want {{ low, high }}, with log = true if you like, or {{ choice = [...] }}"
+        )
+    if "choice" in limits:
+        if not isinstance(limits["choice"], list) or not limits["choice"]:
+            raise ConfigError(f"{where}: choice = {limits['choice']!r}: want a list of values")
+        return limits
+    _only(limits, ("low", "high", "log"), where)
+    if not isinstance(limits.get("log", False), bool):
+        raise ConfigError(f"{where}: log = {limits['log']!r}: want true or false")
+    low, high = (_number(limits[name], f"{where} {name}") for name in ("low", "high"))
+    if not low < high or (limits.get("log") and low <= 0):
+        raise ConfigError(f"{where} = {low:g} to {high:g}: want low below high, and above 0 where log = true")
+    return limits
+
+
+def _draw(limits: Mapping[str, Any], generator: Any) -> Any:
+    if "choice" in limits:
+        return limits["choice"][int(generator.integers(len(limits["choice"])))]
+    low, high = limits["low"], limits["high"]
+    whole = isinstance(low, int) and isinstance(high, int)
+    if limits.get("log"):
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+        return round(value) if whole else float(f"{value:.6g}")
+    return int(generator.integers(low, high + 1)) if whole else float(f"{generator.uniform(low, high):.6g}")
+
+
+def _entries(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"entries = {value!r}: want a list of routers, router:field=value,... or dense")
+    return tuple(value)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ConfigError(f"seeds = {value!r}: want a number of seeds or a list of them")
+    return tuple(seeds)
+
+
+def _whole(value: Any, where: str, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{where} = {value!r}: want a whole number from {least}")
+    return value
+
+
+def _number(value: Any, where: str, above: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        raise ConfigError(f"{where} = {value!r}: want a number" + (f" above {above:g}" if above > -math.inf else ""))
+    return float(value)
+
+
+def _table(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = values.get(name, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} = {value!r}: want a table, [{name}]")
+    return value
+
+
+def _only(values: Mapping[str, Any], legal: Sequence[str], where: str) -> None:
+    unknown = sorted(set(values) - set(legal))
+    if unknown:
+        raise ConfigError(f"{where} has {unknown[0]!r}: legal are {', '.join(legal)}")

@@ -1,0 +1,1 @@
+"""Games in which routing is the action, and who plays them."""

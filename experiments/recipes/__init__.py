@@ -1,0 +1,1 @@
+"""What an entry of a comparison stands for, and its tuned settings."""

@@ -1,0 +1,1 @@
+"""Stored runs as a page and as lists."""
