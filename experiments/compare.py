@@ -39,7 +39,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
         ConfigError, DataError, StoreError: a job cannot be trained or the store cannot be written, found before any work.
         MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
-    from rlroute.training.loop import check
+    from rlroute.training.prepare import check
 
     how.check()
     ids = [job.id for job in jobs]
@@ -75,9 +75,9 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
 
 def _engines(jobs: Sequence[Job]) -> str:
     """Say which engine runs the experts: chosen before any work, never changed afterwards."""
-    from rlroute.kernels import resolve_backend
+    from rlroute.kernels import choose_backend
 
-    chosen = {(resolve_backend(job.config.train.kernel, job.config.train.device), job.config.train) for job in jobs}
+    chosen = {(choose_backend(job.config.train.kernel, job.config.train.device), job.config.train) for job in jobs}
     return ", ".join(
         sorted({f"experts run on the {engine} engine, device {t.device}, {t.dtype}" for engine, t in chosen})
     )
@@ -116,7 +116,7 @@ def _training_flops(config: RunConfig) -> float:
     """Return the training FLOPs that a configuration spends in its steps."""
     from rlroute.model.accounting import costs
     from rlroute.training.data import load_corpus
-    from rlroute.training.loop import build_model, training_flops_per_step
+    from rlroute.training.prepare import meta_model, training_flops_per_step
 
-    model = build_model(config, load_corpus(config.data.spec, config.data.tokenizer), seed=0)
+    model = meta_model(config, load_corpus(config.data.spec, config.data.tokenizer))
     return config.train.steps * training_flops_per_step(config, costs(model, config.model, config.data.seq_len))

@@ -3,31 +3,27 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlroute.config import SCHEMA, DataConfig, RunConfig
-from rlroute.errors import ConfigError
+from rlroute.config import SCHEMA, RunConfig
 from rlroute.kernels import resolve_backend
-from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints
-from rlroute.model.moe import Placement
 from rlroute.records import RunFolder, last_row
 from rlroute.registry import router_class
-from rlroute.routing import Router, RouterShape
 from rlroute.sink import OFF, Mode, Sink, open_sink
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
-from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.optimizer import Optimizer
+from rlroute.training.prepare import build_model, check_shares, cut, planned_steps, validation_batches
 from rlroute.training.step import Device, StepResult, adapt, backward_batch, load_fractions, max_vio_L
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -49,33 +45,6 @@ class Diverged(Exception):
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
-
-
-def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
-    """Return the model of a run at its initial weights, on its device, with the experts that this process of a group holds.
-
-    Raises:
-        ConfigError: the router or the engine does not fit.
-    """
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device = 'cuda': no CUDA device is there, legal is 'cpu'")
-    shape = ModelShape(
-        vocab_size=corpus.vocab_size,
-        seq_len=config.data.seq_len,
-        seed=seed,
-        backend=resolve_backend(config.train.kernel, config.train.device),
-        token_counts_V=torch.from_numpy(np.bincount(corpus.train, minlength=corpus.vocab_size)),
-        placement=group.placement,
-    )
-    model = Transformer(config.model, shape, _router_maker(config))
-    return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
-
-
-def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
-    router = config.router
-    if router is None:
-        return None
-    return lambda shape: router_class(router.name)(router, shape)
 
 
 def train(
@@ -120,46 +89,6 @@ def train(
             run.sink.close()
 
 
-def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False) -> None:
-    """Find out whether runs can be trained, without writing anything: their corpora are read and their models built.
-
-    Args:
-        configs: of the runs.
-        workers: how many processes are to train each.
-        expert_shards: into how many shards they cut the experts.
-        elsewhere: on other machines, whose devices cannot be seen from here.
-
-    Raises:
-        ConfigError, DataError: one cannot.
-    """
-    corpora: dict[DataConfig, Corpus] = {}
-    if workers % expert_shards:
-        raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
-    for config in configs:
-        if elsewhere:
-            config = replace(config, train=replace(config.train, device="cpu", kernel="auto"))
-        check_shares(config, workers)
-        Placement(expert_shards).held(config.model.num_experts)
-        if config.data not in corpora:
-            corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
-        _Run(config, 0, RunFolder(Path(), config, 0), corpora[config.data])
-
-
-def check_shares(config: RunConfig, workers: int) -> None:
-    """Refuse a step that workers cannot share.
-
-    Raises:
-        ConfigError: its micro-batches are no multiple of them; or more, where balance is of the whole batch.
-    """
-    train = config.train
-    if train.micro_batches % workers:
-        raise ConfigError(f"train.micro_batches = {train.micro_batches}: must be a multiple of the {workers} workers")
-    if train.balance_scope == "batch" and train.micro_batches != workers:
-        raise ConfigError(
-            f"train.balance_scope = 'batch' with train.micro_batches = {train.micro_batches}: needs as many workers, not {workers}"
-        )
-
-
 class _Run:
     """The parts of one run and the order in which they work."""
 
@@ -176,10 +105,8 @@ class _Run:
         self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
         self.group, self.wandb = group, wandb
         self.sink: Sink = OFF  # opened with the records
-        self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
-        micro_batch = self.cut | {"batch_size": config.train.batch_size // config.train.micro_batches}
-        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
-        sample_batch(corpus, seed=seed, step=0, **self.cut)  # a corpus that is too short is found before any work
+        self.cut = cut(config)
+        self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
         self.identity = fingerprints(self.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)
@@ -366,32 +293,6 @@ class _Run:
             "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
             "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
         }
-
-
-def planned_steps(config: RunConfig, cost: dict[str, int]) -> int:
-    """Return the number of optimizer steps: as configured, or under budget flops what the amount allows (forward and backward count
-    three forwards; a further routing sample counts).
-
-    Raises:
-        ConfigError: the amount does not pay for one evaluation interval, after which prefixes of runs are compared.
-    """
-    train = config.train
-    if train.budget != "flops":
-        return train.steps
-    assert train.budget_amount is not None
-    per_step = training_flops_per_step(config, cost)
-    steps = int(train.budget_amount / per_step + 1e-9)
-    if steps < train.eval_every:
-        raise ConfigError(
-            f"train.budget_amount = {train.budget_amount:.3g} FLOPs: {train.eval_every} steps cost {per_step * train.eval_every:.3g}"
-        )
-    return steps
-
-
-def training_flops_per_step(config: RunConfig, cost: dict[str, int]) -> float:
-    """Return the FLOPs of one optimizer step: three forwards, what only training needs included."""
-    tokens = config.train.batch_size * config.data.seq_len
-    return 3.0 * tokens * (cost["flops_per_token"] + cost["training_only_flops_per_token"])
 
 
 def _tokens_sha256(batches: Sequence[Batch]) -> str:
