@@ -68,6 +68,11 @@ def normal(uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_normal(tensor: Tensor, std: float, *parts: int | str) -> None:
-    """Fill ``tensor`` with N(0, std^2) drawn from the key ``parts``, on the CPU so that every device starts alike."""
+    """Fill ``tensor`` with N(0, std^2) drawn from the key ``parts``, on the CPU so that every device starts alike.
+
+    A tensor on the meta device has nothing to fill.
+    """
+    if tensor.is_meta:
+        return
     generator = torch.Generator().manual_seed(derive_key(*parts) % 2**63)
     tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)

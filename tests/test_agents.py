@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rlroute.agents._policy import PolicyRouter
 from torch import Tensor
 
 from rlroute.agents import _policy
-from rlroute.agents._policy import PolicyRouter
 from rlroute.agents.actor_critic import ActorCriticRouter
 from rlroute.agents.bandit import BanditRouter
 from rlroute.agents.credit import CreditRouter

@@ -25,7 +25,7 @@ from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder, read_runs
 from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision, drop_over_capacity
-from rlroute.training import checkpoint, loop
+from rlroute.training import checkpoint, loop, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
@@ -77,7 +77,7 @@ def config_of(entry, **train):
 
 def model_of(entry, config, corpus, group):
     if entry != "expert_choice":
-        return loop.build_model(config, corpus, 0, group)
+        return prepare.build_model(config, corpus, 0, group)
     shape = ModelShape(vocab_size=corpus.vocab_size, seq_len=16, seed=0, backend="cpu", placement=group.placement)
     return Transformer(config.model, shape, ExpertChoiceRouter.make).double()
 
@@ -364,7 +364,7 @@ def test_a_checkpoint_that_one_rank_cannot_write_is_none_and_the_one_before_stay
 )
 def test_a_step_that_cannot_be_shared_is_refused(change, workers, message):
     with pytest.raises(ConfigError, match=message):
-        loop.check_shares(config_of("switch", **change), workers)
+        prepare.check_shares(config_of("switch", **change), workers)
 
 
 def test_experts_that_cannot_be_cut_are_refused():

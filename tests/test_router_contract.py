@@ -23,7 +23,6 @@ from tests.conftest import D, make_shape
 from tests.policies import default_config
 from tests.router_laws import LAWS, Case
 
-
 TERMS = {field.name: 0.5 for field in fields(RouterConfig)}
 
 

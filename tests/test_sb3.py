@@ -15,7 +15,8 @@ from rlroute.experiments.gradients.instrument import default_entries as gradient
 from rlroute.experiments.recipes.entries import build_entry, default_entries
 from rlroute.model.accounting import costs
 from rlroute.registry import default_names, router_names, run_config
-from rlroute.training.loop import build_model, train
+from rlroute.training.loop import train
+from rlroute.training.prepare import build_model
 from tests.conftest import draw, make_context, make_shape
 from tests.policies import DESCRIBED, policy_file, weights_of, write_policy
 from tests.test_cli import rlroute

@@ -18,7 +18,8 @@ from rlroute.records import read_runs
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import eval_batches, load_corpus
-from rlroute.training.loop import build_model, train
+from rlroute.training.loop import train
+from rlroute.training.prepare import build_model
 from rlroute.training.step import Device, forward, make_context
 
 DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=64)

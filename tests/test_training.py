@@ -20,7 +20,7 @@ from rlroute.model.accounting import costs, fingerprints, is_router
 from rlroute.records import RunFolder, read_runs, write_compact
 from rlroute.registry import default_names, router_class, run_config
 from rlroute.routing import Feedback, Router
-from rlroute.training import loop
+from rlroute.training import loop, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.optimizer import Optimizer, learning_rate
 from rlroute.training.step import Device, adapt, backward_batch, forward, make_context
@@ -37,7 +37,7 @@ def config_of(entry, **train):
 
 
 def model_of(entry, seed=0, dtype="float64", model=MODEL):
-    return loop.build_model(build_entry(entry, DATA, model, replace(TRAIN, dtype=dtype)), CORPUS, seed)
+    return prepare.build_model(build_entry(entry, DATA, model, replace(TRAIN, dtype=dtype)), CORPUS, seed)
 
 
 def batch_of(step, seed=0):
@@ -394,7 +394,7 @@ def test_checkpoint_holds_the_weights_and_says_whose_they_are(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         loop.train(config, 0, tmp_path, on_step=interrupt_at(5))
     state = load_file(next(tmp_path.glob("*/checkpoint-*/model.safetensors")))
-    assert state.keys() == loop.build_model(config, CORPUS, 0).state_dict().keys()
+    assert state.keys() == prepare.build_model(config, CORPUS, 0).state_dict().keys()
     assert any(name.endswith("bias_E") and bool(value.any()) for name, value in state.items())
 
 
@@ -441,21 +441,21 @@ def test_stochastic_routers_report_the_sampled_policy_too(tmp_path):
 
 
 def test_flops_budget_counts_what_only_training_needs():
-    amount = 40 * loop.training_flops_per_step(config_of("hash"), costs(model_of("hash"), MODEL, DATA.seq_len))
+    amount = 40 * prepare.training_flops_per_step(config_of("hash"), costs(model_of("hash"), MODEL, DATA.seq_len))
     planned = {
-        entry: loop.planned_steps(
+        entry: prepare.planned_steps(
             config_of(entry, budget="flops", budget_amount=amount), costs(model_of(entry), MODEL, DATA.seq_len)
         )
         for entry in ("hash", "reinforce")
     }
     assert planned["hash"] == 40 > planned["reinforce"]
-    each = loop.training_flops_per_step(config_of("reinforce"), costs(model_of("reinforce"), MODEL, DATA.seq_len))
+    each = prepare.training_flops_per_step(config_of("reinforce"), costs(model_of("reinforce"), MODEL, DATA.seq_len))
     assert planned["reinforce"] * each <= amount < (planned["reinforce"] + 1) * each  # all that it pays for
 
 
 def test_flops_budget_that_pays_for_nothing_is_refused():
     with pytest.raises(ConfigError, match="budget_amount"):
-        loop.planned_steps(
+        prepare.planned_steps(
             config_of("hash", budget="flops", budget_amount=1.0), costs(model_of("hash"), MODEL, DATA.seq_len)
         )
 

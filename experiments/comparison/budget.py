@@ -40,10 +40,9 @@ def with_budget(
 
 
 def _training_flops(config: RunConfig) -> float:
-    """Return the training FLOPs that a configuration spends in its steps."""
-    from rlroute.model.accounting import costs
+    """Return the training FLOPs that a configuration spends in its steps, with k experts for every token."""
     from rlroute.training.data import load_corpus
-    from rlroute.training.loop import build_model, training_flops_per_step
+    from rlroute.training.prepare import expected_costs, flops_per_step
 
-    model = build_model(config, load_corpus(config.data.spec, config.data.tokenizer), seed=0)
-    return config.train.steps * training_flops_per_step(config, costs(model, config.model, config.data.seq_len))
+    costs = expected_costs(config, load_corpus(config.data.spec, config.data.tokenizer))
+    return float(config.train.steps * flops_per_step(config, costs))

@@ -24,7 +24,7 @@ from rlroute.experiments.gradients.snapshots import checkpoints, warmed_up
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.registry import default_names, router_names
 from rlroute.training.data import Corpus, load_corpus, sample_batch
-from rlroute.training.loop import build_model
+from rlroute.training.prepare import meta_model
 
 MEASURED_STEP = 2**32
 """The measured micro-batch is the first sequence of this step: no training step gets there."""
@@ -192,7 +192,7 @@ def run(sweep: Sweep, report: Callable[[str], None] = lambda text: None) -> tupl
     cases = sweep.cases()
     load = cache(load_corpus)
     for case in cases:  # what does not fit is found here
-        build_model(case.config, load(case.config.data.spec), 0)
+        meta_model(case.config, load(case.config.data.spec))
         sample_batch(load(case.config.data.spec), seed=0, step=0, batch_size=1, seq_len=case.config.data.seq_len)
     rows: list[Row] = []
     unmeasured: dict[str, Unmeasured] = {}

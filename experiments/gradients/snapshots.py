@@ -12,8 +12,8 @@ from rlroute.config import RunConfig
 from rlroute.model import Transformer
 from rlroute.routing import Router
 from rlroute.training.data import Corpus, sample_batch
-from rlroute.training.loop import build_model
 from rlroute.training.optimizer import Optimizer
+from rlroute.training.prepare import build_model
 from rlroute.training.step import Device, adapt, backward_batch, make_context
 
 CPU = Device("cpu", torch.float32)

@@ -41,7 +41,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
             work.
         MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
-    from rlroute.training.loop import check
+    from rlroute.training.prepare import check
 
     how.check()
     ids = [job.id for job in jobs]
@@ -77,9 +77,9 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
 
 def _engines(jobs: Sequence[Job]) -> str:
     """Say which engine runs the experts: chosen before any work, never changed afterwards."""
-    from rlroute.kernels import resolve_backend
+    from rlroute.kernels import choose_backend
 
-    chosen = {(resolve_backend(job.config.train.kernel, job.config.train.device), job.config.train) for job in jobs}
+    chosen = {(choose_backend(job.config.train.kernel, job.config.train.device), job.config.train) for job in jobs}
     return ", ".join(
         sorted({f"experts run on the {engine} engine, device {t.device}, {t.dtype}" for engine, t in chosen})
     )

@@ -30,7 +30,8 @@ from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import Batch, eval_batches, load_corpus
-from rlroute.training.loop import DTYPES, build_model
+from rlroute.training.loop import DTYPES
+from rlroute.training.prepare import build_model
 from rlroute.training.step import Device, make_context
 
 

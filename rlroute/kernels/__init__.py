@@ -1,12 +1,13 @@
 """The expert MLP that every router's tokens go through, its engines, and the primitives that it is made of."""
 
-from rlroute.kernels.engines import ExpertWeights, expert_mlp, resolve_backend
+from rlroute.kernels.engines import ExpertWeights, choose_backend, expert_mlp, resolve_backend
 from rlroute.kernels.plan import Plan, make_plan
 from rlroute.kernels.primitives import gather_linear, linear_combine, sum_rows
 
 __all__ = [
     "ExpertWeights",
     "Plan",
+    "choose_backend",
     "expert_mlp",
     "gather_linear",
     "linear_combine",

@@ -32,12 +32,11 @@ class ExpertWeights(NamedTuple):
     out_EDF: Tensor
 
 
-def resolve_backend(requested: str, device: str) -> str:
+def choose_backend(requested: str, device: str) -> str:
     """Return the engine that ``requested`` means on ``device``: ``auto`` is ``cpu`` on the CPU and ``triton`` on CUDA.
 
     Raises:
         ConfigError: the engine does not exist, or does not run on that device.
-        MissingDependencyError: it is Triton's, which is not installed.
     """
     if requested == "auto":
         requested = "cpu" if device == "cpu" else "triton"
@@ -48,9 +47,20 @@ def resolve_backend(requested: str, device: str) -> str:
         raise ConfigError(
             f"kernel {requested!r} does not run on device {device!r}: legal there are 'auto', 'reference'"
         )
-    if requested == "triton" and importlib.util.find_spec("triton") is None:
-        raise MissingDependencyError("kernel 'triton' needs the package triton (extra 'triton')")
     return requested
+
+
+def resolve_backend(requested: str, device: str) -> str:
+    """Return what :func:`choose_backend` does, for use in this process.
+
+    Raises:
+        ConfigError: the engine does not exist, or does not run on that device.
+        MissingDependencyError: it is Triton's, which is not installed.
+    """
+    backend = choose_backend(requested, device)
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise MissingDependencyError("kernel 'triton' needs the package triton (extra 'triton')")
+    return backend
 
 
 def _engine(backend: str) -> Callable[[Tensor, RoutingDecision, Tensor, Tensor, str], Tensor]:

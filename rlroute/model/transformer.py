@@ -132,14 +132,19 @@ class Transformer(nn.Module):
         return self.unembed(self.norm(x_BSD)), decisions
 
 
+def sites(config: ModelConfig) -> dict[Site, int]:
+    """Return the number of experts at each routed site, first to last."""
+    found: dict[Site, int] = {}
+    for layer in range(config.num_dense_layers, config.num_layers):
+        if config.attention_experts:
+            found[attention_site(layer)] = config.attention_experts
+        found[layer] = config.num_experts
+    return found
+
+
 def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
     """Return what each routed site's router is built for, first to last."""
-    layers = range(config.num_dense_layers, config.num_layers)
-    experts: dict[Site, int] = {}
-    for layer in layers:
-        if config.attention_experts:
-            experts[attention_site(layer)] = config.attention_experts
-        experts[layer] = config.num_experts
+    experts = sites(config)
     return [
         RouterShape(
             d_model=config.d_model,

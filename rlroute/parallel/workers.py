@@ -29,7 +29,8 @@ from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
 from rlroute.registry import run_config
 from rlroute.sink import Mode, pass_on, take_warnings
-from rlroute.training.loop import check_shares, train
+from rlroute.training.loop import train
+from rlroute.training.prepare import check_shares
 from rlroute.watchdog import watchdog
 
 PLACEMENT_SECONDS = 120

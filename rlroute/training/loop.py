@@ -5,30 +5,27 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlroute.config import SCHEMA, DataConfig, RunConfig
-from rlroute.errors import ConfigError
+from rlroute.config import SCHEMA, RunConfig
 from rlroute.kernels import resolve_backend
-from rlroute.model import ModelShape, Transformer
+from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints
-from rlroute.model.moe import Placement
+from rlroute.model.moe import MoELayer
 from rlroute.records import RunFolder, last_row
-from rlroute.registry import router_class
-from rlroute.routing import Router, RouterShape
 from rlroute.sink import OFF, Mode, Sink, open_sink
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
-from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.optimizer import Optimizer
-from rlroute.training.step import Device, StepResult, adapt, backward_batch, load_fractions, max_vio_L
+from rlroute.training.prepare import build_model, check_shares, cut, planned_steps, validation_batches
+from rlroute.training.step import Device, StepResult, backward_batch, load_fractions, max_vio_L
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -40,6 +37,8 @@ class Progress:
     step: int = 0
     chain: str = ""
     """Hash chain of the batches seen, hex."""
+    flops: int = 0
+    """Training FLOPs spent, by the pairs that ran."""
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
 
 
@@ -49,33 +48,6 @@ class Diverged(Exception):
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
-
-
-def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
-    """Return the model of a run at its initial weights, on its device, with the experts that this process of a group holds.
-
-    Raises:
-        ConfigError: the router or the engine does not fit.
-    """
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device = 'cuda': no CUDA device is there, legal is 'cpu'")
-    shape = ModelShape(
-        vocab_size=corpus.vocab_size,
-        seq_len=config.data.seq_len,
-        seed=seed,
-        backend=resolve_backend(config.train.kernel, config.train.device),
-        token_counts_V=torch.from_numpy(np.bincount(corpus.train, minlength=corpus.vocab_size)),
-        placement=group.placement,
-    )
-    model = Transformer(config.model, shape, _router_maker(config))
-    return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
-
-
-def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
-    router = config.router
-    if router is None:
-        return None
-    return lambda shape: router_class(router.name)(router, shape)
 
 
 def train(
@@ -120,46 +92,6 @@ def train(
             run.sink.close()
 
 
-def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False) -> None:
-    """Find out whether runs can be trained, without writing anything: their corpora are read and their models built.
-
-    Args:
-        configs: of the runs.
-        workers: how many processes are to train each.
-        expert_shards: into how many shards they cut the experts.
-        elsewhere: on other machines, whose devices cannot be seen from here.
-
-    Raises:
-        ConfigError, DataError: one cannot.
-    """
-    corpora: dict[DataConfig, Corpus] = {}
-    if workers % expert_shards:
-        raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
-    for config in configs:
-        if elsewhere:
-            config = replace(config, train=replace(config.train, device="cpu", kernel="auto"))
-        check_shares(config, workers)
-        Placement(expert_shards).held(config.model.num_experts)
-        if config.data not in corpora:
-            corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
-        _Run(config, 0, RunFolder(Path(), config, 0), corpora[config.data])
-
-
-def check_shares(config: RunConfig, workers: int) -> None:
-    """Refuse a step that workers cannot share.
-
-    Raises:
-        ConfigError: its micro-batches are no multiple of them; or more, where balance is of the whole batch.
-    """
-    train = config.train
-    if train.micro_batches % workers:
-        raise ConfigError(f"train.micro_batches = {train.micro_batches}: must be a multiple of the {workers} workers")
-    if train.balance_scope == "batch" and train.micro_batches != workers:
-        raise ConfigError(
-            f"train.balance_scope = 'batch' with train.micro_batches = {train.micro_batches}: needs as many workers, not {workers}"
-        )
-
-
 class _Run:
     """The parts of one run and the order in which they work."""
 
@@ -176,10 +108,8 @@ class _Run:
         self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
         self.group, self.wandb = group, wandb
         self.sink: Sink = OFF  # opened with the records
-        self.cut = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
-        micro_batch = self.cut | {"batch_size": config.train.batch_size // config.train.micro_batches}
-        self.eval_batches = eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
-        sample_batch(corpus, seed=seed, step=0, **self.cut)  # a corpus that is too short is found before any work
+        self.cut = cut(config)
+        self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
         self.identity = fingerprints(self.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)
@@ -236,14 +166,17 @@ class _Run:
             micro_batches=config.micro_batches,
             group=self.group,
             scope=config.balance_scope,
+            progress=used,
         )
         if not math.isfinite(result.loss):
             raise Diverged("the language-model loss is not finite")
         norms = self.optimizer.step(step, used)
         if not math.isfinite(norms["grad_norm"] + norms["router_grad_norm"]):
             raise Diverged("the gradient is not finite")
-        adapt(self.model, result)
+        adapt(self.model.routers, result.sums_L, used)
         self.progress.step += 1
+        self.progress.flops += self.costs.of_training(batch.tokens_BS.size, result.pairs_L)
+        self.steps = planned_steps(self.config, self.costs, self.progress.flops, self.progress.step)
         self.progress.chain = _link(self.progress.chain, batch)
         seconds = time.perf_counter() - start
         if config.budget == "time":  # which all ranks read off one clock
@@ -253,20 +186,21 @@ class _Run:
             self._log(result, norms)
 
     def _log(self, result: StepResult, norms: dict[str, float]) -> None:
-        demand_LE = result.demand_LE
         measured = {"loss": result.loss, "terms": result.terms, "weights": result.weights, **norms}
-        measured |= {"max_vio_L": max_vio_L(demand_LE)}
-        if (traffic := self.group.traffic()) is not None and len(demand_LE):
+        measured |= {"max_vio_L": max_vio_L(result.demand_L), **result.per_token()}
+        if (traffic := self.group.traffic()) is not None and result.sums_L:
             if "seconds" in traffic:
                 traffic["share"] = round(traffic["seconds"] / (self.progress.seconds["train"] - self.logged), 4)
-            measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(self._by_device(demand_LE))}}
+            measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(self._by_device(result))}}
         self.logged = self.progress.seconds["train"]
         self._append("metrics", self._row("train") | measured)
-        self._append("loads", {"step": self.progress.step, "load_LE": load_fractions(demand_LE)})
+        self._append("loads", {"step": self.progress.step, "load_LE": load_fractions(result.demand_L)})
 
-    def _by_device(self, demand_LE: Tensor) -> Tensor:
-        """Return the pairs that went to each device, by layer."""
-        return demand_LE.view(len(demand_LE), self.group.placement.shards, -1).sum(2)
+    def _by_device(self, result: StepResult) -> list[Tensor]:
+        """Return the pairs that went to each device, of each site whose experts are cut into shards."""
+        sharded = [isinstance(site, MoELayer) for site in self.model.routed]
+        shards = self.group.placement.shards
+        return [demand_E.view(shards, -1).sum(1) for demand_E, cut in zip(result.demand_L, sharded, strict=True) if cut]
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.group.rank == 0:
@@ -292,6 +226,7 @@ class _Run:
                 self.device,
                 seed=self.seed,
                 step=self.progress.step,
+                progress=self._budget_used(),
                 sampled=final,
                 group=self.group,
             )
@@ -321,6 +256,7 @@ class _Run:
             if trainer is not None:
                 self.optimizer.load_state(trainer["optimizer"])
                 self.progress = Progress(**trainer["progress"])
+                self.steps = planned_steps(self.config, self.costs, self.progress.flops, self.progress.step)
                 self.saved = self.progress.step
                 self.logged = self.progress.seconds["train"]
         with self.group.together():
@@ -339,11 +275,22 @@ class _Run:
         self.folder.rewind(self.progress.step)
         self.sink = open_sink(self.wandb, self.folder.path)
 
+    def _costs(self, final: dict[str, Any] | None, tokens: int) -> dict[str, int]:
+        """Return parameters, and FLOPs by the pairs that ran: greedy in the last evaluation, and what training took beyond that."""
+        pairs_L = final["pairs_L"] if final else [float(self.config.model.k)] * len(self.model.routers)
+        greedy = self.costs.per_token(pairs_L)
+        trained = round(self.progress.flops / (3 * tokens)) if tokens else greedy["flops_per_token"]
+        return greedy | {
+            "total_parameters": self.costs.total_parameters,
+            "router_parameters": self.costs.router_parameters,
+            "training_only_flops_per_token": trained - greedy["flops_per_token"],
+        }
+
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress
         per_step = config.train.batch_size * config.data.seq_len
         tokens = progress.step * per_step
-        router = None if config.router is None else router_class(config.router.name)
+        routers = self.model.routers
         return {
             "schema": SCHEMA,
             "id": self.folder.id,
@@ -359,39 +306,19 @@ class _Run:
             "batches": {"chain": progress.chain, "steps": progress.step},
             "eval_tokens_sha256": _tokens_sha256(self.eval_batches),
             "data": self.corpus.provenance,
-            "model": self.costs,
-            "gate": {"form": config.model.gate_form, "meaning": "none" if router is None else router.gate_meaning},
-            "causal": True if router is None else router.causal,
+            "model": self._costs(final, tokens),
+            "gate": {"form": config.model.gate_form, "meaning": _listed(r.gate_meaning for r in routers)},
+            "learns_from": sorted({signal for router in routers for signal in router.learns_from}),
+            "causal": all(router.causal for router in routers),
             "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or self.steps * per_step},
             "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
             "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
         }
 
 
-def planned_steps(config: RunConfig, cost: dict[str, int]) -> int:
-    """Return the number of optimizer steps: as configured, or under budget flops what the amount allows (forward and backward count
-    three forwards; a further routing sample counts).
-
-    Raises:
-        ConfigError: the amount does not pay for one evaluation interval, after which prefixes of runs are compared.
-    """
-    train = config.train
-    if train.budget != "flops":
-        return train.steps
-    assert train.budget_amount is not None
-    per_step = training_flops_per_step(config, cost)
-    steps = int(train.budget_amount / per_step + 1e-9)
-    if steps < train.eval_every:
-        raise ConfigError(
-            f"train.budget_amount = {train.budget_amount:.3g} FLOPs: {train.eval_every} steps cost {per_step * train.eval_every:.3g}"
-        )
-    return steps
-
-
-def training_flops_per_step(config: RunConfig, cost: dict[str, int]) -> float:
-    """Return the FLOPs of one optimizer step: three forwards, what only training needs included."""
-    tokens = config.train.batch_size * config.data.seq_len
-    return 3.0 * tokens * (cost["flops_per_token"] + cost["training_only_flops_per_token"])
+def _listed(meanings: Iterable[str]) -> str:
+    """Return different texts once each, in their order; ``none`` where there is none."""
+    return "; ".join(dict.fromkeys(meanings)) or "none"
 
 
 def _tokens_sha256(batches: Sequence[Batch]) -> str:

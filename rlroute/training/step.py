@@ -55,6 +55,15 @@ class StepResult:
         """Pairs that chose each expert, by site."""
         return [sums["demand_E"] for sums in self.sums_L]
 
+    def per_token(self) -> dict[str, list[float]]:
+        """Return the pairs that ran per token, and the share of tokens for which none did, by site."""
+        tokens_L = [max(1, int(sums["tokens"])) for sums in self.sums_L]
+        without_L = [int(sums["without"]) for sums in self.sums_L]
+        return {
+            "pairs_L": [pairs / tokens for pairs, tokens in zip(self.pairs_L, tokens_L, strict=True)],
+            "without_L": [without / tokens for without, tokens in zip(without_L, tokens_L, strict=True)],
+        }
+
     @property
     def pairs_L(self) -> list[int]:
         """Pairs that ran, by site, of all routing samples."""

@@ -1,0 +1,167 @@
+"""What comes before a run: its model, whether it can be trained at all, and for how many steps.
+
+The machine that launches runs need not be one that trains them: :func:`check` and :func:`meta_model` ask for neither memory nor device.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from rlroute.config import DataConfig, RunConfig
+from rlroute.errors import ConfigError
+from rlroute.kernels import choose_backend, resolve_backend
+from rlroute.model import ModelShape, Transformer
+from rlroute.model.accounting import Costs, costs
+from rlroute.model.moe import HERE, Placement
+from rlroute.model.transformer import sites
+from rlroute.registry import make_router
+from rlroute.routing import Router, RouterShape
+from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.group import ALONE, Group
+
+
+def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
+    """Return the model of a run at its initial weights, on its device, with the experts that this process of a group holds.
+
+    Raises:
+        ConfigError: the router does not fit, or the device or the engine is not here.
+    """
+    _find_device(config)
+    model = Transformer(config.model, _shape(config, corpus, seed, group.placement), _router_maker(config))
+    return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
+
+
+def meta_model(config: RunConfig, corpus: Corpus) -> Transformer:
+    """Return the model of a run on PyTorch's meta device: it refuses what the real one would, and has its costs but no weights.
+
+    Raises:
+        ConfigError: the router does not fit.
+    """
+    with torch.device("meta"):
+        return Transformer(config.model, _shape(config, corpus, 0, HERE), _router_maker(config))
+
+
+def expected_costs(config: RunConfig, corpus: Corpus) -> Costs:
+    """Return what the model of a run costs, without building it.
+
+    Raises:
+        ConfigError: the router does not fit.
+    """
+    return costs(meta_model(config, corpus), config.model, config.data.seq_len)
+
+
+def _find_device(config: RunConfig) -> None:
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device = 'cuda': no CUDA device is there, legal is 'cpu'")
+    resolve_backend(config.train.kernel, config.train.device)
+
+
+def _shape(config: RunConfig, corpus: Corpus, seed: int, placement: Placement) -> ModelShape:
+    return ModelShape(
+        vocab_size=corpus.vocab_size,
+        seq_len=config.data.seq_len,
+        seed=seed,
+        backend=choose_backend(config.train.kernel, config.train.device),
+        token_counts_V=torch.from_numpy(np.bincount(corpus.train, minlength=corpus.vocab_size)),
+        placement=placement,
+    )
+
+
+def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
+    if config.router is None:
+        return None
+    unserved = {other.sites for other in config.others if not any(map(other.serves, sites(config.model)))}
+    if unserved:
+        raise ConfigError(f"sites {min(unserved)!r}: the model has {', '.join(map(str, sites(config.model)))}")
+    return lambda shape: make_router(config.router_at(shape.site), shape)
+
+
+def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False) -> None:
+    """Find out whether runs can be trained, without writing anything or building a model: only their corpora are read.
+
+    Args:
+        configs: of the runs.
+        workers: how many processes are to train each.
+        expert_shards: into how many shards they cut the experts.
+        elsewhere: on other machines, whose devices cannot be seen from here.
+
+    Raises:
+        ConfigError, DataError: one cannot.
+    """
+    corpora: dict[DataConfig, Corpus] = {}
+    if workers % expert_shards:
+        raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
+    for config in configs:
+        check_shares(config, workers)
+        Placement(expert_shards).held(config.model.num_experts)
+        if not elsewhere:
+            _find_device(config)
+        if config.data not in corpora:
+            corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
+        validation_batches(config, corpora[config.data])
+        planned_steps(config, expected_costs(config, corpora[config.data]))
+
+
+def check_shares(config: RunConfig, workers: int) -> None:
+    """Refuse a step that workers cannot share.
+
+    Raises:
+        ConfigError: its micro-batches are no multiple of them; or more, where balance is of the whole batch.
+    """
+    train = config.train
+    if train.micro_batches % workers:
+        raise ConfigError(f"train.micro_batches = {train.micro_batches}: must be a multiple of the {workers} workers")
+    if train.balance_scope == "batch" and train.micro_batches != workers:
+        raise ConfigError(
+            f"train.balance_scope = 'batch' with train.micro_batches = {train.micro_batches}: "
+            f"needs as many workers, not {workers}"
+        )
+
+
+def cut(config: RunConfig) -> dict[str, int]:
+    """Return how a corpus is cut into the batches of steps, as arguments of :func:`~rlroute.training.data.sample_batch`."""
+    return {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+
+
+def validation_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
+    """Return a run's fixed validation batches, each of a micro-batch's size.
+
+    Raises:
+        DataError: the corpus is too short for them, or for a step.
+    """
+    sample_batch(corpus, seed=0, step=0, **cut(config))
+    micro_batch = cut(config) | {"batch_size": config.train.batch_size // config.train.micro_batches}
+    return eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
+
+
+def planned_steps(config: RunConfig, costs: Costs, spent: int = 0, done: int = 0) -> int:
+    """Return the number of optimizer steps: as configured, or under budget flops as many as the amount pays for.
+
+    Args:
+        config: of the run.
+        costs: of its model.
+        spent, done: the training FLOPs that so many steps took: those to come are expected to take as many. Before the first, every
+            token is expected to run k experts.
+
+    Raises:
+        ConfigError: the amount does not pay for one evaluation interval, after which prefixes of runs are compared.
+    """
+    train = config.train
+    if train.budget != "flops":
+        return train.steps
+    assert train.budget_amount is not None
+    per_step = spent / done if done else flops_per_step(config, costs)
+    steps = int(train.budget_amount / per_step + 1e-9)
+    if steps < train.eval_every and not done:
+        raise ConfigError(
+            f"train.budget_amount = {train.budget_amount:.3g} FLOPs: "
+            f"{train.eval_every} steps cost {per_step * train.eval_every:.3g}"
+        )
+    return max(steps, done)
+
+
+def flops_per_step(config: RunConfig, costs: Costs) -> int:
+    """Return the training FLOPs of one optimizer step in which every token runs k experts."""
+    tokens = config.train.batch_size * config.data.seq_len
+    return costs.of_training(tokens, [config.model.k * tokens * costs.samples] * len(costs.pair_flops_L))
