@@ -188,6 +188,8 @@ class TrainConfig:
     eval_every: Count = 100
     log_every: Count = 10
     checkpoint_every: Count = 100
+    record_choices: bool = False
+    """Keep which experts were chosen at every step, so that the router ``replay`` can take the same."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute precision; router and residual loss stay in float32 at least."""

@@ -44,7 +44,7 @@ def learn(
         DecisionError: a router claims to have observed what is counted here.
     """
     pairs = list(zip(routers, decisions, strict=True))
-    terms_L = [regularisers(r.config, d, feedback) | r.objective(d, feedback) for r, d in pairs]
+    terms_L = [regularisers(r.terms, d, feedback) | r.objective(d, feedback) for r, d in pairs]
     for decision in decisions:
         if decision.gates_R.requires_grad:
             decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit, for whoever reads it in observe()

@@ -62,6 +62,7 @@ class RoutingContext:
         sum_over_scope: a differentiable sum over the balance scope (all ranks, say); the identity when alone.
         previous: the decision of the site before, differentiable, for routers that carry state; None at the first.
         choices: by site, ids that :meth:`take` answers with in place of a router's own: (T, K) experts, or (E, C) tokens.
+        chosen: where :meth:`take` writes down, by site, what it answered with, for whoever records it.
     """
 
     seed: int
@@ -79,6 +80,7 @@ class RoutingContext:
     sum_over_scope: Callable[[Tensor], Tensor] = _identity
     previous: RoutingDecision | None = None
     choices: Mapping[Site, Tensor] = field(default_factory=dict)
+    chosen: dict[Site, Tensor] | None = None
 
     def choose(self, scores_TE: Tensor, k: int) -> Tensor:
         """Return the ids of the k largest scores of each row, best first, ties to the lower id; int64 of shape (T, K).
@@ -104,6 +106,8 @@ class RoutingContext:
             raise DecisionError(
                 f"choices forced at site {self.site} have shape {tuple(forced_TK.shape)}: want {tuple(ids_TK.shape)}"
             )
+        if self.chosen is not None:
+            self.chosen[self.site] = forced_TK
         return forced_TK
 
     def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -224,6 +228,10 @@ class Router(nn.Module):
         scored: false if its decisions carry no ``logits_TE`` and ``probs_TE``; terms that read them are then refused.
         batch_dependent: whether the rule or a term of its own mixes the tokens of a micro-batch, so that two micro-batches cannot equal
             one batch.
+
+    Attributes:
+        config, shape: what it was made of.
+        terms: the configuration whose term weights apply; ``config`` unless the router sets another.
     """
 
     Config: ClassVar[type[RouterConfig]]
@@ -245,6 +253,7 @@ class Router(nn.Module):
             raise ConfigError(f"router {config.name}: {reason}")
         super().__init__()
         self.config, self.shape = config, shape
+        self.terms = config
         self.batch_dependent = self.batch_dependent or config.mixes_tokens
 
     @classmethod

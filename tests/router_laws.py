@@ -165,7 +165,7 @@ def with_a_past(router: Router) -> Router:
 
 
 def terms_of(router: Router, decision: RoutingDecision, batch: Batch) -> dict[str, Term]:
-    return regularisers(router.config, decision, batch.feedback) | router.objective(decision, batch.feedback)
+    return regularisers(router.terms, decision, batch.feedback) | router.objective(decision, batch.feedback)
 
 
 def state(router: Router) -> dict[str, Tensor]:

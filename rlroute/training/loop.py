@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlroute.choices import ChoiceLog
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.kernels import resolve_backend
 from rlroute.learning import adapt
@@ -116,6 +118,7 @@ class _Run:
         self.optimizer = Optimizer(self.model, config.train, group)
         self.device = Device(config.train.device, DTYPES[config.train.dtype])
         self.steps = planned_steps(config, self.costs)
+        self.choices = ChoiceLog(folder.path)
         self.progress = Progress()
         self.saved: int | None = None  # the step of the newest checkpoint
         self.logged = 0.0  # seconds trained when the last row was written
@@ -167,6 +170,7 @@ class _Run:
             group=self.group,
             scope=config.balance_scope,
             progress=used,
+            on_choices=partial(self.choices.write, step) if config.record_choices else None,
         )
         if not math.isfinite(result.loss):
             raise Diverged("the language-model loss is not finite")

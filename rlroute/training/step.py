@@ -17,7 +17,7 @@ from torch.nn import functional
 from rlroute import metrics
 from rlroute.learning import learn
 from rlroute.model import Transformer
-from rlroute.routing import Feedback, RoutingContext, RoutingDecision
+from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Site
 from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
 
@@ -145,7 +145,7 @@ def backward_batch(
     progress: float = 0.0,
     group: Group = ALONE,
     scope: Literal["micro_batch", "batch"] = "micro_batch",
-    on_decisions: Callable[[int, list[RoutingDecision]], None] = lambda micro_batch, decisions: None,
+    on_choices: Callable[[int, dict[Site, Tensor]], None] | None = None,
 ) -> StepResult:
     """Run a batch forward and backward, leaving the whole group's gradients in the parameters; the result is that of the whole batch.
 
@@ -158,7 +158,7 @@ def backward_batch(
         progress: the share of the budget that is spent.
         group: the processes that train together.
         scope: what balance losses look at: a micro-batch, or what all ranks run at a time.
-        on_decisions: told of each micro-batch that this rank runs, by its number, and of its decisions.
+        on_choices: told what each micro-batch that this rank runs chose, by its number and by site.
     """
     around = surroundings(model, group, scope) | {"seed": seed, "step": step, "progress": progress, "explore": True}
     samples = max((router.num_samples for router in model.routers), default=1)
@@ -168,9 +168,11 @@ def backward_batch(
     weights: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(model.routers))
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
     for number, micro in group.share(list(enumerate(split(batch, micro_batches)))):
-        context = make_context(micro, device, samples=samples, micro_batch=number, **around)
+        chosen: dict[Site, Tensor] | None = None if on_choices is None else {}
+        context = make_context(micro, device, samples=samples, micro_batch=number, chosen=chosen, **around)
         loss_MT, decisions = forward(model, micro, context, device)
-        on_decisions(number, decisions)
+        if on_choices is not None and chosen is not None:
+            on_choices(number, chosen)
         feedback = Feedback(context=context, loss_MT=loss_MT.detach(), num_valid=num_valid)
         total = loss_MT.sum() / (num_valid * samples)
         learned = learn(model.routers, decisions, feedback, total)

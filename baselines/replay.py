@@ -1,0 +1,102 @@
+"""The recorded choices of another run: its router again, told at every training step which experts to take.
+
+A control of this project's own. It answers whether a difference between two models comes from which expert saw which token: change
+the model and leave the choices. With nothing changed it gives the losses of the recorded run bit for bit, which puts the whole seam to
+the test. Replaying routes between two policies is known from R3, Ma et al. 2025 (arXiv 2510.11370).
+
+Scores, gates and terms are those of the recorded run's router, which learns as it did there; evaluation asks it freely.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from rlroute.choices import ChoiceLog
+from rlroute.config import RouterConfig
+from rlroute.errors import ConfigError, StoreError
+from rlroute.registry import make_router, run_config
+from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
+
+
+class ReplayRouter(Router):
+    """A run's router whose choices in training are those that were recorded."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        """Fields of a replay. The weights of terms are those of the recorded run."""
+
+        run: str
+        """Folder of a run that was trained with ``--train.record-choices``, on the same seed, data and batch."""
+        sha256: str = ""
+        """Of its choices, and so a part of this run's identity: filled in where it is empty, else they must have it."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if any(self.term_weights.values()):
+                raise ConfigError(f"router replay:run={self.run}: the weights of terms are those of the recorded run")
+            if not self.sha256:
+                object.__setattr__(self, "sha256", ChoiceLog(Path(self.run)).sha256())
+
+        def recorded(self, shape: RouterShape) -> tuple[RouterConfig, int]:
+            """Return the recorded run's router at a site, and its seed.
+
+            Raises:
+                ConfigError, StoreError: its choices are not those that ``sha256`` names, or it is no run with routers.
+            """
+            if (found := ChoiceLog(Path(self.run)).sha256()) != self.sha256:
+                raise ConfigError(
+                    f"router replay.run = {self.run!r} has choices of SHA-256 {found}, want {self.sha256}"
+                )
+            try:
+                described = json.loads((Path(self.run) / "config.json").read_text())
+                return run_config(described["config"]).router_at(shape.site), int(described["seed"])
+            except (OSError, ValueError, KeyError) as error:
+                raise StoreError(f"router replay.run = {self.run!r} is no run: {error}") from error
+
+    config: Config
+
+    def __init__(self, config: Config, shape: RouterShape) -> None:
+        super().__init__(config, shape)
+        recorded, seed = config.recorded(shape)
+        if seed != shape.seed:
+            raise ConfigError(f"router replay.run = {config.run!r} has seed {seed}: legal is that, not {shape.seed}")
+        self.source = source = make_router(recorded, shape)
+        self.terms = recorded
+        self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
+        self.stochastic, self.two_rules, self.scored = source.stochastic, source.two_rules, source.scored
+        self.batch_dependent = source.batch_dependent
+
+    @property
+    def num_samples(self) -> int:
+        """As the recorded router's."""
+        return self.source.num_samples
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Let the recorded router decide, with its recorded choices where exploring."""
+        if context.explore:
+            ids = ChoiceLog(Path(self.config.run)).read(context.step, context.micro_batch, context.site)
+            context = replace(context, choices={context.site: ids.to(x_TD.device)})
+        decision: RoutingDecision = self.source(x_TD, context)
+        return decision
+
+    def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+        """Return the recorded router's own terms."""
+        return self.source.objective(decision, feedback)
+
+    def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
+        """Return what the recorded router observes."""
+        return self.source.observe(decision, feedback)
+
+    def adapt(self, sums: Sums, progress: float) -> None:
+        """Let the recorded router adapt."""
+        self.source.adapt(sums, progress)
+
+    def flops_per_token(self) -> int:
+        """As the recorded router's."""
+        return self.source.flops_per_token()
+
+    def training_flops_per_token(self) -> int:
+        """As the recorded router's."""
+        return self.source.training_flops_per_token()
