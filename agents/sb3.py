@@ -2,9 +2,10 @@
 
 PPO, Schulman et al. 2017 (arXiv 1707.06347); A2C, Mnih et al. 2016 (arXiv 1602.01783); saved by Stable-Baselines3, Raffin et al. 2021.
 
-What ``TokenBandit-v0`` shows of a token is what a router is given, all of it, so a policy trained there on the tokens of a checkpoint
-(``rlroute export-tokens``) routes as it is; docs/environments.md has the whole way. Every MoE layer gets a copy of it, whichever layer it
-was trained on. It draws one expert in the environment; here k by Plackett-Luce while exploring, and the k most probable greedily.
+``TokenBandit-v0`` shows of a token exactly what a router is given. A policy trained there on the tokens of a checkpoint
+(``rlroute export-tokens``) therefore routes as it is; docs/environments.md tells the whole way. Every MoE layer gets a
+copy of it, whichever layer it was trained on. It draws one expert in the environment; here k by Plackett-Luce while
+exploring, and the k most probable greedily.
 
 The file is read without stable_baselines3 and nothing in it is run: of what it holds, this takes the weights, which are tensors, and two
 names out of JSON. A ``VecNormalize`` is not in it: a policy trained behind one sees other numbers here.

@@ -74,8 +74,8 @@ class ReplayRouter(Router):
         return self.source.num_samples
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        """Let the recorded router decide, with its recorded choices where exploring."""
-        if context.explore:
+        """Let the recorded router decide, with its recorded choices in training."""
+        if context.micro_batch is not None:
             ids = ChoiceLog(Path(self.config.run)).read(context.step, context.micro_batch, context.site)
             context = replace(context, choices={context.site: ids.to(x_TD.device)})
         decision: RoutingDecision = self.source(x_TD, context)

@@ -1,7 +1,7 @@
-"""Gymnasium environments in which routing is the action: ids, and nothing that is not needed to name them.
+"""Gymnasium environments in which routing is the action; importing this package registers them by id, and no more.
 
-``gym.make("rlroute:rlroute/TokenBandit-v0")`` needs no prior import; ``gym.make_vec`` of the same id gives the native vector
-environment. docs/environments.md describes each.
+``gym.make("rlroute.envs:rlroute/TokenBandit-v0")`` imports it by itself; ``gym.make_vec`` of the same id gives the
+native vector environment. docs/environments.md describes each.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from rlroute.rewards import own_token_reward
 
 @dataclass(frozen=True, kw_only=True)
 class BanditConfig(Clusters):
-    """Settings of TokenBandit-v0: those of the cluster task, and
+    """Settings of TokenBandit-v0: those of the cluster task, or a table in its place, and the length of an episode.
 
     Raises:
         ConfigError: a value out of range, or settings of the cluster task beside a table.
@@ -58,7 +58,7 @@ class BanditConfig(Clusters):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(BanditConfig):
-    """Settings of TokenBandits-v0: those of TokenBandit-v0, and"""
+    """Settings of TokenBandits-v0: those of TokenBandit-v0 (with shorter episodes), and the size of a batch."""
 
     batch: int = 32
     """Tokens of a batch, one batch a step."""

@@ -29,8 +29,8 @@ Budget = Literal["tokens", "flops", "time"]
 class RouterConfig:
     """Base of every router's ``Config``. ``name`` is the router's, set when its class is made.
 
-    Each field says in its annotation what it may hold (:mod:`rlroute.limits`). A rule between fields is checked in a ``__post_init__``
-    of the router's own, which calls this one first.
+    Each field says in its annotation what it may hold (:mod:`rlroute.limits`). A rule between fields is checked in a
+    ``__post_init__`` of the router's own, which calls this one first.
 
     Raises:
         ConfigError: a field's annotation does not allow its value.

@@ -1,6 +1,6 @@
 """What a configuration's field may hold, said in its annotation and checked in one place.
 
-``steps: Count`` or ``width: Annotated[float, Between(1, 4)]`` is all that a field needs for its value to be refused by name.
+``steps: Count`` or ``width: Annotated[float, Between(1, 4)]`` is all it takes for a value to be refused by name.
 """
 
 import math
@@ -66,8 +66,8 @@ def check_fields(config: Any, where: str) -> None:
     """Hold every field of a dataclass to its annotation.
 
     Raises:
-        ConfigError: one is of another type, not among its literals, outside its limits or not a number; the message starts with
-            ``where`` and the field's name.
+        ConfigError: one is of another type, not among its literals, outside its limits or not a number; the message
+            starts with ``where`` and the field's name.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):

@@ -191,7 +191,10 @@ class RunFolder:
                 (self.path / f"{name}.jsonl").touch()
 
     def note_environment(self, config: RunConfig, backend: str, parallel: Row) -> None:
-        """Note in environment.json what is other now than where the run was begun, as "before, then now": no table takes them for one."""
+        """Note in environment.json what has changed since the run was begun, as "before, then now".
+
+        A table that wants one environment for all its runs then sees that this run had two.
+        """
         path = self.path / "environment.json"
         noted, now = _read_json(path), environment(config, backend) | parallel
         for name, value in now.items():

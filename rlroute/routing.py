@@ -56,7 +56,7 @@ class RoutingContext:
         mask_T: bool, false for padding.
         explore: whether to sample (training) or to answer greedily (evaluation); ``Router.training`` says neither.
         num_samples: M; the rows are then sample-major, M x T.
-        micro_batch: which of the step's micro-batches this is.
+        micro_batch: which of the step's micro-batches this is; None in evaluation.
         progress: the share of the run's budget that is spent, 0 to 1, whatever the budget.
         expert_device_E: int64, the device of each expert, all 0 where one holds them; None stands for that.
         sum_over_scope: a differentiable sum over the balance scope (all ranks, say); the identity when alone.
@@ -74,7 +74,7 @@ class RoutingContext:
     mask_T: Tensor
     explore: bool
     num_samples: int = 1
-    micro_batch: int = 0
+    micro_batch: int | None = None
     progress: float = 0.0
     expert_device_E: Tensor | None = None
     sum_over_scope: Callable[[Tensor], Tensor] = _identity

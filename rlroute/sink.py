@@ -59,14 +59,17 @@ def open_sink(mode: Mode, folder: Path) -> Sink:
 
 
 def take_warnings() -> list[str]:
-    """Return what sinks of this process have said on stderr since the last call, for a launcher that shows no worker's."""
+    """Return the warnings that the sinks of this process have printed on stderr since the last call.
+
+    A launcher prints them for its workers, whose stderr it does not show.
+    """
     said = _said.copy()
     del _said[: len(said)]
     return said
 
 
 def pass_on(warnings: list[str]) -> None:
-    """Take over what sinks of another process have said where nobody reads it."""
+    """Add warnings from the sinks of another process to those of this one."""
     _said.extend(warnings)
 
 

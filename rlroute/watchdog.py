@@ -1,4 +1,4 @@
-"""Ends a process that makes no step for too long, and leaves where it stood: whoever started it starts it again from its checkpoint."""
+"""Ends a process that has made no step for too long, and keeps its stacks; whoever started it resumes the run."""
 
 import contextlib
 import faulthandler
@@ -12,11 +12,10 @@ FILE = "hung-{rank}.txt"
 
 @contextmanager
 def watchdog(seconds: float, folder: Path, rank: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield what is to be called after each step; without a call for so long the process exits.
+    """Yield a function to call after each step. If no call comes for ``seconds``, the process exits.
 
-    Its stacks are then in ``folder``/hung-<rank>.txt.
-
-    The interpreter's own timer does it, which a thread that never lets go of the interpreter cannot hold up.
+    It leaves the stacks of its threads in ``folder``/hung-<rank>.txt. The timer is the interpreter's own
+    (:mod:`faulthandler`): it fires even while a thread never releases the interpreter's lock.
 
     Args:
         seconds: how long a step may take, reading the corpus and an evaluation included.

@@ -48,21 +48,21 @@ def _equal(a, b) -> bool:
 
 
 def _pair(name: str, mode: AutoresetMode, copies: int, **settings):
-    native = gymnasium.make_vec(f"rlroute:{name}", num_envs=copies, autoreset_mode=mode, **settings)
-    make = partial(gymnasium.make, f"rlroute:{name}", disable_env_checker=True, **settings)
+    native = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=copies, autoreset_mode=mode, **settings)
+    make = partial(gymnasium.make, f"rlroute.envs:{name}", disable_env_checker=True, **settings)
     return native, SyncVectorEnv([make] * copies, autoreset_mode=mode)
 
 
 @EACH
 @pytest.mark.filterwarnings("error")
 def test_gymnasium_finds_no_fault(name):
-    check_env(gymnasium.make(f"rlroute:{name}").unwrapped)
-    check_env(gymnasium.make(f"rlroute:{name}", render_mode="rgb_array", **SHORT).unwrapped)
+    check_env(gymnasium.make(f"rlroute.envs:{name}").unwrapped)
+    check_env(gymnasium.make(f"rlroute.envs:{name}", render_mode="rgb_array", **SHORT).unwrapped)
 
 
 @EACH
 def test_equal_seeds_play_equal_episodes(name):
-    envs = [gymnasium.make(f"rlroute:{name}", **SHORT) for _ in range(2)]
+    envs = [gymnasium.make(f"rlroute.envs:{name}", **SHORT) for _ in range(2)]
     for env in envs:
         env.action_space.seed(0)
     first, second = [[env.reset(seed=7)] + [env.step(env.action_space.sample()) for _ in range(5)] for env in envs]
@@ -125,8 +125,8 @@ def test_copies_out_of_step_equal_synchronous(name, mode):
 @EACH
 def test_many_copies_equal_few(name):
     """Whole episodes of the default length in 70 copies: no batch size changes a rounding."""
-    native = gymnasium.make_vec(f"rlroute:{name}", num_envs=70)
-    few = gymnasium.make_vec(f"rlroute:{name}", num_envs=3)
+    native = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=70)
+    few = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=3)
     native.action_space.seed(3)
     native.reset(seed=0), few.reset(seed=0)
     for _ in range(native.world.length + 3):
@@ -138,8 +138,8 @@ def test_many_copies_equal_few(name):
 
 @EACH
 def test_returned_arrays_are_the_callers(name):
-    envs = gymnasium.make_vec(f"rlroute:{name}", num_envs=2, **SHORT)
-    twin = gymnasium.make_vec(f"rlroute:{name}", num_envs=2, **SHORT)
+    envs = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=2, **SHORT)
+    twin = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=2, **SHORT)
     envs.action_space.seed(0)
     for result in (envs.reset(seed=0), twin.reset(seed=0)):
         result[0].fill(0)
@@ -156,23 +156,28 @@ def test_registration_needs_no_import_and_loads_no_torch():
         "import gymnasium as gym",
         "import rlroute, gymnasium as gym",
         "import gymnasium as gym, rlroute",
-        "import rlroute, importlib.util; importlib.util.find_spec('gymnasium'); import gymnasium as gym",
         "import rlroute.envs, gymnasium as gym",
     )
     for order in orders:
         _script(
             f"import sys\n{order}\n"
             f"for name in {list(IDS)}:\n"
-            "    env = gym.make(f'rlroute:{name}')\n"
+            "    env = gym.make(f'rlroute.envs:{name}')\n"
             "    env.reset(seed=0), env.step(env.action_space.sample())\n"
-            "    gym.make_vec(f'rlroute:{name}', num_envs=2).reset(seed=0)\n"
+            "    gym.make_vec(f'rlroute.envs:{name}', num_envs=2).reset(seed=0)\n"
             "assert 'torch' not in sys.modules\n"
-            "assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'rlroute']\n"
         )
 
 
+def test_importing_the_environments_registers_them():
+    _script(f"import gymnasium as gym, rlroute.envs\nfor name in {list(IDS)}:\n    gym.make(name).reset(seed=0)\n")
+
+
 def test_importing_rlroute_loads_nothing_else():
-    _script("import sys, rlroute\nassert not {'gymnasium', 'numpy', 'torch'} & set(sys.modules)")
+    _script(
+        "import sys\nfinders = list(sys.meta_path)\nimport rlroute\n"
+        "assert not {'gymnasium', 'numpy', 'torch'} & set(sys.modules) and sys.meta_path == finders"
+    )
 
 
 def test_without_gymnasium_rlroute_imports_and_says_what_is_missing():
@@ -191,7 +196,7 @@ def test_without_gymnasium_rlroute_imports_and_says_what_is_missing():
 
 
 def _make_bandit():
-    return gymnasium.make("rlroute:rlroute/TokenBandit-v0", **SHORT)
+    return gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0", **SHORT)
 
 
 def test_spawned_workers_find_the_environment():
@@ -208,10 +213,10 @@ def test_spawned_workers_find_the_environment():
 def test_pictures(name):
     frames = {}
     for mode in ("ansi", "rgb_array"):
-        env = gymnasium.make(f"rlroute:{name}", render_mode=mode)
+        env = gymnasium.make(f"rlroute.envs:{name}", render_mode=mode)
         env.reset(seed=0)
         frames[mode] = env.render()
-        envs = gymnasium.make_vec(f"rlroute:{name}", num_envs=2, render_mode=mode)
+        envs = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=2, render_mode=mode)
         envs.reset(seed=0)
         both = envs.render()
         assert len(both) == 2 and np.array_equal(both[0], frames[mode])
@@ -223,7 +228,7 @@ def test_pictures(name):
 
 @EACH
 def test_render_without_a_mode_warns(name):
-    for env in (gymnasium.make(f"rlroute:{name}").unwrapped, gymnasium.make_vec(f"rlroute:{name}")):
+    for env in (gymnasium.make(f"rlroute.envs:{name}").unwrapped, gymnasium.make_vec(f"rlroute.envs:{name}")):
         env.reset(seed=0)
         with pytest.warns(UserWarning, match="render_mode"):
             assert env.render() is None
@@ -231,7 +236,7 @@ def test_render_without_a_mode_warns(name):
 
 @EACH
 def test_bad_arguments_are_named(name):
-    make, make_vec = (partial(function, f"rlroute:{name}") for function in (gymnasium.make, gymnasium.make_vec))
+    make, make_vec = (partial(function, f"rlroute.envs:{name}") for function in (gymnasium.make, gymnasium.make_vec))
     with pytest.raises(ConfigError, match=r"no setting 'expert'; legal are .*experts"):
         make(expert=3)
     with pytest.raises(ConfigError, match="episode_length = 0, legal are integers from 1"):
@@ -246,8 +251,8 @@ def test_bad_arguments_are_named(name):
 
 @EACH
 def test_bad_steps_are_named(name):
-    env = gymnasium.make(f"rlroute:{name}", **SHORT, disable_env_checker=True)
-    envs = gymnasium.make_vec(f"rlroute:{name}", num_envs=2, autoreset_mode="Disabled", **SHORT)
+    env = gymnasium.make(f"rlroute.envs:{name}", **SHORT, disable_env_checker=True)
+    envs = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=2, autoreset_mode="Disabled", **SHORT)
     with pytest.raises(gymnasium.error.ResetNeeded):
         envs.step(envs.action_space.sample())
     env.reset(seed=0), envs.reset(seed=0)

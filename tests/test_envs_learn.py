@@ -24,22 +24,22 @@ pytestmark = pytest.mark.slow
 
 def _learn(name: str, steps: int, seed: int, **settings):
     """Train PPO on 8 copies and return its greedy policy's score over 64 other episodes, with the interval's half width."""
-    envs = make_vec_env(f"rlroute:{name}", n_envs=8, seed=seed)
+    envs = make_vec_env(f"rlroute.envs:{name}", n_envs=8, seed=seed)
     model = PPO("MlpPolicy", envs, n_steps=256, batch_size=256, seed=seed, device="cpu", **settings).learn(steps)
-    test = gymnasium.make_vec(f"rlroute:{name}", num_envs=64)
+    test = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=64)
     rewards = play(test, lambda observations, _: model.predict(observations, deterministic=True)[0], seed=10_000)
     return score_interval(test, rewards)
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_sb3_finds_no_fault(name):
-    check_env(gymnasium.make(f"rlroute:{name}"))
+    check_env(gymnasium.make(f"rlroute.envs:{name}"))
 
 
 @pytest.mark.parametrize("settings", [{}, {"policy_kwargs": {"net_arch": [32], "activation_fn": torch.nn.Tanh}}])
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_a_saved_policy_routes_with_its_own_probabilities(algorithm, settings, tmp_path):
-    env = gymnasium.make("rlroute:rlroute/TokenBandit-v0")
+    env = gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0")
     model = algorithm("MlpPolicy", env, gamma=0.0, n_steps=256, learning_rate=0.01, seed=0, device="cpu", **settings)
     model.learn(2048).save(tmp_path / "policy.zip")
     shape = RouterShape(d_model=16, num_experts=8, k=1, layer=0, vocab_size=11, seed=0)
@@ -62,7 +62,7 @@ def test_ppo_learns_the_bandit(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ppo_beats_join_shortest_queue(seed):
-    envs = gymnasium.make_vec("rlroute:rlroute/Dispatch-v0", num_envs=64)
+    envs = gymnasium.make_vec("rlroute.envs:rlroute/Dispatch-v0", num_envs=64)
     queue, queue_half = score_interval(envs, play(envs, reference_policies(envs)["join_shortest_queue"], seed=10_000))
     score, half = _learn("rlroute/Dispatch-v0", 81_920, seed, gamma=0.9)
     print(

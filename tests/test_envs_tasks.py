@@ -54,7 +54,7 @@ def test_token_ids_say_nothing_about_the_cluster():
 
 
 def test_reward_is_the_negative_loss_of_the_observed_token():
-    env = gymnasium.make("rlroute:rlroute/TokenBandit-v0")
+    env = gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0")
     table = env.unwrapped.world.table
     observation, info = env.reset(seed=0)
     for expert in range(8):
@@ -66,7 +66,7 @@ def test_reward_is_the_negative_loss_of_the_observed_token():
 
 
 def test_a_batch_averages_its_tokens_and_may_leave_some_out():
-    env = gymnasium.make("rlroute:rlroute/TokenBandits-v0", batch=6)
+    env = gymnasium.make("rlroute.envs:rlroute/TokenBandits-v0", batch=6)
     _, info = env.reset(seed=0)
     experts = np.array([0, 1, 8, 3, 8, 5])
     paid = np.where(experts == 8, info["skip_loss"], info["expert_losses"][np.arange(6), experts % 8])
@@ -79,10 +79,10 @@ def test_tables_survive_a_file_and_errors_are_named(tmp_path):
     path = tmp_path / "tokens.npz"
     table.save(path)
     assert all(np.array_equal(getattr(table, k), v) for k, v in vars(load_table(str(path))).items())
-    env = gymnasium.make("rlroute:rlroute/TokenBandit-v0", table=str(path))
+    env = gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0", table=str(path))
     assert len(env.unwrapped.world.table.x_ND) == 50
     with pytest.raises(ConfigError, match="experts = 4 beside table"):
-        gymnasium.make("rlroute:rlroute/TokenBandit-v0", table=str(path), experts=4)
+        gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0", table=str(path), experts=4)
     arrays = {**vars(table)}
     with pytest.raises(DataError, match=r"losses_NE is float64 of shape \(50, 8\), want float32 of shape \(N, E\)"):
         TokenTable(**arrays | {"losses_NE": table.losses_NE.astype(np.float64)})
@@ -131,7 +131,7 @@ def test_illegal_dispatch_is_named(settings, words):
 
 def test_dispatch_follows_a_slow_reference():
     """The rules once more, in scalars and from what the observation and info show alone."""
-    env = gymnasium.make("rlroute:rlroute/Dispatch-v0")
+    env = gymnasium.make("rlroute.envs:rlroute/Dispatch-v0")
     world = env.unwrapped.world
     config, queue = world.config, [0.0] * 8
     env.action_space.seed(0)
@@ -172,7 +172,7 @@ def test_dispatch_load_and_drift_are_what_they_say():
 
 
 def test_masks_keep_tokens_from_being_dropped():
-    env = gymnasium.make("rlroute:rlroute/Dispatch-v0", load=1.2)
+    env = gymnasium.make("rlroute.envs:rlroute/Dispatch-v0", load=1.2)
     env.action_space.seed(0)
     _, info = env.reset(seed=0)
     full = 0
@@ -187,7 +187,7 @@ def test_masks_keep_tokens_from_being_dropped():
 @pytest.mark.parametrize("name", ["TokenBandit", "TokenBandits"])
 @pytest.mark.parametrize("skew", [0.0, 1.2])
 def test_bandit_references_stand_in_order(name, skew):
-    envs = gymnasium.make_vec(f"rlroute:rlroute/{name}-v0", num_envs=32, sigma=1.0, skew=skew)
+    envs = gymnasium.make_vec(f"rlroute.envs:rlroute/{name}-v0", num_envs=32, sigma=1.0, skew=skew)
     scores = {n: score_interval(envs, play(envs, p)) for n, p in reference_policies(envs).items()}
     uniform, oracle = scores["uniform"], scores["oracle"]
     assert abs(uniform[0]) < uniform[1] * Z / 1.96 and oracle[0] == pytest.approx(1.0, abs=1e-3)
@@ -203,7 +203,7 @@ def test_bandit_references_stand_in_order(name, skew):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_scores_are_measured_again(name):
-    envs = gymnasium.make_vec(f"rlroute:{name}", num_envs=256)
+    envs = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=256)
     scores = {n: score_interval(envs, play(envs, p)) for n, p in reference_policies(envs).items()}
     assert scores.keys() == PUBLISHED[name].keys()
     for policy, (mean, half) in scores.items():
@@ -216,7 +216,7 @@ def test_dispatch_references_stand_in_order():
 
 
 def test_no_action_passes_the_dispatch_bound():
-    envs = gymnasium.make_vec("rlroute:rlroute/Dispatch-v0", num_envs=64, load=0.01)
+    envs = gymnasium.make_vec("rlroute.envs:rlroute/Dispatch-v0", num_envs=64, load=0.01)
     best = play(envs, reference_policies(envs)["greedy"])
     assert 0.98 < envs.score(float(best.mean())) <= 1.0 + 0.01, (
         "queues are idle at a load of 0.01: the bound is attained"

@@ -16,7 +16,7 @@ import numpy as np
 from rlroute.experiments.bench.timing import ratio
 
 PEER = "CartPole-v1"
-CONTENDERS = (PEER, "rlroute:rlroute/TokenBandit-v0", "rlroute:rlroute/Dispatch-v0")
+CONTENDERS = (PEER, "rlroute.envs:rlroute/TokenBandit-v0", "rlroute.envs:rlroute/Dispatch-v0")
 """TokenBandit in its default 16 dimensions; both with 8 experts."""
 COPIES = (1, 64, 1024)
 ACTION_SETS = 16

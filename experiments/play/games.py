@@ -86,7 +86,7 @@ def _make(environment: str, table: Path | None, copies: int) -> RoutingVectorEnv
     settings = {} if table is None else {"table": str(table)}
     # SAME_STEP: under the default, a finished copy's next action would be ignored and its reward mean nothing.
     envs: RoutingVectorEnv = gymnasium.make_vec(
-        f"rlroute:{name}", num_envs=copies, autoreset_mode="SameStep", **settings
+        f"rlroute.envs:{name}", num_envs=copies, autoreset_mode="SameStep", **settings
     ).unwrapped
     return envs
 

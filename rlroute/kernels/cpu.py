@@ -39,6 +39,7 @@ def sorted_expert_mlp(
     x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor, activation: str
 ) -> Tensor:
     """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it, bit-equal from run to run at a fixed number of threads."""
+    # Dropped pairs become unused ones (the value E), which sort behind all experts and are cut off below.
     experts_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
     if len(experts_R) and not 0 <= int(experts_R.min()) <= int(experts_R.max()) <= decision.num_experts:
         ids = (int(experts_R.min()), int(experts_R.max()))
@@ -46,8 +47,10 @@ def sorted_expert_mlp(
             f"expert ids span {ids}: legal are 0 to {decision.num_experts - 1}, and {decision.num_experts} for unused"
         )
     counts = torch.bincount(experts_R, minlength=decision.num_experts + 1)[:-1].tolist()
-    runs_N = torch.nonzero(experts_R < decision.num_experts).squeeze(1)  # of many unused slots, none is sorted
-    pairs_N = runs_N[torch.argsort(experts_R[runs_N], stable=True)]
+    runs_N = torch.nonzero(experts_R < decision.num_experts).squeeze(
+        1
+    )  # unused slots, of which there may be many, are not sorted
+    pairs_N = runs_N[torch.argsort(experts_R[runs_N], stable=True)]  # stable: sums in a fixed order have fixed bits
     leaves = (x_TD, in_EHD, out_EDF, decision.gates_R)
     save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     out_TD: Tensor = _SortedExperts.apply(*leaves, decision.token_ids_R, pairs_N, counts, activation, save)  # type: ignore[no-untyped-call]
@@ -93,6 +96,8 @@ class _SortedExperts(torch.autograd.Function):
     ) -> Tensor:
         tokens_N, gates_N1 = token_ids_R[pairs_N], gates_R[pairs_N, None]
         in_DH, out_FD = in_EHD.transpose(1, 2).unbind(0), out_EDF.transpose(1, 2).unbind(0)
+        # Buffers are made once and written with ``out=``: fresh memory for every chunk would not be in the cache. For
+        # backward the pre-activations of all rows are kept; the activation is computed again from them.
         rows_most = min(CHUNK_ROWS, len(tokens_N))
         buffer_CD = x_TD.new_empty(rows_most, x_TD.shape[1])
         hidden_NH = x_TD.new_empty(len(tokens_N) if save else rows_most, in_EHD.shape[1])
@@ -105,7 +110,9 @@ class _SortedExperts(torch.autograd.Function):
             for piece, x, hidden in zip(pieces, torch.split(x_CD, sizes), torch.split(hidden_CH, sizes), strict=True):
                 torch.mm(x, in_DH[piece.expert], out=hidden)
             act_CF = activate(hidden_CH, activation)
-            act_CF *= gates_N1[rows]
+            act_CF *= gates_N1[
+                rows
+            ]  # here already, the projection being linear: its outputs are then only to be added up
             y_CD = x_CD  # its values are no longer needed
             for piece, act, y in zip(pieces, torch.split(act_CF, sizes), torch.split(y_CD, sizes), strict=True):
                 torch.mm(act, out_FD[piece.expert], out=y)
@@ -123,7 +130,7 @@ class _SortedExperts(torch.autograd.Function):
         din_EHD, dw_out_EDF = torch.empty_like(in_EHD), torch.empty_like(out_EDF)
         din_HD, dw_out_DF = din_EHD.unbind(0), dw_out_EDF.unbind(0)
         for expert, count in enumerate(ctx.counts):
-            if count == 0:
+            if count == 0:  # no product below writes its gradient
                 din_HD[expert].zero_()
                 dw_out_DF[expert].zero_()
         dx_TD = torch.zeros_like(dout_TD)

@@ -42,13 +42,14 @@ class ExpertParallel:
     def start(
         self, x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str
     ) -> Callable[[], Tensor]:
-        """Send the first rows on their way, and return what returns out_TD as :func:`rlroute.kernels.expert_mlp` defines it.
+        """Send the first rows on their way; return a function that does the rest and returns out_TD.
 
-        The arguments are those of that function; ``weights`` are those of this rank's shard.
+        Arguments and out_TD are those of :func:`rlroute.kernels.expert_mlp`; ``weights`` are of this rank's shard.
         """
         plan = make_plan(decision)
         sent_PCF = self._cut(plan)
         received_PCF = self._exchange_counts(sent_PCF)
+        # Here the host waits for the device: it must know how many rows go to each rank and come from it.
         sent_PC, received_PC = sent_PCF.sum(2).tolist(), received_PCF.sum(2).tolist()
         flights = [
             (self._flight(sent_PC, received_PC, chunk), self._flight(received_PC, sent_PC, chunk))
@@ -62,18 +63,20 @@ class ExpertParallel:
             airborne, home = first, []
             for chunk, (out, back) in enumerate(flights):
                 rows_MD = land(airborne, out)
-                if chunk + 1 < self.chunks:
+                if chunk + 1 < self.chunks:  # before this chunk's product, so that the next one travels meanwhile
                     airborne = depart(going[chunk + 1], flights[chunk + 1][0])
                 y_MD = expert_mlp(rows_MD, _own(received_PCF[:, chunk]), weights, backend, activation)
                 home.append(depart(y_MD, back))
             landed = [land(y_ND, back) for y_ND, (_, back) in zip(home, flights, strict=True)]
-            y_ND = self._in_order(landed, sent_PC)
+            y_ND = self._in_order(
+                landed, sent_PC
+            )  # the plan's order, so that a token's sum has the same bits for all chunks
             out_TD: Tensor = _Combine.apply(y_ND, decision.gates_R, plan, backend)  # type: ignore[no-untyped-call]
             return out_TD
 
         if self.overlaps:
             return finish
-        done_TD = finish()
+        done_TD = finish()  # all of it now: what overlapping is worth is measured against this
         return lambda: done_TD
 
     def _cut(self, plan: Plan) -> Tensor:
@@ -115,6 +118,7 @@ def _own(received_PF: Tensor) -> RoutingDecision:
     ranks, experts = received_PF.shape
     device = received_PF.device
     ids_M = torch.arange(experts, device=device).repeat(ranks).repeat_interleave(received_PF.reshape(-1))
+    # Gates stay at home: they need not travel, and their gradients need only the rows that come home anyway.
     return RoutingDecision.token_choice(ids_M[:, None], torch.ones(len(ids_M), 1, device=device), experts)
 
 
@@ -149,6 +153,6 @@ class _Combine(torch.autograd.Function):
         drows_ND = dout_TD.index_select(0, tokens_N)
         dgates_R = None
         if ctx.needs_input_grad[1]:
-            dgates_R = torch.zeros_like(gates_R)
+            dgates_R = torch.zeros_like(gates_R)  # pairs that did not run have no row, and no gradient
             dgates_R[pairs_N] = torch.linalg.vecdot(drows_ND.to(gates_R.dtype), y_ND.to(gates_R.dtype))
         return (drows_ND * gates_R[pairs_N, None]).to(y_ND.dtype), dgates_R, None, None

@@ -1,6 +1,7 @@
 """What comes before a run: its model, whether it can be trained at all, and for how many steps.
 
-The machine that launches runs need not be one that trains them: :func:`check` and :func:`meta_model` ask for neither memory nor device.
+The machine that launches runs need not be one that trains them: :func:`check` and :func:`meta_model` allocate no
+weights, and the latter needs no device.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from rlroute.training.group import ALONE, Group
 
 
 def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
-    """Return the model of a run at its initial weights, on its device, with the experts that this process of a group holds.
+    """Return a run's model at its initial weights, on its device, with the experts that this process of a group holds.
 
     Raises:
         ConfigError: the router does not fit, or the device or the engine is not here.
@@ -33,7 +34,9 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
 
 
 def meta_model(config: RunConfig, corpus: Corpus) -> Transformer:
-    """Return the model of a run on PyTorch's meta device: it refuses what the real one would, and has its costs but no weights.
+    """Return a run's model on PyTorch's meta device, without weights.
+
+    It refuses what the real one would, and its costs are those of the real one.
 
     Raises:
         ConfigError: the router does not fit.
@@ -120,7 +123,7 @@ def check_shares(config: RunConfig, workers: int) -> None:
 
 
 def cut(config: RunConfig) -> dict[str, int]:
-    """Return how a corpus is cut into the batches of steps, as arguments of :func:`~rlroute.training.data.sample_batch`."""
+    """Return the size of a step's batch, as arguments of :func:`~rlroute.training.data.sample_batch`."""
     return {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
 
 
