@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from rlroute.config import RouterConfig
-from rlroute.registry import router_class
+from rlroute.registry import router_class, router_names
 
+OF_A_RUN = ("replay",)
+"""Routers that exist for the shapes and steps of one run alone: they have tests of their own (tests/test_replay.py)."""
 FOLDER = TemporaryDirectory(prefix="rlroute-policies-")
 DESCRIBED = {"policy_class": {"__module__": "stable_baselines3.common.policies"}, "policy_kwargs": {}}
 
@@ -47,6 +49,11 @@ def policy_file(width: int, experts: int) -> str:
 def needs(name: str, width: int, experts: int) -> dict[str, Any]:
     """Return what a router's ``Config`` cannot do without, for a layer of these sizes."""
     return {"policy": policy_file(width, experts), "sha256": ""} if name == "sb3" else {}
+
+
+def any_router_names() -> list[str]:
+    """Return the names of the routers that can be built for any layer."""
+    return [name for name in router_names() if name not in OF_A_RUN]
 
 
 def default_config(name: str, width: int = 6, experts: int = 8) -> RouterConfig:

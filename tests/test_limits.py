@@ -9,8 +9,7 @@ import pytest
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.limits import Above, AtLeast, BelowOne, Between, Count, Positive
-from rlroute.registry import router_names
-from tests.policies import default_config
+from tests.policies import any_router_names, default_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,9 @@ def test_a_router_without_a_line_of_checks_refuses_by_name(values: dict[str, Any
     assert Config(scale=2).scale == 2  # a whole number stands for a float
 
 
-@pytest.mark.parametrize("config", [DataConfig(), ModelConfig(), TrainConfig(), *map(default_config, router_names())])
+@pytest.mark.parametrize(
+    "config", [DataConfig(), ModelConfig(), TrainConfig(), *map(default_config, any_router_names())]
+)
 def test_no_number_of_a_run_may_be_nan(config: Any) -> None:
     for field in fields(config):
         if isinstance(getattr(config, field.name), int | float):

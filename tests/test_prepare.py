@@ -9,10 +9,10 @@ from rlroute.experiments.compare import with_budget
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
 from rlroute.model.accounting import costs
-from rlroute.registry import router_class, router_names
+from rlroute.registry import router_class
 from rlroute.training.data import load_corpus
 from rlroute.training.prepare import build_model, check, meta_model
-from tests.policies import default_config
+from tests.policies import any_router_names, default_config
 
 DATA = DataConfig(spec="synth:vocab=64,documents=64,length=128", seq_len=16, eval_tokens=64)
 MODEL = ModelConfig(d_model=16, num_heads=2, num_experts=8, d_expert=8, num_dense_layers=1)
@@ -29,7 +29,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("name", [None, *router_names()])
+@pytest.mark.parametrize("name", [None, *any_router_names()])
 def test_a_model_without_weights_has_the_costs_of_the_real_one(name):
     config = run_of(None if name is None else default_config(name, MODEL.d_model, MODEL.num_experts))
     meta, real = meta_model(config, CORPUS), build_model(config, CORPUS, 0)

@@ -177,7 +177,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path) -> None:
     train(replace(source, train=replace(TRAIN, record_choices=False)), 0, tmp_path)
     silent = replace(source, train=replace(TRAIN, record_choices=False)).run_id(0)
     config = router_class("replay").Config
-    with pytest.raises(StoreError, match="was not trained with --train.record-choices"):
+    with pytest.raises(StoreError, match=r"was not trained with --train\.record-choices"):
         config(run=str(tmp_path / silent))
     train(source, 0, tmp_path)
     replay = replay_of(source, tmp_path)

@@ -16,11 +16,11 @@ from torch import Tensor
 from rlroute.balance import load_balance, router_z
 from rlroute.config import ModelConfig, RouterConfig, RunConfig
 from rlroute.errors import ConfigError, DecisionError
-from rlroute.registry import router_class, router_names, run_config
+from rlroute.registry import router_class, run_config
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from tests import router_laws as laws
 from tests.conftest import D, make_shape
-from tests.policies import default_config
+from tests.policies import any_router_names, default_config
 from tests.router_laws import LAWS, Case
 
 TERMS = {field.name: 0.5 for field in fields(RouterConfig)}
@@ -45,7 +45,7 @@ def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
 
 def cases() -> dict[str, Case]:
     found = {}
-    for name in router_names():
+    for name in any_router_names():
         router = router_class(name)
         for change in changes(router, default := default_config(name)):
             label = "terms" if change is TERMS else ",".join(f"{field}={value}" for field, value in change.items())
@@ -69,7 +69,7 @@ def test_configurations_survive_the_way_through_a_dictionary(case: Case) -> None
     assert config.run_id(3) == f"{case.config.name}-{config.content_hash()}-s3"
 
 
-@pytest.mark.parametrize("name", router_names())
+@pytest.mark.parametrize("name", any_router_names())
 def test_every_router_refuses_more_experts_per_token_than_there_are(name: str) -> None:
     router = router_class(name)
     for k in (0, ModelConfig().num_experts + 1):

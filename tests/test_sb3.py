@@ -76,7 +76,7 @@ def test_another_file_of_the_same_name_is_another_run(path, tmp_path):
 
 
 def test_it_needs_its_field_and_takes_no_part_unasked(tmp_path, monkeypatch):
-    assert set(router_names()) - set(default_names()) == {"sb3"}
+    assert set(router_names()) - set(default_names()) == {"replay", "sb3"}
     assert "sb3" not in (*default_entries(), *gradient_entries())
     with pytest.raises(ConfigError, match="router sb3 needs policy: say policy=VALUE"):
         build_entry("sb3", DataConfig(), ModelConfig(), TrainConfig())
