@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rlroute.experiments.compare import with_budget
+from rlroute.experiments.comparison.budget import with_budget
 
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError

@@ -71,11 +71,11 @@ def example():
 
 def test_readme_example_is_a_working_router(example):
     assert example.Config.name == "cosine"
-    router = example(example.Config(), RouterShape(d_model=8, num_experts=4, k=2, layer=0, vocab_size=9, seed=0))
+    router = example(example.Config(), RouterShape(d_model=8, num_experts=4, k=2, site=0, vocab_size=9, seed=0))
     rows = torch.arange(6)
     context = RoutingContext(
         seed=0,
-        layer=0,
+        site=0,
         step=0,
         token_ids_T=rows,
         position_T=rows,
