@@ -15,8 +15,7 @@ from rlroute.gates import constant_gates
 from rlroute.limits import BelowOne, Count, NonNegative, Positive, Share
 from rlroute.rewards import discounted_return, own_token_reward
 from rlroute.routing import Feedback, RouterShape, RoutingContext, RoutingDecision
-from rlroute.sampling import plackett_luce_log_prob
-from rlroute.seeding import gumbel
+from rlroute.sampling import perturbed, plackett_luce_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +66,13 @@ class RewardConfig(PolicyConfig):
 
 
 def perturb(policy_TE: Tensor, context: RoutingContext, name: str) -> Tensor:
-    """Return scores whose k largest are k experts drawn in order, without replacement, from softmax(policy); shape (T, E).
+    """Return scores whose k largest are a policy's choice: a draw from it where exploring, else the most probable; shape (T, E).
 
-    By Gumbel noise (Kool et al. 2019, arXiv 1903.06059), which ``name`` keys. Where not exploring there is none: the k most probable.
+    ``name`` keys the noise.
     """
-    scores_TE = policy_TE.detach()
     if not context.explore:
-        return scores_TE
-    return scores_TE + gumbel(context.noise(name, (scores_TE.shape[1],))).to(scores_TE.dtype)
+        return policy_TE.detach()
+    return perturbed(policy_TE, context.noise(name, (policy_TE.shape[1],)))
 
 
 def policy_decision(

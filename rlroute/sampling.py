@@ -17,6 +17,16 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     return torch.argsort(scores_TE.detach(), dim=1, descending=True, stable=True)[:, :k]
 
 
+def perturbed(logits_TE: Tensor, uniform_TE: Tensor) -> Tensor:
+    """Return logits with Gumbel noise, whose k largest are k experts drawn in order, without replacement, from softmax(logits).
+
+    Args:
+        logits_TE: unnormalised log-probabilities.
+        uniform_TE: uniform draws strictly between 0 and 1.
+    """
+    return logits_TE.detach() + gumbel(uniform_TE).to(logits_TE.dtype)
+
+
 def gumbel_top_k(logits_TE: Tensor, k: int, uniform_TE: Tensor) -> Tensor:
     """Draw k experts of each row in order, without replacement, from softmax(logits); int64 of shape (T, K).
 
@@ -25,7 +35,7 @@ def gumbel_top_k(logits_TE: Tensor, k: int, uniform_TE: Tensor) -> Tensor:
         k: how many to draw.
         uniform_TE: uniform draws strictly between 0 and 1.
     """
-    return top_k(logits_TE.detach() + gumbel(uniform_TE).to(logits_TE.dtype), k)
+    return top_k(perturbed(logits_TE, uniform_TE), k)
 
 
 def plackett_luce_log_prob(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

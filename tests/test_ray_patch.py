@@ -1,0 +1,33 @@
+"""What of Ray's inside is replaced is still there and is still used: a new Ray that moves it must fail here, not in a sweep."""
+
+import inspect
+
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from rlroute.experiments.launch import ray_session
+
+
+def test_the_method_that_is_replaced_takes_what_the_replacement_hands_on(monkeypatch):
+    assert list(inspect.signature(RayActorManager._actor_task_failed).parameters)[1:] == [
+        "tracked_actor_task",
+        "exception",
+    ]
+    seen = []
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda manager, task, error: seen.append(error))
+    ray_session._make_tune_survive_want_of_memory()
+    RayActorManager._actor_task_failed(None, None, OutOfMemoryError("a run"))
+    RayActorManager._actor_task_failed(None, None, ValueError("another"))
+    assert [type(error) for error in seen] == [RayActorError, ValueError]
+    replaced = RayActorManager._actor_task_failed
+    ray_session._make_tune_survive_want_of_memory()
+    assert RayActorManager._actor_task_failed is replaced, "once is enough"
+
+
+def test_ray_calls_the_method_that_is_replaced():
+    callers = [
+        name
+        for name, function in inspect.getmembers(RayActorManager, inspect.isfunction)
+        if "._actor_task_failed(" in inspect.getsource(function)
+    ]
+    assert callers, "whoever reports a failed task now, the replacement is not asked"
