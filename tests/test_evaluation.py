@@ -74,9 +74,10 @@ def test_loss_is_per_token_and_bits_are_per_byte_of_the_targets_text(
     assert abs(text_bytes - len(targets)) > 10, "a byte is not a token here"
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 0.9])
 @pytest.mark.parametrize("router", ["switch", "hash"])
-def test_balance_is_that_of_all_batches_together(router: str) -> None:
-    model = many_experts(router)
+def test_balance_is_that_of_all_batches_together_before_drops(router: str, capacity_factor: float | None) -> None:
+    model = many_experts(router, capacity_factor=capacity_factor)
     _, decisions_L = run_all(model, BATCHES)
     row = results(model, BATCHES)
     for layer, decisions in enumerate(decisions_L):

@@ -1,8 +1,8 @@
 """The booked FLOPs against those that PyTorch counts while the model runs.
 
-A causal token at position p needs p + 1 keys, (S + 1) / 2 on average, and that is what is booked: 4 D FLOPs a key and layer
-(2 D for its score, 2 D for its value). The counter sees the matrices without their mask, S keys for every token: 2 D (S - 1)
-more a token and layer.
+A causal token at position p needs p + 1 keys, (S + 1) / 2 on average, and that is what is booked: 4 D FLOPs a key and
+layer (2 D for its score, 2 D for its value). The counter sees the matrices without their mask, S keys for every token:
+2 D (S - 1) more a token and layer.
 
 Shape suffixes: S sequence length, D model width.
 """
@@ -29,7 +29,7 @@ SHAPES: list[dict[str, Any]] = [
 
 @torch.no_grad()
 def counted(router: str | None, config: ModelConfig, length: int, vocab_size: int) -> float:
-    """Return the FLOPs per token of a forward on the reference engine, which multiplies each expert's rows and no others.
+    """Return a forward's FLOPs per token on the reference engine, which multiplies each expert's rows and no others.
 
     Attention runs as plain products of matrices, since its fused kernel is not counted on the CPU.
     """

@@ -1,5 +1,5 @@
-"""Metrics at loads whose values are known by hand, and the symmetries that they must have; every metric and balance term
-against its definition, in loops over Python's numbers.
+"""Metrics at loads whose values are known by hand, and the symmetries that they must have; every metric and balance
+term against its definition, in loops over Python's numbers.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """

@@ -1,4 +1,4 @@
-"""The optimizer against AdamW, two clips and a schedule written out by hand; the names say which parameter is in which group."""
+"""The optimizer against AdamW, two clips and a schedule written out by hand; parameters are grouped by name."""
 
 import math
 from dataclasses import replace

@@ -20,7 +20,7 @@ Objective = Callable[[RoutingDecision, Feedback], dict[str, Term]]
 
 
 def learn(*terms: tuple[str, Callable[[Tensor], Tensor], float]) -> tuple[StepResult, dict[str, Tensor]]:
-    """Run a batch backward; a router's objective has these terms: a name, what becomes of the sum of its squared logits, a weight."""
+    """Run a batch backward; an objective has these terms: a name, a function of the sum of squared logits, a weight."""
     model = shake(make_model("unbalanced", small_config()))
 
     def objective(decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
@@ -60,6 +60,7 @@ def test_a_term_is_added_with_its_weight_and_logged_without() -> None:
     for name, gradient in plain.items():
         torch.testing.assert_close(more[name] - gradient, 3 * (gradients[name] - gradient), rtol=1e-6, atol=1e-12)
     assert once.loss == thrice.loss, "the language-model loss alone"
+    assert once.demand_LE.sum(1).tolist() == [2 * 16, 2 * 16], "pairs of both micro-batches"
     assert once.terms["squares"] == thrice.terms["squares"] == thrice.terms["again"]
     assert (once.weights, thrice.weights) == ({"squares": 0.5}, {"squares": 1.0, "again": 0.5})
 

@@ -202,8 +202,8 @@ LENGTH = 8
 def attention_weights(model: Transformer, features_D: Tensor) -> Tensor:
     """Read softmax weights of shape (S, S) out of a layer with one head, at tokens that are alike but for a mark.
 
-    The mark says a token's position. It does not enter queries and keys, and it alone is the value, so that a row of the
-    output is a row of softmax weights.
+    The mark says a token's position. It does not enter queries and keys, and it alone is the value, so that a row of
+    the output is a row of softmax weights.
     """
     attention: Any = model.layers[0].attention
     width = len(features_D) + LENGTH
@@ -246,7 +246,7 @@ STD = {
     "moe.shared.experts.out_EDF": (48 * 2 * 3) ** -0.5,
     "moe.router.scores.weight": 0.02,
 }
-"""By the end of a parameter's name: 1 over the root of the inputs; where the residual stream is added to, of 2 L as well."""
+"""By the end of a name: 1 over the root of the inputs; where the residual stream is added to, of 2 L as well."""
 
 
 def test_initial_weights_have_the_standard_deviations_that_the_names_promise() -> None:

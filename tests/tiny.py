@@ -36,7 +36,7 @@ def make_model(
     backend: str = "cpu",
     **fields: Any,
 ) -> Transformer:
-    """Return a model at its initial weights with the named router, configured by ``fields``; None is the dense model."""
+    """Return a model at its initial weights, with the named router configured by ``fields``, or dense (None)."""
 
     def make_router(shape: RouterShape) -> Any:
         assert router is not None
