@@ -341,8 +341,10 @@ def verdict(mutant: Mutant, root: Path) -> str:
         code, said = run_tests(root, mutant.tests.split())
     finally:
         file.write_text(healthy)
-    # Only a failed test is a death: a mutant that cannot be imported, or never ends, shows nothing about the tests.
-    return {1: KILLED, 0: LIVED}.get(code, f"BROKEN\n{said[-2000:]}")
+    if code == 0:
+        return LIVED
+    # Only a failed test is a death: a mutant that cannot be imported, never ends, or ends Python shows nothing.
+    return KILLED if code == 1 and "\nFAILED " in said else f"BROKEN ({code})\n{said[-2000:]}"
 
 
 def hunt(copies: Sequence[Path]) -> int:

@@ -30,6 +30,7 @@ def test_the_tests_named_exist() -> None:
         ("return 2", "tests/test_it.py", KILLED),
         ("return 2", "tests/test_other.py", LIVED),
         ("return (", "tests/test_it.py", "BROKEN"),
+        ("return __import__('os')._exit(1)", "tests/test_it.py", "BROKEN"),
     ],
 )
 def test_only_a_failed_test_kills(tmp_path: Path, new: str, tests: str, want: str) -> None:
