@@ -3,6 +3,7 @@
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
 # make soak       twenty random kills over one sweep, which ends all the same
+# make mutants    small faults of the core, each of which some test must notice
 # make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
@@ -12,7 +13,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: soak compare test check slow envs aot gpu clean
+.PHONY: soak compare test check slow mutants envs aot gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -29,6 +30,9 @@ check: $(INSTALLED)
 
 slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants
 
 # The older Gymnasium lies in a folder of its own, before the newest one on the path.
 envs: $(INSTALLED)

@@ -1,19 +1,23 @@
-"""Metrics at loads whose values are known by hand, and the symmetries that they must have.
+"""Metrics at loads whose values are known by hand, and the symmetries that they must have; every metric and balance
+term against its definition, in loops over Python's numbers.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from rlroute import metrics
-from rlroute.routing import RoutingDecision, drop_over_capacity
+from rlroute import balance, metrics
+from rlroute.routing import RoutingContext, RoutingDecision, drop_over_capacity
+from tests.conftest import make_context
 
 BALANCED = torch.full((8,), 5)
 COLLAPSED = torch.tensor([0, 0, 40, 0, 0, 0, 0, 0])
@@ -79,3 +83,155 @@ def test_overlap_is_the_share_in_common_in_any_order() -> None:
     assert float(metrics.overlap(ids_TK, ids_TK.flip(1))) == 1
     assert float(metrics.overlap(ids_TK, torch.tensor([[2, 3], [0, 1]]))) == 0
     assert float(metrics.overlap(ids_TK, torch.tensor([[1, 5], [2, 3]]))) == 0.75
+
+
+# By definition
+
+LOADS = st.lists(st.integers(0, 40), min_size=2, max_size=12).filter(any)
+slowly = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def variance(values: list[float]) -> float:
+    return mean([(value - mean(values)) ** 2 for value in values])
+
+
+def entropy(fractions: list[float]) -> float:
+    return -sum(f * math.log(f) for f in fractions if f > 0)
+
+
+@slowly
+@given(LOADS)
+def test_metrics_of_loads_are_those_of_their_definitions(loads: list[int]) -> None:
+    load_E, fair = torch.tensor(loads), sum(loads) / len(loads)
+    assert float(metrics.max_vio(load_E)) == pytest.approx(max(loads) / fair - 1)
+    deviation = math.sqrt(variance([float(n) for n in loads]))
+    assert float(metrics.coefficient_of_variation(load_E)) == pytest.approx(deviation / fair, abs=1e-12)
+    evenness = entropy([n / sum(loads) for n in loads]) / math.log(len(loads))
+    assert float(metrics.load_entropy(load_E)) == pytest.approx(evenness, abs=1e-12)
+    assert int(metrics.dead_experts(load_E)) == sum(n < 0.05 * fair for n in loads)
+    assert float(balance.cv_squared(load_E.double())) == pytest.approx((deviation / fair) ** 2, abs=1e-12)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decision of 8 tokens as lists: each token's probabilities and slots, of which the value E is an unused one."""
+
+    probs: list[list[float]]
+    choices: list[list[int]]
+    valid: list[bool]
+    sequence: list[int]
+    device: list[int]
+    capacity: int
+
+    @property
+    def experts(self) -> int:
+        return len(self.device)
+
+    @property
+    def probs_TE(self) -> Tensor:
+        return torch.tensor(self.probs, dtype=torch.float64)
+
+    @property
+    def decision(self) -> RoutingDecision:
+        ids_TK = torch.tensor(self.choices)
+        gates_TK = torch.ones(ids_TK.shape, dtype=torch.float64)
+        return RoutingDecision.token_choice(ids_TK, gates_TK, self.experts)
+
+    @property
+    def context(self) -> RoutingContext:
+        return make_context(
+            len(self.valid),
+            mask_T=torch.tensor(self.valid),
+            sequence_T=torch.tensor(self.sequence),
+            expert_device_E=torch.tensor(self.device),
+        )
+
+    def used(self, token: int) -> list[int]:
+        """The experts that a token really chose."""
+        return [e for e in self.choices[token] if e < self.experts]
+
+    def balance(self, tokens: list[int], group: list[int]) -> float:
+        """G * sum_g f_g P_g over the valid ones of some tokens, with the experts merged into G groups."""
+        tokens = [t for t in tokens if self.valid[t]]
+        pairs = [group[e] for t in tokens for e in self.used(t)]
+        total = 0.0
+        for one in set(group):
+            mass = mean([sum(p for p, g in zip(self.probs[t], group, strict=True) if g == one) for t in tokens])
+            total += pairs.count(one) / len(pairs) * mass
+        return len(set(group)) * total
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    experts, tokens = draw(st.integers(2, 5)), 8
+    odds = draw(st.lists(st.lists(st.floats(0.01, 1), min_size=experts, max_size=experts), min_size=8, max_size=8))
+    slots = [draw(st.permutations(range(experts + 1)))[:2] for _ in range(tokens)]
+    valid = draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    sequence = draw(st.lists(st.sampled_from([7, 9, 12]), min_size=tokens, max_size=tokens))
+    devices = draw(st.integers(1, experts))
+    return Case(
+        probs=[[value / sum(row) for value in row] for row in odds],
+        choices=slots,
+        valid=[True, *valid[1:]],
+        sequence=sequence,
+        device=[e % devices for e in range(experts)],
+        capacity=draw(st.integers(0, 8)),
+    )
+
+
+@slowly
+@given(cases())
+def test_balance_terms_are_those_of_their_definitions(case: Case) -> None:
+    probs_TE, decision, context = case.probs_TE, case.decision, case.context
+    everyone, alone = list(range(len(case.valid))), list(range(case.experts))
+    value = float(balance.load_balance(probs_TE, decision, context))
+    assert value == pytest.approx(case.balance(everyone, alone))
+    value = float(balance.device_balance(probs_TE, decision, context))
+    assert value == pytest.approx(case.balance(everyone, case.device))
+    rows = [[t for t in everyone if case.valid[t] and case.sequence[t] == one] for one in sorted({*case.sequence})]
+    costs = [(len(tokens), case.balance(tokens, alone)) for tokens in rows if tokens]
+    value = float(balance.sequence_balance(probs_TE, decision, context))
+    assert value == pytest.approx(sum(n * cost for n, cost in costs) / sum(n for n, _ in costs))
+
+
+@slowly
+@given(cases())
+def test_overload_is_the_mean_over_a_tokens_experts_of_how_full_they_are(case: Case) -> None:
+    pairs = [e for t, valid in enumerate(case.valid) if valid for e in case.used(t)]
+    want = [
+        mean([case.experts * pairs.count(e) / len(pairs) - 1 for e in case.used(token)])
+        for token in range(len(case.valid))
+    ]
+    assert balance.overload_T(case.decision, case.context).tolist() == pytest.approx(want, abs=1e-12)
+
+
+@slowly
+@given(cases())
+def test_entropies_and_the_z_loss_are_those_of_their_definitions(case: Case) -> None:
+    entropies = [entropy(row) for row in case.probs]
+    assert balance.entropy_T(case.probs_TE).tolist() == pytest.approx(entropies)
+    evenness = [value / math.log(case.experts) for value in entropies]
+    assert float(metrics.router_entropy(case.probs_TE)) == pytest.approx(mean(evenness))
+    counted = [value for value, valid in zip(evenness, case.valid, strict=True) if valid]
+    assert float(metrics.router_entropy(case.probs_TE, torch.tensor(case.valid))) == pytest.approx(mean(counted))
+    z = [math.log(sum(map(math.exp, row))) ** 2 for row in case.probs]
+    assert balance.router_z(case.probs_TE).tolist() == pytest.approx(z)
+
+
+@slowly
+@given(cases())
+def test_drop_rate_and_overlap_are_those_of_their_definitions(case: Case) -> None:
+    room, dropped = [case.capacity] * case.experts, 0
+    for expert in (e for choice in zip(*case.choices, strict=True) for e in choice if e < case.experts):
+        dropped += room[expert] == 0
+        room[expert] -= room[expert] > 0
+    chosen = sum(len(case.used(t)) for t in range(len(case.valid)))
+    after = drop_over_capacity(case.decision, case.capacity)
+    assert float(metrics.drop_rate(after)) == pytest.approx(dropped / chosen)
+    other = case.choices[1:] + case.choices[:1]
+    shares = [len({*a} & {*b}) / 2 for a, b in zip(case.choices, other, strict=True)]
+    assert float(metrics.overlap(*map(torch.tensor, (case.choices, other)))) == pytest.approx(mean(shares))

@@ -1,0 +1,386 @@
+"""Small faults of the core that some test must notice: ``make mutants`` plants each in turn and runs the tests named.
+
+A mutant replaces one text by another. A test that fails has killed it; where all pass it has lived, and either the
+tests or the list is to be mended. Each of two workers has a copy of the tree: the tree itself is never touched.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("rlroute", "agents", "baselines", "envs", "experiments", "tests", "pyproject.toml")
+WORKERS = 2
+LONGEST = 300
+"""Seconds after which a run of tests is given up."""
+KILLED, LIVED = "killed", "LIVED"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In ``file``, ``old`` (which occurs once) becomes ``new``: one of ``tests``, parted by spaces, must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def planted(self, root: Path) -> str:
+        """Return the text of the file with the fault.
+
+        Raises:
+            ValueError: the old text does not occur exactly once.
+        """
+        text = (root / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.what}: {self.file} holds {text.count(self.old)} times, want once: {self.old}")
+        return text.replace(self.old, self.new)
+
+
+def faults(file: str, tests: str, *texts: tuple[str, str, str]) -> list[Mutant]:
+    """Return the mutants of a file that the same tests must notice, from (what, old, new)."""
+    return [Mutant(what, file, old, new, tests) for what, old, new in texts]
+
+
+MUTANTS = [
+    *faults(
+        "rlroute/model/transformer.py",
+        "tests/test_transformer.py",
+        (
+            "rotary positions are the identity",
+            "return torch.cat((a * cos_SH - b * sin_SH, a * sin_SH + b * cos_SH), dim=-1)",
+            "return x_BNSH",
+        ),
+        ("rotary positions turn no plane", "a * sin_SH + b * cos_SH", "b * cos_SH - a * sin_SH"),
+        ("rotary angles fall half as fast", "(-torch.arange(half) / half)", "(-torch.arange(half) / (2 * half))"),
+        ("attention sees the future", "is_causal=True", "is_causal=False"),
+        (
+            "no residual around the feed-forward layer",
+            "return x_BSD + y_TD.view_as(x_BSD), decision",
+            "return y_TD.view_as(x_BSD), decision",
+        ),
+        ("no norm before attention", "self.attention(self.attention_norm(x_BSD))", "self.attention(x_BSD)"),
+        ("no norm before the logits", "self.unembed(self.norm(x_BSD))", "self.unembed(x_BSD)"),
+        ("attention's output starts as large as its input", "std / (2 * config.num_layers) ** 0.5", "std"),
+        (
+            "embeddings start at 1",
+            "seeding.init_normal(self.embed.weight, config.d_model**-0.5,",
+            "seeding.init_normal(self.embed.weight, 1.0,",
+        ),
+        ("no layer is dense", "layer < config.num_dense_layers", "layer < 0"),
+    ),
+    *faults(
+        "rlroute/model/moe.py",
+        "tests/test_transformer.py",
+        (
+            "experts write as large as they read",
+            "1 / math.sqrt(2 * config.num_layers * d_expert)",
+            "1 / math.sqrt(d_expert)",
+        ),
+        ("all experts start alike", 'f"layers.{layer}.{key}.in", expert)', 'f"layers.{layer}.{key}.in", 0)'),
+    ),
+    *faults(
+        "rlroute/model/moe.py",
+        "tests/test_step.py",
+        (
+            "routers run in bfloat16",
+            "x_TD.device.type, enabled=False)",
+            "x_TD.device.type, enabled=dtype == torch.bfloat16)",
+        ),
+    ),
+    *faults(
+        "rlroute/model/moe.py",
+        "tests/test_transformer.py",
+        ("shared experts are left out", "(out_TD if shared_TD is None else out_TD + shared_TD)", "out_TD"),
+        ("capacity is rounded down", "return math.ceil(", "return math.floor("),
+    ),
+    *faults(
+        "rlroute/model/accounting.py",
+        "tests/test_flops.py",
+        (
+            "attention costs nothing",
+            "attention = 2 * config.num_layers * (seq_len + 1) * config.d_model",
+            "attention = 0",
+        ),
+        ("attention sees every key", "(seq_len + 1)", "(2 * seq_len)"),
+        ("all experts are active", "routed * config.k // config.num_experts", "routed"),
+        (
+            "embeddings are multiplied",
+            "(other - model.embed.weight.numel() - norms + routed_active)",
+            "(other - norms + routed_active)",
+        ),
+        ("routers cost nothing", "+ attention + router_flops", "+ attention"),
+    ),
+    *faults(
+        "rlroute/model/accounting.py",
+        "tests/test_optimizer.py",
+        ("no parameter is a router's", '".router." in name', '".rooter." in name'),
+    ),
+    *faults(
+        "rlroute/metrics.py",
+        "tests/test_metrics.py",
+        (
+            "MaxVio is 1 at balance",
+            "load_E.max() / load_E.double().mean() - 1",
+            "load_E.max() / load_E.double().mean()",
+        ),
+        (
+            "the coefficient of variation is constant",
+            "return load_E.double().std(correction=0) / load_E.double().mean()",
+            "return torch.zeros(())",
+        ),
+        ("the load's entropy is constant", "if len(load_E) > 1 else", "if len(load_E) < 1 else"),
+        (
+            "the router's entropy is constant",
+            "values_T = entropy_T(probs_TE) / math.log(max(probs_TE.shape[1], 2))",
+            "values_T = torch.ones(len(probs_TE))",
+        ),
+        ("no expert is dead", "(load_E < share * load_E.double().mean()).sum()", "(load_E < 0).sum()"),
+        (
+            "nothing is ever dropped",
+            "return 1 - decision.load_E().sum() / decision.demand_E().sum().clamp(min=1)",
+            "return torch.zeros(())",
+        ),
+        (
+            "overlap asks for all",
+            "(ids_a_TK[:, :, None] == ids_b_TK[:, None, :]).any(2)",
+            "(ids_a_TK[:, :, None] == ids_b_TK[:, None, :]).all(2)",
+        ),
+    ),
+    *faults(
+        "rlroute/balance.py",
+        "tests/test_balance.py",
+        ("load is counted after drops", "decision.demand_E(mask_T)", "decision.load_E(mask_T)"),
+        (
+            "probability mass has no gradient",
+            "mass_E / mass_E.detach().sum()).sum()",
+            "mass_E.detach() / mass_E.sum()).sum()",
+        ),
+    ),
+    *faults(
+        "rlroute/balance.py",
+        "tests/test_metrics.py",
+        ("sequences weigh alike, however short", "(loss_B * tokens_B).sum() / tokens_B.sum()", "loss_B.mean()"),
+        ("an expert at its share is overloaded", "demand_E.sum().clamp(min=1) - 1,", "demand_E.sum().clamp(min=1),"),
+        ("the z-loss is not squared", "logits_TE.logsumexp(1).square()", "logits_TE.logsumexp(1)"),
+        ("the variance is of a sample", "values_E.var(correction=0)", "values_E.var()"),
+    ),
+    *faults(
+        "rlroute/training/optimizer.py",
+        "tests/test_optimizer.py",
+        ("no weight decay", '"weight_decay": config.weight_decay', '"weight_decay": 0.0'),
+        (
+            "vectors decay",
+            'if p.dim() <= 1], "weight_decay": 0.0',
+            'if p.dim() <= 1], "weight_decay": config.weight_decay',
+        ),
+        (
+            "routers decay",
+            '{"params": self.router, "weight_decay": 0.0',
+            '{"params": self.router, "weight_decay": config.weight_decay',
+        ),
+        ("router_lr_scale is ignored", '"scale": config.router_lr_scale', '"scale": 1.0'),
+        ("the betas are 0.5", "betas=(0.9, 0.95)", "betas=(0.5, 0.5)"),
+        (
+            "routers are clipped at the model's limit",
+            "self._clip(self.router, self.config.router_clip)",
+            "self._clip(self.router, self.config.clip)",
+        ),
+        ("experts do not count in the norm", "self.group.sum_over_shards(get_total_norm(experts).square())", "0.0"),
+        (
+            "gradients are not clipped",
+            "clip_grads_with_norm_(parameters, limit, norm)",
+            "clip_grads_with_norm_(parameters, math.inf, norm)",
+        ),
+        ("warm-up starts at 0", "(step + 1) / config.warmup_steps", "step / config.warmup_steps"),
+        ("the rate decays to 0", "decay = config.final_lr +", "decay = 0.0 +"),
+        (
+            "the rate decays by a quarter of a cosine",
+            "math.cos(math.pi * min(1.0, progress))",
+            "math.cos(math.pi / 2 * min(1.0, progress))",
+        ),
+    ),
+    *faults(
+        "rlroute/training/evaluate.py",
+        "tests/test_evaluation.py",
+        ("the greedy policy is sampled", "step, group, explore=False)", "step, group, explore=True)"),
+        ("drop rate is always 0", '"drop_rate": float(sums["drops"])', '"drop_rate": 0.0 * float(sums["drops"])'),
+        ("bits are per token", "nats / math.log(2) / text_bytes", "nats / math.log(2) / tokens"),
+        (
+            "the last batch stands for all",
+            "demand_LE[layer] += decision.demand_E()",
+            "demand_LE[layer] = decision.demand_E()",
+        ),
+        (
+            "load is counted after drops",
+            "demand_LE[layer] += decision.demand_E()",
+            "demand_LE[layer] += decision.load_E()",
+        ),
+    ),
+    *faults(
+        "rlroute/training/step.py",
+        "tests/test_step.py",
+        ("bfloat16 is float32", "enabled=self.dtype == torch.bfloat16", "enabled=False"),
+        (
+            "objectives are logged alone",
+            "torch.autograd.backward(total + weighted(terms_L))",
+            "torch.autograd.backward(total)",
+        ),
+        ("the last micro-batch stands for all", "sums[name] + value if name in sums else value", "value"),
+        ("terms of weight 0 are added", "for term in terms.values() if term.weight)", "for term in terms.values())"),
+        ("weights are ignored", "sum((term.weight * term.value for", "sum((term.value for"),
+    ),
+    *faults(
+        "rlroute/routing.py",
+        "tests/test_routing.py",
+        (
+            "first choices do not come first",
+            ".view(decision.num_tokens, decision.k).t().reshape(-1)",
+            ".view(decision.num_tokens, decision.k).reshape(-1)",
+        ),
+        ("an expert runs one pair too many", "(rank_R < capacity)", "(rank_R <= capacity)"),
+        (
+            "all layers draw the same noise",
+            "seeding.derive_key(self.seed, name, self.layer, self.step)",
+            "seeding.derive_key(self.seed, name, self.step)",
+        ),
+    ),
+    *faults(
+        "rlroute/sampling.py",
+        "tests/test_sampling.py",
+        ("the worst experts are chosen", "descending=True", "descending=False"),
+        ("draws are with replacement", 'left_TE = left_TE.scatter(1, ids_T1, float("-inf"))', "left_TE = logits_TE"),
+    ),
+    *faults(
+        "rlroute/seeding.py",
+        "tests/test_sampling.py",
+        (
+            "Gumbel draws are upside down",
+            "return -torch.log(-torch.log(uniform))",
+            "return torch.log(-torch.log(uniform))",
+        ),
+    ),
+    *faults(
+        "rlroute/rewards.py",
+        "tests/test_rewards.py",
+        ("the loss is the reward", "return -loss_MT", "return +loss_MT"),
+    ),
+    *faults(
+        "rlroute/kernels/activations.py",
+        "tests/test_transformer.py",
+        ("SwiGLU's gate is a plain sigmoid", "functional.silu(gate_NF)", "functional.sigmoid(gate_NF)"),
+    ),
+    *faults(
+        "experiments/table.py",
+        "tests/test_table.py",
+        (
+            "other validation tokens are let in",
+            '    "summary.eval_tokens_sha256": "losses on other validation tokens cannot be subtracted",',
+            "",
+        ),
+        (
+            "another number of threads is let in",
+            '    "environment.threads": "bits and speed change with the number of threads",',
+            "",
+        ),
+    ),
+]
+
+
+def stale() -> list[str]:
+    """Return what is wrong with the list: texts that do not occur exactly once."""
+    complaints = []
+    for mutant in MUTANTS:
+        try:
+            mutant.planted(ROOT)
+        except ValueError as error:
+            complaints.append(str(error))
+    return complaints
+
+
+def copy_tree(root: Path, to: Path) -> Path:
+    """Copy what tests need, without bytecode: that of a mutant may be as old and as long as the original's."""
+    for name in filter(lambda name: (root / name).exists(), COPIED):
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            to.mkdir(exist_ok=True)
+            shutil.copy(source, to / name)
+    return to
+
+
+def run_tests(root: Path, tests: Iterable[str]) -> tuple[int, str]:
+    """Run tests of a tree; return pytest's exit code, -1 where it did not end, and what it said."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    variables = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=os.environ | variables, capture_output=True, text=True, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"no end after {LONGEST} s"
+    return done.returncode, done.stdout + done.stderr
+
+
+def verdict(mutant: Mutant, root: Path) -> str:
+    """Plant a mutant in a copy of the tree, run its tests, take it out again; say what became of it."""
+    file = root / mutant.file
+    healthy = file.read_text()
+    file.write_text(mutant.planted(root))
+    try:
+        code, said = run_tests(root, mutant.tests.split())
+    finally:
+        file.write_text(healthy)
+    if code == 0:
+        return LIVED
+    # Only a failed test is a death: a mutant that cannot be imported, never ends, or ends Python shows nothing.
+    return KILLED if code == 1 and "\nFAILED " in said else f"BROKEN ({code})\n{said[-2000:]}"
+
+
+def hunt(copies: Sequence[Path]) -> int:
+    """Try every mutant, in as many threads as there are copies of the tree; return how many were not killed."""
+    free: SimpleQueue[Path] = SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def attempt(mutant: Mutant) -> bool:
+        copy, start = free.get(), time.perf_counter()
+        try:
+            found = verdict(mutant, copy)
+        finally:
+            free.put(copy)
+        print(f"{time.perf_counter() - start:5.1f} s  {mutant.file}: {mutant.what}: {found}", flush=True)
+        return found != KILLED
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        return sum(pool.map(attempt, MUTANTS))
+
+
+def main() -> int:
+    """Check the list, run the tests named on the healthy tree, then try every mutant; 1 where one was not killed."""
+    if complaints := stale():
+        print(*complaints, sep="\n")
+        return 1
+    with TemporaryDirectory(prefix="rlroute-mutants-") as folder:
+        copies = [copy_tree(ROOT, Path(folder, str(worker))) for worker in range(WORKERS)]
+        code, said = run_tests(copies[0], sorted({name for mutant in MUTANTS for name in mutant.tests.split()}))
+        if code != 0:
+            print(f"The tests do not pass without any mutant:\n{said}")
+            return 1
+        left = hunt(copies)
+    print(f"{len(MUTANTS)} mutants, {left} not killed")
+    return int(left > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
