@@ -91,19 +91,20 @@ def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str
         sum((d.demand_E() for d in made), start=torch.zeros(router.shape.num_experts, dtype=torch.long, device=device))
         for router, made in zip(model.routers, made_L, strict=True)
     ]
-    sums_L7 = torch.zeros(len(made_L), 7, dtype=torch.float64, device=device)
+    sums_L5 = torch.zeros(len(made_L), 5, dtype=torch.float64, device=device)
     for site, made in enumerate(made_L):
         for decision in made:
-            sums_L7[site] += _sums(decision)
-    group.add_up([*demand_L, sums_L7])
-    batches_L, drops_L, scored_L, entropy_L, tokens_L, ran_L, without_L = sums_L7.t()
+            sums_L5[site] += _sums(decision)
+    group.add_up([*demand_L, sums_L5])
+    tokens_L, ran_L, without_L, scored_L, entropy_L = sums_L5.t()
+    chosen = sum(int(d.sum()) for d in demand_L)
     return {
         "max_vio_L": max_vio_L(demand_L),
         "cv_L": [defined(metrics.coefficient_of_variation(d)) for d in demand_L],
         "load_entropy_L": [defined(metrics.load_entropy(d)) for d in demand_L],
         "router_entropy_L": [defined(entropy) for entropy in entropy_L / scored_L] if scored_L.any() else None,
         "dead_L": [int(metrics.dead_experts(d)) for d in demand_L],
-        "drop_rate": float(drops_L.sum() / batches_L.sum()) if len(batches_L) else 0.0,
+        "drop_rate": (chosen - float(ran_L.sum())) / max(chosen, 1),
         "pairs_L": (ran_L / tokens_L).tolist(),
         "without_L": (without_L / tokens_L).tolist(),
         "load_LE": load_fractions(demand_L),
@@ -111,18 +112,15 @@ def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str
 
 
 def _sums(decision: RoutingDecision) -> Tensor:
-    """Return what :func:`_balance` adds up of one batch at one site, float64 of shape (7,).
+    """Return what :func:`_balance` adds up of one batch at one site, float64 of shape (5,).
 
-    These are: batches, drop rates, batches with probabilities, entropies of these, tokens, pairs that ran, tokens without any.
+    These are: tokens, pairs that ran, tokens without any, tokens with probabilities, and the entropies of these.
     """
-    ran_T = decision.token_sum(decision.kept_R.double())
-    one = ran_T.new_ones(())
-    entropy = 0 * one if decision.probs_TE is None else metrics.router_entropy(decision.probs_TE).double()
-    scored = one * (decision.probs_TE is not None)
-    drops = metrics.drop_rate(decision).double()
-    return torch.stack(
-        [one, drops, scored, entropy, one * decision.num_tokens, ran_T.sum(), (ran_T == 0).sum().double()]
-    )
+    ran_T, probs_TE = decision.token_sum(decision.kept_R.double()), decision.probs_TE
+    tokens = ran_T.new_tensor(decision.num_tokens)
+    scored = 0 * tokens if probs_TE is None else tokens
+    entropy = 0 * tokens if probs_TE is None else tokens * metrics.router_entropy(probs_TE).double()
+    return torch.stack([tokens, ran_T.sum(), (ran_T == 0).sum().double(), scored, entropy])
 
 
 def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: Group) -> list[float | None]:
@@ -130,7 +128,7 @@ def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: G
     sums_L2 = torch.zeros(len(model.routers), 2, dtype=torch.float64, device=model.embed.weight.device)
     for made, other in zip(greedy, drawn, strict=True):
         for site, (a, b) in enumerate(zip(made, other, strict=True)):
-            sums_L2[site, 0] += metrics.overlap(b, a)
-            sums_L2[site, 1] += 1
+            pairs = b.used_R.sum().double()
+            sums_L2[site] += torch.stack([pairs * metrics.overlap(b, a).nan_to_num(), pairs])
     group.add_up([sums_L2])
-    return [defined(shared / count) if count else None for shared, count in sums_L2.tolist()]
+    return [shared / count if count else None for shared, count in sums_L2.tolist()]
