@@ -33,8 +33,8 @@ def evaluate(
     *,
     seed: int,
     step: int,
-    progress: float,
     sampled: bool,
+    progress: float = 0.0,
     group: Group = ALONE,
 ) -> dict[str, Any]:
     """Return the greedy loss, bits per byte and balance over all batches, and the sampled policy's where asked and meaningful.
