@@ -88,6 +88,8 @@ class RoutingContext:
         This is how a router selects. A score of -inf is never chosen: a slot left over holds the number of columns, which marks it
         as unused where the columns are the experts. Experts choose tokens by the transposed scores.
 
+        A ranking on the way, of groups of experts say, is no choice: it is done by :func:`rlroute.sampling.top_k`.
+
         Raises:
             DecisionError: choices are forced whose shape is another.
         """

@@ -16,25 +16,37 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlroute import registry
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.baselines.switch import SwitchRouter
-from rlroute.config import ModelConfig, RouterConfig
+from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, SitedRouter, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.gradients import exact
 from rlroute.experiments.gradients import signal as gradient_statistics
 from rlroute.experiments.gradients.estimates import enumerate_estimates, measure_probe
-from rlroute.experiments.gradients.instrument import Sweep, default_entries, run
-from rlroute.experiments.gradients.probe import Probe, Unmeasurable
+from rlroute.experiments.gradients.instrument import (
+    Case,
+    Sweep,
+    default_entries,
+    measure_case,
+    run,
+    without_refusals,
+)
+from rlroute.experiments.gradients.probe import Probe
+from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.gradients.summary import summary
+from rlroute.gates import softmax_top_k
 from rlroute.model import ModelShape, Transformer
+from rlroute.policies import perturb
 from rlroute.registry import default_names, router_class
-from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
-from rlroute.sampling import gumbel_top_k, plackett_luce_log_prob, top_k
-from rlroute.training.data import Batch
+from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
+from rlroute.sampling import plackett_luce_log_prob, top_k
+from rlroute.training.data import Batch, load_corpus
 from tests.test_cli import rlroute
 
 ROOT = Path(__file__).parents[1]
 V = 11
+SMALLEST: dict[str, Any] = {"d_model": 8, "num_heads": 2, "d_expert": 6}
 SIZES = [(1, 1, 2, 3), (2, 1, 2, 2), (1, 2, 3, 2), (2, 2, 3, 1)]  # (L, k, E, T)
 
 
@@ -53,25 +65,21 @@ def make_probe(
     **fields: Any,
 ) -> Probe:
     """A probe of a small model whose routers have opinions and, where they keep any, a past."""
-    config = ModelConfig(
-        num_layers=layers,
-        d_model=8,
-        num_heads=2,
-        num_experts=experts,
-        k=k,
-        d_expert=6,
-        gate_form=form,  # type: ignore[arg-type]
-    )
-    shape = ModelShape(vocab_size=V, seq_len=tokens, seed=3, backend="reference")
     settings = router.Config(**fields)
-    model = Transformer(config, shape, lambda layer: router(settings, layer)).double()
+    sizes: dict[str, Any] = {"num_layers": layers, "num_experts": experts, "k": k, "gate_form": form}
+    return probe_of(ModelConfig(**sizes, **SMALLEST), tokens, lambda shape: router(settings, shape))
+
+
+def probe_of(config: ModelConfig, tokens: int, make_router: Callable[[RouterShape], Router]) -> Probe:
+    shape = ModelShape(vocab_size=V, seq_len=tokens, seed=3, backend="reference")
+    model = Transformer(config, shape, make_router).double()
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():
         if ".router." in name or ".experts." in name:
             parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     for each in model.routers:
         if isinstance(each, ReinforceRouter):
-            each.adapt({"return": torch.tensor(-5.2), "tokens": torch.tensor(2)})
+            each.adapt(Sums({"return": torch.tensor(-5.2), "tokens": torch.tensor(2)}, ()), 0.0)
     return Probe(model, make_batch(tokens), step=0)
 
 
@@ -120,7 +128,10 @@ def test_exact_gradient_is_the_finite_difference_of_the_enumerated_loss(
 ) -> None:
     probe = make_probe(router, layers, k, experts, tokens)
     assert probe.gates_follow == (router is SwitchRouter)
-    gradient_LTE = exact.exact_gradient(probe, held=not probe.gates_follow)
+    check_finite_difference(probe, exact.exact_gradient(probe, held=not probe.gates_follow))
+
+
+def check_finite_difference(probe: Probe, gradient_LTE: Tensor) -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         way_LTE = torch.randn(gradient_LTE.shape, generator=generator, dtype=torch.float64)
@@ -253,6 +264,7 @@ class LeaveOneOut(Router):
         held: bool = False
 
     learns_from, gate_meaning, stochastic, num_samples = frozenset({"reward"}), "1/k", True, 2
+    config: Config
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
@@ -260,11 +272,10 @@ class LeaveOneOut(Router):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         logits_TE = self.scores(x_TD.detach())
-        ids_TK = top_k(logits_TE, self.shape.k)
-        if context.explore:
-            ids_TK = gumbel_top_k(logits_TE, self.shape.k, context.noise("test", (self.shape.num_experts,)))
+        scores_TE = perturb(logits_TE, context, "test")
         if context.explore and self.config.held:
-            ids_TK = ids_TK[: len(ids_TK) // 2].repeat(2, 1)
+            scores_TE = scores_TE[: len(scores_TE) // 2].repeat(2, 1)
+        ids_TK = context.choose(scores_TE, self.shape.k)
         return RoutingDecision.token_choice(
             ids_TK,
             torch.full_like(ids_TK, 1 / self.shape.k, dtype=x_TD.dtype),
@@ -295,7 +306,7 @@ def test_samples_that_are_held_are_drawn_and_not_enumerated() -> None:
 def test_a_layer_that_learns_in_its_turn_is_measured_in_its_turn_and_pays_for_the_others() -> None:
     class InTurn(ReinforceRouter):
         def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-            mine = feedback.context.step % 2 == self.shape.layer
+            mine = feedback.context.step % 2 == self.shape.site_index
             return super().objective(decision, replace(feedback, loss_MT=feedback.loss_MT * mine))
 
         @property
@@ -365,7 +376,7 @@ def test_every_router_is_measured_or_says_why_not(name: str, form: str) -> None:
 
 
 def test_the_model_that_is_measured_stays_as_it_is() -> None:
-    config = ModelConfig(num_layers=1, d_model=8, num_heads=2, num_experts=2, k=1, d_expert=6)
+    config = ModelConfig(num_layers=1, num_experts=2, k=1, **SMALLEST)
     shape = ModelShape(vocab_size=V, seq_len=2, seed=3, backend="reference")
     model = Transformer(config, shape, lambda layer: SwitchRouter(SwitchRouter.Config(), layer))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -397,6 +408,232 @@ def test_routers_that_the_instrument_cannot_read_say_so() -> None:
             make_probe(router).forced(
                 torch.ones(1, 1, 2, 1, dtype=torch.int64), torch.zeros(1, 2, 2).double(), held=True
             )
+
+
+# Routers of other distributions.
+
+
+class GroupLimited(SwitchRouter):
+    """The better half of the groups of two experts, then the best experts in them (DeepSeek-V2)."""
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        logits_TE = self.scores(x_TD)
+        best_TG = logits_TE.view(len(x_TD), -1, 2).amax(2)
+        groups_TG = top_k(best_TG, best_TG.shape[1] // 2)
+        kept_TE = torch.zeros_like(best_TG).scatter(1, groups_TG, 1).repeat_interleave(2, dim=1) > 0
+        ids_TK = context.choose(logits_TE.masked_fill(~kept_TE, float("-inf")), self.shape.k)
+        probs_TE = logits_TE.softmax(1)
+        return RoutingDecision.token_choice(
+            ids_TK, probs_TE.gather(1, ids_TK), logits_TE.shape[1], logits_TE=logits_TE, probs_TE=probs_TE
+        )
+
+
+class ZeroExperts(SwitchRouter):
+    """Beside the experts two columns that return the token's input as it is (LongCat-Flash)."""
+
+    def __init__(self, config: RouterConfig, shape: RouterShape) -> None:
+        assert isinstance(config, SwitchRouter.Config)
+        super().__init__(config, shape)
+        self.scores = LinearScores(replace(shape, num_experts=shape.num_experts + 2), "scores", 0.02)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        decision = softmax_top_k(self.scores(x_TD), self.shape.k, context, normalize=False)
+        experts, k = self.shape.num_experts, self.shape.k
+        own_T = (decision.gates_R * (decision.expert_ids_R >= experts)).view(-1, k).sum(1)
+        ids_R = decision.expert_ids_R.clamp(max=experts)
+        return replace(decision, num_experts=experts, expert_ids_R=ids_R, self_T=own_T)
+
+
+class Threshold(SwitchRouter):
+    """As many of k slots as have a logit above -1, which untrained is all of them."""
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        logits_TE = self.scores(x_TD)
+        ids_TK = context.choose(logits_TE.masked_fill(logits_TE < -1, float("-inf")), self.shape.k)
+        gates_TK = torch.cat([logits_TE.sigmoid(), torch.zeros(len(x_TD), 1)], dim=1).gather(1, ids_TK)
+        return RoutingDecision.token_choice(ids_TK, gates_TK, logits_TE.shape[1], logits_TE=logits_TE)
+
+
+class ExpertChoice(SwitchRouter):
+    """Each expert takes a token."""
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        logits_TE = self.scores(x_TD)
+        ids_EC = context.choose(logits_TE.T, 1)
+        return RoutingDecision.expert_choice(ids_EC, logits_TE.T.gather(1, ids_EC), len(x_TD), logits_TE=logits_TE)
+
+
+class Soft(SwitchRouter):
+    """All experts."""
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        return softmax_top_k(self.scores(x_TD), self.shape.num_experts, context, normalize=False)
+
+
+@pytest.mark.parametrize("router", [GroupLimited, ZeroExperts])
+@pytest.mark.parametrize(("layers", "k", "experts", "tokens"), [(1, 1, 4, 2), (1, 2, 4, 1), (2, 1, 4, 1)])
+def test_first_rankings_over_groups_and_columns_beyond_the_experts_are_measured(
+    layers: int, k: int, experts: int, tokens: int, router: type[Router]
+) -> None:
+    probe = make_probe(router, layers, k, experts, tokens)
+    assert probe.gates_follow and probe.columns == experts + 2 * (router is ZeroExperts)
+    check_finite_difference(probe, exact.exact_gradient(probe, held=False))
+    measured = measure_probe(probe, draws=10, samples=2, seed=0)
+    assert all(measured.signals(layer)[0].norm > 0 for layer in range(layers))
+
+
+def test_the_choice_part_holds_all_weights_of_the_output() -> None:
+    """On one layer it is the derivative of the probabilities alone."""
+    probe = make_probe(ZeroExperts, 1, 2, 2, 2)
+    shift_LTE, total = probe.zero_shift(), torch.zeros(())
+    for ids_LNTK in exact.joint_choices(probe.columns, 2, 1, 2):
+        loss_N, log_prob_LNT = probe.forced(ids_LNTK, shift_LTE, held=False)
+        total = total + (log_prob_LNT.sum((0, 2)).exp() * loss_N.detach()).sum()
+    want_LTE = torch.autograd.grad(total, shift_LTE)[0]
+    assert float((exact.exact_gradient(probe, held=True) - want_LTE).abs().max()) < 1e-12
+    assert float((exact.exact_gradient(probe, held=False) - want_LTE).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("router", [Threshold, ExpertChoice])
+@pytest.mark.parametrize("sites", [(0,), (1,), (0, 1)])
+def test_no_fixed_number_of_choices_at_any_site_is_named(router: type[Router], sites: tuple[int, ...]) -> None:
+    config = ModelConfig(num_layers=2, num_experts=4, k=1, **SMALLEST)
+    with pytest.raises(Unmeasurable, match="not a token choice of fixed k"):
+        probe_of(config, 2, lambda s: (router if s.site in sites else SwitchRouter)(SwitchRouter.Config(), s))
+
+
+def test_where_nothing_is_chosen_there_is_nothing_to_measure() -> None:
+    with pytest.raises(Unmeasurable, match="runs all experts"):
+        make_probe(Soft)
+
+
+def test_attention_is_a_site_of_its_own_where_it_chooses_as_the_layers_do() -> None:
+    def probe(experts: int) -> Probe:
+        config = ModelConfig(num_layers=1, num_experts=2, k=1, attention_experts=experts, **SMALLEST)
+        return probe_of(config, 2, lambda shape: SwitchRouter(SwitchRouter.Config(), shape))
+
+    check_finite_difference(probe(2), exact.exact_gradient(probe(2), held=False))
+    with pytest.raises(Unmeasurable, match="1 of 3 and 1 of 2 experts"):
+        probe(3)
+    sweep = Sweep(
+        entries=("switch",), experts=(2,), layers=(1,), tokens=(2,), train_steps=(0,), seeds=1, attention=True
+    )
+    rows, unmeasured = run(sweep)
+    assert [row.layer for row in rows] == ["0.attention", 0] and not unmeasured
+
+
+def test_each_site_is_read_by_its_own_router() -> None:
+    class OtherScores(SwitchRouter):
+        def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+            return replace(super().forward(x_TD, context), logits_TE=x_TD @ self.scores.weight.T)
+
+    config = ModelConfig(num_layers=2, num_experts=2, k=1, **SMALLEST)
+    routers: list[type[Router]] = [ReinforceRouter, SwitchRouter]
+    mixed = probe_of(config, 2, lambda shape: routers[shape.site_index](routers[shape.site_index].Config(), shape))
+    check_finite_difference(mixed, exact.exact_gradient(mixed, held=False))
+    with pytest.raises(Unmeasurable, match="module `scores`"):
+        probe_of(config, 2, lambda s: (OtherScores if s.site == 1 else SwitchRouter)(SwitchRouter.Config(), s))
+
+
+def test_a_run_of_several_routers_has_a_row_for_each_site() -> None:
+    sweep = Sweep(entries=("switch",), train_steps=(1,), draws=5, seeds=1, warm_up=1)
+    run_config = RunConfig(
+        data=DataConfig(spec=sweep.corpus, seq_len=2),
+        model=ModelConfig(num_layers=2, num_experts=2, k=1, **SMALLEST),
+        router=SwitchRouter.Config(),
+        others=(SitedRouter(sites="1", router=ReinforceRouter.Config()),),
+        train=TrainConfig(steps=1, batch_size=4),
+    )
+    assert [r.layer for r in measure_case(Case("both", run_config), 1, load_corpus(sweep.corpus), sweep)] == [0, 1]
+
+
+@dataclass(frozen=True)
+class Point:
+    """An entry point of a class that is here already."""
+
+    router: type[Router]
+
+    def load(self) -> type[Router]:
+        return self.router
+
+
+def named(router: type[Router], name: str) -> type[Router]:
+    """Return a router under another name."""
+
+    class Config(SwitchRouter.Config):
+        pass
+
+    made = type("Renamed", (router,), {"Config": Config})
+    Config.name = name
+    return made
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers of another distribution: failing late with 3 experts, not listening, wanting k = 2."""
+
+    class Failing(SwitchRouter):
+        def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+            if self.shape.num_experts == 3 and context.step > 0:
+                raise RuntimeError("two lines\nof trouble")
+            return super().forward(x_TD, context)
+
+    class Deaf(SwitchRouter):
+        def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+            return super().forward(x_TD, replace(context, choices={}))
+
+    class Endless(SwitchRouter):
+        def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+            decision = super().forward(x_TD, context)
+            return replace(decision, gates_R=decision.gates_R * torch.inf) if context.explore else decision
+
+    class Groups(SwitchRouter):
+        def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+            context.choose(torch.zeros(len(x_TD), 5), 5)  # a ranking on the way, passed off as the choice
+            return super().forward(x_TD, context)
+
+    class Picky(SwitchRouter):
+        @classmethod
+        def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
+            return super().refuses(config, shape) or (f"k = {shape.k}: legal is 2" if shape.k != 2 else None)
+
+    made = {"failing": Failing, "deaf": Deaf, "endless": Endless, "groups": Groups, "picky": Picky}
+    points = {name: Point(named(router, name)) for name, router in made.items()}
+    found = registry._sources() | points
+    monkeypatch.setattr(registry, "_sources", lambda: found)
+
+
+@pytest.mark.usefixtures("others")
+def test_who_fails_is_named_and_costs_the_others_nothing() -> None:
+    size = {"layers": (1,), "tokens": (2,), "train_steps": (0, 2), "draws": 5, "seeds": 1, "warm_up": 1}
+    alone = Sweep(entries=("switch",), experts=(4, 3), **size)  # type: ignore[arg-type]
+    rows, unmeasured = run(replace(alone, entries=("failing", "deaf", "endless", "groups", "switch")))
+    assert [row for row in rows if row.entry == "switch"] == run(alone)[0]
+    assert [(row.experts, row.train_steps) for row in rows if row.entry == "failing"] == [(4, 0), (4, 2), (3, 0)]
+    reasons = {(item.entry, item.where): item.reason for item in unmeasured}
+    where = "E = 3, k = 1, layers = 1, tokens = 2, train_steps = 2"
+    assert set(reasons) == {("failing", where), ("deaf", ""), ("endless", ""), ("groups", "")}
+    assert reasons["failing", where] == "it fails by RuntimeError: two lines of trouble"
+    assert "cannot be forced" in reasons["deaf", ""] and reasons["endless", ""] == "its gradient is not finite"
+    assert reasons["groups", ""].startswith("it fails by DecisionError: choices forced at site 0")
+
+
+@pytest.mark.usefixtures("others")
+def test_where_nobody_is_named_routers_that_refuse_a_size_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep(entries=default_entries(), k=(1, 2))
+    kept, left_out = without_refusals(sweep)
+    assert [(item.entry, item.reason) for item in left_out] == [("picky", "left out, k = 1: legal is 2")]
+    assert set(kept.entries) == set(sweep.entries) - {"picky"}
+    assert without_refusals(replace(sweep, k=(2,)))[1] == []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlroute.experiments.gradients.instrument.default_entries", lambda: ("picky", "switch"))
+    done = rlroute("gradients", *SMALL, "--out", "g")
+    assert done.code == 0 and "No figures for `picky`: left out, k = 1: legal is 2." in done.out, done.err
+    assert {row["entry"] for row in json.loads((tmp_path / "g" / "gradients.json").read_text())["rows"]} == {"switch"}
+    refused = rlroute("gradients", "picky", *SMALL, "--out", "h")
+    assert refused.code == 2 and "k = 1: legal is 2" in refused.err and not (tmp_path / "h" / "gradients.md").exists()
 
 
 # The statistics.

@@ -11,7 +11,7 @@ import tyro
 from rlroute.experiments.cli.common import command_line, make_folder
 
 if TYPE_CHECKING:
-    from rlroute.experiments.gradients.instrument import Sweep
+    from rlroute.experiments.gradients.instrument import Sweep, Unmeasured
 
 
 def gradients(
@@ -27,6 +27,7 @@ def gradients(
     warm_up: int = 20,
     seeds: int = 4,
     gate_form: Literal["own", "unit"] = "own",
+    attention: bool = False,
     corpus: str = "synth:documents=512,vocab=32,domains=4",
     out: Path = Path("results/gradients"),
 ) -> None:
@@ -34,8 +35,8 @@ def gradients(
     gradient.
 
     Args:
-        entries: routers or estimators, as `reinforce:baseline=ema`; by default every router, and the estimators of
-            reinforce.
+        entries: routers or estimators, as `reinforce:baseline=ema`; by default every router that takes all
+            sizes, and the estimators of reinforce.
         experts: numbers of experts, as `2,4`; this and the next four make a sweep over all combinations.
         k: experts per token.
         layers: MoE layers of the model.
@@ -48,6 +49,7 @@ def gradients(
         warm_up: steps for running means and value heads before a measurement.
         seeds: seeds 0 to seeds - 1: weights, data, measured tokens and draws.
         gate_form: own: the router's gate; unit: value 1/k, gradient of the router's gate.
+        attention: give each attention as many experts, and a router of its own.
         corpus: what is trained and measured on.
         out: folder for gradients.md, gradients.json and gradients.html.
     """
@@ -69,15 +71,17 @@ def gradients(
         warm_up=warm_up,
         seeds=seeds,
         gate_form=gate_form,
+        attention=attention,
         corpus=corpus,
     )
+    sweep, left_out = (sweep, []) if entries else instrument.without_refusals(sweep)
     make_folder(out)
     torch.set_num_threads(1)
-    print(_publish_gradients(sweep, out))
+    print(_publish_gradients(sweep, left_out, out))
     print(f"table in {out}/gradients.md, all figures in {out}/gradients.json, page in {out}/gradients.html")
 
 
-def _publish_gradients(sweep: Sweep, out: Path) -> str:
+def _publish_gradients(sweep: Sweep, left_out: list[Unmeasured], out: Path) -> str:
     """Measure, write the table, the figures and the page, and return the table's text."""
     from rlroute.experiments.gradients import page
     from rlroute.experiments.gradients.instrument import run
@@ -87,6 +91,7 @@ def _publish_gradients(sweep: Sweep, out: Path) -> str:
 
     new_figure("", "", 100)  # without Plotly this fails now rather than after the work
     rows, unmeasured = run(sweep, lambda text: print(text, file=sys.stderr, flush=True))
+    unmeasured = left_out + unmeasured
     text = page.to_markdown(rows, unmeasured)
     provenance = load_corpus(sweep.corpus).provenance
     write_atomically(out / "gradients.md", text + "\n")

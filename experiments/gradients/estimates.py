@@ -1,8 +1,8 @@
 """What training micro-batches give a router's logits, set against the gradient: all of it where it can be enumerated,
 else draws.
 
-Shape suffixes: T tokens, M routing samples, X = M * T, N micro-batches, L MoE layers, E experts, K experts per token, P
-numbers.
+Shape suffixes: T tokens, M routing samples, X = M * T, N micro-batches, L routed sites, E columns of logits, K choices
+per token, P numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlroute.experiments.gradients.exact import (
 )
 from rlroute.experiments.gradients.probe import Probe
 from rlroute.experiments.gradients.signal import Signal, measure, measure_enumerated, without_target_error
+from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.seeding import derive_key
 
 ENUMERABLE_ALONE = 256
@@ -65,10 +66,20 @@ class Measurement:
 def measure_probe(probe: Probe, *, draws: int, samples: int, seed: int) -> Measurement:
     """Return the target and the estimates: all of them where they can be enumerated, with their probabilities, else
     draws.
+
+    Raises:
+        Unmeasurable: a token has too many choices, or something is not finite.
     """
     target = measure_target(probe, samples=samples, seed=seed)
+    measured = _measure_estimates(probe, target, draws, seed)
+    if not all(part.isfinite().all() for part in (target.gradient_LTE, *measured.estimates_NLTE)):
+        raise Unmeasurable("its gradient is not finite")
+    return measured
+
+
+def _measure_estimates(probe: Probe, target: Target, draws: int, seed: int) -> Measurement:
     rows = probe.tokens * probe.num_samples
-    choices = count_choices(probe.num_experts, probe.k) ** (len(probe.routers) * rows)
+    choices = count_choices(probe.columns, probe.k) ** (len(probe.routers) * rows)
     if choices <= (ENUMERABLE if probe.independent else ENUMERABLE_ALONE) and probe.samples_its_policy():
         found = enumerate_estimates(probe)
         return Measurement(target, (found[0],), found[1], rows)
@@ -82,7 +93,7 @@ def enumerate_estimates(probe: Probe) -> tuple[Tensor, Tensor]:
     (N,).
     """
     experts, k, layers, samples, tokens = (
-        probe.num_experts,
+        probe.columns,
         probe.k,
         len(probe.routers),
         probe.num_samples,

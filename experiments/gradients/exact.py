@@ -18,8 +18,8 @@ sum_c' P(c', others): a Rao-Blackwell step, so its mean over draws is G at any d
 P(c | the others) would not do: later layers' choices were drawn under another c. L is taken relative to the mean loss
 of the other draws, which changes no expectation.
 
-Shape suffixes: T tokens, N replicas, L MoE layers, E experts, K experts per token, C ordered choices of a token, S
-sampled joint choices.
+Shape suffixes: T tokens, N replicas, L routed sites, E columns of logits, K choices per token, C ordered choices of a
+token, S sampled joint choices.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from rlroute.experiments.gradients.probe import Probe
+from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.sampling import gumbel_top_k
 from rlroute.seeding import derive_key
 
@@ -87,9 +88,14 @@ def joint_choices(num_experts: int, k: int, layers: int, tokens: int) -> Iterato
 def measure_target(probe: Probe, *, samples: int, seed: int) -> Target:
     """Return the exact gradient where it can be enumerated, else the conditional one over ``samples`` (at least 2)
     draws.
+
+    Raises:
+        Unmeasurable: a token has too many choices.
     """
-    layers = len(probe.routers)
-    if is_enumerable(probe.num_experts, probe.k, layers, probe.tokens):
+    layers, choices = len(probe.routers), count_choices(probe.columns, probe.k)
+    if choices > ENUMERABLE:
+        raise Unmeasurable(f"{probe.k} of {probe.columns}: {choices} choices of a token, measured are {ENUMERABLE}")
+    if is_enumerable(probe.columns, probe.k, layers, probe.tokens):
         whole = exact_gradient(probe, held=not probe.gates_follow)
         choice = exact_gradient(probe, held=True) if probe.gates_follow else whole
         return Target(whole, choice, "exact", (0.0,) * layers)
@@ -105,7 +111,7 @@ def expected_loss(probe: Probe, shift_LTE: Tensor, *, held: bool) -> Iterator[tu
     """Yield, chunk by chunk of the joint choices, the terms of sum_a P(a) L(a) and the probabilities, summed over the
     chunk.
     """
-    for ids_LNTK in joint_choices(probe.num_experts, probe.k, len(probe.routers), probe.tokens):
+    for ids_LNTK in joint_choices(probe.columns, probe.k, len(probe.routers), probe.tokens):
         loss_N, log_prob_LNT = probe.forced(ids_LNTK, shift_LTE, held=held)
         prob_N = log_prob_LNT.sum((0, 2)).exp()
         yield (prob_N * loss_N).sum(), prob_N.sum().detach()
@@ -130,7 +136,7 @@ def sample_choices(probe: Probe, samples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(derive_key("gradients", "joint choices", seed) % 2**63)
     ids_LSTK = torch.arange(probe.k).expand(layers, samples, probe.tokens, probe.k).clone()
     for layer in range(layers):
-        uniform_TE = torch.rand(rows, probe.num_experts, generator=generator, dtype=torch.float64)
+        uniform_TE = torch.rand(rows, probe.columns, generator=generator, dtype=torch.float64)
         drawn_TK = gumbel_top_k(probe.policy(ids_LSTK, layer), probe.k, uniform_TE.clamp(1e-12, 1 - 1e-12))
         ids_LSTK[layer] = drawn_TK.view(samples, probe.tokens, probe.k)
     return ids_LSTK
@@ -146,7 +152,7 @@ def conditional_gradients(probe: Probe, ids_LSTK: Tensor, *, held: bool) -> Tens
 
 def _conditional(probe: Probe, ids_LTK: Tensor, baseline: Tensor, held: bool) -> Tensor:
     """Return the gradient at every logit, the other choices held at ``ids_LTK``; shape (L, T, E)."""
-    choices_CK = ordered_choices(probe.num_experts, probe.k)
+    choices_CK = ordered_choices(probe.columns, probe.k)
     count, tokens = len(choices_CK), probe.tokens
     result_LTE = probe.zero_shift(requires_grad=False)
     for slots_P in torch.split(torch.arange(len(ids_LTK) * tokens), max(1, CHUNK_ROWS // (count * tokens))):

@@ -4,13 +4,13 @@ For every entry, size and checkpoint: build the model, train it so far, warm up 
 take one held-out micro-batch, and compare what training gives its logits, over many draws, with the exact gradient
 (:mod:`.exact`).
 
-Shape suffixes: T tokens, L MoE layers, E experts, N draws.
+Shape suffixes: T tokens, L routed sites, E experts, N draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -18,13 +18,16 @@ from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfi
 from rlroute.errors import ConfigError
 from rlroute.experiments.gradients.estimates import Measurement, measure_probe
 from rlroute.experiments.gradients.exact import ENUMERABLE, count_choices
-from rlroute.experiments.gradients.probe import Probe, Unmeasurable
+from rlroute.experiments.gradients.probe import Probe
 from rlroute.experiments.gradients.signal import Signal
-from rlroute.experiments.gradients.snapshots import checkpoints, warmed_up
+from rlroute.experiments.gradients.snapshots import trained, warmed_up
+from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.registry import default_names, router_names
+from rlroute.model.transformer import sites
+from rlroute.registry import default_names, refusals, router_names
+from rlroute.routing import Site
 from rlroute.training.data import Corpus, load_corpus, sample_batch
-from rlroute.training.prepare import meta_model
+from rlroute.training.prepare import meta_model, shapes
 
 MEASURED_STEP = 2**32
 """The measured micro-batch is the first sequence of this step: no training step gets there."""
@@ -63,6 +66,8 @@ class Sweep:
     """Steps for the routers' running means and value heads before each measurement; model and policy stay."""
     seeds: int = 4
     gate_form: str = "own"
+    attention: bool = False
+    """Give each attention as many experts, and a router of its own."""
     corpus: str = "synth:documents=512,vocab=32,domains=4"
     d_model: int = 32
     batch_size: int = 32
@@ -89,7 +94,15 @@ class Sweep:
         Raises:
             ConfigError: an entry or a size is illegal.
         """
-        return [Case(entry, self._config(entry, *size)) for size in self._sizes() for entry in self.entries]
+        return [Case(entry, self._config(entry, model)) for model in self.bare() for entry in self.entries]
+
+    def bare(self) -> list[RunConfig]:
+        """Return each size once, with nobody to route.
+
+        Raises:
+            ConfigError: a size is illegal.
+        """
+        return [self._bare(*size) for size in self._sizes()]
 
     def _sizes(self) -> list[tuple[int, ...]]:
         axes = (self.layers, self.k, self.experts, self.tokens)
@@ -97,9 +110,12 @@ class Sweep:
         apart = 1 if self.one_at_a_time else len(axes)
         return [size for size in product(*axes) if sum(a != b for a, b in zip(size, base, strict=True)) <= apart]
 
-    def _config(self, entry: str, layers: int, k: int, experts: int, tokens: int) -> RunConfig:
+    def _config(self, entry: str, bare: RunConfig) -> RunConfig:
         if entry.partition(":")[0] == DENSE:
             raise ConfigError(f"entry {entry!r}: the dense model has no router, legal are {', '.join(router_names())}")
+        return build_entry(entry, bare.data, bare.model, bare.train)
+
+    def _bare(self, layers: int, k: int, experts: int, tokens: int) -> RunConfig:
         if k >= experts:
             raise ConfigError(f"k = {k} with experts = {experts}: nothing is chosen, legal are k below experts")
         if count_choices(experts, k) > ENUMERABLE:
@@ -113,10 +129,11 @@ class Sweep:
             num_experts=experts,
             k=k,
             d_expert=self.d_model,
+            attention_experts=experts if self.attention else 0,
             gate_form=self.gate_form,  # type: ignore[arg-type]  # RunConfig holds it to its choices
         )
         train = TrainConfig(steps=max(*self.train_steps, 1), batch_size=self.batch_size, lr=self.lr, warmup_steps=10)
-        return build_entry(entry, DataConfig(spec=self.corpus, seq_len=tokens), model, train)
+        return RunConfig(data=DataConfig(spec=self.corpus, seq_len=tokens), model=model, train=train)
 
 
 @dataclass(frozen=True)
@@ -126,12 +143,20 @@ class Case:
     entry: str
     config: RunConfig
 
+    @property
+    def size(self) -> str:
+        """The size in words."""
+        model = self.config.model
+        sizes = {"E": model.num_experts, "k": model.k, "layers": model.num_layers, "tokens": self.config.data.seq_len}
+        return ", ".join(f"{name} = {size}" for name, size in sizes.items())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One layer of one case at one checkpoint, measured with every seed.
+    """One routed site of one case after so many steps, measured with every seed.
 
     Attributes:
+        layer: the site: a layer's number, or "n.attention" for its attention.
         target: ``exact`` or ``conditional``.
         target_error: of a conditional target: its sampling error over its norm, the largest of the seeds.
         rows_per_estimate: token rows that one estimate costs, forward and backward: T for each routing sample, times
@@ -144,7 +169,7 @@ class Row:
     experts: int
     k: int
     layers: int
-    layer: int
+    layer: Site
     tokens: int
     train_steps: int
     target: str
@@ -156,10 +181,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """An entry that the instrument does not apply to, and why."""
+    """An entry without figures, and why; ``where`` says at which size and step, if it has figures at another."""
 
     entry: str
     reason: str
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where, behind the name of the entry."""
+        return f" at {self.where}" if self.where else ""
 
 
 def default_entries() -> tuple[str, ...]:
@@ -179,8 +210,22 @@ def parse_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def without_refusals(sweep: Sweep) -> tuple[Sweep, list[Unmeasured]]:
+    """Return the sweep without the routers that refuse one of its sizes, and why each of them is left out.
+
+    Raises:
+        ConfigError, DataError: bad input; or nobody is left.
+    """
+    corpus = load_corpus(sweep.corpus)
+    reasons = refusals([shape for bare in sweep.bare() for shape in shapes(bare, corpus)])
+    names = {entry: entry.partition(":")[0] for entry in sweep.entries}
+    left_out = [Unmeasured(entry, f"left out, {reasons[name]}") for entry, name in names.items() if name in reasons]
+    kept = tuple(entry for entry, name in names.items() if name not in reasons)
+    return replace(sweep, entries=kept), left_out
+
+
 def run(sweep: Sweep, report: Callable[[str], None] = lambda text: None) -> tuple[list[Row], list[Unmeasured]]:
-    """Measure everything.
+    """Measure everything. A router that fails on the way is named, and costs the others nothing.
 
     Args:
         sweep: what.
@@ -195,53 +240,55 @@ def run(sweep: Sweep, report: Callable[[str], None] = lambda text: None) -> tupl
         meta_model(case.config, load(case.config.data.spec))
         sample_batch(load(case.config.data.spec), seed=0, step=0, batch_size=1, seq_len=case.config.data.seq_len)
     rows: list[Row] = []
-    unmeasured: dict[str, Unmeasured] = {}
-    for case in cases:
-        if case.entry in unmeasured:
-            continue
-        model = case.config.model
-        report(f"{case.entry}: E = {model.num_experts}, k = {model.k}, {model.num_layers} layers")
+    failed: dict[str, list[Unmeasured]] = {}
+    for case, step in product(cases, sorted(sweep.train_steps)):
+        where = f"{case.size}, train_steps = {step}"
+        report(f"{case.entry}: {where}")
         try:
-            rows += measure_case(case, load(case.config.data.spec), sweep)
-        except Unmeasurable as reason:
-            unmeasured[case.entry] = Unmeasured(case.entry, str(reason))
-    return rows, list(unmeasured.values())
+            rows += measure_case(case, step, load(case.config.data.spec), sweep)
+        except Exception as error:  # a router may be another distribution's, and fail in any way
+            failed.setdefault(case.entry, []).append(Unmeasured(case.entry, _reason(error), where))
+    places = len(cases) // len(sweep.entries) * len(sweep.train_steps)
+    everywhere = {entry: [replace(found[0], where="")] for entry, found in failed.items() if len(found) == places}
+    return rows, [item for found in (failed | everywhere).values() for item in found]
 
 
-def measure_case(case: Case, corpus: Corpus, sweep: Sweep) -> list[Row]:
-    """Return a row for each checkpoint and layer.
+def _reason(error: Exception) -> str:
+    if isinstance(error, Unmeasurable):
+        return str(error)
+    return f"it fails by {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def measure_case(case: Case, step: int, corpus: Corpus, sweep: Sweep) -> list[Row]:
+    """Return a row for each routed site, after so many steps.
 
     Raises:
         Unmeasurable: the instrument does not apply to this router.
     """
-    found: dict[int, list[Measurement]] = {}
-    for seed in range(sweep.seeds):
-        for step, model in checkpoints(case.config, corpus, seed, sorted(sweep.train_steps)):
-            warm = warmed_up(model, case.config, corpus, seed, step, sweep.warm_up)
-            batch = sample_batch(corpus, seed=seed, step=MEASURED_STEP, batch_size=1, seq_len=case.config.data.seq_len)
-            probe = Probe(warm, batch, step)
-            measured = measure_probe(probe, draws=sweep.draws, samples=sweep.samples, seed=seed)
-            found.setdefault(step, []).append(measured)
-    return [
-        _row(case, step, layer, measurements)
-        for step, measurements in found.items()
-        for layer in range(case.config.model.num_layers)
-    ]
+    measurements = [_measure(case.config, step, corpus, sweep, seed) for seed in range(sweep.seeds)]
+    return [_row(case, step, index, site, measurements) for index, site in enumerate(sites(case.config.model))]
 
 
-def _row(case: Case, step: int, layer: int, measurements: Sequence[Measurement]) -> Row:
+def _measure(config: RunConfig, step: int, corpus: Corpus, sweep: Sweep, seed: int) -> Measurement:
+    warm = warmed_up(trained(config, corpus, seed, step), config, corpus, seed, step, sweep.warm_up)
+    batch = sample_batch(corpus, seed=seed, step=MEASURED_STEP, batch_size=1, seq_len=config.data.seq_len)
+    probe = Probe(warm, batch, step, step / config.train.steps)
+    return measure_probe(probe, draws=sweep.draws, samples=sweep.samples, seed=seed)
+
+
+def _row(case: Case, step: int, index: int, site: Site, measurements: Sequence[Measurement]) -> Row:
     model, tokens = case.config.model, case.config.data.seq_len
-    found = [measurement.signals(layer) for measurement in measurements]
+    found = [measurement.signals(index) for measurement in measurements]
     return Row(
         entry=case.entry,
         experts=model.num_experts,
         k=model.k,
         layers=model.num_layers,
-        layer=layer,
+        layer=site,
         tokens=tokens,
         train_steps=step,
         target=measurements[0].target.kind,
-        target_error=max(measurement.target.error_L[layer] for measurement in measurements),
+        target_error=max(measurement.target.error_L[index] for measurement in measurements),
         rows_per_estimate=float(measurements[0].rows * max(turns for _, _, turns in found)),
         signals=tuple(whole for whole, _, _ in found),
         choices=tuple(choice for _, choice, _ in found),

@@ -95,7 +95,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 def to_markdown(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
     """Return the table, what its columns mean, and what was not measured."""
     table = markdown(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows])
-    missing = (f"No figures for `{item.entry}`: {item.reason}." for item in unmeasured)
+    missing = (f"No figures for `{item.entry}`{item.place}: {item.reason}." for item in unmeasured)
     return "\n".join([table, "", LEGEND, *missing])
 
 
@@ -140,7 +140,7 @@ def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, 
         bias=figure_html(figure(rows, bias, "relative bias"), "bias"),
         tokens=figure_html(figure(rows, tokens_for_snr_1, "tokens for SNR 1", log=True), "tokens"),
         table=f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        unmeasured="".join(f"<li>{escape(item.entry)}: {escape(item.reason)}</li>" for item in unmeasured),
+        unmeasured="".join(f"<li>{escape(item.entry + item.place)}: {escape(item.reason)}</li>" for item in unmeasured),
         notes="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in notes.items()),
     )
 

@@ -1,36 +1,48 @@
 """A model and one micro-batch under the gradient instrument: router logits can be shifted, choices forced, gates held.
 
-Routers are not edited. The shift is added to what a router's ``scores`` module returns; a choice is forced by
-answering, for as long as the router decides, every ranking of a (tokens, experts) matrix with the wanted experts first.
-Both are checked: a router on which either does not take is named as unmeasurable.
+Routers are not edited. The shift is added to what a router's ``scores`` module returns, and gates are detached as a
+decision comes back, both by hooks that last for one forward; choices are forced by ``RoutingContext.choices``. What a
+router makes of it is checked: one on which it does not take is named as unmeasurable.
 
-Shape suffixes: T tokens of the micro-batch, N replicas of it in one forward, L MoE layers, E experts, K experts per
-token.
+A site is a place with a router: a layer, or its attention. A router may rank more columns than there are experts (zero
+experts): a choice is then one of its columns.
+
+Shape suffixes: T tokens of the micro-batch, N replicas of it in one forward, L routed sites, E columns of logits, K
+choices per token, R routed pairs.
 """
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlroute.experiments.gradients.forcing import ForcedRanking
+from rlroute.experiments.gradients.steering import (
+    OTHER_LOGITS,
+    VARIABLE_K,
+    Unmeasurable,
+    check_answer,
+    hold,
+    log_policy,
+    scores_of,
+    shift_by,
+    size_of,
+    weights,
+)
 from rlroute.model import Transformer
-from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, Term
-from rlroute.sampling import plackett_luce_log_prob
+from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Term
+from rlroute.sampling import plackett_luce_log_prob, top_k
 from rlroute.training.data import Batch
-from rlroute.training.step import Device, forward, make_context
+from rlroute.training.group import ALONE
+from rlroute.training.step import Device, forward, make_context, surroundings
 
 DEVICE = Device("cpu", torch.float64)
-
-
-class Unmeasurable(Exception):
-    """The instrument does not apply to a router; ``str`` says why, in words for a table."""
+WIDE_SHIFT = 10.0
+"""Standard deviation of a shift after which whoever chooses a variable number of experts does so."""
 
 
 class Probe:
@@ -40,33 +52,35 @@ class Probe:
         model: copied, not touched.
         batch: the micro-batch, sequences of equal length.
         step: the training step that the forwards pretend to be (temperature schedules read it).
+        progress: the share of the run's budget that is spent by then.
 
     Attributes:
+        columns, k: E and K, the same at all sites.
         gates_follow: whether the gates' values change with the logits while the choices are held. They do not where
             gates are constant or straight-through: there the loss depends on the logits through the choices alone.
         independent: whether a micro-batch's estimate stays as it is beside others in one batch.
+
+    Raises:
+        Unmeasurable: the instrument does not apply to one of the routers.
     """
 
-    def __init__(self, model: Transformer, batch: Batch, step: int) -> None:
+    def __init__(self, model: Transformer, batch: Batch, step: int, progress: float = 0.0) -> None:
         self.model = copy.deepcopy(model).double().requires_grad_(False)
-        self.batch, self.step = batch, step
+        self.batch, self.step, self.progress = batch, step, progress
         self.tokens = int(batch.tokens_BS.size)
         self.routers = self.model.routers
-        self._shift_L: Tensor | None = None
-        self._ids_L: Tensor | None = None
-        self._held = False
-        for layer, router in enumerate(self.routers):
-            self._steer(layer, router)
-        self.num_experts, self.k = self.routers[0].shape.num_experts, self.routers[0].shape.k
+        self.scores = [scores_of(router) for router in self.routers]
         self.num_samples = max(router.num_samples for router in self.routers)
         self._rewarded: dict[int, list[list[str]]] = {}
+        self.k, self.columns = self._sizes()
         self._check_reach()
+        self._check_fixed_k()
         self.gates_follow = self._do_gates_follow()
         self.independent = self._are_sequences_independent()
 
     def zero_shift(self, replicas: int = 1, *, requires_grad: bool = True) -> Tensor:
         """Return a shift of 0 of shape (L, N * T, E)."""
-        shape = (len(self.routers), replicas * self.tokens, self.num_experts)
+        shape = (len(self.routers), replicas * self.tokens, self.columns)
         return torch.zeros(shape, dtype=torch.float64, requires_grad=requires_grad)
 
     # Choices forced: what the exact gradient is made of.
@@ -91,13 +105,11 @@ class Probe:
         ]
         return loss_MT.view(replicas, -1).mean(1), torch.stack(log_prob_L)
 
-    def policy(self, ids_LNTK: Tensor, layer: int) -> Tensor:
-        """Return a layer's unnormalised log-probabilities, shape (N * T, E), after the forced choices of the layers
-        before it.
-        """
+    def policy(self, ids_LNTK: Tensor, site: int) -> Tensor:
+        """Return a site's unnormalised log-probabilities, shape (N * T, E), after forced choices at those before it."""
         with torch.no_grad():
             decisions = self._run(self.zero_shift(), ids_LNTK.shape[1], ids_LTK=ids_LNTK.flatten(1, 2), held=True)[2]
-        return log_policy(decisions[layer])
+        return log_policy(decisions[site])
 
     # The router as it is: what training gets.
 
@@ -124,7 +136,7 @@ class Probe:
         gradient_LTE = torch.zeros_like(shift_LTE)
         if total.requires_grad:
             (gradient_LTE,) = torch.autograd.grad(total, shift_LTE, allow_unused=True, materialize_grads=True)
-        return count * gradient_LTE.view(-1, count, self.tokens, self.num_experts).transpose(0, 1)
+        return count * gradient_LTE.view(-1, count, self.tokens, self.columns).transpose(0, 1)
 
     def samples_its_policy(self) -> bool:
         """Whether training draws each routing sample independently from the policy whose gradient is measured."""
@@ -135,7 +147,7 @@ class Probe:
         """Compare the router's own log-probabilities with the policy's, and its samples with one another: a held one
         repeats.
         """
-        if decision.log_prob_R is None:
+        if decision.log_prob_R is None or decision.k != self.k:
             return False
         ids_TK = decision.expert_ids_R.view(-1, self.k)
         same = torch.allclose(
@@ -166,7 +178,7 @@ class Probe:
 
     def _run(
         self,
-        shift_LTE: Tensor,
+        shift_LTE: Tensor | None,
         replicas: int = 1,
         *,
         ids_LTK: Tensor | None = None,
@@ -178,52 +190,65 @@ class Probe:
         """Run replicas of the micro-batch as sequences of one batch, with routing samples where exploring."""
         batch = repeat(self.batch, replicas)
         samples = self.num_samples if explore else 1
-        context = make_context(batch, DEVICE, seed=seed, step=self.step + turn, explore=explore, samples=samples)
-        self._shift_L, self._ids_L, self._held = shift_LTE, ids_LTK, held
-        try:
-            return context, *forward(self.model, batch, context, DEVICE)
-        finally:
-            self._shift_L, self._ids_L, self._held = None, None, False
+        sites = [router.shape.site for router in self.routers]
+        choices = {} if ids_LTK is None else dict(zip(sites, ids_LTK, strict=True))
+        keys = {"seed": seed, "step": self.step + turn, "progress": self.progress, "choices": choices}
+        around = surroundings(self.model, ALONE)
+        context = make_context(batch, DEVICE, samples=samples, explore=explore, **keys, **around)
+        with ExitStack() as hooks:
+            for scores, shift_TE in zip(self.scores, () if shift_LTE is None else shift_LTE, strict=False):
+                hooks.enter_context(scores.register_forward_hook(shift_by(shift_TE)))
+            for router in self.routers if held else ():
+                hooks.enter_context(router.register_forward_hook(hold))
+            loss_MT, decisions = forward(self.model, batch, context, DEVICE)
+        for decision, ids_TK in zip(decisions, () if ids_LTK is None else ids_LTK, strict=False):
+            check_answer(decision, ids_TK)
+        return context, loss_MT, decisions
 
-    def _steer(self, layer: int, router: Router) -> None:
-        """Let a router's logits be shifted and its choices be forced."""
-        scores = getattr(router, "scores", None)
-        if not isinstance(scores, nn.Module):
-            raise Unmeasurable("no scores, so no gradient at logits")
-        decide = router.forward
-
-        def shifted(module: nn.Module, inputs: Any, logits_TE: Tensor) -> Tensor:
-            assert self._shift_L is not None
-            return logits_TE + self._shift_L[layer].repeat(len(logits_TE) // self._shift_L.shape[1], 1)
-
-        def steered(x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-            with nullcontext() if self._ids_L is None else ForcedRanking(self._ids_L[layer]):
-                decision = decide(x_TD, context)
-            if self._ids_L is not None and not torch.equal(decision.expert_ids_R, self._ids_L[layer].flatten()):
-                raise Unmeasurable("its choice cannot be forced: it is no ranking of a (tokens, experts) matrix")
-            return replace(decision, gates_R=decision.gates_R.detach()) if self._held else decision
-
-        scores.register_forward_hook(shifted)
-        # The copy of the model is ours; mypy refuses a plain assignment.
-        setattr(router, "forward", steered)  # noqa: B010
-
-    def _check_reach(self) -> None:
-        """Make sure that a shift arrives in the first layer's logits as it is.
+    def _sizes(self) -> tuple[int, int]:
+        """Return the choices of a token and the columns that it chooses from.
 
         Raises:
-            Unmeasurable: it does not, or there is no fixed number of experts per token to enumerate.
+            Unmeasurable: there is no fixed number of choices to enumerate, or these numbers differ between sites.
         """
-        shift_LTE = torch.linspace(-1e-3, 1e-3, self.zero_shift().numel(), dtype=torch.float64).view_as(
+        sizes = dict.fromkeys(size_of(decision) for decision in self._run(None)[2])
+        if len(sizes) > 1:
+            found = " and ".join(f"{k} of {columns}" for k, columns in sizes)
+            raise Unmeasurable(f"its sites choose {found} experts: measured is the same choice at all")
+        return next(iter(sizes))
+
+    def _check_reach(self) -> None:
+        """Make sure that a shift arrives in each site's logits as it is.
+
+        Raises:
+            Unmeasurable: it does not.
+        """
+        ramp_LTE = torch.linspace(-1e-3, 1e-3, self.zero_shift().numel(), dtype=torch.float64).view_as(
             self.zero_shift()
         )
+        for site, ramp_TE in enumerate(ramp_LTE):
+            shift_LTE = torch.zeros_like(ramp_LTE)
+            shift_LTE[site] = ramp_TE  # alone, since what is shifted before a site changes its logits too
+            with torch.no_grad():
+                plain, shifted = (self._run(shift)[2][site].logits_TE for shift in (0 * shift_LTE, shift_LTE))
+            assert plain is not None and shifted is not None
+            if not torch.allclose(shifted - plain, ramp_TE, rtol=0, atol=1e-9):
+                raise Unmeasurable(OTHER_LOGITS)
+
+    def _check_fixed_k(self) -> None:
+        """Make sure that all slots are used, whatever the logits, save by zero experts; and that they are not all experts.
+
+        Raises:
+            Unmeasurable: it is otherwise.
+        """
+        replicas, generator = 16, torch.Generator().manual_seed(0)
+        normal_LTE = torch.randn(self.zero_shift(replicas).shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            plain, shifted = (self._run(shift)[2][0] for shift in (0 * shift_LTE, shift_LTE))
-        if plain.k is None:
-            raise Unmeasurable("not a token choice of fixed k")
-        if plain.logits_TE is None or shifted.logits_TE is None:
-            raise Unmeasurable("no logits in its decision")
-        if not torch.allclose(shifted.logits_TE - plain.logits_TE, shift_LTE[0], rtol=0, atol=1e-9):
-            raise Unmeasurable("its logits are not what its module `scores` returns")
+            decisions = [d for scale in (0.0, WIDE_SHIFT) for d in self._run(scale * normal_LTE, replicas)[2]]
+        if any(d.num_experts == self.columns and not d.used_R.all() for d in decisions):
+            raise Unmeasurable(VARIABLE_K)
+        if self.k == self.columns:
+            raise Unmeasurable("it runs all experts, so nothing is chosen")
 
     def _do_gates_follow(self) -> bool:
         """Compare the gates' autograd derivative along a random direction with their finite difference, choices forced.
@@ -233,13 +258,13 @@ class Probe:
         """
         zero_LTE, generator = self.zero_shift(), torch.Generator().manual_seed(0)
         direction_LTE = torch.randn(zero_LTE.shape, generator=generator, dtype=torch.float64)
-        chosen = torch.stack([d.expert_ids_R.view(-1, self.k) for d in self._run(zero_LTE)[2]])
-        ids_LTK = (
-            chosen + 1
-        ) % self.num_experts  # not what it would choose by itself, so that forcing is put to the test
+        own_LTK = torch.stack([top_k(log_policy(d), self.k) for d in self._run(zero_LTE)[2]])
+        # Every column in its turn: not only what the router would choose by itself, so that forcing is put to the test.
+        ids_LTK = torch.cat([(own_LTK + turn) % self.columns for turn in range(self.columns)], dim=1)
 
         def gates(shift_LTE: Tensor) -> Tensor:
-            return torch.cat([d.gates_R for d in self._run(shift_LTE, ids_LTK=ids_LTK)[2]])
+            decisions = self._run(shift_LTE, self.columns, ids_LTK=ids_LTK)[2]
+            return torch.cat([part.flatten() for d in decisions for part in weights(d).values()])
 
         with torch.no_grad():
             difference_R = (gates(1e-4 * direction_LTE) - gates(-1e-4 * direction_LTE)) / 2e-4
@@ -266,13 +291,3 @@ def repeat(batch: Batch, count: int) -> Batch:
         np.tile(batch.sequence_B, count) + np.repeat(np.arange(count), sequences) * sequences,
         None,
     )
-
-
-def log_policy(decision: RoutingDecision) -> Tensor:
-    """Return logits of the policy whose gradient is measured: the router's published distribution, else softmax of its
-    logits.
-    """
-    assert decision.logits_TE is not None
-    if decision.probs_TE is None:
-        return decision.logits_TE
-    return decision.probs_TE.clamp(min=torch.finfo(decision.probs_TE.dtype).tiny).log()

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from rlroute.config import RunConfig
+from rlroute.experiments.gradients.steering import weights
+from rlroute.learning import adapt
 from rlroute.model import Transformer
 from rlroute.routing import Router
 from rlroute.training.data import Corpus, sample_batch
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model
-from rlroute.training.step import Device, adapt, backward_batch, make_context
+from rlroute.training.step import Device, backward_batch, make_context
 
 CPU = Device("cpu", torch.float32)
 
 
-def checkpoints(
-    config: RunConfig, corpus: Corpus, seed: int, steps: Sequence[int]
-) -> Iterator[tuple[int, Transformer]]:
-    """Train a model as the loop does and yield it after each of the (sorted) numbers of steps; it is trained on
-    afterwards.
-    """
+def trained(config: RunConfig, corpus: Corpus, seed: int, steps: int) -> Transformer:
+    """Return a model that was trained so many steps as the loop does."""
     model = build_model(config, corpus, seed)
     optimizer = Optimizer(model, config.train)
     size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
-    for step in range(steps[-1] + 1):
-        if step in steps:
-            yield step, model
-        if step < steps[-1]:
-            batch = sample_batch(corpus, seed=seed, step=step, **size)
-            result = backward_batch(model, batch, CPU, seed=seed, step=step, micro_batches=1)
-            optimizer.step(step, step / config.train.steps)
-            adapt(model, result)
+    for step in range(steps):
+        batch, progress = sample_batch(corpus, seed=seed, step=step, **size), step / config.train.steps
+        result = backward_batch(model, batch, CPU, seed=seed, step=step, micro_batches=1, progress=progress)
+        optimizer.step(step, progress)
+        adapt(model.routers, result.sums_L, progress)
+    return model
 
 
 def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, step: int, steps: int) -> Transformer:
@@ -48,13 +43,14 @@ def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, 
     if not heads and all(type(router).adapt is Router.adapt for router in model.routers):
         return model
     optimizer = torch.optim.AdamW(heads, lr=config.train.lr, weight_decay=0.0) if heads else None
+    progress = step / config.train.steps
     for further in range(step, step + steps):
         batch = sample_batch(corpus, seed=seed, step=further, **size)
-        result = backward_batch(model, batch, CPU, seed=seed, step=further, micro_batches=1)
+        result = backward_batch(model, batch, CPU, seed=seed, step=further, micro_batches=1, progress=progress)
         if optimizer is not None:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        adapt(model, result)
+        adapt(model.routers, result.sums_L, progress)
     return model
 
 
@@ -63,7 +59,8 @@ def _heads(model: Transformer, corpus: Corpus, seed: int, step: int, size: dict[
     batch = sample_batch(corpus, seed=seed, step=step, **size)
     context = make_context(batch, CPU, seed=seed, step=step, explore=True)
     _, decisions = model(torch.from_numpy(batch.tokens_BS), context)
-    parts = [part for d in decisions for part in (d.gates_R, d.logits_TE, d.log_prob_R) if part is not None]
+    scores = [part for d in decisions for part in (d.logits_TE, d.probs_TE, d.log_prob_R) if part is not None]
+    parts = [*scores, *(part for d in decisions for part in weights(d).values())]
     total = sum((part.sum() for part in parts if part.requires_grad), start=torch.zeros((), requires_grad=True))
     own = [parameter for router in model.routers for parameter in router.parameters() if parameter.requires_grad]
     reached = torch.autograd.grad(total, own, allow_unused=True) if own else ()

@@ -15,7 +15,7 @@ from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs
 from rlroute.model.moe import HERE, Placement
-from rlroute.model.transformer import sites
+from rlroute.model.transformer import router_shapes, sites
 from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
@@ -43,6 +43,11 @@ def meta_model(config: RunConfig, corpus: Corpus) -> Transformer:
     """
     with torch.device("meta"):
         return Transformer(config.model, _shape(config, corpus, 0, HERE), _router_maker(config))
+
+
+def shapes(config: RunConfig, corpus: Corpus) -> list[RouterShape]:
+    """Return what the routers of a run are built for, first site to last, whatever its routers."""
+    return router_shapes(config.model, _shape(config, corpus, 0, HERE))
 
 
 def expected_costs(config: RunConfig, corpus: Corpus) -> Costs:
