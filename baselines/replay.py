@@ -55,6 +55,7 @@ class ReplayRouter(Router):
             except (OSError, ValueError, KeyError) as error:
                 raise StoreError(f"router replay.run = {self.run!r} is no run: {error}") from error
 
+    gate_meaning = "the recorded router's"
     config: Config
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
