@@ -52,14 +52,14 @@ def run_kernels(out: Path, device: str, quick: bool) -> None:
     shapes = ("64,32,16,4,2",) if quick else ()
     minutes = (LIMITS["kernels"] - 40) / 60
     amount: dict[str, Any] = {"rounds": 2 if quick else 15, "minutes": minutes, "command": COMMAND}
-    print(benches.kernels(device, shapes, (), (), out=out / "kernels.json", **amount))
+    print(benches.kernels(benches.Wanted(device=device, shapes=shapes, out=out / "kernels.json", **amount)))
 
 
 def run_layer(out: Path, device: str, quick: bool) -> None:
     """Run the layer bench until shortly before the limit."""
     shapes = ("64,32,16,4,2",) if quick else ()
     amount: dict[str, Any] = {"rounds": 2 if quick else 10, "minutes": (LIMITS["layer"] - 25) / 60, "command": COMMAND}
-    print(benches.layer(device, shapes, (), (), out=out / "layer.json", **amount))
+    print(benches.layer(benches.Wanted(device=device, shapes=shapes, out=out / "layer.json", **amount)))
 
 
 def run_comparison(out: Path, device: str, quick: bool) -> None:

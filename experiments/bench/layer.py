@@ -21,10 +21,10 @@ from rlroute.experiments.bench.kernels import Shape
 from rlroute.experiments.bench.timing import Call, figures, measure, peak_bytes
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import resolve_backend
+from rlroute.learning import adapt, learn
 from rlroute.model.moe import DenseMLP, MoELayer
-from rlroute.registry import router_class
+from rlroute.registry import make_router
 from rlroute.routing import Feedback, RouterShape, RoutingContext
-from rlroute.training.step import weighted
 
 OURS, S, VOCABULARY = "hash", 128, 256
 """The router that others are compared to: the one that computes least."""
@@ -69,18 +69,35 @@ def config_of(entry: str, shape: Shape, device: str) -> RunConfig:
     """Return the configuration of an entry in a layer of this shape.
 
     Raises:
-        ConfigError: an unknown router or field, or sizes that no transformer has.
+        ConfigError: an unknown router or field, a router that refuses the shape, or sizes that no transformer has.
     """
     model = ModelConfig(num_layers=1, d_model=shape.D, num_experts=shape.E, k=shape.K, d_expert=shape.F)
     train = TrainConfig(device="cuda" if device == "cuda" else "cpu")
-    return build_entry(entry, DataConfig(), model, train)
+    config = build_entry(entry, DataConfig(), model, train)
+    if config.router is not None:
+        with torch.device("meta"):  # it refuses what the real one would, and has no weights
+            make_router(config.router, router_shape(shape))
+    return config
+
+
+def router_shape(shape: Shape) -> RouterShape:
+    """Return what a router is built for in a layer of this shape."""
+    return RouterShape(
+        d_model=shape.D,
+        num_experts=shape.E,
+        k=shape.K,
+        site=0,
+        vocab_size=VOCABULARY,
+        seed=0,
+        token_counts_V=torch.ones(VOCABULARY, dtype=torch.long, device="cpu"),
+    )
 
 
 def _context(shape: Shape, device: str, samples: int, explore: bool) -> RoutingContext:
     rows_T = torch.arange(shape.T, device=device).repeat(samples)
     return RoutingContext(
         seed=0,
-        layer=0,
+        site=0,
         step=1,
         token_ids_T=rows_T * 7919 % VOCABULARY,
         position_T=rows_T % S,
@@ -124,17 +141,7 @@ def _routed_passes(
 ) -> dict[str, Call]:
     assert config.router is not None
     device = x_TD.device.type
-    counts_V = torch.ones(VOCABULARY, dtype=torch.long)
-    router_shape = RouterShape(
-        d_model=shape.D,
-        num_experts=shape.E,
-        k=shape.K,
-        layer=0,
-        vocab_size=VOCABULARY,
-        seed=0,
-        token_counts_V=counts_V,
-    )
-    router = router_class(config.router.name)(config.router, router_shape)
+    router = make_router(config.router, router_shape(shape))
     layer = MoELayer(config.model, router, 0, 0, resolve_backend("auto", device)).to(device)
     greedy, sampled = (_context(shape, device, m, explore) for m, explore in ((1, False), (router.num_samples, True)))
     leaf_TD = x_TD.repeat(router.num_samples, 1).requires_grad_()
@@ -148,10 +155,8 @@ def _routed_passes(
     def training() -> None:
         with autocast():
             out_TD, decision = layer(leaf_TD, sampled)
-        (out_TD.float().sum() + weighted([router.objective(decision, feedback)])).backward()
-        sums = router.observe(decision, feedback)
-        with torch.no_grad():
-            router.adapt(sums)
+        learned = learn([router], [decision], feedback, out_TD.float().sum())
+        adapt([router], learned.sums_L, progress=0.0)
         _forget(layer, leaf_TD)
 
     return {"forward": forward, "training": training}

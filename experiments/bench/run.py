@@ -5,7 +5,11 @@ print.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,89 +22,83 @@ from rlroute.experiments.bench import parallel as bench_parallel
 from rlroute.experiments.bench.kernels import Shape, parse_shape
 from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.timing import choose, run_bench, to_markdown
+from rlroute.experiments.recipes.entries import routers_for
 from rlroute.kernels import resolve_backend, tiles
 from rlroute.records import storing, write_atomically
-from rlroute.registry import default_names
 
 
-def kernels(
-    device: str,
-    shapes: Sequence[str],
-    routings: Sequence[str],
-    names: Sequence[str],
-    *,
-    rounds: int,
-    minutes: float,
-    out: Path,
-    command: str,
-) -> str:
-    """Run ``bench kernels`` and return its tables; nothing wanted means everything there is.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is asked of a bench.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        shapes: as text, T,D,F,E,K each; the bench's standard ones if there are none.
+        routings: of ``kernels``; all if there are none.
+        names: contenders of ``kernels``, entries of ``layer``; all if there are none.
+        rounds: interleaved repetitions.
+        minutes: no new row is begun after so many.
+        out: the JSON file to write; tables go beside it.
+        command: what is recorded as the command.
+    """
+
+    device: str = "cpu"
+    shapes: Sequence[str] = ()
+    routings: Sequence[str] = ()
+    names: Sequence[str] = ()
+    rounds: int
+    minutes: float
+    out: Path
+    command: str
+
+
+def kernels(wanted: Wanted) -> str:
+    """Run ``bench kernels`` and return its tables.
 
     Raises:
         ConfigError: an unknown shape, routing, contender or device, before any work.
-        StoreError: ``out`` cannot be written, before any work.
+        StoreError: the result cannot be written, before any work.
     """
-    _check(device, rounds)
-    chosen = _shapes(shapes, bench_kernels.SHAPES[device])
-    routings = choose(routings, bench_kernels.ROUTINGS, "routing")
-    names = choose(names, list(contenders(device == "cuda")), "contender")
-    rows = bench_kernels.bench_kernels(device, chosen, routings, names, rounds)
-    return _run("kernels", rows, device, rounds, minutes, out, command)
+    _check(wanted.device, wanted.rounds)
+    shapes = _shapes(wanted.shapes, bench_kernels.SHAPES[wanted.device])
+    routings = choose(wanted.routings, bench_kernels.ROUTINGS, "routing")
+    names = choose(wanted.names, list(contenders(wanted.device == "cuda")), "contender")
+    return _run("kernels", bench_kernels.bench_kernels(wanted.device, shapes, routings, names, wanted.rounds), wanted)
 
 
-def layer(
-    device: str,
-    shapes: Sequence[str],
-    routings: Sequence[str],
-    names: Sequence[str],
-    *,
-    rounds: int,
-    minutes: float,
-    out: Path,
-    command: str,
-) -> str:
-    """Run ``bench layer`` and return its tables; ``names`` are entries, every router if there are none.
+def layer(wanted: Wanted) -> str:
+    """Run ``bench layer`` and return its tables; routers that nobody named and that refuse a shape are left out.
 
     Raises:
-        ConfigError: an unknown shape, router or device, or a routing, which is the routers' own here; before any work.
-        StoreError: ``out`` cannot be written, before any work.
+        ConfigError: an unknown shape, router or device, a router that refuses a shape, or a routing, which is the
+            routers' own here; before any work.
+        StoreError: the result cannot be written, before any work.
     """
-    _check(device, rounds)
-    if routings:
-        raise ConfigError(f"routing {routings[0]!r}: bench layer takes none, its routers decide")
-    chosen = _shapes(shapes, bench_layer.SHAPES[device])
-    entries = list(names or default_names())
-    for shape in chosen:
-        for entry in entries:
-            bench_layer.config_of(entry, shape, device)
-    rows = bench_layer.bench_layer(device, chosen, entries, rounds)
-    return _run("layer", rows, device, rounds, minutes, out, command)
+    _check(wanted.device, wanted.rounds)
+    if wanted.routings:
+        raise ConfigError(f"routing {wanted.routings[0]!r}: bench layer takes none, its routers decide")
+    shapes = _shapes(wanted.shapes, bench_layer.SHAPES[wanted.device])
+    say = partial(print, file=sys.stderr)
+    entries = wanted.names or routers_for([bench_layer.router_shape(shape) for shape in shapes], say)
+    for shape, entry in product(shapes, entries):
+        bench_layer.config_of(entry, shape, wanted.device)
+    return _run("layer", bench_layer.bench_layer(wanted.device, shapes, entries, wanted.rounds), wanted)
 
 
-def parallel(
-    device: str,
-    shapes: Sequence[str],
-    routings: Sequence[str],
-    names: Sequence[str],
-    *,
-    rounds: int,
-    minutes: float,
-    out: Path,
-    command: str,
-) -> str:
-    """Run ``bench parallel`` and return its tables; nothing wanted means the standard shapes.
+def parallel(wanted: Wanted) -> str:
+    """Run ``bench parallel`` and return its tables.
 
     Raises:
         ConfigError: an unknown shape, one that two workers cannot share, or a choice that this bench does not have,
             before any work.
-        StoreError: ``out`` cannot be written, before any work.
+        StoreError: the result cannot be written, before any work.
     """
-    _check(device, rounds)
-    if device != "cpu" or routings or names:
+    _check(wanted.device, wanted.rounds)
+    if wanted.device != "cpu" or wanted.routings or wanted.names:
         raise ConfigError("bench parallel runs on device 'cpu', with balanced routing and all its contenders")
-    chosen = _shapes(shapes, bench_parallel.SHAPES)
-    bench_parallel.check(chosen)
-    return _run("parallel", bench_parallel.bench_parallel(chosen, rounds), "cpu", rounds, minutes, out, command)
+    shapes = _shapes(wanted.shapes, bench_parallel.SHAPES)
+    bench_parallel.check(shapes)
+    return _run("parallel", bench_parallel.bench_parallel(shapes, wanted.rounds), wanted)
 
 
 def envs(rounds: int) -> None:
@@ -164,11 +162,17 @@ def _shapes(wanted: Sequence[str], standard: Sequence[Shape]) -> list[Shape]:
     return [parse_shape(text) for text in wanted] or list(standard)
 
 
-def _run(
-    kind: str, rows: Iterator[dict[str, Any]], device: str, rounds: int, minutes: float, out: Path, command: str
-) -> str:
+def _run(kind: str, rows: Iterator[dict[str, Any]], wanted: Wanted) -> str:
     torch.set_num_threads(1)
-    result = run_bench(rows, out, kind=kind, device=device, rounds=rounds, minutes=minutes, command=command)
+    result = run_bench(
+        rows,
+        wanted.out,
+        kind=kind,
+        device=wanted.device,
+        rounds=wanted.rounds,
+        minutes=wanted.minutes,
+        command=wanted.command,
+    )
     text = to_markdown(result)
-    write_atomically(out.with_suffix(".md"), text)
+    write_atomically(wanted.out.with_suffix(".md"), text)
     return text

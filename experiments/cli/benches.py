@@ -37,7 +37,7 @@ def bench(
         minutes: no new row is begun after so many.
         shapes: T,D,F,E,K each; the device's standard ones if none are given.
         routings: of kernels: balanced, zipf, collapsed; all if none are given.
-        contenders: peers, or routers; all if none are given.
+        contenders: peers, or routers; all if none are given, but for routers that refuse a shape.
         tune: first search tiles for these shapes, and write the best into the engine's table (cuda).
         path: of scale: the run store or compact file whose loads are taken.
         measured: of scale: the result of bench parallel that its times are held against, where there is one.
@@ -67,6 +67,15 @@ def bench(
         benches.tune_tiles(device, shapes, rounds)
     bench_of = {"kernels": benches.kernels, "layer": benches.layer, "parallel": benches.parallel}[what]
     text = bench_of(
-        device, shapes, routings, contenders, rounds=rounds, minutes=minutes, out=out, command=command_line()
+        benches.Wanted(
+            device=device,
+            shapes=shapes,
+            routings=routings,
+            names=contenders,
+            rounds=rounds,
+            minutes=minutes,
+            out=out,
+            command=command_line(),
+        )
     )
     print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -55,24 +56,17 @@ def play(
 
 def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
     from rlroute.config import RunConfig
-    from rlroute.experiments.play import ladder as clusters
+    from rlroute.experiments.play import ladder
+    from rlroute.experiments.recipes.entries import routers_for
     from rlroute.records import environment, write_atomically, write_json
-    from rlroute.registry import default_names
 
+    say = partial(print, file=sys.stderr)
+    entries = entries or tuple(routers_for([ladder.router_shape(task, 0) for task in ladder.TASKS.values()], say))
     make_folder(out)
-    how = clusters.Ladder()
-    rows = clusters.compare(
-        entries or default_names(), range(seeds), how, workers, lambda text: print(text, file=sys.stderr)
-    )
-    text = clusters.to_markdown(rows)
-    write_json(
-        out / "clusters.json",
-        {
-            "command": command_line(),
-            "environment": environment(RunConfig(), "cpu"),
-            "training": vars(how),
-            "rows": rows,
-        },
-    )
+    how = ladder.Ladder()
+    rows = ladder.compare(entries, range(seeds), how, workers, say)
+    text = ladder.to_markdown(rows)
+    where = {"command": command_line(), "environment": environment(RunConfig(), "cpu")}
+    write_json(out / "clusters.json", where | {"training": vars(how), "rows": rows})
     write_atomically(out / "clusters.md", text)
     print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")

@@ -59,7 +59,8 @@ def play(
         table: the tokens of a bandit; synthetic clusters without one.
 
     Raises:
-        ConfigError: an unknown environment or policy, or a router that cannot play there; before any work.
+        ConfigError: an unknown environment or policy, or a router that cannot play there; before any work, unless it is
+            only what it learns that makes it leave a token without an expert where there is no action for that.
     """
     if episodes < 2:
         raise ConfigError(f"episodes = {episodes}: want 2 or more, an interval needs them")
@@ -111,6 +112,9 @@ def _policies(
     assert config is not None
     training = make(how.copies)
     player, taught = RouterPlayer(config, Spec.of(training), seed), list[bool]()
+    if not player.spec.batched:
+        for explore in (False, True):  # an episode shows whether tokens stay without an expert, which has no action
+            play_episode(training, player.policy(explore=explore), seed)
 
     def prepare(explore: bool) -> Policy:
         if player.learns and not taught:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,16 +28,19 @@ from rlroute import metrics, seeding
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.envs.clusters import NOISE, VOCAB_PER_EXPERT, WIDTH, Clusters
 from rlroute.errors import ConfigError
+from rlroute.experiments.play.agreement import agreement
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.statistics import wilson
 from rlroute.experiments.text import NOTHING, between, markdown
 from rlroute.kernels import gather_linear, make_plan
-from rlroute.model.moe import apply_gate_form
-from rlroute.registry import router_class
+from rlroute.learning import adapt, learn
+from rlroute.model.moe import decide
+from rlroute.registry import make_router
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
-from rlroute.training.step import weighted
+from rlroute.training.step import defined
 
-FORMS = ("own", "unit")
+Form = Literal["own", "unit"]
+FORMS: tuple[Form, ...] = get_args(Form)
 TASKS = {"uniform": Clusters(experts=8), "skewed": Clusters(experts=16, features=16, skew=1.2)}
 VALIDATION, EVERY = 4096, 25
 NEAR = 1.5
@@ -62,20 +65,23 @@ class Outcome:
 
     Attributes:
         loss, sampled_loss: mean squared error per coordinate.
-        overlap: share of tokens whose greedy and drawn experts agree.
+        overlap: share of the drawn pairs of token and expert that are greedy ones too.
         merged: clusters less the experts that are some cluster's main one.
-        nmi: normalised mutual information of cluster and expert.
-        max_vio: highest load over the fair share, minus 1.
+        nmi: normalised mutual information of cluster and expert, over the chosen pairs; None where there are none.
+        max_vio: highest load over the fair share, minus 1; None where nothing was chosen.
         arrived: the first step at which the loss was at most ``NEAR`` times the Bayes loss.
+        pairs, without: pairs that ran per token, and the share of tokens for which none did.
     """
 
     loss: float
     merged: int
-    nmi: float
-    max_vio: float
+    nmi: float | None
+    max_vio: float | None
     arrived: int | None
     sampled_loss: float | None = None
     overlap: float | None = None
+    pairs: float = 1.0
+    without: float = 0.0
 
 
 class _Tokens:
@@ -83,20 +89,22 @@ class _Tokens:
 
     def __init__(self, task: Clusters, count: int, *key: int | str) -> None:
         generator, width = seeding.numpy_generator("clusters", *key), max(WIDTH, task.experts)
-        self.label_T = generator.choice(task.experts, size=count, p=task.prior_E)
-        x_TD = task.centres()[self.label_T] + task.sigma * generator.standard_normal((count, task.features))
+        label_T = generator.choice(task.experts, size=count, p=task.prior_E)
+        x_TD = task.centres()[label_T] + task.sigma * generator.standard_normal((count, task.features))
         z_TW = generator.standard_normal((count, width))
-        shift_TW = (np.arange(width) - self.label_T[:, None]) % width
+        shift_TW = (np.arange(width) - label_T[:, None]) % width
         y_TW = np.take_along_axis(z_TW, shift_TW, 1) + NOISE * generator.standard_normal((count, width))
         self.x_TD, self.z_TW, self.y_TW = (torch.from_numpy(a.astype(np.float32)) for a in (x_TD, z_TW, y_TW))
+        self.label_T = torch.from_numpy(label_T)
         self.id_T = torch.from_numpy(generator.integers(VOCAB_PER_EXPERT * task.experts, size=count))
 
-    def context(self, seed: int, step: int, explore: bool, samples: int = 1) -> RoutingContext:
+    def context(self, seed: int, step: int, explore: bool, progress: float, samples: int = 1) -> RoutingContext:
         rows_T = torch.arange(len(self.id_T)).repeat(samples)
         return RoutingContext(
             seed=seed,
-            layer=0,
+            site=0,
             step=step,
+            progress=progress,
             token_ids_T=self.id_T.repeat(samples),
             position_T=torch.zeros_like(rows_T),
             sequence_T=rows_T,
@@ -109,22 +117,23 @@ class _Tokens:
 class _Layer:
     """A router and linear experts, as the MoE layer has them."""
 
-    def __init__(self, router: Router, experts_EWW: Tensor, form: str) -> None:
-        self.router, self.experts_EWW, self.form = router, experts_EWW, form
+    def __init__(self, router: Router, experts_EWW: Tensor, form: Form) -> None:
+        self.router, self.experts_EWW = router, experts_EWW
+        self.config = ModelConfig(num_experts=len(experts_EWW), k=1, gate_form=form)
 
     def losses(self, tokens: _Tokens, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return each row's loss, shape (M * T,), and the decision."""
-        samples = context.num_samples
-        decision = self.router(tokens.x_TD.repeat(samples, 1), context)
-        decision = apply_gate_form(decision, self.form, 1)
+        x_TD, z_TW, y_TW = (rows.repeat(context.num_samples, 1) for rows in (tokens.x_TD, tokens.z_TW, tokens.y_TW))
+        decision = decide(self.router, x_TD, context, self.config)
         plan = make_plan(decision)
-        y_RW = gather_linear(tokens.z_TW.repeat(samples, 1), plan, self.experts_EWW)
-        gated_RW = decision.gates_R[plan.pairs_R, None] * y_RW
-        out_TW = torch.zeros_like(tokens.y_TW.repeat(samples, 1)).index_add(0, plan.tokens_R, gated_RW)
-        return (out_TW - tokens.y_TW.repeat(samples, 1)).square().mean(1), decision
+        gated_RW = decision.gates_R[plan.pairs_R, None] * gather_linear(z_TW, plan, self.experts_EWW)
+        out_TW = torch.zeros_like(y_TW).index_add(0, plan.tokens_R, gated_RW)
+        if decision.self_T is not None:
+            out_TW = out_TW + decision.self_T[:, None] * z_TW
+        return (out_TW - y_TW).square().mean(1), decision
 
 
-def train(entry: str, task: Clusters, form: str, seed: int, how: Ladder) -> Outcome:
+def train(entry: str, task: Clusters, form: Form, seed: int, how: Ladder) -> Outcome:
     """Train a router and its experts on the task and return what they reached."""
     torch.set_num_threads(1)
     router = _router(entry, task, seed)
@@ -139,16 +148,16 @@ def train(entry: str, task: Clusters, form: str, seed: int, how: Ladder) -> Outc
     held_out, limit = _Tokens(task, VALIDATION, seed, "validation"), NEAR * task.ladder()["bayes"]
     arrived = None
     for step in range(how.steps):
-        _step(layer, optimizer, _Tokens(task, how.tokens, seed, step), seed, step)
+        _step(layer, optimizer, _Tokens(task, how.tokens, seed, step), seed, step, step / how.steps)
         if arrived is None and (step + 1) % EVERY == 0 and _evaluate(layer, held_out, seed, False)[0] <= limit:
             arrived = step + 1
-    loss, ids_T = _evaluate(layer, held_out, seed, False)
+    loss, greedy = _evaluate(layer, held_out, seed, False)
     sampled_loss = overlap = None
     if router.stochastic:
-        sampled_loss, drawn_T = _evaluate(layer, held_out, seed, True)
-        overlap = float((drawn_T == ids_T).double().mean())
-    agreement = _agreement(held_out.label_T, ids_T.numpy(), task.experts)
-    return Outcome(loss=loss, sampled_loss=sampled_loss, overlap=overlap, arrived=arrived, **agreement)
+        sampled_loss, drawn = _evaluate(layer, held_out, seed, True)
+        overlap = defined(metrics.overlap(drawn, greedy))
+    found = agreement(held_out.label_T, greedy)
+    return Outcome(loss=loss, sampled_loss=sampled_loss, overlap=overlap, arrived=arrived, **found)
 
 
 def _router(entry: str, task: Clusters, seed: int) -> Router:
@@ -156,64 +165,41 @@ def _router(entry: str, task: Clusters, seed: int) -> Router:
     config = build_entry(entry, DataConfig(), model, TrainConfig()).router
     if config is None:
         raise ConfigError(f"entry {entry!r}: the clusters have no dense model, legal are routers")
+    return make_router(config, router_shape(task, seed))
+
+
+def router_shape(task: Clusters, seed: int) -> RouterShape:
+    """Return what a task's router is built for."""
     vocabulary = VOCAB_PER_EXPERT * task.experts
-    shape = RouterShape(
+    return RouterShape(
         d_model=task.features,
         num_experts=task.experts,
         k=1,
-        layer=0,
+        site=0,
         vocab_size=vocabulary,
         seed=seed,
         token_counts_V=torch.ones(vocabulary, dtype=torch.long),
     )
-    return router_class(config.name)(config, shape)
 
 
-def _step(layer: _Layer, optimizer: torch.optim.Optimizer, tokens: _Tokens, seed: int, step: int) -> None:
+def _step(
+    layer: _Layer, optimizer: torch.optim.Optimizer, tokens: _Tokens, seed: int, step: int, progress: float
+) -> None:
     router, count = layer.router, len(tokens.id_T)
-    context = tokens.context(seed, step, True, router.num_samples)
+    context = tokens.context(seed, step, True, progress, router.num_samples)
     loss_T, decision = layer.losses(tokens, context)
-    if decision.gates_R.requires_grad:
-        decision.gates_R.retain_grad()
     feedback = Feedback(context=context, loss_MT=loss_T.detach().view(router.num_samples, count), num_valid=count)
-    total = loss_T.mean() + weighted([router.objective(decision, feedback)])
     optimizer.zero_grad()
-    torch.autograd.backward(total)
-    sums = router.observe(decision, feedback)
+    learned = learn([router], [decision], feedback, loss_T.mean())
     optimizer.step()
-    with torch.no_grad():
-        router.adapt(sums)
+    adapt([router], learned.sums_L, progress)
 
 
 @torch.no_grad()
-def _evaluate(layer: _Layer, tokens: _Tokens, seed: int, explore: bool) -> tuple[float, Tensor]:
-    """Return the mean loss and the expert of each token (its first pair)."""
-    loss_T, decision = layer.losses(tokens, tokens.context(seed, -1, explore))
-    return float(loss_T.mean()), decision.expert_ids_R
-
-
-def _agreement(label_T: Any, expert_T: Any, experts: int) -> dict[str, Any]:
-    """Return how clusters and experts belong together."""
-    joint_EE = np.zeros((experts, experts))
-    np.add.at(joint_EE, (label_T, expert_T), 1.0)
-    load_E = torch.from_numpy(joint_EE.sum(0))
-    return {
-        "merged": experts - len(np.unique(joint_EE.argmax(1))),
-        "nmi": mutual_information(joint_EE),
-        "max_vio": float(metrics.max_vio(load_E)),
-    }
-
-
-def mutual_information(counts: Any) -> float:
-    """Return the mutual information of rows and columns over the mean of their entropies; 0 where both are constant."""
-    joint = counts / counts.sum()
-    rows, columns = joint.sum(1), joint.sum(0)
-
-    def entropy(p: Any) -> float:
-        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-    total = entropy(rows) + entropy(columns)
-    return 2 * (total - entropy(joint.ravel())) / total if total else 0.0
+def _evaluate(layer: _Layer, tokens: _Tokens, seed: int, explore: bool) -> tuple[float, RoutingDecision]:
+    """Return the mean loss and the decision, where schedules have ended."""
+    loss_T, decision = layer.losses(tokens, tokens.context(seed, -1, explore, progress=1.0))
+    return float(loss_T.mean()), decision
 
 
 def compare(
@@ -235,7 +221,7 @@ def compare(
     routers = {entry: _router(entry, task, 0) for task in TASKS.values() for entry in entries}
     cells = list(product(TASKS, FORMS, entries))
 
-    def trained_as(name: str, form: str, entry: str) -> tuple[str, str, str]:
+    def trained_as(name: str, form: Form, entry: str) -> tuple[str, Form, str]:
         """Return the cell whose runs serve this one: a gate that does not learn is 1/k in either form."""
         return (name, form if "gate" in routers[entry].learns_from else FORMS[0], entry)
 
@@ -248,15 +234,25 @@ def compare(
             if (name, form, entry) == trained_as(name, form, entry)
         }
         for name, form, entry in cells:
-            outcomes = [asdict(run.result()) for run in futures[trained_as(name, form, entry)]]
+            runs = [run.result() for run in futures[trained_as(name, form, entry)]]
+            outcomes = [asdict(run) for run in runs]
             rows.append({"task": name, "gate": form, "entry": entry, "seeds": list(seeds), "outcomes": outcomes})
-            say(f"{len(rows)} of {len(cells)}: {entry}, {name}, gate {form}: loss {_mean(outcomes, 'loss'):.4f}")
+            say(f"{len(rows)} of {len(cells)}: {entry}, {name}, gate {form}: loss {_shown(runs, 'loss', '.4f')}")
     return rows
 
 
-def _mean(outcomes: Sequence[dict[str, Any]], name: str) -> float:
-    values = [one[name] for one in outcomes if one[name] is not None]
-    return math.fsum(values) / len(values) if values else math.nan
+def _defined(runs: Sequence[Outcome], name: str) -> list[float]:
+    return [value for run in runs if (value := getattr(run, name)) is not None]
+
+
+def _mean(runs: Sequence[Outcome], name: str) -> float:
+    values = _defined(runs, name)
+    return math.fsum(values) / len(values)
+
+
+def _shown(runs: Sequence[Outcome], name: str, spec: str) -> str:
+    """Return the mean over the runs in which it is defined."""
+    return f"{_mean(runs, name):{spec}}" if _defined(runs, name) else NOTHING
 
 
 COLUMNS = (
@@ -266,33 +262,45 @@ COLUMNS = (
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return one table per task and gate form, best first, with the task's ladder underneath."""
+    """Return one table per task and gate form, best first, with the task's ladder underneath.
+
+    Routers that did not run one expert for each token are named below it with what they ran.
+    """
     parts = []
     for task, form in dict.fromkeys((row["task"], row["gate"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["gate"]) == (task, form)]
-        mine.sort(key=lambda row: _mean(row["outcomes"], "loss"))
-        table = markdown(COLUMNS, map(_line, mine), tight=True)
+        runs_of = [(row["entry"], [Outcome(**run) for run in row["outcomes"]]) for row in mine]
+        runs_of.sort(key=lambda item: _mean(item[1], "loss"))
+        table = markdown(COLUMNS, [_line(entry, runs) for entry, runs in runs_of], tight=True)
         ladder = ", ".join(f"{name} {loss:.4f}" for name, loss in TASKS[task].ladder().items())
-        title = f"**{task} clusters, gate {form}**"
-        parts.append(f"{title}\n\n{table}\n\nIn closed form, with experts that fit: {ladder}.\n")
+        title, other = f"**{task} clusters, gate {form}**", _what_ran(runs_of)
+        parts.append(f"{title}\n\n{table}\n\nIn closed form, with experts that fit: {ladder}.\n{other}")
     return "\n".join(parts)
 
 
-def _line(row: dict[str, Any]) -> tuple[str, ...]:
-    runs = row["outcomes"]
-    none_merged = sum(run["merged"] == 0 for run in runs)
-    arrived = [run["arrived"] for run in runs if run["arrived"] is not None]
+def _line(entry: str, runs: Sequence[Outcome]) -> tuple[str, ...]:
+    none_merged = sum(run.merged == 0 for run in runs)
+    arrived = [run.arrived for run in runs if run.arrived is not None]
     when = f"{sorted(arrived)[len(arrived) // 2]} ({len(arrived)} of {len(runs)})" if arrived else "never"
-    drawn = [f"{_mean(runs, name):{spec}}" for name, spec in (("sampled_loss", ".4f"), ("overlap", ".2f"))]
-    drawn = drawn if runs[0]["overlap"] is not None else [NOTHING, NOTHING]
     return (
-        row["entry"],
-        f"{_mean(runs, 'loss'):.4f}",
-        f"{max(run['loss'] for run in runs):.4f}",
-        *drawn,
-        f"{_mean(runs, 'merged'):.1f}",
+        entry,
+        _shown(runs, "loss", ".4f"),
+        f"{max(run.loss for run in runs):.4f}",
+        _shown(runs, "sampled_loss", ".4f"),
+        _shown(runs, "overlap", ".2f"),
+        _shown(runs, "merged", ".1f"),
         f"{none_merged} of {len(runs)} {between(*wilson(none_merged, len(runs)))}",
-        f"{_mean(runs, 'nmi'):.3f}",
-        f"{_mean(runs, 'max_vio'):.2f}",
+        _shown(runs, "nmi", ".3f"),
+        _shown(runs, "max_vio", ".2f"),
         when,
     )
+
+
+def _what_ran(runs_of: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
+    """Return a line on the routers that ran another number of pairs than one for each token, if there are any."""
+    said = [
+        f"{entry} ran {_mean(runs, 'pairs'):.2f} pairs per token and left {_mean(runs, 'without'):.1%} of tokens without"
+        for entry, runs in runs_of
+        if any(run.pairs != 1 or run.without for run in runs)
+    ]
+    return f"\nNot one expert for each token: {'; '.join(said)}.\n" if said else ""

@@ -3,10 +3,11 @@
 A router sees what it sees in a transformer: features as hidden states, token ids, keys for its draws. It learns from
 rollouts of a few steps in many copies: while acting, nothing is kept; to learn, the rollout is decided again in one
 forward, and because draws come from keys, the decisions are the same. The reward takes the place of the negative loss,
-and a copy's steps that of a sequence.
+and a copy's steps that of a sequence. A token goes to the expert of its strongest pair; gates themselves change
+nothing here, so that their credit is 0.
 
 Shape suffixes: C copies, L steps of a rollout, B tokens of a batch, T = C * L * B tokens (a copy's tokens adjacent),
-D features, E experts.
+D features, E experts, R pairs, M routing samples.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlroute.config import RouterConfig
+from rlroute.config import ModelConfig, RouterConfig
 from rlroute.envs.dispatch import KINDS_PER_TOPIC, DispatchWorld
 from rlroute.envs.references import Policy
 from rlroute.envs.token_bandit import BanditWorld
 from rlroute.envs.vector import RoutingVectorEnv
 from rlroute.envs.world import Array
 from rlroute.errors import ConfigError
-from rlroute.registry import router_class
+from rlroute.learning import adapt, learn
+from rlroute.model.moe import decide
+from rlroute.registry import make_router
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
-from rlroute.training.step import weighted
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Spec:
 
     Attributes:
         width, num_experts, vocabulary: D, E and the number of token ids.
-        batched: whether a step shows a batch of tokens.
+        batched: whether a step shows a batch of tokens, each of which may go to no expert; else none may.
         counterfactual: whether it tells what every expert would have cost.
     """
 
@@ -96,12 +98,13 @@ class RouterPlayer:
             d_model=spec.width,
             num_experts=spec.num_experts,
             k=1,
-            layer=0,
+            site=0,
             vocab_size=spec.vocabulary,
             seed=seed,
             token_counts_V=torch.ones(spec.vocabulary, dtype=torch.long),
         )
-        self.router: Router = router_class(config.name)(config, shape)
+        self.model = ModelConfig(num_experts=spec.num_experts, k=1)
+        self.router: Router = make_router(config, shape)
         if not self.router.causal and not spec.batched:
             raise ConfigError(f"router {config.name!r} decides over a batch: legal is rlroute/TokenBandits-v0")
         if self.router.num_samples > 1 and not spec.counterfactual:
@@ -112,7 +115,15 @@ class RouterPlayer:
         self.learns = bool(self.router.learns_from & {"reward", "load"})
 
     def context(
-        self, tokens: Tensor, ended: Tensor, *, step: int, first: int, explore: bool, samples: int = 1
+        self,
+        tokens: Tensor,
+        ended: Tensor,
+        *,
+        step: int,
+        first: int,
+        explore: bool,
+        progress: float = 1.0,
+        samples: int = 1,
     ) -> RoutingContext:
         """Return the context of tokens (C, L, B), the copies' steps from ``first`` on of a rollout.
 
@@ -128,8 +139,9 @@ class RouterPlayer:
 
         return RoutingContext(
             seed=self.seed,
-            layer=0,
+            site=0,
             step=step,
+            progress=progress,
             token_ids_T=rows(tokens),
             position_T=rows(position_T),
             sequence_T=rows(sequence_T + copies * (step + (ended[..., None] << 32))),
@@ -143,21 +155,34 @@ class RouterPlayer:
         x_TD = torch.from_numpy(observations).reshape(-1, observations.shape[-1])
         tokens = torch.from_numpy(_tokens(observations, infos)).reshape(len(observations), 1, -1)
         with torch.no_grad():
-            decision: RoutingDecision = self.router(
-                x_TD, self.context(tokens, torch.from_numpy(ended_C)[:, None], **keys)
+            context = self.context(tokens, torch.from_numpy(ended_C)[:, None], **keys)
+            return decide(self.router, x_TD, context, self.model)
+
+    def chosen(self, decision: RoutingDecision) -> Tensor:
+        """Return the expert of each row's strongest pair that runs, E (none) for a row without one; shape (T,).
+
+        Raises:
+            ConfigError: there is a row without one, and the environment has no action for that.
+        """
+        none = self.spec.num_experts
+        chosen_T = torch.full((decision.num_tokens,), none)
+        order_R = decision.gates_R.argsort(stable=True)
+        order_R = order_R[(decision.kept_R & decision.used_R)[order_R]]
+        chosen_T[decision.token_ids_R[order_R]] = decision.expert_ids_R[order_R]  # the strongest comes last
+        if not self.spec.batched and bool((chosen_T == none).any()):
+            raise ConfigError(
+                f"router {self.router.config.name!r} left a token without an expert, for which there is no action here: "
+                "legal is rlroute/TokenBandits-v0"
             )
-        return decision
+        return chosen_T
 
     def actions(self, decision: RoutingDecision, copies: int) -> Array:
-        """Return the action of each copy: the expert of each token's strongest pair, E (none) for a token without
-        one.
+        """Return the action of each copy: an expert, or one for each token of its batch.
+
+        Raises:
+            ConfigError: a token has no expert, and the environment has no action for that.
         """
-        experts = self.spec.num_experts
-        chosen_T = torch.full((decision.num_tokens,), experts)
-        order_R = decision.gates_R.argsort(stable=True)
-        runs_R = (decision.kept_R & (decision.expert_ids_R < experts))[order_R]
-        order_R = order_R[runs_R]
-        chosen_T[decision.token_ids_R[order_R]] = decision.expert_ids_R[order_R]  # the strongest comes last
+        chosen_T = self.chosen(decision)
         return chosen_T.view(copies, -1).numpy() if self.spec.batched else chosen_T.numpy()
 
     def policy(self, *, explore: bool) -> Policy:
@@ -174,46 +199,47 @@ class RouterPlayer:
         return act
 
     def learn(self, envs: Any, how: Learning) -> None:
-        """Let the router learn from rollouts of a vector environment that resets finished copies in the same step."""
+        """Let the router learn from rollouts of a vector environment that resets finished copies in the same step.
+
+        Raises:
+            ConfigError: it leaves a token without an expert, and the environment has no action for that.
+        """
         parameters = list(self.router.parameters())
         optimizer = torch.optim.Adam(parameters, lr=how.lr) if parameters else None
         observations, infos = envs.reset(seed=self.seed)
         for update in range(how.updates):
             kept: list[tuple[Array, ...]] = []
+            keys: dict[str, Any] = {"step": update, "progress": update / how.updates, "explore": True}
             ended_C = np.zeros(envs.num_envs, dtype=np.int64)
             for position in range(how.rollout):
-                decision = self.decide(observations, infos, ended_C, step=update, first=position, explore=True)
+                decision = self.decide(observations, infos, ended_C, first=position, **keys)
                 actions = self.actions(decision, envs.num_envs)
-                tokens, outcomes = _tokens(observations, infos), infos.get("expert_losses")
+                tokens, outcomes = _tokens(observations, infos), _outcomes(observations, infos)
                 following, rewards_C, terminated_C, truncated_C, next_infos = envs.step(actions)
-                losses = _token_losses(outcomes, infos.get("skip_loss"), actions, rewards_C, self.spec.batched)
-                outcomes = np.zeros((envs.num_envs, 0)) if outcomes is None else outcomes
+                losses = _token_losses(outcomes, actions, rewards_C)
                 kept.append((observations, tokens, ended_C, losses, outcomes))
                 observations, infos, ended_C = following, next_infos, ended_C + (terminated_C | truncated_C)
-            self._update([np.stack(values, axis=1) for values in zip(*kept, strict=True)], update, optimizer)
+            self._update([np.stack(values, axis=1) for values in zip(*kept, strict=True)], optimizer, **keys)
 
-    def _update(self, rollout: list[Array], update: int, optimizer: Any) -> None:
+    def _update(self, rollout: list[Array], optimizer: torch.optim.Adam | None, **keys: Any) -> None:
         """Decide the rollout again, with gradients, and learn from what came of it."""
         observations, tokens, ended, losses, outcomes = rollout
         samples, count = self.router.num_samples, tokens.size
         x_TD = torch.from_numpy(observations).reshape(-1, observations.shape[-1])
         ids = torch.from_numpy(tokens).reshape(tokens.shape[0], tokens.shape[1], -1)
-        context = self.context(ids, torch.from_numpy(ended), step=update, first=0, explore=True, samples=samples)
-        decision = self.router(x_TD.repeat(samples, 1), context)
-        loss_T = torch.from_numpy(losses).reshape(-1).to(x_TD.dtype)
-        loss_MT = loss_T.repeat(samples, 1)
+        context = self.context(ids, torch.from_numpy(ended), first=0, samples=samples, **keys)
+        decision = decide(self.router, x_TD.repeat(samples, 1), context, self.model)
+        loss_MT = torch.from_numpy(losses).reshape(1, -1).to(x_TD.dtype)
         if samples > 1:
-            outcomes_TE = torch.from_numpy(outcomes).reshape(count, -1).to(x_TD.dtype)
-            loss_MT = outcomes_TE.gather(1, decision.expert_ids_R.view(samples, count).t()).t()
+            outcomes_TX = torch.from_numpy(outcomes).reshape(count, -1).to(x_TD.dtype)
+            loss_MT = outcomes_TX.gather(1, self.chosen(decision).view(samples, count).t()).t()
         feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=count)
-        total = weighted([self.router.objective(decision, feedback)])
-        if optimizer is not None and isinstance(total, Tensor):
+        if optimizer is not None:
             optimizer.zero_grad()
-            torch.autograd.backward(total)
+        learned = learn([self.router], [decision], feedback, 0.0 * decision.gates_R.sum())  # a credit of 0, but there
+        if optimizer is not None:
             optimizer.step()
-        sums = self.router.observe(decision, feedback)
-        with torch.no_grad():
-            self.router.adapt(sums)
+        adapt([self.router], learned.sums_L, keys["progress"])
 
 
 def _tokens(observations: Array, infos: dict[str, Any]) -> Array:
@@ -222,10 +248,18 @@ def _tokens(observations: Array, infos: dict[str, Any]) -> Array:
     return np.zeros(len(observations), dtype=np.int64) if tokens is None else np.asarray(tokens)
 
 
-def _token_losses(outcomes: Array | None, skip: Array | None, actions: Array, rewards_C: Array, batched: bool) -> Array:
-    """Return the loss of each token: of its expert where the environment tells, else its reward's negative."""
-    if not batched or outcomes is None:
+def _outcomes(observations: Array, infos: dict[str, Any]) -> Array:
+    """Return what each action would cost each token, none last where it is one; no columns where the environment does not
+    tell.
+    """
+    losses, skip = infos.get("expert_losses"), infos.get("skip_loss")
+    if losses is None:
+        return np.zeros((len(observations), 0))
+    return np.asarray(losses) if skip is None else np.concatenate([losses, skip[..., None]], axis=-1)
+
+
+def _token_losses(outcomes: Array, actions: Array, rewards_C: Array) -> Array:
+    """Return the loss of each token: its reward's negative, or in a batch, which has one reward, what its action cost."""
+    if actions.ndim == 1:
         return -rewards_C
-    experts = outcomes.shape[-1]
-    chosen = np.take_along_axis(outcomes, np.minimum(actions, experts - 1)[..., None], axis=-1)[..., 0]
-    return chosen if skip is None else np.where(actions == experts, skip, chosen)
+    return np.take_along_axis(outcomes, actions[..., None], axis=-1)[..., 0]

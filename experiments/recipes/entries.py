@@ -6,13 +6,14 @@ entry, found by ``rlroute tune`` (400 steps, seeds that no table uses); every en
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig, from_dict
 from rlroute.errors import ConfigError
-from rlroute.registry import default_names, router_class
+from rlroute.registry import default_names, refusals, router_class
+from rlroute.routing import RouterShape
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -61,6 +62,14 @@ def default_entries() -> list[str]:
     dense model.
     """
     return [DENSE, *default_names(), "hash:table=position"]
+
+
+def routers_for(shapes: Sequence[RouterShape], say: Callable[[str], None]) -> list[str]:
+    """Return the routers that need no field and take all of these shapes; tell in one line who is left out, and why."""
+    refused = refusals(shapes)
+    if refused:
+        say(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in refused.items())}")
+    return [name for name in default_names() if name not in refused]
 
 
 def parse_entry(text: str) -> tuple[str, dict[str, Any]]:
