@@ -19,9 +19,11 @@ from rlroute.experiments.bench import peers, timing
 from rlroute.experiments.bench import run as benches
 from rlroute.experiments.bench import sweep as bench_sweep
 from rlroute.experiments.bench.kernels import ROUTINGS, Shape, choose_experts, make_problem, parse_shape, prepare
+from rlroute.experiments.bench.layer import router_shape
 from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
 from rlroute.registry import default_names
+from tests.strangers import install
 
 SHAPE = Shape(24, 16, 8, 4, 2)
 PEERS = [name for name in contenders(cuda=False) if name not in ("dense", "loop")]
@@ -133,8 +135,8 @@ def test_peak_memory_of_a_pass_is_the_same_again():
 
 
 def run(bench, tmp_path, **changes):
-    wanted = {"device": "cpu", "shapes": ["24,16,8,4,2"], "routings": (), "names": ()} | changes
-    return bench(*wanted.values(), rounds=2, minutes=60, out=tmp_path / "out" / "bench.json", command="rlroute bench")
+    wanted = {"shapes": ["24,16,8,4,2"], "rounds": 2, "minutes": 60, "out": tmp_path / "out" / "bench.json"} | changes
+    return bench(benches.Wanted(command="rlroute bench", **wanted))
 
 
 def test_kernels_bench_is_complete_and_its_table_is_in_its_file(tmp_path):
@@ -187,9 +189,36 @@ def test_layer_training_is_that_of_the_loop():
         assert gradients[0].any() and made[0].experts.in_EHD.grad is None
 
 
+def test_layer_bench_leaves_out_who_refuses_a_shape_and_says_so(monkeypatch, tmp_path, capsys):
+    install(monkeypatch, "picky")
+    run(benches.layer, tmp_path)
+    stored = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert set(stored["rows"][0]["contenders"]) == {"dense", *default_names()} - {"picky"}
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "left out" in line)
+    assert said == "left out: picky (num_experts = 4 at site 1: legal are 5 behind another site)"
+
+
+def test_layer_bench_refuses_who_is_named_and_refuses_a_shape_before_any_work(monkeypatch, tmp_path):
+    install(monkeypatch, "picky")
+    with pytest.raises(ConfigError, match="router picky: num_experts = 4"):
+        run(benches.layer, tmp_path, names=["hash", "picky"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_bench_takes_any_choice_and_its_routers_see_their_credit(monkeypatch, tmp_path):
+    install(monkeypatch, "threshold", "expert_choice_like")
+    run(benches.layer, tmp_path, names=["threshold", "threshold:threshold=1.5", "expert_choice_like"])
+    for row in json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]:
+        assert not [values for values in row["contenders"].values() if "failed" in values]
+    router = bench_layer.make_router(bench_layer.config_of("threshold", SHAPE, "cpu").router, router_shape(SHAPE))
+    monkeypatch.setattr(bench_layer, "make_router", lambda config, shape: router)
+    bench_layer._passes(bench_layer.config_of("threshold", SHAPE, "cpu"), SHAPE, torch.randn(24, 16))["training"]()
+    assert router.seen["credit"][0] > 0
+
+
 def test_time_is_up_after_a_row_and_what_was_measured_is_kept(tmp_path):
     path = tmp_path / "bench.json"
-    benches.kernels("cpu", ["24,16,8,4,2"], (), ("dense",), rounds=2, minutes=0, out=path, command="")
+    run(benches.kernels, tmp_path, names=["dense"], minutes=0, out=path)
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 

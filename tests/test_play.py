@@ -1,6 +1,7 @@
 """Routers in environments: the same router, learning by the same code, from rewards in place of losses."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rlroute.experiments.play.games import play, to_markdown
 from rlroute.experiments.play.player import Learning, RouterPlayer, Spec
 from rlroute.registry import router_class
 from rlroute.routing import RoutingDecision
+from tests.strangers import install
 
 QUICK = Learning(updates=80, copies=32, rollout=8)
 
@@ -76,7 +78,7 @@ def test_another_episode_is_another_sequence():
 
 def test_learning_is_the_reward_s(monkeypatch):
     """With the reward's sign turned, the router finds the experts to avoid."""
-    monkeypatch.setattr(playing, "_token_losses", lambda outcomes, skip, actions, rewards_C, batched: rewards_C)
+    monkeypatch.setattr(playing, "_token_losses", lambda outcomes, actions, rewards_C: rewards_C)
     greedy, _ = play("TokenBandit-v0", ("reinforce",), 16, 0, QUICK)
     assert greedy.score < 0.1
 
@@ -109,9 +111,86 @@ def test_tokens_take_their_strongest_pair_and_none_without_one():
 
 
 def test_losses_of_a_batch_are_those_of_the_experts_taken():
-    outcomes = np.array([[[1.0, 2.0], [3.0, 4.0]]])
-    losses = playing._token_losses(outcomes, np.array([[9.0, 8.0]]), np.array([[1, 2]]), np.zeros(1), True)
+    infos = {"expert_losses": np.array([[[1.0, 2.0], [3.0, 4.0]]]), "skip_loss": np.array([[9.0, 8.0]])}
+    outcomes = playing._outcomes(np.zeros((1, 2, 5)), infos)
+    losses = playing._token_losses(outcomes, np.array([[1, 2]]), np.zeros(1))
     assert losses.tolist() == [[2.0, 8.0]]
+
+
+# Tokens without an expert.
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_in_a_batch_a_token_without_an_expert_costs_what_skipping_it_costs(samples, monkeypatch):
+    install(monkeypatch, "threshold")
+    player, envs = player_of("TokenBandits-v0", "threshold", samples=samples)
+    chosen, decide, again = player.chosen, playing.decide, []
+
+    def listen(router, x_TD, context, config):
+        decision = decide(router, x_TD, context, config)
+        if torch.is_grad_enabled():
+            again.append((x_TD, chosen(decision)))
+        return decision
+
+    monkeypatch.setattr(playing, "decide", listen)
+    player.learn(envs, Learning(updates=2, copies=4, rollout=2))
+    table = envs.world.table
+    worth_NX = np.concatenate([table.losses_NE, table.skip_N[:, None]], axis=1)
+    row_of = {x_D.tobytes(): row for row, x_D in enumerate(table.x_ND)}
+    for (x_TD, chosen_T), loss_MT in zip(again, player.router.seen["loss"], strict=True):
+        rows_T = [row_of[x_D.tobytes()] for x_D in x_TD.numpy()]
+        assert np.array_equal(loss_MT.reshape(-1).numpy(), worth_NX[rows_T, chosen_T.numpy()])
+        assert 0 < int((chosen_T == player.spec.num_experts).sum()) < len(chosen_T)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("environment", ["TokenBandit-v0", "Dispatch-v0"])
+def test_where_none_is_no_action_its_router_is_refused_before_any_work(environment, samples, monkeypatch):
+    install(monkeypatch, "threshold")
+    monkeypatch.setattr(RouterPlayer, "learn", lambda *arguments: pytest.fail("work was begun"))
+    if environment == "Dispatch-v0" and samples == 2:
+        reason = "wants 2 outcomes of each token"
+    else:
+        reason = "router 'threshold' left a token without an expert.*legal is rlroute/TokenBandits-v0"
+    with pytest.raises(ConfigError, match=reason):
+        play(environment, ("reinforce", f"threshold:samples={samples}"), 4, 0, QUICK)
+
+
+def test_who_learns_to_leave_tokens_without_an_expert_is_refused_by_name(monkeypatch):
+    install(monkeypatch, "threshold")
+    player, envs = player_of("TokenBandit-v0", "threshold", threshold=0.01)
+    forget = lambda sums, progress: setattr(player.router, "config", replace(player.router.config, threshold=1.5))  # noqa: E731
+    monkeypatch.setattr(player.router, "adapt", forget)
+    with pytest.raises(ConfigError, match="router 'threshold' left a token without an expert"):
+        player.learn(envs, Learning(updates=2, copies=4, rollout=2))
+
+
+def test_variable_k_and_expert_choice_play_where_they_can(monkeypatch):
+    install(monkeypatch, "threshold", "expert_choice_like")
+    how = Learning(updates=2, copies=4, rollout=2)
+    several, *_ = play("TokenBandit-v0", ("threshold:threshold=0.01,noise=0.0",), 8, 0, how)
+    batch, *_ = play("TokenBandits-v0", ("expert_choice_like",), 8, 0, how)
+    assert math.isfinite(several.score) and math.isfinite(batch.score)
+    with pytest.raises(ConfigError, match="'expert_choice_like' decides over a batch"):
+        play("TokenBandit-v0", ("expert_choice_like",), 8, 0, how)
+
+
+def test_who_refuses_the_only_site_that_there_is_is_refused_by_name(monkeypatch):
+    install(monkeypatch, "picky")
+    with pytest.raises(ConfigError, match="router picky: num_experts = 8 at site 1"):
+        play("TokenBandits-v0", ("picky",), 8, 0, QUICK)
+    with pytest.raises(ConfigError, match="router picky: num_experts = 2 at site 1"):
+        cartpole.play("picky", [0])
+
+
+def test_gates_change_nothing_so_their_credit_is_there_and_0(monkeypatch):
+    install(monkeypatch, "threshold")
+    player, envs = player_of("TokenBandits-v0", "threshold")
+    weight = player.router.scores.weight.detach().clone()
+    monkeypatch.setattr(player.router, "objective", lambda decision, feedback: {})
+    player.learn(envs, Learning(updates=4, copies=4, rollout=2))
+    assert player.router.seen["credit"] == [0.0] * 4 and player.router.seen["progress"] == [0, 0.25, 0.5, 0.75]
+    assert torch.equal(player.router.scores.weight, weight)
 
 
 def test_reference_policies_are_played_when_nobody_is_named():

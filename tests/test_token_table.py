@@ -67,6 +67,22 @@ def test_every_expert_s_loss_is_the_model_s_own(store, monkeypatch):
         np.testing.assert_allclose(got_N, loss_MT[0].numpy(), rtol=2e-5, atol=2e-5)
 
 
+def test_what_every_token_runs_belongs_to_every_expert_s_loss(tmp_path):
+    """With shared experts, the loss of skipping all routed ones is the model's own without any pair."""
+    model = replace(MODEL, num_shared_experts=1)
+    train(build_entry("hash", DATA, model, TRAIN), 0, tmp_path)
+    (record,) = read_runs(tmp_path)
+    table = token_table(record, tmp_path, 64)
+    corpus, device = load_corpus(DATA.spec, None), Device("cpu", torch.float32)
+    built = build_model(build_entry("hash", DATA, model, TRAIN), corpus, 0)
+    load_weights(tmp_path / record.id, built, record.id)
+    (batch,) = eval_batches(corpus, num_tokens=64, batch_size=4, seq_len=16)
+    built.routers[-1].table_XK.fill_(4)
+    with torch.no_grad():
+        loss_MT, _ = forward(built, batch, make_context(batch, device, seed=0, step=0, explore=False), device)
+    np.testing.assert_allclose(table.skip_N, loss_MT[0].numpy(), rtol=2e-5, atol=2e-5)
+
+
 def test_the_table_is_played(store, tmp_path):
     path = tmp_path / "tokens.npz"
     token_table(run_of(store, "switch"), store, 64).save(path)

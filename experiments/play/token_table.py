@@ -1,7 +1,7 @@
 """``rlroute export-tokens``: the last MoE layer of a trained run as a bandit, every expert's counterfactual loss exact.
 
 After the last attention a token's route changes no other token. So the loss that each expert would have brought each
-validation token, alone and with gate 1, follows from the residual stream before the layer: one pass of the layers
+validation token, alone among the routed ones and with gate 1, follows from the residual stream before the layer: one pass of the layers
 below, then one of the experts, the last norm and the unembedding for each expert. ``rlroute play TokenBandit-v0 --table
 FILE`` plays it.
 
@@ -30,9 +30,10 @@ from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import Batch, eval_batches, load_corpus
+from rlroute.training.group import ALONE
 from rlroute.training.loop import DTYPES
 from rlroute.training.prepare import build_model
-from rlroute.training.step import Device, make_context
+from rlroute.training.step import Device, make_context, surroundings
 
 
 def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
@@ -68,15 +69,18 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     assert isinstance(block, Block) and block.moe is not None
     seen: list[Tensor] = []
     hook = block.ffn_norm.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
-    context = make_context(batch, device, seed=0, step=0, explore=False)
+    around = surroundings(model, ALONE)
+    context = make_context(batch, device, seed=0, step=0, progress=1.0, explore=False, **around)
     try:
         with device.autocast():
-            model(torch.from_numpy(batch.tokens_BS).to(device.name), context)
+            _, decisions = model(torch.from_numpy(batch.tokens_BS).to(device.name), context)
     finally:
         hook.remove()
     residual_TD, x_TD = (tensor.flatten(0, 1).float() for tensor in seen)
     targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).to(device.name)
     weights, experts = block.moe.experts.weights(torch.float32), config.model.num_experts
+    if block.moe.shared is not None:  # every token runs these, whatever its route
+        residual_TD = residual_TD + block.moe.shared(x_TD, decisions[-1].shared_gates_TS)
 
     def loss(y_TD: Tensor) -> Tensor:
         logits_TV = model.unembed(model.norm(residual_TD + y_TD)).float()
