@@ -40,7 +40,7 @@ class ExpertChoice(Router):
 
 
 class Threshold(Router):
-    """Each token takes the experts whose probability is above a threshold: many, one or none. It learns from everything."""
+    """Each token takes the experts whose probability reaches a threshold: many, one or none. It learns from all."""
 
     learns_from = frozenset({"gate", "reward", "load"})
     gate_meaning = "softmax over all experts"

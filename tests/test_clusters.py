@@ -199,8 +199,8 @@ def test_expert_choice_and_variable_k_are_trained_and_shown_with_what_ran(monkey
     assert nobody.loss == nobody.sampled_loss == float(held_out.y_TW.square().mean(1).mean())
     text = to_markdown(rows)
     (said,) = (line for line in text.splitlines() if line.startswith("Not one expert"))
-    assert "threshold:threshold=1.5 ran 0.00 pairs per token and left 100.0% of tokens without" in said
-    assert f"expert_choice_like ran 1.00 pairs per token and left {experts.without:.1%}" in said
+    assert "threshold:threshold=1.5 ran 0.00 pairs per token, and none for 100.0% of tokens" in said
+    assert f"expert_choice_like ran 1.00 pairs per token, and none for {experts.without:.1%}" in said
     assert "hash" not in said and (hashed.pairs, hashed.without) == (1.0, 0.0)
 
 

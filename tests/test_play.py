@@ -159,8 +159,11 @@ def test_where_none_is_no_action_its_router_is_refused_before_any_work(environme
 def test_who_learns_to_leave_tokens_without_an_expert_is_refused_by_name(monkeypatch):
     install(monkeypatch, "threshold")
     player, envs = player_of("TokenBandit-v0", "threshold", threshold=0.01)
-    forget = lambda sums, progress: setattr(player.router, "config", replace(player.router.config, threshold=1.5))  # noqa: E731
-    monkeypatch.setattr(player.router, "adapt", forget)
+
+    def take_nobody(sums, progress):
+        player.router.config = replace(player.router.config, threshold=1.5)
+
+    monkeypatch.setattr(player.router, "adapt", take_nobody)
     with pytest.raises(ConfigError, match="router 'threshold' left a token without an expert"):
         player.learn(envs, Learning(updates=2, copies=4, rollout=2))
 

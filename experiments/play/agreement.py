@@ -48,8 +48,9 @@ def joint_counts(label_T: Tensor, decision: RoutingDecision) -> Any:
 
 
 def mutual_information(counts: Any) -> float | None:
-    """Return the mutual information of rows and columns over the mean of their entropies: 0 where both are constant, None
-    where nothing was counted.
+    """Return the mutual information of rows and columns over the mean of their entropies.
+
+    It is 0 where both are constant, and None where nothing was counted.
     """
     if not counts.sum():
         return None

@@ -299,7 +299,7 @@ def _line(entry: str, runs: Sequence[Outcome]) -> tuple[str, ...]:
 def _what_ran(runs_of: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
     """Return a line on the routers that ran another number of pairs than one for each token, if there are any."""
     said = [
-        f"{entry} ran {_mean(runs, 'pairs'):.2f} pairs per token and left {_mean(runs, 'without'):.1%} of tokens without"
+        f"{entry} ran {_mean(runs, 'pairs'):.2f} pairs per token, and none for {_mean(runs, 'without'):.1%} of tokens"
         for entry, runs in runs_of
         if any(run.pairs != 1 or run.without for run in runs)
     ]

@@ -171,8 +171,8 @@ class RouterPlayer:
         chosen_T[decision.token_ids_R[order_R]] = decision.expert_ids_R[order_R]  # the strongest comes last
         if not self.spec.batched and bool((chosen_T == none).any()):
             raise ConfigError(
-                f"router {self.router.config.name!r} left a token without an expert, for which there is no action here: "
-                "legal is rlroute/TokenBandits-v0"
+                f"router {self.router.config.name!r} left a token without an expert, for which there is no action "
+                "here: legal is rlroute/TokenBandits-v0"
             )
         return chosen_T
 
@@ -249,8 +249,9 @@ def _tokens(observations: Array, infos: dict[str, Any]) -> Array:
 
 
 def _outcomes(observations: Array, infos: dict[str, Any]) -> Array:
-    """Return what each action would cost each token, none last where it is one; no columns where the environment does not
-    tell.
+    """Return what each action would cost each token (none is the last one, where it is legal).
+
+    There are no columns where the environment does not tell.
     """
     losses, skip = infos.get("expert_losses"), infos.get("skip_loss")
     if losses is None:
@@ -259,7 +260,7 @@ def _outcomes(observations: Array, infos: dict[str, Any]) -> Array:
 
 
 def _token_losses(outcomes: Array, actions: Array, rewards_C: Array) -> Array:
-    """Return the loss of each token: its reward's negative, or in a batch, which has one reward, what its action cost."""
+    """Return the loss of each token: its reward's negative, or in a batch, which has one reward, its action's cost."""
     if actions.ndim == 1:
         return -rewards_C
     return np.take_along_axis(outcomes, actions[..., None], axis=-1)[..., 0]

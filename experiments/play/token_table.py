@@ -1,9 +1,9 @@
 """``rlroute export-tokens``: the last MoE layer of a trained run as a bandit, every expert's counterfactual loss exact.
 
 After the last attention a token's route changes no other token. So the loss that each expert would have brought each
-validation token, alone among the routed ones and with gate 1, follows from the residual stream before the layer: one pass of the layers
-below, then one of the experts, the last norm and the unembedding for each expert. ``rlroute play TokenBandit-v0 --table
-FILE`` plays it.
+validation token, alone among the routed ones and with gate 1, follows from the residual stream before the layer: one
+pass of the layers below, then one of the experts, the last norm and the unembedding for each expert. ``rlroute play
+TokenBandit-v0 --table FILE`` plays it.
 
 Shape suffixes: B sequences, S sequence length, T = B * S tokens, N tokens of the table, D model width, E experts, V
 vocabulary.
@@ -67,6 +67,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     """Return the table's arrays for a batch."""
     block = model.layers[-1]
     assert isinstance(block, Block) and block.moe is not None
+    moe = block.moe
     seen: list[Tensor] = []
     hook = block.ffn_norm.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
     around = surroundings(model, ALONE)
@@ -78,9 +79,9 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
         hook.remove()
     residual_TD, x_TD = (tensor.flatten(0, 1).float() for tensor in seen)
     targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).to(device.name)
-    weights, experts = block.moe.experts.weights(torch.float32), config.model.num_experts
-    if block.moe.shared is not None:  # every token runs these, whatever its route
-        residual_TD = residual_TD + block.moe.shared(x_TD, decisions[-1].shared_gates_TS)
+    weights, experts = moe.experts.weights(torch.float32), config.model.num_experts
+    if moe.shared is not None:  # every token runs these, whatever its route
+        residual_TD = residual_TD + moe.shared(x_TD, decisions[-1].shared_gates_TS)
 
     def loss(y_TD: Tensor) -> Tensor:
         logits_TV = model.unembed(model.norm(residual_TD + y_TD)).float()
@@ -89,7 +90,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     def alone(expert: int) -> Tensor:
         ids_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
         decision = RoutingDecision.token_choice(ids_T1, torch.ones_like(ids_T1, dtype=torch.float32), experts)
-        return expert_mlp(x_TD, decision, weights, block.moe.backend, config.model.activation)  # type: ignore[union-attr]
+        return expert_mlp(x_TD, decision, weights, moe.backend, config.model.activation)
 
     losses_TE = torch.stack([loss(alone(expert)) for expert in range(experts)], dim=1)
     domains = batch.domains_BS
