@@ -89,9 +89,10 @@ def test_the_batched_form_takes_a_batch_of_tokens_a_step():
 
 
 def test_a_router_learns_to_dispatch():
+    """Judged as it draws, which is how it learned: greedy, so short a training may bring nothing."""
     names = ("uniform", "reinforce:discount=0.9,baseline=ema")
-    uniform, greedy, _ = play("Dispatch-v0", names, 32, 0, Learning(updates=200))
-    assert greedy.score > uniform.score + 0.2
+    uniform, _, sampled = play("Dispatch-v0", names, 32, 0, Learning(updates=200))
+    assert sampled.score > uniform.score + 0.2
 
 
 def test_tokens_take_their_strongest_pair_and_none_without_one():
