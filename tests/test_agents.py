@@ -56,9 +56,7 @@ def force(draws: Draws, context: RoutingContext) -> RoutingContext:
     return replace(context, choices={context.site: torch.tensor(draws)})
 
 
-def expected_gradient(
-    router: Any, x_TD: Tensor, loss_of: Callable[[Draws], Tensor], samples: int
-) -> Tensor:
+def expected_gradient(router: Any, x_TD: Tensor, loss_of: Callable[[Draws], Tensor], samples: int) -> Tensor:
     """The policy term's gradient in expectation over the draws of all samples, k = 1, from the router's own code."""
     context, tokens = sampled(len(x_TD), samples), len(x_TD)
     expected = torch.zeros((), dtype=x_TD.dtype)
@@ -69,7 +67,9 @@ def expected_gradient(
         chance = torch.stack([probability(z_E, draw) for z_E, draw in zip(logits_TE, draws, strict=True)]).prod()
         loss_MT = torch.stack([loss_of(draws[m * tokens : (m + 1) * tokens]) for m in range(samples)])
         feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=tokens)
-        expected = expected + chance * router.objective(router(rows_TD, force(draws, context)), feedback)["policy"].value
+        expected = (
+            expected + chance * router.objective(router(rows_TD, force(draws, context)), feedback)["policy"].value
+        )
     return torch.autograd.grad(expected, router.scores.weight)[0]
 
 
@@ -239,9 +239,7 @@ def test_the_critic_learns_the_return() -> None:
 # Credit.
 
 
-def credit_gradient(
-    router: CreditRouter, x_TD: Tensor, loss_of_gates: Callable[[Tensor, Draws], Tensor]
-) -> Tensor:
+def credit_gradient(router: CreditRouter, x_TD: Tensor, loss_of_gates: Callable[[Tensor, Draws], Tensor]) -> Tensor:
     """The gradient that runs from a loss through the gates, in expectation over all draws of one token, k = 2."""
     context, expected = make_context(1), torch.zeros_like(router.scores.weight)
     logits_E = (x_TD @ router.scores.weight.T).detach()[0]

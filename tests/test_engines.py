@@ -1,6 +1,6 @@
-"""All engines agree, in values and in every gradient, on decisions of the contract's second form: unused slots, bounds, drops.
+"""All engines agree, in values and in every gradient, on unused slots, bounds, drops, and experts that choose.
 
-Shape suffixes: T tokens, E experts, K slots per token, C tokens per expert, R pairs (rows, in a plan), N output columns.
+Shape suffixes: T tokens, E experts, K slots per token, C tokens per expert, R pairs, N output columns.
 """
 
 import math

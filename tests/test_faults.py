@@ -88,7 +88,10 @@ CORPUS = "synth:documents=64,length=64"
 BAD_INPUT = {
     "unknown router": (("train", "swich"), ("'swich'", "did you mean 'switch'", "bias_balanced, credit, hash")),
     "one unknown router of several": (("compare", "hash", "dens"), ("'dens'", "did you mean 'dense'")),
-    "unknown field": (("train", "switch:blance_weight=1"), ("'blance_weight'", "balance_weight, device_balance_weight")),
+    "unknown field": (
+        ("train", "switch:blance_weight=1"),
+        ("'blance_weight'", "balance_weight, device_balance_weight"),
+    ),
     "field without value": (("train", "switch:jitter"), ("'switch:jitter'", "FIELD=VALUE")),
     "value of another type": (("train", "switch:balance_weight=much"), ("'much'", "float")),
     "value out of range": (("train", "switch:jitter=2.0"), ("jitter = 2.0", "0 to below 1")),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
 from rlroute.experiments.comparison.budget import with_budget

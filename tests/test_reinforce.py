@@ -97,9 +97,7 @@ def exact_gradient(router: ReinforceRouter, x_TD: Tensor, loss_of: Callable[[Dra
     return torch.autograd.grad(expected, router.scores.weight)[0]
 
 
-def expected_surrogate_gradient(
-    router: ReinforceRouter, x_TD: Tensor, loss_of: Callable[[Draws], Tensor]
-) -> Tensor:
+def expected_surrogate_gradient(router: ReinforceRouter, x_TD: Tensor, loss_of: Callable[[Draws], Tensor]) -> Tensor:
     """The policy term's gradient in expectation over all draws, from the router's own forward and objective."""
     context, expected = make_context(len(x_TD)), torch.zeros((), dtype=x_TD.dtype)
     for draws, chance in all_draws(router, x_TD):

@@ -341,7 +341,10 @@ def test_every_field_is_part_of_the_hash() -> None:
         ({"router": {"name": "nash"}}, "unknown router 'nash'"),
         ({"router": {"table": "random"}}, "router has no 'name'"),
         ({"router": {"name": "dense", "table": "random"}}, "router dense has no field 'table': legal are none"),
-        ({"router": {"name": "hash", "tabel": "random"}}, "router hash has no field 'tabel': legal are balance_weight, "),
+        (
+            {"router": {"name": "hash", "tabel": "random"}},
+            "router hash has no field 'tabel': legal are balance_weight, ",
+        ),
         ({"router": {"name": "switch", "normalize": 1}}, "router switch.normalize = 1: want bool"),
         ({"router": {"name": "switch", "z_weight": -1}}, "router switch.z_weight = -1: legal are numbers from 0"),
         ({"model": {"devices": 3}}, "model.devices = 3: must divide model.num_experts = 16"),

@@ -1,9 +1,10 @@
-"""The seam between routers and the rest: choosing, what a layer adds beside the pairs, what routers are told, and what is refused.
+"""The seam between routers and the rest: choosing, what layers add to the pairs, what routers are told, what is refused.
 
-Shape suffixes: T tokens, D model width, E experts, K slots per token, C tokens per expert, R routed pairs, S shared experts.
+Shape suffixes: T tokens, D model width, E experts, K slots per token, C tokens per expert, R pairs, S shared experts.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -94,7 +95,9 @@ def by_hand(model: Any, x_TD: Tensor, decision: RoutingDecision) -> Tensor:
     rows = list(out_TD.unbind(0))
     for (token, chosen, gate), kept in zip(pairs, decision.kept_R.tolist(), strict=True):
         if kept and chosen < decision.num_experts:
-            rows[token] = rows[token] + gate * expert(x_TD[token], moe.experts.in_EHD[chosen], moe.experts.out_EDF[chosen])
+            rows[token] = rows[token] + gate * expert(
+                x_TD[token], moe.experts.in_EHD[chosen], moe.experts.out_EDF[chosen]
+            )
     for token in range(len(rows)):
         if decision.self_T is not None:
             rows[token] = rows[token] + decision.self_T[token] * x_TD[token]
@@ -168,7 +171,8 @@ def test_the_form_of_the_gate_drops_no_other_pairs(order: str) -> None:
     """The order by gate is that of the router's own gates, also where all values are 1/k."""
     config = small_config(num_layers=1, capacity_factor=0.6, capacity_order=order)
     kept = [
-        run_batch(shake(toy_model(replace(config, gate_form=form))), make_batch())[1][0].kept_R for form in ("own", "unit")
+        run_batch(shake(toy_model(replace(config, gate_form=form))), make_batch())[1][0].kept_R
+        for form in ("own", "unit")
     ]
     assert torch.equal(*kept) and not kept[0].all()
 
@@ -210,7 +214,7 @@ def test_the_decision_before_reaches_the_next_site_with_gradients() -> None:
     run_batch(model, make_batch())
     assert [context.site for context, _ in seen] == ["0.attention", 0, "1.attention", 1]
     assert seen[0][0].previous is None
-    for (_, before), (context, _) in zip(seen, seen[1:], strict=False):
+    for (_, before), (context, _) in pairwise(seen):
         assert torch.equal(context.previous.logits_TE, before.logits_TE)
     loss = sum(context.previous.logits_TE[:, 0].sum() for context, _ in seen[1:])
     gradients = torch.autograd.grad(loss, [router.scores.weight for router in model.routers[:3]])
@@ -300,10 +304,15 @@ def test_what_is_counted_cannot_be_claimed_in_observe(claim: str) -> None:
 
 
 def test_what_a_gate_means_depends_on_the_configuration() -> None:
-    switch = router_class("switch")
-    told = {(n, k): switch(switch.Config(normalize=n), make_shape(8, k)).gate_meaning for n in (True, False) for k in (1, 2)}
+    switch: Any = router_class("switch")
+    told = {
+        (n, k): switch(switch.Config(normalize=n), make_shape(8, k)).gate_meaning for n in (True, False) for k in (1, 2)
+    }
     plain = "softmax over all experts"
-    assert told == {(True, 2): f"{plain}, renormalised over the chosen", **dict.fromkeys([(True, 1), (False, 1), (False, 2)], plain)}
+    assert told == {
+        (True, 2): f"{plain}, renormalised over the chosen",
+        **dict.fromkeys([(True, 1), (False, 1), (False, 2)], plain),
+    }
 
 
 def test_objectives_hold_what_is_a_routers_own() -> None:

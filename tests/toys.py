@@ -26,13 +26,14 @@ Rule = Literal["top", "threshold", "experts", "soft", "nothing", "double", "devi
 
 
 class ToyRouter(Router):
-    """Softmax gates of chosen pairs, by one rule or another; scores differ between equal tokens by a little keyed noise."""
+    """Softmax gates of pairs chosen by one rule or another; keyed noise lets equal tokens differ a little."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
         rule: Rule = "top"
-        """top: k slots. threshold: 3 slots, those above the fair share used. experts: each takes a quarter of the tokens. soft: all.
-        nothing: no pair. double: twice k in training. devices: the best device's alone. carry: adds the logits of the site before."""
+        """top: k slots. threshold: 3 slots, those well above the fair share used. experts: each takes a quarter of the
+        tokens. soft: all. nothing: no pair. double: twice k in training. devices: the best device's alone. carry: adds
+        the logits of the site before."""
         share: Positive | None = None
         """Pairs per token at most."""
         shared: int = 0
@@ -96,7 +97,7 @@ class ToyRouter(Router):
 
 def toy_model(
     config: ModelConfig, seq_len: int = 8, vocab_size: int = V, group: Any = ALONE, backend: str = "cpu", **fields: Any
-) -> Transformer:
+) -> Any:  # a Transformer, into whose layers tests look
     """Return a model at its initial weights in float64 in which :class:`ToyRouter` decides everywhere."""
     shape = ModelShape(vocab_size=vocab_size, seq_len=seq_len, seed=0, backend=backend, placement=group.placement)
     return Transformer(config, shape, lambda site: ToyRouter(ToyRouter.Config(**fields), site)).double()
