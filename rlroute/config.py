@@ -228,7 +228,8 @@ class SitedRouter:
     router: RouterConfig
 
     def __post_init__(self) -> None:
-        if not self.sites or not (match := _SITES.fullmatch(self.sites)):
+        match = _SITES.fullmatch(self.sites) if isinstance(self.sites, str) and self.sites else None
+        if match is None:
             raise ConfigError(
                 f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'"
             )

@@ -105,12 +105,14 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: an unknown router or field, or an illegal value.
     """
     refuse_unknown("run", values, ("data", "model", "router", "others", "train"))
-    others = [dict(other) for other in values.get("others", ())]
+    others = values.get("others", ())
+    if not isinstance(others, list | tuple):
+        raise ConfigError(f"others = {others!r}: want a list")
     return RunConfig(
         data=from_dict(DataConfig, values.get("data", {}), "data"),
         model=from_dict(ModelConfig, values.get("model", {}), "model"),
         router=_router_config(values.get("router", {"name": DENSE})),
-        others=tuple(SitedRouter(sites=other.pop("sites", ""), router=_some_router(other)) for other in others),
+        others=tuple(map(_sited_router, others)),
         train=from_dict(TrainConfig, values.get("train", {}), "train"),
     )
 
@@ -126,11 +128,13 @@ def _router_config(values: Mapping[str, Any]) -> RouterConfig | None:
     return from_dict(router_class(name).Config, fields, f"router {name}")
 
 
-def _some_router(values: Mapping[str, Any]) -> RouterConfig:
-    config = _router_config(values)
-    if config is None:
+def _sited_router(values: Mapping[str, Any]) -> SitedRouter:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"others = {values!r}: want a mapping of fields")
+    router = _router_config({name: value for name, value in values.items() if name != "sites"})
+    if router is None:
         raise ConfigError("the dense model is no router for some sites: say model.num_dense_layers")
-    return config
+    return SitedRouter(sites=values.get("sites", ""), router=router)
 
 
 def _load(point: EntryPoint) -> Any:

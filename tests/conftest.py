@@ -4,7 +4,7 @@ Shape suffixes: T tokens (rows of all routing samples), D model width, V vocabul
 """
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from rlroute.routing import Feedback, RouterShape, RoutingContext
+from rlroute import learning
+from rlroute.balance import regularisers
+from rlroute.model.capacity import drop_over_capacity
+from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
 pytest.register_assert_rewrite("tests.router_laws")
 
@@ -55,3 +58,21 @@ def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_val
     loss_T = torch.full((rows,), 2.0, dtype=torch.float64) if loss_T is None else loss_T
     valid = int(context.mask_T.sum()) // samples if num_valid is None else num_valid
     return Feedback(context=context, loss_MT=loss_T.view(samples, -1), num_valid=valid)
+
+
+def capped(
+    decision: RoutingDecision, capacity: int, order: Literal["position", "gate"] = "position"
+) -> RoutingDecision:
+    """Return the decision with at most so many pairs of each expert, all rows competing."""
+    return drop_over_capacity(decision, capacity, decision.num_tokens, order=order)
+
+
+def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+    """Return the terms of a router's configuration, and its own."""
+    return regularisers(router.config, decision, feedback) | router.objective(decision, feedback)
+
+
+def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:
+    """Return a micro-batch's sums, as a step of one micro-batch and one site hands them to ``adapt``."""
+    sums = learning.count(decision, feedback) | router.observe(decision, feedback)
+    return Sums(sums, [sums])

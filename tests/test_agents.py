@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rlroute.agents._policy import PolicyRouter
 from torch import Tensor
 
-from rlroute.agents import _policy
+from rlroute import policies
 from rlroute.agents.actor_critic import ActorCriticRouter
 from rlroute.agents.bandit import BanditRouter
 from rlroute.agents.credit import CreditRouter
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.balance import overload_T
 from rlroute.errors import ConfigError
+from rlroute.learning import weighted
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext
 from rlroute.seeding import init_normal
+from tests.conftest import sums_of
 from tests.test_reinforce import (
     D,
     Draws,
@@ -37,9 +38,9 @@ from tests.test_reinforce import (
 )
 
 
-def make(router: type[Router], k: int = 1, moe_index: int = 0, moe_layers: int = 1, **fields: Any) -> Any:
+def make(router: type[Router], k: int = 1, site_index: int = 0, num_sites: int = 1, **fields: Any) -> Any:
     shape = RouterShape(
-        d_model=D, num_experts=E, k=k, layer=1, vocab_size=7, seed=3, moe_index=moe_index, moe_layers=moe_layers
+        d_model=D, num_experts=E, k=k, site=1, vocab_size=7, seed=3, site_index=site_index, num_sites=num_sites
     )
     return router(router.Config(**fields), shape).double()
 
@@ -51,13 +52,11 @@ def sampled(tokens: int, samples: int, step: int = 0) -> RoutingContext:
     return replace(one, **per_token, num_samples=samples)
 
 
-def force(draws: Draws, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_policy, "gumbel_top_k", lambda *_: torch.tensor(draws))
+def force(draws: Draws, context: RoutingContext) -> RoutingContext:
+    return replace(context, choices={context.site: torch.tensor(draws)})
 
 
-def expected_gradient(
-    router: Any, x_TD: Tensor, loss_of: Callable[[Draws], Tensor], samples: int, monkeypatch: pytest.MonkeyPatch
-) -> Tensor:
+def expected_gradient(router: Any, x_TD: Tensor, loss_of: Callable[[Draws], Tensor], samples: int) -> Tensor:
     """The policy term's gradient in expectation over the draws of all samples, k = 1, from the router's own code."""
     context, tokens = sampled(len(x_TD), samples), len(x_TD)
     expected = torch.zeros((), dtype=x_TD.dtype)
@@ -65,11 +64,12 @@ def expected_gradient(
     logits_TE = (rows_TD @ router.scores.weight.T).detach()
     for chosen in product(range(E), repeat=len(rows_TD)):
         draws = tuple((expert,) for expert in chosen)
-        force(draws, monkeypatch)
         chance = torch.stack([probability(z_E, draw) for z_E, draw in zip(logits_TE, draws, strict=True)]).prod()
         loss_MT = torch.stack([loss_of(draws[m * tokens : (m + 1) * tokens]) for m in range(samples)])
         feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=tokens)
-        expected = expected + chance * router.objective(router(rows_TD, context), feedback)["policy"].value
+        expected = (
+            expected + chance * router.objective(router(rows_TD, force(draws, context)), feedback)["policy"].value
+        )
     return torch.autograd.grad(expected, router.scores.weight)[0]
 
 
@@ -87,13 +87,13 @@ def error_of(estimate: Tensor, exact: Tensor) -> float:
 # Leave-one-out and batch baselines.
 
 
-def test_leave_one_out_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leave_one_out_is_exact() -> None:
     router = make(ReinforceRouter, baseline="leave_one_out", discount=1.0, init_std=0.5)
-    estimate = expected_gradient(router, inputs(2), coupled_losses, 2, monkeypatch)
+    estimate = expected_gradient(router, inputs(2), coupled_losses, 2)
     assert error_of(estimate, exact_gradient(router, inputs(2), coupled_losses)) < 1e-10
 
 
-def test_the_own_sample_in_the_baseline_shrinks_the_gradient_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_own_sample_in_the_baseline_shrinks_the_gradient_by_half() -> None:
     """The negative control, with its known bias: the mean over both samples takes half of what there is to learn."""
     router, x_TD = make(ReinforceRouter, baseline="leave_one_out", init_std=0.5), inputs(1)
 
@@ -101,18 +101,16 @@ def test_the_own_sample_in_the_baseline_shrinks_the_gradient_by_half(monkeypatch
         return (feedback.loss_MT.mean(0) - feedback.loss_MT).reshape(-1)
 
     router._advantage = with_own_sample
-    estimate = expected_gradient(router, x_TD, own_losses(1, 1), 2, monkeypatch)
+    estimate = expected_gradient(router, x_TD, own_losses(1, 1), 2)
     assert error_of(2 * estimate, exact_gradient(router, x_TD, own_losses(1, 1))) < 1e-10
 
 
-def test_the_mean_of_the_other_tokens_is_unbiased_where_routes_do_not_reach_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_mean_of_the_other_tokens_is_unbiased_where_routes_do_not_reach_them() -> None:
     router, x_TD = make(ReinforceRouter, baseline="batch", init_std=0.5), inputs(2)
-    estimate = expected_gradient(router, x_TD, own_losses(2, 1), 1, monkeypatch)
+    estimate = expected_gradient(router, x_TD, own_losses(2, 1), 1)
     assert error_of(estimate, exact_gradient(router, x_TD, own_losses(2, 1))) < 1e-10
     router = make(ReinforceRouter, baseline="batch", discount=1.0, init_std=0.5)
-    estimate = expected_gradient(router, x_TD, coupled_losses, 1, monkeypatch)
+    estimate = expected_gradient(router, x_TD, coupled_losses, 1)
     assert error_of(estimate, exact_gradient(router, x_TD, coupled_losses)) > 1e-3
 
 
@@ -155,8 +153,8 @@ def test_one_layer_at_a_time_differs_between_samples_and_learns() -> None:
         for index in range(2):
             router = make(
                 ReinforceRouter,
-                moe_index=index,
-                moe_layers=2,
+                site_index=index,
+                num_sites=2,
                 resample="one",
                 baseline="leave_one_out",
                 init_std=0.5,
@@ -172,8 +170,8 @@ def test_one_layer_at_a_time_differs_between_samples_and_learns() -> None:
 
 
 def test_a_held_layer_is_drawn_as_if_there_were_one_sample() -> None:
-    held = make(ReinforceRouter, moe_index=1, moe_layers=2, resample="one", init_std=0.5)
-    alone = make(ReinforceRouter, moe_index=1, moe_layers=2, init_std=0.5)
+    held = make(ReinforceRouter, site_index=1, num_sites=2, resample="one", init_std=0.5)
+    alone = make(ReinforceRouter, site_index=1, num_sites=2, init_std=0.5)
     rows_T = held(inputs(16).repeat(2, 1), sampled(16, 2)).expert_ids_R.view(2, 16)
     assert torch.equal(rows_T[0], alone(inputs(16), make_context(16)).expert_ids_R)
 
@@ -183,8 +181,8 @@ def test_a_held_layer_is_drawn_as_if_there_were_one_sample() -> None:
 
 def test_temperature_moves_in_a_line_and_stays() -> None:
     router = make(ReinforceRouter, temperature=2.0, final_temperature=0.5, temperature_steps=100)
-    assert [router.temperature(step) for step in (0, 50, 100, 1000)] == [2.0, 1.25, 0.5, 0.5]
-    assert make(ReinforceRouter, temperature=2.0).temperature(1000) == 2.0
+    assert [router.config.temperature_at(step) for step in (0, 50, 100, 1000)] == [2.0, 1.25, 0.5, 0.5]
+    assert make(ReinforceRouter, temperature=2.0).config.temperature_at(1000) == 2.0
     logits_TE = inputs(8) @ router.scores.weight.detach().T
     for step, temperature in ((0, 2.0), (100, 0.5)):
         decision = router(inputs(8), make_context(8, step=step))
@@ -192,12 +190,12 @@ def test_temperature_moves_in_a_line_and_stays() -> None:
 
 
 def test_full_experts_are_charged_for() -> None:
-    router, plain = make(ReinforceRouter, k=2, charge_weight=0.5), make(ReinforceRouter, k=2)
+    router = make(ReinforceRouter, k=2, charge_weight=0.5)
     decision, feedback = router(inputs(8), make_context(8)), make_feedback(losses(8))
     over_E = E * decision.demand_E().double() / 16 - 1
     want_T = -losses(8) - 0.5 * over_E[decision.expert_ids_R].view(8, 2).mean(1)
-    torch.testing.assert_close(router.reward(decision, feedback)[0], want_T)
-    torch.testing.assert_close(plain.reward(decision, feedback)[0], -losses(8))
+    torch.testing.assert_close(policies.reward(decision, feedback, 0.5)[0], want_T)
+    torch.testing.assert_close(policies.reward(decision, feedback, 0.0)[0], -losses(8))
     per_pair = float((over_E * decision.demand_E()).sum())
     assert per_pair >= 0 and float(overload_T(decision, feedback.context).sum() * 2) == pytest.approx(per_pair)
 
@@ -211,15 +209,15 @@ def critic_with_values(router: Any) -> Any:
     return router
 
 
-def test_with_full_trace_the_actor_critic_is_exact_whatever_the_critic_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_full_trace_the_actor_critic_is_exact_whatever_the_critic_says() -> None:
     router = critic_with_values(make(ActorCriticRouter, discount=1.0, trace=1.0, init_std=0.5, value_hidden=6))
-    estimate = expected_gradient(router, inputs(2), coupled_losses, 1, monkeypatch)
+    estimate = expected_gradient(router, inputs(2), coupled_losses, 1)
     assert error_of(estimate, exact_gradient(router, inputs(2), coupled_losses)) < 1e-10
 
 
-def test_without_trace_the_critic_s_error_is_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_trace_the_critic_s_error_is_the_bias() -> None:
     router = critic_with_values(make(ActorCriticRouter, discount=1.0, trace=0.0, init_std=0.5, value_hidden=6))
-    estimate = expected_gradient(router, inputs(2), coupled_losses, 1, monkeypatch)
+    estimate = expected_gradient(router, inputs(2), coupled_losses, 1)
     assert error_of(estimate, exact_gradient(router, inputs(2), coupled_losses)) > 1e-3
 
 
@@ -241,15 +239,12 @@ def test_the_critic_learns_the_return() -> None:
 # Credit.
 
 
-def credit_gradient(
-    router: PolicyRouter, x_TD: Tensor, loss_of_gates: Callable[[Tensor, Draws], Tensor], monkeypatch: Any
-) -> Tensor:
+def credit_gradient(router: CreditRouter, x_TD: Tensor, loss_of_gates: Callable[[Tensor, Draws], Tensor]) -> Tensor:
     """The gradient that runs from a loss through the gates, in expectation over all draws of one token, k = 2."""
     context, expected = make_context(1), torch.zeros_like(router.scores.weight)
     logits_E = (x_TD @ router.scores.weight.T).detach()[0]
     for draw in [(a, b) for a in range(E) for b in range(E) if a != b]:
-        force((draw,), monkeypatch)
-        decision = router(x_TD, context)
+        decision = router(x_TD, force((draw,), context))
         loss = loss_of_gates(decision.gates_R, (draw,))
         expected = expected + probability(logits_E, draw) * torch.autograd.grad(loss, router.scores.weight)[0].detach()
     return expected
@@ -258,24 +253,24 @@ def credit_gradient(
 COST_E = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
 
 
-def test_credit_is_exact_where_the_loss_is_linear_in_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credit_is_exact_where_the_loss_is_linear_in_the_outputs() -> None:
     router, x_TD = make(CreditRouter, k=2, init_std=0.5), inputs(1)
 
     def linear(gates_R: Tensor, draws: Draws) -> Tensor:
         return (gates_R * COST_E[list(draws[0])]).sum()
 
-    estimate = credit_gradient(router, x_TD, linear, monkeypatch)
+    estimate = credit_gradient(router, x_TD, linear)
     exact = exact_gradient(router, x_TD, lambda draws: linear(torch.full((2,), 0.5).double(), draws)[None])
     assert error_of(estimate, exact) < 1e-10
 
 
-def test_credit_is_first_order_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credit_is_first_order_where_it_is_not() -> None:
     router, x_TD = make(CreditRouter, k=2, init_std=0.5), inputs(1)
 
     def squared(gates_R: Tensor, draws: Draws) -> Tensor:
         return (gates_R * COST_E[list(draws[0])]).sum().square()
 
-    estimate = credit_gradient(router, x_TD, squared, monkeypatch)
+    estimate = credit_gradient(router, x_TD, squared)
     exact = exact_gradient(router, x_TD, lambda draws: squared(torch.full((2,), 0.5).double(), draws)[None])
     assert error_of(estimate, exact) > 1e-3
 
@@ -292,11 +287,11 @@ def test_credit_leaves_the_value_of_the_gates_alone() -> None:
 
 
 def test_the_posterior_is_ridge_regression() -> None:
-    router = make(BanditRouter, forget=0.0, ridge=2.0, features=3, balance_weight=0.0)
+    router = make(BanditRouter, forget=0.0, ridge=2.0, features=3, charge_weight=0.0)
     x_TD, context = inputs(64), make_context(64)
     decision = router(x_TD, context)
     router.mean_reward.started.fill_(True)
-    router.adapt(router.observe(decision, make_feedback(losses(64), context)))
+    router.adapt(sums_of(router, decision, make_feedback(losses(64), context)), 0.0)
     features_TP = router._features(x_TD).numpy()
     for expert in range(E):
         rows = (decision.expert_ids_R == expert).numpy()
@@ -321,8 +316,8 @@ LEARNERS = {
     "batch": (ReinforceRouter, {"baseline": "batch"}),
     "actor-critic": (ActorCriticRouter, {"discount": 0.0, "trace": 0.0}),
     "credit": (CreditRouter, {}),
-    "thompson": (BanditRouter, {"balance_weight": 0.0}),
-    "optimism": (BanditRouter, {"exploration": "optimism", "balance_weight": 0.0}),
+    "thompson": (BanditRouter, {"charge_weight": 0.0}),
+    "optimism": (BanditRouter, {"exploration": "optimism", "charge_weight": 0.0}),
 }
 
 
@@ -340,14 +335,14 @@ def test_agents_find_the_better_expert(kind: type[Router], fields: dict[str, Any
         decision = router(x_TD.repeat(samples, 1), context)
         missed_T = (decision.expert_ids_R != good_T.repeat(samples)).double()
         loss_MT = (3.0 + sign * missed_T).view(samples, 128)
-        terms = router.objective(decision, Feedback(context=context, loss_MT=loss_MT, num_valid=128))
+        feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=128)
         through_gates = (decision.gates_R * sign * missed_T).mean()
-        total = through_gates + sum(term.weight * term.value for name, term in terms.items() if name != "balance")
+        total = through_gates + weighted([router.objective(decision, feedback)])
         if optimizer:
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-        router.adapt(router.observe(decision, Feedback(context=context, loss_MT=loss_MT, num_valid=128)))
+        router.adapt(sums_of(router, decision, feedback), 0.0)
     greedy_T = router(x_TD, make_context(128, explore=False)).expert_ids_R
     hit_rate = float((greedy_T == good_T).double().mean())
     assert hit_rate > 0.85 if sign == 1 else hit_rate < 0.15

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rlroute.balance import cv_squared, device_balance, entropy_T, load_balance, router_z, sequence_balance
-from rlroute.routing import RoutingContext, RoutingDecision, drop_over_capacity
-from tests.conftest import draw, make_context
+from rlroute.routing import RoutingContext, RoutingDecision
+from tests.conftest import capped, draw, make_context
 
 
 def choose(ids_TK: Tensor, experts: int) -> RoutingDecision:
@@ -96,7 +96,7 @@ def test_padding_does_not_count() -> None:
 def test_drops_do_not_hide_an_imbalance() -> None:
     probs_TE = torch.tensor([0.7, 0.1, 0.1, 0.1]).expand(12, 4)
     decision = choose(torch.tensor([0] * 9 + [1, 2, 3])[:, None], 4)
-    dropped = drop_over_capacity(decision, 1)
+    dropped = capped(decision, 1)
     assert dropped.load_E().tolist() == [1, 1, 1, 1]  # counted after drops this would be perfect balance
     for one in (decision, dropped):
         assert load_balance(probs_TE, one, make_context()) == pytest.approx(4 * (0.75 * 0.7 + 0.25 * 0.1))
@@ -164,9 +164,9 @@ def test_sequence_balance_sees_what_the_batch_evens_out() -> None:
 def test_unused_slots_and_drops_do_not_count_in_sequences() -> None:
     probs_TE, decision = make_random()
     padded_TK = torch.cat([decision.expert_ids_R.view(12, 2), torch.full((12, 1), 4)], 1)
-    spare = replace(choose(padded_TK, 4), k=None)
+    spare = choose(padded_TK, 4)
     want = sequence_balance(probs_TE, decision, make_context())
-    for other in (spare, drop_over_capacity(decision, 2)):
+    for other in (spare, replace(spare, k=None), capped(decision, 2)):
         torch.testing.assert_close(sequence_balance(probs_TE, other, make_context()), want)
 
 

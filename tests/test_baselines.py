@@ -21,9 +21,9 @@ from rlroute.baselines.unbalanced import UnbalancedRouter
 from rlroute.baselines.uniform import UniformRouter
 from rlroute.config import from_dict
 from rlroute.errors import ConfigError
-from rlroute.routing import Router, RoutingDecision
+from rlroute.routing import Router, RoutingDecision, Sums
 from rlroute.seeding import init_normal
-from tests.conftest import D, draw, make_context, make_feedback, make_shape
+from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of, terms_of
 
 R = TypeVar("R", bound=Router)
 
@@ -68,18 +68,15 @@ def test_unbalanced_is_switch_without_what_balances() -> None:
     switch, control = make(SwitchRouter), make(UnbalancedRouter)
     a, b = decide(switch), decide(control)
     assert torch.equal(a.expert_ids_R, b.expert_ids_R) and torch.equal(a.gates_R, b.gates_R)
-    assert switch.objective(a, make_feedback(make_context())) and not control.objective(
-        b, make_feedback(make_context())
-    )
+    assert terms_of(switch, a, make_feedback(make_context()))
+    assert not terms_of(control, b, make_feedback(make_context()))
 
 
 def test_switch_terms() -> None:
     router, context = make(SwitchRouter, balance_weight=0.3, z_weight=0.2), make_context()
     decision = decide(router)
     logits_TE, probs_TE = scores_of(decision)
-    terms = router.objective(
-        decision, make_feedback(context, num_valid=48)
-    )  # this micro-batch is a quarter of the step
+    terms = terms_of(router, decision, make_feedback(context, num_valid=48))  # a quarter of the step
     assert {name: term.weight for name, term in terms.items()} == {"balance": 0.3, "z": 0.2}
     assert float(terms["balance"].value.detach()) == pytest.approx(float(load_balance(probs_TE, decision, context)) / 4)
     assert float(terms["z"].value.detach()) == pytest.approx(float(router_z(logits_TE).mean()) / 4)
@@ -183,7 +180,7 @@ def test_a_token_has_its_experts_for_good() -> None:
 
 
 def test_tables_derive_from_seed_and_layer() -> None:
-    tables = [make(HashRouter, shape=shape).table_XK for shape in ({}, {"seed": 1}, {"layer": 2}, {})]
+    tables = [make(HashRouter, shape=shape).table_XK for shape in ({}, {"seed": 1}, {"site": 2}, {})]
     assert torch.equal(tables[0], tables[3])
     assert not torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
 
@@ -250,9 +247,9 @@ def test_a_single_gate_is_the_score_itself(scale: float) -> None:
 
 def test_a_bias_moves_by_the_rate_towards_the_mean() -> None:
     router = make(BiasBalancedRouter, experts=4, update_rate=0.25)
-    router.adapt({"demand_E": torch.tensor([9, 3, 6, 6]), "load_E": torch.tensor([3, 9, 3, 3])})
+    router.adapt(Sums({"demand_E": torch.tensor([9, 3, 6, 6]), "load_E": torch.tensor([3, 9, 3, 3])}, []), 0.0)
     assert router.bias_E.tolist() == [-0.25, 0.25, 0.0, 0.0]
-    router.adapt({"demand_E": torch.tensor([9, 3, 7, 5])})
+    router.adapt(Sums({"demand_E": torch.tensor([9, 3, 7, 5])}, []), 0.0)
     assert router.bias_E.tolist() == [-0.5, 0.5, -0.25, 0.25]
 
 
@@ -266,7 +263,7 @@ def test_the_bias_alone_balances_collapsed_scores() -> None:
     for _ in range(150):
         decision = router(x_TD, context)
         loads.append(decision.demand_E())
-        router.adapt(router.observe(decision, make_feedback(context)))
+        router.adapt(sums_of(router, decision, make_feedback(context)), 0.0)
     assert float(metrics.max_vio(loads[0])) > 1.5 and float(metrics.max_vio(loads[-1])) < 0.3
     assert int(metrics.dead_experts(loads[0])) > 0 and int(metrics.dead_experts(loads[-1])) == 0
 
@@ -275,11 +272,11 @@ def test_the_sequence_wise_loss_is_there_where_it_has_a_weight() -> None:
     context = make_context()
     router = make(BiasBalancedRouter, sequence_balance_weight=1e-4)
     decision = decide(router)
-    (term,) = router.objective(decision, make_feedback(context, num_valid=24)).values()
+    (term,) = terms_of(router, decision, make_feedback(context, num_valid=24)).values()
     assert float(term.value.detach()) == pytest.approx(
         float(sequence_balance(scores_of(decision)[1], decision, context)) / 2
     )
-    assert term.weight == 1e-4 and not make(BiasBalancedRouter).objective(decision, make_feedback(context))
+    assert term.weight == 1e-4 and not terms_of(make(BiasBalancedRouter), decision, make_feedback(context))
 
 
 # uniform
@@ -292,10 +289,8 @@ def test_uniform_routing_sees_nothing_and_spreads_evenly() -> None:
     fair = tokens * 2 / 8
     chi_square = float(((decision.demand_E() - fair) ** 2 / fair).sum())
     assert chi_square < 24.3  # the 99.9 % quantile at 7 degrees of freedom; draws without replacement spread less
-    for other in (decide(router, tokens, step=1), decide(router, tokens, layer=2), decide(router, tokens, seed=1)):
-        ids_TK, _ = in_columns(other)
-        overlap = metrics.overlap(in_columns(decision)[0], ids_TK)
-        assert float(overlap) == pytest.approx(2 / 8, abs=0.02)
+    for other in (decide(router, tokens, step=1), decide(router, tokens, site=2), decide(router, tokens, seed=1)):
+        assert float(metrics.overlap(decision, other)) == pytest.approx(2 / 8, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def many_experts(router: str | None, **fields: Any) -> Transformer:
 
 
 def results(model: Transformer, batches: list[Batch], sampled: bool = False) -> dict[str, Any]:
-    return evaluate(model, batches, BYTES_V, CPU64, sampled=sampled, **KEY)
+    return evaluate(model, batches, BYTES_V, CPU64, sampled=sampled, progress=0.5, **KEY)
 
 
 def run_all(

@@ -9,7 +9,8 @@ from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels import ExpertWeights, expert_mlp, resolve_backend
 from rlroute.kernels import cpu as cpu_engine
 from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
-from rlroute.routing import RoutingDecision, drop_over_capacity
+from rlroute.routing import RoutingDecision
+from tests.conftest import capped
 
 NAMES = ("out_TD", "x_TD", "in_EHD", "out_EDF", "gates_R")
 
@@ -49,8 +50,8 @@ CASES = {
     "expert choice": (decision_expert_choice(24, 4), 6, 6),
     "collapsed onto k experts": (decision_collapsed(40, 8, 2), 5, 4),
     "more experts than pairs": (decision_token_choice(3, 16, 1), 4, 4),
-    "over capacity dropped": (drop_over_capacity(decision_collapsed(20, 4, 2), 7), 6, 4),
-    "all dropped": (drop_over_capacity(decision_token_choice(9, 4, 2), 0), 6, 4),
+    "over capacity dropped": (capped(decision_collapsed(20, 4, 2), 7), 6, 4),
+    "all dropped": (capped(decision_token_choice(9, 4, 2), 0), 6, 4),
     "several chunks of one expert": (decision_collapsed(2 * cpu_engine.CHUNK_ROWS + 5, 2, 1), 3, 2),
 }
 
@@ -164,7 +165,7 @@ def test_a_router_with_constant_gates_gets_its_credit_by_asking(backend):
 
 def test_unused_and_dropped_pairs_touch_nothing():
     """Their gates may hold anything, NaN included."""
-    decision = drop_over_capacity(decision_collapsed(20, 4, 2), 7)
+    decision = capped(decision_collapsed(20, 4, 2), 7)
     poisoned = replace(decision, gates_R=torch.where(decision.kept_R, decision.gates_R, float("nan")))
     want, got = run(decision, 6, 4, "cpu"), run(poisoned, 6, 4, "cpu")
     assert all(torch.equal(want[name], got[name]) for name in NAMES)
@@ -260,7 +261,7 @@ def test_values_are_looked_at_when_the_switch_is_set(breaks, named, monkeypatch)
 
 def test_the_switch_does_not_mind_what_pairs_that_do_not_run_hold(monkeypatch):
     monkeypatch.setenv("RLROUTE_CHECK_VALUES", "1")
-    decision = drop_over_capacity(decision_collapsed(20, 4, 2), 7)
+    decision = capped(decision_collapsed(20, 4, 2), 7)
     run(replace(decision, gates_R=torch.where(decision.kept_R, decision.gates_R, float("nan"))), 6, 4, "cpu")
 
 

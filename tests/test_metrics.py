@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlroute import balance, metrics
-from rlroute.routing import RoutingContext, RoutingDecision, drop_over_capacity
-from tests.conftest import make_context
+from rlroute.routing import RoutingContext, RoutingDecision
+from tests.conftest import capped, make_context
 
 BALANCED = torch.full((8,), 5)
 COLLAPSED = torch.tensor([0, 0, 40, 0, 0, 0, 0, 0])
@@ -72,17 +72,39 @@ def test_drop_rate_counts_chosen_pairs_alone() -> None:
     ids_TK = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 3]])
     decision = RoutingDecision.token_choice(ids_TK, torch.ones(4, 2), 4)
     assert float(metrics.drop_rate(decision)) == 0
-    assert float(metrics.drop_rate(drop_over_capacity(decision, 2))) == pytest.approx(2 / 8)
-    assert float(metrics.drop_rate(drop_over_capacity(decision, 0))) == 1
-    with_unused = replace(decision, k=None, expert_ids_R=torch.tensor([0, 4, 0, 4, 0, 4, 0, 4]))
-    assert float(metrics.drop_rate(drop_over_capacity(with_unused, 3))) == pytest.approx(1 / 4)
+    assert float(metrics.drop_rate(capped(decision, 2))) == pytest.approx(2 / 8)
+    assert float(metrics.drop_rate(capped(decision, 0))) == 1
+    with_unused = replace(decision, expert_ids_R=torch.tensor([0, 4, 0, 4, 0, 4, 0, 4]))
+    assert float(metrics.drop_rate(capped(with_unused, 3))) == pytest.approx(1 / 4)
 
 
 def test_overlap_is_the_share_in_common_in_any_order() -> None:
-    ids_TK = torch.tensor([[0, 1], [2, 3]])
-    assert float(metrics.overlap(ids_TK, ids_TK.flip(1))) == 1
-    assert float(metrics.overlap(ids_TK, torch.tensor([[2, 3], [0, 1]]))) == 0
-    assert float(metrics.overlap(ids_TK, torch.tensor([[1, 5], [2, 3]]))) == 0.75
+    def chose(*rows: tuple[int, int]) -> RoutingDecision:
+        return RoutingDecision.token_choice(torch.tensor(rows), torch.ones(2, 2), 6)
+
+    one = chose((0, 1), (2, 3))
+    assert float(metrics.overlap(one, chose((1, 0), (3, 2)))) == 1
+    assert float(metrics.overlap(one, chose((2, 3), (0, 1)))) == 0
+    assert float(metrics.overlap(one, chose((1, 5), (2, 3)))) == 0.75
+
+
+def test_overlap_is_over_the_pairs_that_the_first_chose() -> None:
+    """Unused slots are no pairs, and experts that choose are compared with tokens that do."""
+    spare = RoutingDecision.token_choice(torch.tensor([[0, 2], [2, 2]]), torch.ones(2, 2), 2)  # token 0, expert 0
+    by_experts = RoutingDecision.expert_choice(torch.tensor([[0], [1]]), torch.ones(2, 1), 2)  # (0, 0), (1, 1)
+    assert float(metrics.overlap(spare, by_experts)) == 1
+    assert float(metrics.overlap(by_experts, spare)) == 0.5
+    assert float(metrics.overlap(spare, spare)) == 1
+    nothing = replace(spare, expert_ids_R=torch.full((4,), 2))
+    assert math.isnan(float(metrics.overlap(nothing, spare))) and float(metrics.overlap(spare, nothing)) == 0
+
+
+def test_where_nothing_was_chosen_no_balance_is_defined_all_experts_are_dead_and_nothing_was_dropped() -> None:
+    nothing_E = torch.zeros(8, dtype=torch.long)
+    assert all(math.isnan(float(metric(nothing_E))) for metric in OF_LOADS[:3])
+    assert int(metrics.dead_experts(nothing_E)) == 8
+    decision = RoutingDecision.token_choice(torch.full((3, 2), 4), torch.ones(3, 2), 4)
+    assert float(metrics.drop_rate(decision)) == float(metrics.drop_rate(capped(decision, 1))) == 0
 
 
 # By definition
@@ -230,8 +252,8 @@ def test_drop_rate_and_overlap_are_those_of_their_definitions(case: Case) -> Non
         dropped += room[expert] == 0
         room[expert] -= room[expert] > 0
     chosen = sum(len(case.used(t)) for t in range(len(case.valid)))
-    after = drop_over_capacity(case.decision, case.capacity)
+    after = capped(case.decision, case.capacity)
     assert float(metrics.drop_rate(after)) == pytest.approx(dropped / chosen)
-    other = case.choices[1:] + case.choices[:1]
-    shares = [len({*a} & {*b}) / 2 for a, b in zip(case.choices, other, strict=True)]
-    assert float(metrics.overlap(*map(torch.tensor, (case.choices, other)))) == pytest.approx(mean(shares))
+    other = replace(case, choices=case.choices[1:] + case.choices[:1])
+    shared = sum(len({*case.used(t)} & {*other.used(t)}) for t in range(len(case.valid)))
+    assert float(metrics.overlap(case.decision, other.decision)) == pytest.approx(shared / chosen)

@@ -17,6 +17,7 @@ from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import ExpertWeights
+from rlroute.learning import adapt
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import costs, fingerprints, is_expert
 from rlroute.model.moe import HERE
@@ -24,13 +25,13 @@ from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder, read_runs
 from rlroute.registry import default_names
-from rlroute.routing import LinearScores, Router, RoutingDecision, drop_over_capacity
+from rlroute.routing import LinearScores, Router, RoutingDecision
 from rlroute.training import checkpoint, loop, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
-from rlroute.training.step import Device, adapt, backward_batch, surroundings
-from tests.conftest import draw
+from rlroute.training.step import Device, backward_batch, surroundings
+from tests.conftest import capped, draw
 
 DATA = DataConfig(
     spec="synth:documents=64,length=64", seq_len=16, eval_tokens=160
@@ -95,7 +96,7 @@ def trained(entry, group, **train):
         parts = {"micro_batches": config.train.micro_batches, "scope": config.train.balance_scope}
         result = backward_batch(model, batch, device, seed=0, step=step, group=group, **parts)
         norms = optimizer.step(step, step / STEPS)
-        adapt(model, result)
+        adapt(model.routers, result.sums_L, step / STEPS)
         terms = [value for values in result.terms.values() for value in values]
         figures.append([result.loss, norms["grad_norm"], norms["router_grad_norm"], *terms])
     state = {name: group.whole(v) if is_expert(name) else v for name, v in model.state_dict().items()}
@@ -177,7 +178,7 @@ def decision_of(kind, seed):
     gates_TK = torch.rand(9, 3, generator=generator, dtype=torch.float64).requires_grad_()
     decision = RoutingDecision.token_choice(ids_TK, gates_TK, 6)
     if kind == "dropped":
-        decision = drop_over_capacity(decision, 3)
+        decision = capped(decision, 3)
     if kind == "none kept":
         decision = replace(decision, kept_R=torch.zeros_like(decision.kept_R))
     decision.gates_R.retain_grad()

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rlroute.experiments.comparison.budget import with_budget
 
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
+from rlroute.experiments.comparison.budget import with_budget
 from rlroute.model.accounting import costs
 from rlroute.registry import router_class
 from rlroute.training.data import load_corpus
@@ -63,7 +63,8 @@ def test_equal_flops_are_counted_without_the_device(no_gpu):
     assert counted.train.budget_amount == wanted.train.budget_amount
     check([counted], elsewhere=True)
     real = costs(build_model(here, CORPUS, 0), MODEL, DATA.seq_len)
-    assert counted.train.budget_amount == 20 * 3 * 4 * 16 * real["flops_per_token"]
+    per_token = real.per_token([MODEL.k])["flops_per_token"]
+    assert counted.train.budget_amount == 20 * 3 * 4 * 16 * per_token
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlroute.agents import _policy
+from rlroute import policies
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.errors import ConfigError
-from rlroute.routing import Feedback, RouterShape, RoutingContext, Term, drop_over_capacity
+from rlroute.routing import Feedback, RouterShape, RoutingContext, Sums, Term
 from rlroute.sampling import plackett_luce_log_prob, top_k
 from rlroute.seeding import init_normal
+from tests.conftest import capped, sums_of, terms_of
 
 D, E = 5, 4
 Draws = tuple[tuple[int, ...], ...]
@@ -25,13 +26,13 @@ BASELINES = ["none", "ema", "value"]
 
 
 def make_router(k: int = 2, **fields: Any) -> ReinforceRouter:
-    shape = RouterShape(d_model=D, num_experts=E, k=k, layer=1, vocab_size=7, seed=3)
+    shape = RouterShape(d_model=D, num_experts=E, k=k, site=1, vocab_size=7, seed=3)
     return ReinforceRouter(ReinforceRouter.Config(**{"init_std": 0.5, "value_hidden": 6, **fields}), shape).double()
 
 
 def with_a_past(router: ReinforceRouter) -> ReinforceRouter:
     """Give the router a running mean and, where it has a value head, values other than 0."""
-    router.adapt({"return": torch.tensor(-5.2), "tokens": torch.tensor(4)})
+    router.adapt(Sums({"return": torch.tensor(-5.2), "tokens": torch.tensor(4)}, []), 0.0)
     if router.value is not None:
         init_normal(router.get_parameter("value.4.weight"), 1.0, "test")
     return router
@@ -41,7 +42,7 @@ def make_context(tokens: int, length: int = 4, step: int = 0, explore: bool = Tr
     rows = torch.arange(tokens)
     return RoutingContext(
         seed=0,
-        layer=1,
+        site=1,
         step=step,
         token_ids_T=rows % 7,
         position_T=rows % length,
@@ -96,14 +97,12 @@ def exact_gradient(router: ReinforceRouter, x_TD: Tensor, loss_of: Callable[[Dra
     return torch.autograd.grad(expected, router.scores.weight)[0]
 
 
-def expected_surrogate_gradient(
-    router: ReinforceRouter, x_TD: Tensor, loss_of: Callable[[Draws], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> Tensor:
+def expected_surrogate_gradient(router: ReinforceRouter, x_TD: Tensor, loss_of: Callable[[Draws], Tensor]) -> Tensor:
     """The policy term's gradient in expectation over all draws, from the router's own forward and objective."""
     context, expected = make_context(len(x_TD)), torch.zeros((), dtype=x_TD.dtype)
     for draws, chance in all_draws(router, x_TD):
-        monkeypatch.setattr(_policy, "gumbel_top_k", lambda *_, draws=draws: torch.tensor(draws))
-        terms = router.objective(router(x_TD, context), make_feedback(loss_of(draws), context))
+        forced = replace(context, choices={context.site: torch.tensor(draws)})
+        terms = router.objective(router(x_TD, forced), make_feedback(loss_of(draws), context))
         expected = expected + chance.detach() * terms["policy"].value
     return torch.autograd.grad(expected, router.scores.weight)[0]
 
@@ -117,16 +116,16 @@ def own_losses(tokens: int, k: int) -> Callable[[Draws], Tensor]:
 
 @pytest.mark.parametrize(("k", "tokens"), [(1, 2), (2, 2), (3, 1)])
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_gradient_is_exact(baseline: str, k: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_is_exact(baseline: str, k: int, tokens: int) -> None:
     router, x_TD = with_a_past(make_router(k, baseline=baseline, temperature=0.7)), inputs(tokens)
     loss_of = own_losses(tokens, k)
-    estimate = expected_surrogate_gradient(router, x_TD, loss_of, monkeypatch)
+    estimate = expected_surrogate_gradient(router, x_TD, loss_of)
     assert float((estimate - exact_gradient(router, x_TD, loss_of)).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize(("discount", "exact"), [(1.0, True), (0.0, False)])
 def test_own_reward_is_biased_where_routes_change_later_losses_and_the_full_return_is_not(
-    discount: float, exact: bool, monkeypatch: pytest.MonkeyPatch
+    discount: float, exact: bool
 ) -> None:
     router, x_TD, table_EE = make_router(1, baseline="none", discount=discount), inputs(2), losses(E * E).view(E, E)
 
@@ -134,7 +133,7 @@ def test_own_reward_is_biased_where_routes_change_later_losses_and_the_full_retu
         (first,), (second,) = draws
         return torch.stack([table_EE[first, 0], table_EE[first, second]])
 
-    estimate = expected_surrogate_gradient(router, x_TD, loss_of, monkeypatch)
+    estimate = expected_surrogate_gradient(router, x_TD, loss_of)
     error = float((estimate - exact_gradient(router, x_TD, loss_of)).abs().max())
     assert error < 1e-10 if exact else error > 1e-3
 
@@ -163,8 +162,8 @@ WRONG: dict[str, Callable[[ReinforceRouter], tuple[str, Callable[..., Tensor]]]]
 @pytest.mark.parametrize("mistake", WRONG)
 def test_wrong_estimators_fail_the_same_check(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     router, x_TD, loss_of = make_router(baseline="none"), inputs(2), own_losses(2, 2)
-    monkeypatch.setattr(_policy, *WRONG[mistake](router))
-    estimate = expected_surrogate_gradient(router, x_TD, loss_of, monkeypatch)
+    monkeypatch.setattr(policies, *WRONG[mistake](router))
+    estimate = expected_surrogate_gradient(router, x_TD, loss_of)
     assert float((estimate - exact_gradient(router, x_TD, loss_of)).abs().max()) > 1e-3
 
 
@@ -183,11 +182,11 @@ def test_an_attached_loss_is_detached() -> None:
 def test_with_no_weight_nothing_reaches_the_router() -> None:
     router = with_a_past(make_router(policy_weight=0.0, value_weight=0.0, entropy_weight=0.0, balance_weight=0.0))
     decision = router(inputs(8), make_context(8))
-    terms = router.objective(decision, make_feedback(losses(8)))
+    terms = terms_of(router, decision, make_feedback(losses(8)))
     outputs_R = torch.ones(16, dtype=torch.float64, requires_grad=True)
     loss = (decision.gates_R * outputs_R).sum()
     (loss + sum(term.weight * term.value for term in terms.values() if term.weight)).backward()
-    assert set(terms) == {"policy", "value", "entropy", "balance"} and outputs_R.grad is not None
+    assert set(terms) == {"policy", "value"} and outputs_R.grad is not None
     assert all(parameter.grad is None for parameter in router.parameters())
 
 
@@ -207,8 +206,8 @@ def test_shape_body_lets_the_policy_but_never_the_value_head_into_the_body() -> 
 
 
 def test_policy_and_value_terms_move_their_own_parameters_alone() -> None:
-    router = with_a_past(make_router())
-    terms = router.objective(router(inputs(8), make_context(8)), make_feedback(losses(8)))
+    router = with_a_past(make_router(entropy_weight=0.1))
+    terms = terms_of(router, router(inputs(8), make_context(8)), make_feedback(losses(8)))
     sum(terms[name].value for name in ("policy", "entropy", "balance")).backward()  # type: ignore[union-attr]
     moved = {name for name, parameter in router.named_parameters() if parameter.grad is not None}
     assert moved == {"scores.weight"}
@@ -227,7 +226,7 @@ def test_a_forward_without_gradient_in_between_cuts_nothing() -> None:
 
 def test_dropped_and_padded_tokens_do_not_count() -> None:
     router, context = with_a_past(make_router()), make_context(16)
-    decision = drop_over_capacity(router(inputs(16), context), 5)
+    decision = capped(router(inputs(16), context), 5)
     out_T = ~decision.all_kept_T()
     assert out_T.any() and not out_T.all()
 
@@ -242,7 +241,8 @@ def test_dropped_and_padded_tokens_do_not_count() -> None:
 
 def test_two_micro_batches_equal_one_batch_but_for_the_balance_loss() -> None:
     assert make_router().batch_dependent and not make_router(balance_weight=0.0).batch_dependent
-    router, x_TD, loss_T, context = with_a_past(make_router(discount=0.5)), inputs(8), losses(8), make_context(8)
+    router = with_a_past(make_router(discount=0.5, entropy_weight=0.1))
+    x_TD, loss_T, context = inputs(8), losses(8), make_context(8)
 
     def part(rows: slice) -> RoutingContext:
         keys = ("token_ids_T", "position_T", "sequence_T", "mask_T")
@@ -253,7 +253,7 @@ def test_two_micro_batches_equal_one_batch_but_for_the_balance_loss() -> None:
         returns = torch.zeros((), dtype=x_TD.dtype)
         for rows in parts:
             decision, feedback = router(x_TD[rows], part(rows)), make_feedback(loss_T[rows], part(rows), num_valid=8)
-            found = gradients(router, router.objective(decision, feedback), "policy", "value", "entropy")
+            found = gradients(router, terms_of(router, decision, feedback), "policy", "value", "entropy")
             totals = {name: totals[name] + grad for name, grad in found.items() if grad is not None}
             returns = returns + router.observe(decision, feedback)["return"]
         return totals, returns
@@ -276,7 +276,7 @@ def test_the_first_step_only_measures() -> None:
 def test_a_shift_of_all_rewards_changes_nothing(baseline: str) -> None:
     def policy_gradient(shift: float) -> Tensor:
         router, feedback = make_router(baseline=baseline), make_feedback(losses(8) + shift)
-        router.adapt(router.observe(router(inputs(8), make_context(8)), feedback))
+        router.adapt(sums_of(router, router(inputs(8), make_context(8)), feedback), 0.0)
         terms = router.objective(router(inputs(8), make_context(8, step=1)), feedback)
         grad = gradients(router, terms, "policy")["scores.weight"]
         assert grad is not None and float(grad.norm()) > 0
@@ -292,9 +292,9 @@ def test_the_running_mean_starts_at_the_first_mean_and_moves_in_adapt_alone() ->
         before = {name: value.clone() for name, value in router.state_dict().items()}
         decision = router(inputs(8), make_context(8, step=step))
         router.objective(decision, make_feedback(loss_T))
-        sums = router.observe(decision, make_feedback(loss_T))
+        sums = sums_of(router, decision, make_feedback(loss_T))
         assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
-        router.adapt(sums)
+        router.adapt(sums, 0.0)
         assert float(router.mean_return.mean) == pytest.approx(expected, abs=1e-12)
 
 
@@ -336,9 +336,9 @@ def test_temperature_sharpens_the_policy() -> None:
 
 
 def test_the_entropy_term_is_minus_the_mean_entropy() -> None:
-    router = make_router()
+    router = make_router(entropy_weight=0.1)
     decision = router(inputs(8), make_context(8))
-    entropy = router.objective(decision, make_feedback(losses(8)))["entropy"].value
+    entropy = terms_of(router, decision, make_feedback(losses(8)))["entropy"].value
     assert decision.probs_TE is not None
     torch.testing.assert_close(-entropy, torch.distributions.Categorical(decision.probs_TE).entropy().mean())
 
@@ -350,7 +350,7 @@ def test_it_finds_the_better_expert(flip: bool, monkeypatch: pytest.MonkeyPatch)
     x_TD = inputs(128)
     best_T = (x_TD[:, 0] > 0).long()
     if flip:
-        monkeypatch.setattr(_policy, "own_token_reward", lambda loss_MT: loss_MT)
+        monkeypatch.setattr(policies, "own_token_reward", lambda loss_MT: loss_MT)
     for step in range(150):
         context = make_context(128, step=step)
         decision = router(x_TD, context)
@@ -358,7 +358,7 @@ def test_it_finds_the_better_expert(flip: bool, monkeypatch: pytest.MonkeyPatch)
         optimizer.zero_grad()
         router.objective(decision, feedback)["policy"].value.backward()
         optimizer.step()
-        router.adapt(router.observe(decision, feedback))
+        router.adapt(sums_of(router, decision, feedback), 0.0)
     greedy = router(x_TD, make_context(128, explore=False)).expert_ids_R
     hit_rate = float((greedy == best_T).double().mean())
     assert hit_rate < 0.1 if flip else hit_rate > 0.85

@@ -19,8 +19,8 @@ from rlroute import registry, seeding
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.registry import default_names, router_class, router_names, run_config
-from rlroute.routing import Router, RoutingDecision, drop_over_capacity
-from tests.conftest import draw, make_context, make_feedback
+from rlroute.routing import Router, RoutingDecision
+from tests.conftest import capped, draw, make_context, make_feedback
 
 # Decisions
 
@@ -33,7 +33,7 @@ def token_choice(ids_TK: Tensor = IDS_TK, experts: int = 4, **scores: Any) -> Ro
 
 def variable_k() -> RoutingDecision:
     """Token 0 uses no expert, token 1 one, token 2 two."""
-    return replace(token_choice(), k=None, expert_ids_R=torch.tensor([4, 4, 1, 4, 2, 3]))
+    return token_choice(torch.tensor([[4, 4], [1, 4], [2, 3]]))
 
 
 def expert_choice(tokens: int = 6, experts: int = 4, capacity: int = 2) -> RoutingDecision:
@@ -115,6 +115,7 @@ DECISIONS: dict[str, Callable[[], RoutingDecision]] = {
     "fixed k": lambda: token_choice(draw(20, 5, seed=3).argsort(1)[:, :3], 5),
     "collapsed": lambda: token_choice(torch.arange(2).expand(9, 2), 4),
     "variable k": variable_k,
+    "flat pairs": lambda: replace(variable_k(), k=None),
     "expert choice": lambda: expert_choice(tokens=7, experts=5, capacity=4),
     "dropped before": lambda: replace(token_choice(), kept_R=torch.tensor([False, True, True, True, True, True])),
 }
@@ -144,11 +145,11 @@ def test_drops_are_those_of_one_pair_after_the_other(
     make: Callable[[], RoutingDecision], order: Literal["position", "gate"], capacity: int
 ) -> None:
     decision = make()
-    dropped = drop_over_capacity(decision, capacity, order)
+    dropped = capped(decision, capacity, order)
     assert dropped.kept_R.tolist() == drop_one_by_one(decision, capacity, order)
     assert torch.equal(dropped.demand_E(), decision.demand_E())
     assert int(dropped.load_E().max()) <= capacity
-    assert torch.equal(drop_over_capacity(dropped, capacity, order).kept_R, dropped.kept_R)
+    assert torch.equal(capped(dropped, capacity, order).kept_R, dropped.kept_R)
 
 
 # Feedback
@@ -184,7 +185,8 @@ def test_shares_of_micro_batches_add_up_to_one_for_any_number_of_samples() -> No
     "key",
     [
         {"seed": 1},
-        {"layer": 2},
+        {"site": 2},
+        {"site": "1.attention"},
         {"step": 1},
         {"position_T": torch.arange(12) % 4 + 4},
         {"sequence_T": torch.arange(12) // 4},
@@ -309,8 +311,11 @@ def test_every_field_is_part_of_the_hash() -> None:
     for part, cls in {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}.items():
         for field in fields(cls):
             value = getattr(cls(), field.name)
-            if isinstance(value, int | float):
-                hashes.add(RunConfig(**{part: replace(cls(), **{field.name: 2 * value or 1})}).content_hash())
+            if isinstance(value, bool):
+                hashes.add(RunConfig(**{part: replace(cls(), **{field.name: not value})}).content_hash())
+                changed += 1
+            elif isinstance(value, int | float):
+                hashes.add(RunConfig(**{part: replace(cls(), **{field.name: 2 * value or 2})}).content_hash())
                 changed += 1
     assert len(hashes) == 2 + changed and changed > 20
 
@@ -318,7 +323,7 @@ def test_every_field_is_part_of_the_hash() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modle": {}}, "run has no field 'modle': legal are data, model, router, train"),
+        ({"modle": {}}, "run has no field 'modle': legal are data, model, others, router, train"),
         ({"model": {"widht": 3}}, "model has no field 'widht': legal are "),
         ({"model": 3}, "model = 3: want a mapping of fields"),
         ({"model": {"d_model": "96"}}, "model.d_model = '96': want int"),
@@ -336,8 +341,20 @@ def test_every_field_is_part_of_the_hash() -> None:
         ({"router": {"name": "nash"}}, "unknown router 'nash'"),
         ({"router": {"table": "random"}}, "router has no 'name'"),
         ({"router": {"name": "dense", "table": "random"}}, "router dense has no field 'table': legal are none"),
-        ({"router": {"name": "hash", "tabel": "random"}}, "router hash has no field 'tabel': legal are table"),
+        (
+            {"router": {"name": "hash", "tabel": "random"}},
+            "router hash has no field 'tabel': legal are balance_weight, ",
+        ),
         ({"router": {"name": "switch", "normalize": 1}}, "router switch.normalize = 1: want bool"),
+        ({"router": {"name": "switch", "z_weight": -1}}, "router switch.z_weight = -1: legal are numbers from 0"),
+        ({"model": {"devices": 3}}, "model.devices = 3: must divide model.num_experts = 16"),
+        ({"model": {"capacity_of": "device"}}, "model.capacity_of = 'device' needs model.devices"),
+        (
+            {"model": {"capacity_rows": "sequence", "capacity_groups": 2}},
+            "model.capacity_groups = 2: with capacity_rows 'sequence' legal is 1",
+        ),
+        ({"model": {"attention_experts": 1}}, "model.attention_experts = 1 with k = 2 and num_heads = 4"),
+        ({"model": {"attention_experts": 8, "k": 3}}, "model.attention_experts = 8 with k = 3 and num_heads = 4"),
     ],
 )
 def test_bad_configurations_name_the_value_and_what_is_legal(values: dict[str, Any], message: str) -> None:

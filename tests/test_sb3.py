@@ -57,8 +57,8 @@ def test_training_leaves_it_as_it_is_and_counts_it(path):
     assert moved == {name for name in before if ".router." not in name}
     actor = (WIDTH * 10 + 10 * 5 + 5 * EXPERTS) * MODEL.num_layers
     counted = costs(model, MODEL, DATA.seq_len)
-    assert counted["router_parameters"] == actor + (10 + 5 + EXPERTS) * MODEL.num_layers
-    assert counted["training_only_flops_per_token"] == 0 and not model.routers[0].learns_from
+    assert counted.router_parameters == actor + (10 + 5 + EXPERTS) * MODEL.num_layers
+    assert counted.training_flops == 0 and not model.routers[0].learns_from
 
 
 def test_another_file_of_the_same_name_is_another_run(path, tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from rlroute.config import DENSE, DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import CheckpointError, ConfigError, StoreError
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints, is_router
 from rlroute.records import RunFolder, read_runs, write_compact
 from rlroute.registry import default_names, router_class, run_config
@@ -23,7 +24,8 @@ from rlroute.routing import Feedback, Router
 from rlroute.training import loop, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.optimizer import Optimizer, learning_rate
-from rlroute.training.step import Device, adapt, backward_batch, forward, make_context
+from rlroute.training.step import Device, backward_batch, forward, make_context
+from tests.conftest import sums_of
 
 DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
@@ -86,16 +88,17 @@ def test_first_ten_batches_and_their_chain_are_the_same_for_every_entry(tmp_path
 def test_costs_count_what_is_active():
     sparse, dense = (costs(model_of(e), MODEL, DATA.seq_len) for e in ("unbalanced", DENSE))
     router = MODEL.num_layers * MODEL.d_model * MODEL.num_experts
-    assert dense["active_parameters"] == dense["total_parameters"] == sparse["active_parameters"] - router
-    assert sparse["flops_per_token"] - dense["flops_per_token"] == 2 * router
+    active, yardstick = sparse.per_token([MODEL.k] * MODEL.num_layers), dense.per_token([])
+    assert yardstick["active_parameters"] == dense.total_parameters == active["active_parameters"] - router
+    assert active["flops_per_token"] - yardstick["flops_per_token"] == 2 * router
     experts = MODEL.num_layers * 3 * MODEL.d_model * MODEL.d_expert
-    assert sparse["total_parameters"] - sparse["active_parameters"] == experts * (MODEL.num_experts - MODEL.k)
+    assert sparse.total_parameters - active["active_parameters"] == experts * (MODEL.num_experts - MODEL.k)
 
 
 def test_value_head_is_counted_as_training_only():
     with_head, without = (costs(model_of(f"reinforce:baseline={b}"), MODEL, DATA.seq_len) for b in ("value", "ema"))
-    assert with_head["flops_per_token"] == without["flops_per_token"]
-    assert with_head["training_only_flops_per_token"] > without["training_only_flops_per_token"] == 0
+    assert with_head.per_token([2, 2]) == without.per_token([2, 2])
+    assert with_head.training_flops > without.training_flops == 0
 
 
 # --- the way of a batch ---------------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def independent_entries():
     return entries
 
 
-BATCH_TERMS = ("balance_weight", "importance_weight", "load_weight")
+BATCH_TERMS = ("balance_weight", "importance_weight", "load_weight", "charge_weight")
 
 
 @pytest.mark.parametrize("entry", independent_entries())
@@ -235,7 +238,7 @@ def train_steps(model, steps, seed=0, evaluate_between=False):
     for step in range(steps):
         result = backward_batch(model, batch_of(step, seed), CPU64, seed=seed, step=step, micro_batches=1)
         optimizer.step(step, step / steps)
-        adapt(model, result)
+        adapt(model.routers, result.sums_L, step / steps)
         if evaluate_between:
             with torch.no_grad():
                 forward(
@@ -272,7 +275,7 @@ def policy_alignment(seed, rewards):
     x_TD = torch.randn(shape[1], MODEL.d_model, generator=generator, dtype=torch.float64)
     first = router(x_TD, context).detach()
     feedback = Feedback(context=context, loss_MT=used_MT, num_valid=shape[1])
-    router.adapt(router.observe(first, feedback))
+    router.adapt(sums_of(router, first, feedback), 0.0)
     optimizer = torch.optim.SGD(router.parameters(), lr=0.1)
     for _ in range(20):
         terms = router.objective(replace(first, log_prob_R=log_prob(router, x_TD, first)), feedback)
@@ -441,7 +444,7 @@ def test_stochastic_routers_report_the_sampled_policy_too(tmp_path):
 
 
 def test_flops_budget_counts_what_only_training_needs():
-    amount = 40 * prepare.training_flops_per_step(config_of("hash"), costs(model_of("hash"), MODEL, DATA.seq_len))
+    amount = 40 * prepare.flops_per_step(config_of("hash"), costs(model_of("hash"), MODEL, DATA.seq_len))
     planned = {
         entry: prepare.planned_steps(
             config_of(entry, budget="flops", budget_amount=amount), costs(model_of(entry), MODEL, DATA.seq_len)
@@ -449,7 +452,7 @@ def test_flops_budget_counts_what_only_training_needs():
         for entry in ("hash", "reinforce")
     }
     assert planned["hash"] == 40 > planned["reinforce"]
-    each = prepare.training_flops_per_step(config_of("reinforce"), costs(model_of("reinforce"), MODEL, DATA.seq_len))
+    each = prepare.flops_per_step(config_of("reinforce"), costs(model_of("reinforce"), MODEL, DATA.seq_len))
     assert planned["reinforce"] * each <= amount < (planned["reinforce"] + 1) * each  # all that it pays for
 
 

@@ -103,5 +103,6 @@ def _bins(config: ModelConfig, context: RoutingContext) -> Tensor:
         changes_T = (context.sequence_T.diff() != 0) | (sample_T.diff() != 0)
         return torch.nn.functional.pad(changes_T.long().cumsum(0), (1, 0))
     per_sample = len(sample_T) // context.num_samples
+    groups = min(config.capacity_groups, per_sample)  # a short batch has no more groups than rows
     row_T = torch.arange(len(sample_T), device=sample_T.device) % per_sample
-    return sample_T * config.capacity_groups + row_T * config.capacity_groups // per_sample
+    return sample_T * groups + row_T * groups // per_sample

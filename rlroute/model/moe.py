@@ -102,7 +102,8 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
     """
     with torch.autocast(x_TD.device.type, enabled=False):
         decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
-        return limit(apply_gate_form(decision, config.gate_form), config, context)
+        decision = limit(decision, config, context)  # an order by gate is that of the router's own
+        return apply_gate_form(decision, config.gate_form)
 
 
 class MoELayer(nn.Module):
