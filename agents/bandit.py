@@ -50,7 +50,7 @@ class BanditRouter(Router):
 
     learns_from = frozenset({"reward"})
     gate_meaning = "1/k"
-    scored = False
+    publishes = frozenset()
     config: Config
     projection_DP: Tensor
     prior_EP: Tensor

@@ -32,7 +32,7 @@ class HashRouter(Router):
         """random: seeded draws; balanced: greedy by token frequency, so that loads even out; position: by position, the control."""
 
     gate_meaning = "1/k"
-    scored = False
+    publishes = frozenset()
     config: Config
     table_XK: Tensor
 

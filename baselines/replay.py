@@ -66,7 +66,7 @@ class ReplayRouter(Router):
         self.source = source = make_router(recorded, shape)
         self.terms = recorded
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
-        self.stochastic, self.two_rules, self.scored = source.stochastic, source.two_rules, source.scored
+        self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
         self.batch_dependent = source.batch_dependent
 
     @property

@@ -20,7 +20,7 @@ class UniformRouter(Router):
         """The uniform router has no fields."""
 
     gate_meaning = "1/k"
-    scored = False
+    publishes = frozenset()
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Draw k experts; greedy evaluation draws too, as there is no best expert."""

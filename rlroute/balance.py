@@ -61,7 +61,7 @@ def _demand_and_mass(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     """Return how often each expert was chosen and the sum of its probabilities, over the valid tokens of the balance scope."""
     mask_T = context.mask_T
     demand_E = context.sum_over_scope(decision.demand_E(mask_T).to(probs_TE.dtype))
-    return demand_E, context.sum_over_scope((probs_TE * mask_T[:, None]).sum(0))
+    return demand_E, context.sum_over_scope((probs_TE[:, : decision.num_experts] * mask_T[:, None]).sum(0))
 
 
 def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:

@@ -35,6 +35,7 @@ class RoutingDecision:
         probs_TE: the routing distribution, rows sum to 1 (what f.P and entropy read); None for routers without scores.
         log_prob_R: Plackett-Luce conditional log-probabilities of the *ordered* draw; their sum over a token's pairs is the
             log-probability of its draw. None where nothing was sampled.
+        chosen_R: bool, which pairs count as demand where a router runs more than it chose (every expert in training, say); None: all.
         self_T: the weight of the token's own input in the layer's output (identity experts, MoE++, arXiv 2410.07348); None for 0.
         shared_gates_TS: the gate of each shared expert; None for 1.
         max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for. Further ones are
@@ -53,10 +54,22 @@ class RoutingDecision:
     logits_TE: Tensor | None = None
     probs_TE: Tensor | None = None
     log_prob_R: Tensor | None = None
+    chosen_R: Tensor | None = None
     self_T: Tensor | None = None
     shared_gates_TS: Tensor | None = None
     max_pairs: int | None = None
     memo: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("self_T", self.self_T), ("shared_gates_TS", self.shared_gates_TS)):
+            if value is not None and (value.dim() != len(name.rpartition("_")[2]) or len(value) != self.num_tokens):
+                raise DecisionError(
+                    f"{name} has shape {tuple(value.shape)}: want one row for each of {self.num_tokens} tokens"
+                )
+        if self.max_pairs is not None and (type(self.max_pairs) is not int or self.max_pairs < 0):
+            raise DecisionError(
+                f"max_pairs = {self.max_pairs!r}: legal are whole numbers from 0, known on the host, or None"
+            )
 
     @staticmethod
     def token_choice(
@@ -130,7 +143,7 @@ class RoutingDecision:
 
     def demand_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
-        return self._count(torch.ones_like(self.kept_R), mask_T)
+        return self._count(torch.ones_like(self.kept_R) if self.chosen_R is None else self.chosen_R, mask_T)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""

@@ -5,15 +5,15 @@ Then the optimizer steps, and :func:`adapt` hands the step's sums to the routers
 Shape suffixes: L routed sites, E experts, T tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlroute.balance import regularisers
 from rlroute.errors import DecisionError
-from rlroute.routing import Feedback, Router, RoutingDecision, Sums, Term
+from rlroute.routing import Feedback, Router, RoutingDecision, Site, Sums, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +37,29 @@ def learn(
     Args:
         routers: of each site.
         decisions: what each decided, as it was run.
-        feedback: what came of it.
+        feedback: what came of it; each site gets it with its own context.
         loss: to minimise beside the terms; 0 where routers learn from rewards alone.
 
     Raises:
         DecisionError: a router claims to have observed what is counted here.
     """
-    pairs = list(zip(routers, decisions, strict=True))
-    terms_L = [regularisers(r.terms, d, feedback) | r.objective(d, feedback) for r, d in pairs]
+    told = list(zip(routers, decisions, _by_site(routers, decisions, feedback), strict=True))
+    terms_L = [regularisers(router.terms, d, f) | router.objective(d, f) for router, d, f in told]
     for decision in decisions:
         if decision.gates_R.requires_grad:
             decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit, for whoever reads it in observe()
     total = loss + weighted(terms_L)
     if isinstance(total, Tensor) and total.requires_grad:
         torch.autograd.backward(total)
-    return Learned(terms_L, [_sums(router, decision, feedback) for router, decision in pairs])
+    return Learned(terms_L, [_sums(router, d, f) for router, d, f in told])
+
+
+def _by_site(routers: Sequence[Router], decisions: Sequence[RoutingDecision], feedback: Feedback) -> Iterator[Feedback]:
+    """Yield the feedback of each site: its context is the one that the site decided in."""
+    earlier: dict[Site, RoutingDecision] = {}
+    for router, decision in zip(routers, decisions, strict=True):
+        yield replace(feedback, context=feedback.context.at(router.shape, dict(earlier)))
+        earlier[router.shape.site] = decision
 
 
 def weighted(terms_L: Sequence[dict[str, Term]]) -> Tensor | float:

@@ -12,7 +12,7 @@ C tokens per expert, R routed (token, expert) pairs, V vocabulary, M routing sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -58,9 +58,9 @@ class RoutingContext:
         num_samples: M; the rows are then sample-major, M x T.
         micro_batch: which of the step's micro-batches this is; None in evaluation.
         progress: the share of the run's budget that is spent, 0 to 1, whatever the budget.
-        expert_device_E: int64, the device of each expert, all 0 where one holds them; None stands for that.
+        expert_device_E: int64, the device of each expert; None where one device holds them all.
         sum_over_scope: a differentiable sum over the balance scope (all ranks, say); the identity when alone.
-        previous: the decision of the site before, differentiable, for routers that carry state; None at the first.
+        earlier: the decisions of the sites before, in their order, differentiable: for routers that carry state.
         choices: by site, ids that :meth:`take` answers with in place of a router's own: (T, K) experts, or (E, C) tokens.
         chosen: where :meth:`take` writes down, by site, what it answered with, for whoever records it.
     """
@@ -78,9 +78,20 @@ class RoutingContext:
     progress: float = 0.0
     expert_device_E: Tensor | None = None
     sum_over_scope: Callable[[Tensor], Tensor] = _identity
-    previous: RoutingDecision | None = None
+    earlier: Mapping[Site, RoutingDecision] = field(default_factory=dict)
     choices: Mapping[Site, Tensor] = field(default_factory=dict)
     chosen: dict[Site, Tensor] | None = None
+
+    def at(self, shape: RouterShape, earlier: Mapping[Site, RoutingDecision]) -> RoutingContext:
+        """Return the context of the same tokens at a site, for which the routers of ``earlier`` sites have decided."""
+        experts_E = torch.arange(shape.num_experts, device=self.token_ids_T.device)
+        device_E = experts_E * shape.devices // shape.num_experts if shape.devices > 1 else None
+        return replace(self, site=shape.site, expert_device_E=device_E, earlier=earlier)
+
+    @property
+    def previous(self) -> RoutingDecision | None:
+        """The decision of the site just before; None at the first."""
+        return list(self.earlier.values())[-1] if self.earlier else None
 
     def choose(self, scores_TE: Tensor, k: int) -> Tensor:
         """Return the ids of the k largest scores of each row, best first, ties to the lower id; int64 of shape (T, K).
@@ -100,8 +111,10 @@ class RoutingContext:
     def take(self, ids_TK: Tensor) -> Tensor:
         """Return ids that a rule found without ranking (a table, an assignment), or the choices that are forced at this site.
 
+        A router calls this, or :meth:`choose`, once per decision, and goes by the answer.
+
         Raises:
-            DecisionError: choices are forced whose shape is another.
+            DecisionError: choices are forced whose shape is another; a router chose twice while choices are written down.
         """
         forced_TK = self.choices.get(self.site, ids_TK)
         if forced_TK.shape != ids_TK.shape:
@@ -109,6 +122,10 @@ class RoutingContext:
                 f"choices forced at site {self.site} have shape {tuple(forced_TK.shape)}: want {tuple(ids_TK.shape)}"
             )
         if self.chosen is not None:
+            if self.site in self.chosen:
+                raise DecisionError(
+                    f"the router at site {self.site} chose twice: rank what is no choice by torch itself"
+                )
             self.chosen[self.site] = forced_TK
         return forced_TK
 
@@ -191,6 +208,8 @@ class RouterShape:
         seed: initial weights and tables derive from it.
         token_counts_V: how often each token occurs in the training corpus, int64 (V,); None where unknown.
         site_index, num_sites: which of how many routed sites this is.
+        devices: over so many are the experts spread evenly.
+        num_shared_experts: S, experts that every token runs besides.
     """
 
     d_model: int
@@ -202,6 +221,8 @@ class RouterShape:
     token_counts_V: Tensor | None = None
     site_index: int = 0
     num_sites: int = 1
+    devices: int = 1
+    num_shared_experts: int = 0
 
     def key(self, name: str) -> tuple[int, str]:
         """Return the key from which the draws for a weight or table called ``name`` derive."""
@@ -222,14 +243,15 @@ class Router(nn.Module):
     gradient instrument (``rlroute gradients``) shifts them. Without one a router is named as unmeasurable, and is otherwise complete.
 
     Class attributes, each of which an instance may set otherwise by its configuration:
-        learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load".
+        learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load" (what
+            ``adapt`` moves by sums that know nothing of the loss).
         gate_meaning: one line for the table: what the published gate is.
-        causal: false if a token's route depends on later tokens.
+        causal: false if a token's greedy route depends on later tokens.
         stochastic: true if ``explore`` draws; evaluation then reports the sampled policy beside the greedy one.
         two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment, say).
-        scored: false if its decisions carry no ``logits_TE`` and ``probs_TE``; terms that read them are then refused.
-        batch_dependent: whether the rule or a term of its own mixes the tokens of a micro-batch, so that two micro-batches cannot equal
-            one batch.
+        publishes: which of "logits" and "probs" its decisions carry; terms that read others are refused.
+        batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so that two
+            micro-batches cannot equal one batch.
 
     Attributes:
         config, shape: what it was made of.
@@ -242,7 +264,7 @@ class Router(nn.Module):
     causal: bool = True
     stochastic: bool = False
     two_rules: bool = False
-    scored: bool = True
+    publishes: frozenset[str] = frozenset({"logits", "probs"})
     batch_dependent: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -267,8 +289,9 @@ class Router(nn.Module):
         if not 1 <= shape.k <= shape.num_experts:
             return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
         for name, weight in config.term_weights.items():
-            if weight and not cls.scored:
-                return f"{name} = {weight}: its decisions carry neither logits nor probabilities, legal is 0"
+            read = "logits" if name == "z_weight" else "probs"
+            if weight and read not in cls.publishes:
+                return f"{name} = {weight}: its decisions carry no {read}, legal is 0"
         return None
 
     @property
@@ -312,8 +335,8 @@ class Router(nn.Module):
 
 
 class LinearScores(nn.Linear):
-    """Scores of E experts from D features, without bias, in the precision of its input; initialised from a key."""
+    """Scores of E experts (or of ``columns``) from D features, without bias, in the precision of its input; drawn from a key."""
 
-    def __init__(self, shape: RouterShape, name: str, std: float) -> None:
-        super().__init__(shape.d_model, shape.num_experts, bias=False)
+    def __init__(self, shape: RouterShape, name: str, std: float, columns: int | None = None) -> None:
+        super().__init__(shape.d_model, columns or shape.num_experts, bias=False)
         shape.init(self.weight, name, std)

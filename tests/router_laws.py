@@ -135,6 +135,10 @@ def backward(router: Router, batch: Batch, *, terms: bool = True, interrupted: b
     used_R = decision.used_R & batch.context.mask_T[decision.token_ids_R]
     credit_R = batch.credit_TE[decision.token_ids_R, decision.expert_ids_R.clamp(max=decision.num_experts - 1)]
     loss = torch.where(used_R, decision.gates_R * credit_R, 0.0).sum() / batch.num_valid
+    for added in (decision.self_T, decision.shared_gates_TS):
+        if added is not None:
+            worth_T = batch.credit_TE[:, 0] * batch.context.mask_T
+            loss = loss + (worth_T * added.view(len(worth_T), -1).sum(1)).sum() / batch.num_valid
     if terms:
         learned = learn([router], [decision], batch.feedback, loss)
         found, sums = learned.terms_L[0], learned.sums_L[0]
@@ -218,11 +222,13 @@ def law_pairs(case: Case) -> None:
 
 def law_scores(case: Case) -> None:
     for tokens, experts, k in case.shapes:
-        decision = decide(case.make(experts, k), tokens)
-        assert case.router.scored == (decision.probs_TE is not None), "`scored` says otherwise"
-        for scores_TE in (decision.logits_TE, decision.probs_TE):
-            assert scores_TE is None or scores_TE.shape == (decision.num_tokens, experts)
-            assert scores_TE is None or bool(scores_TE.isfinite().all())
+        router = case.make(experts, k)
+        decision = decide(router, tokens)
+        carried = {"logits": decision.logits_TE, "probs": decision.probs_TE}
+        assert router.publishes == {name for name, scores in carried.items() if scores is not None}, "`publishes` lies"
+        for scores_TX in carried.values():  # of X columns, of which the first E are experts
+            assert scores_TX is None or (len(scores_TX) == decision.num_tokens and scores_TX.shape[1] >= experts)
+            assert scores_TX is None or bool(scores_TX.isfinite().all())
         if decision.probs_TE is not None:
             assert bool((decision.probs_TE >= 0).all())
             assert torch.allclose(decision.probs_TE.sum(1), torch.ones(decision.num_tokens).double(), atol=1e-12)
@@ -235,7 +241,8 @@ def law_precision(case: Case) -> None:
         router = case.make(dtype=dtype)
         batch = make_batch(router)
         decision = router(batch.x_TD.to(dtype), batch.context)
-        parts = (decision.gates_R, decision.logits_TE, decision.probs_TE, decision.log_prob_R)
+        scores = (decision.logits_TE, decision.probs_TE, decision.log_prob_R)
+        parts = (decision.gates_R, *scores, decision.self_T, decision.shared_gates_TS)
         assert all(part is None or part.dtype == dtype for part in parts)
 
 
@@ -259,13 +266,14 @@ def law_evaluation(case: Case) -> None:
 
 def law_keys(case: Case) -> None:
     """The keys of the context decide what is drawn, and nothing else does."""
-    router = case.make()
+    router = spread(case.make())
     torch.manual_seed(1)
     first = decide(router, tokens=64)
     torch.manual_seed(2)
     before = torch.get_rng_state()
     assert same(first, decide(router, tokens=64))
     assert torch.equal(before, torch.get_rng_state())
+    assert same(first, decide(router, tokens=64, micro_batch=3)), "micro-batches are cut as the machines allow"
     others = [
         decide(router, tokens=64, **key) for key in ({"seed": 5}, {"step": 5}, {"site": 5}, {"site": "1.attention"})
     ]
@@ -276,6 +284,44 @@ def law_keys(case: Case) -> None:
     ):  # a choice may add noise that is no sampling of the policy, as jitter does
         greedy = decide(router, tokens=64, explore=False)
         assert router.stochastic != torch.equal(first.expert_ids_R, greedy.expert_ids_R)
+
+
+def spread(router: Router) -> Router:
+    """Move a router's parameters so far that its scores differ, and what it drew or dropped shows."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.add_(0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return router
+
+
+def law_causal(case: Case) -> None:
+    """What comes later in a sequence changes no greedy route, and no sampled one where the rule does not mix tokens, unless the
+    router says that it is not causal; then it does.
+    """
+    router = spread(case.make())
+    for explore in (False, True):
+        batch = make_batch(router, tokens=64, length=16, explore=explore)
+        early_T = batch.context.position_T < 9
+        later = torch.where(early_T[:, None], batch.x_TD, batch.x_TD.flip(0) - 1)
+        unlike, want = (router(x_TD, batch.context) for x_TD in (later, batch.x_TD))
+        equal = torch.allclose(gates_TE(unlike)[early_T], gates_TE(want)[early_T], rtol=0, atol=1e-12)
+        if not explore:
+            assert equal == router.causal
+        elif not router.batch_dependent and router.causal:
+            assert equal
+
+
+def law_surroundings(case: Case) -> None:
+    """A router decides and learns wherever it stands: behind another site, with experts on devices, late in the budget."""
+    router = case.make(devices=2)
+    batch = make_batch(router, progress=0.7)
+    before = router(batch.x_TD, batch.context.at(router.shape, {}))
+    batch = replace(batch, context=batch.context.at(router.shape, {0: before}))
+    outcome = backward(router, batch)
+    learning.adapt([router], [outcome.sums], progress=0.9)
+    parts = [decide(router, progress=1.0).gates_R, *outcome.values.values(), *outcome.gradients.values()]
+    assert all(bool(part.isfinite().all()) for part in parts)
 
 
 def law_initialisation(case: Case) -> None:
@@ -333,7 +379,10 @@ def law_accumulation(case: Case) -> None:
     last_T = batch.context.sequence_T == batch.context.sequence_T[-1]
     parts = backward(router, batch.rows(~last_T)) + backward(router, batch.rows(last_T))
     whole = backward(router, batch)
-    assert parts.close_to(whole) != router.batch_dependent
+    if not router.batch_dependent:
+        assert parts.close_to(whole)
+    elif not router.terms.mixes_tokens:  # a balance term of the configuration may happen not to move
+        assert not parts.close_to(whole)
 
 
 def law_padding(case: Case) -> None:
@@ -373,7 +422,7 @@ def law_gate_signal(case: Case) -> None:
             case.make(experts, k), make_batch(case.make(experts, k), tokens), terms=False, interrupted=True
         )
         reached = any(gradient.any() for gradient in outcome.gradients.values())
-        assert reached == ("gate" in case.router.learns_from), f"T = {tokens}, E = {experts}, k = {k}"
+        assert reached == ("gate" in case.make(experts, k).learns_from), f"T = {tokens}, E = {experts}, k = {k}"
 
 
 def law_reward_signal(case: Case) -> None:
@@ -390,7 +439,7 @@ def law_reward_signal(case: Case) -> None:
             learned(s, experts, k) for s in (3, 4)
         )
         differs = not same(gradients, other_gradients) or not torch.equal(ids_R, other_ids_R)
-        if "reward" in case.router.learns_from:
+        if "reward" in case.make(experts, k).learns_from:
             assert differs or not case.teaches, f"k = {k}"
         else:
             assert not differs and same(after, other_after), f"k = {k}"
@@ -440,7 +489,7 @@ def law_choices(case: Case) -> None:
         forced = torch.where(decision.used_R, (own + 1) % columns, own).view(-1, decision.k or len(own) // columns)
         if decision.k is None:
             forced = forced.view(decision.num_experts, -1)
-        got = router(batch.x_TD, replace(batch.context, choices={batch.context.site: forced}))
+        got = router(batch.x_TD, replace(batch.context, choices={batch.context.site: forced}, chosen={}))
         taken = got.token_ids_R if decision.k is None else got.expert_ids_R
         assert torch.equal(taken, forced.flatten()), "its choices cannot be forced"
         assert bool(got.gates_R[got.used_R].isfinite().all())

@@ -18,7 +18,7 @@ from rlroute.model.attention import Attention, Rotary
 from rlroute.parallel.local import run_ranks
 from rlroute.routing import RoutingDecision
 from rlroute.training.group import ALONE
-from rlroute.training.step import backward_batch, forward, make_context, surroundings
+from rlroute.training.step import backward_batch, forward, make_context
 from tests.conftest import draw
 from tests.tiny import CPU64, make_batch, make_model, run_batch, run_tokens, shake, small_config
 from tests.toys import mesh_of, toy_model
@@ -203,8 +203,8 @@ def test_the_device_case_above_routes_by_devices_and_drops_by_them() -> None:
     """Four devices of two experts, whatever processes hold them: else it would show nothing."""
     fields, router = EVERYWHERE[-1]
     model = toy_model(small_config(**fields), **router)
-    batch, around = make_batch(4), surroundings(model, ALONE)
-    _, decisions = forward(model, batch, make_context(batch, CPU64, seed=0, step=0, explore=True, **around), CPU64)
+    batch = make_batch(4)
+    _, decisions = forward(model, batch, make_context(batch, CPU64, seed=0, step=0, explore=True), CPU64)
     result = backward_batch(model, batch, CPU64, seed=0, step=0, micro_batches=1)
     for decision in decisions:
         device_TK = (decision.expert_ids_R // 2).view(-1, 2)

@@ -30,7 +30,7 @@ from rlroute.training import checkpoint, loop, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
-from rlroute.training.step import Device, backward_batch, surroundings
+from rlroute.training.step import Device, backward_batch
 from tests.conftest import capped, draw
 
 DATA = DataConfig(
@@ -218,9 +218,8 @@ def test_dispatch_equals_the_kernel_with_all_experts(kind, chunks):
 
 
 def devices(expert_parallel):
-    group = Mesh(expert_parallel)
-    model = model_of("switch", config_of("switch"), load_corpus(DATA.spec), group)
-    return surroundings(model, group).get("expert_device_E")
+    (router, _) = model_of("switch", config_of("switch"), load_corpus(DATA.spec), Mesh(expert_parallel)).routers
+    return any_context().at(router.shape, {}).expert_device_E
 
 
 def test_routers_see_the_devices_of_the_experts():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlroute import registry
+from rlroute.baselines.replay import ReplayRouter
 from rlroute.choices import ChoiceLog
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError, StoreError
@@ -101,7 +102,7 @@ def run_of(name: str, **model: Any) -> RunConfig:
 
 
 def replay_of(source: RunConfig, folder: Path) -> RunConfig:
-    return replace(source, router=router_class("replay").Config(run=str(folder / source.run_id(0))))
+    return replace(source, router=ReplayRouter.Config(run=str(folder / source.run_id(0))))
 
 
 def losses(folder: Path, config: RunConfig) -> list[tuple[str, int, float]]:
@@ -176,7 +177,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path) -> None:
     source = run_of("hash")
     train(replace(source, train=replace(TRAIN, record_choices=False)), 0, tmp_path)
     silent = replace(source, train=replace(TRAIN, record_choices=False)).run_id(0)
-    config = router_class("replay").Config
+    config = ReplayRouter.Config
     with pytest.raises(StoreError, match=r"was not trained with --train\.record-choices"):
         config(run=str(tmp_path / silent))
     train(source, 0, tmp_path)

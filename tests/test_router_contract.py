@@ -39,7 +39,7 @@ def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
         elif isinstance(value, float) and value == 0 and name not in TERMS:
             found.append({name: 0.5})
     weights = {field.name: 0.0 for field in fields(config) if field.name.endswith("_weight")}
-    found += [TERMS] if router.scored else []
+    found += [TERMS] if router.publishes else []
     return found + ([weights] if any(getattr(config, name) for name in weights) else [])
 
 
@@ -116,12 +116,39 @@ class RepeatsAnExpert(Sound):
 
 
 class ClaimsToHaveNoScores(Sound):
-    scored = False
+    publishes = frozenset()
 
 
 class IgnoresForcedChoices(Sound):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         return super().forward(x_TD, replace(context, choices={}))
+
+
+class ChoosesTwice(Sound):
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        context.choose(x_TD.sin() @ self.scores.weight.t(), self.shape.k)
+        return super().forward(x_TD, context)
+
+
+class LooksAhead(Sound):
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        same_T = (context.sequence_T == context.sequence_T.roll(-1)) & (context.sample_T == context.sample_T.roll(-1))
+        return super().forward(x_TD + same_T[:, None] * x_TD.roll(-1, 0), context)
+
+
+class ClaimsToLookAhead(Sound):
+    causal = False
+
+
+class ReadsTheMicroBatch(Sound):
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        return super().forward(x_TD if context.micro_batch is None else -x_TD, context)
+
+
+class ExpectsToBeFirst(Sound):
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        assert context.previous is None
+        return super().forward(x_TD, context)
 
 
 class IsTheSameAtEverySite(Sound):
@@ -271,6 +298,11 @@ BROKEN: list[tuple[type[Router], Callable[[Case], None]]] = [
     (ScoresAreNoDistribution, laws.law_scores),
     (ClaimsToHaveNoScores, laws.law_scores),
     (IgnoresForcedChoices, laws.law_choices),
+    (ChoosesTwice, laws.law_choices),
+    (LooksAhead, laws.law_causal),
+    (ClaimsToLookAhead, laws.law_causal),
+    (ReadsTheMicroBatch, laws.law_keys),
+    (ExpectsToBeFirst, laws.law_surroundings),
     (IsTheSameAtEverySite, laws.law_sites),
     (RefusesTooLate, laws.law_shapes),
     (AlwaysFloat32, laws.law_precision),
@@ -304,5 +336,5 @@ def test_a_sound_router_passes(law: Callable[[Case], None]) -> None:
 
 @pytest.mark.parametrize(("router", "law"), BROKEN, ids=[f"{r.__name__}-{law.__name__[4:]}" for r, law in BROKEN])
 def test_a_broken_router_fails(router: type[Router], law: Callable[[Case], None]) -> None:
-    with pytest.raises((AssertionError, ConfigError)):
+    with pytest.raises((AssertionError, ConfigError, DecisionError)):
         law(Case(router, router.Config()))

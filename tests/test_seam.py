@@ -248,7 +248,7 @@ def by_definition(decision: RoutingDecision, feedback: Feedback) -> dict[str, Te
     }
 
 
-@pytest.mark.parametrize("name", [n for n in default_names() if router_class(n).scored])
+@pytest.mark.parametrize("name", [n for n in default_names() if router_class(n).publishes])
 def test_every_scored_router_takes_its_terms_from_its_configuration(name: str) -> None:
     """Gradients are those of the sum written out by hand, beside what the router has of its own."""
     cls = router_class(name)
@@ -274,7 +274,7 @@ def test_every_scored_router_takes_its_terms_from_its_configuration(name: str) -
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("name", [n for n in default_names() if not router_class(n).scored])
+@pytest.mark.parametrize("name", [n for n in default_names() if not router_class(n).publishes])
 def test_routers_without_scores_refuse_terms_by_name_before_any_work(name: str, weight: str) -> None:
     config = router_class(name).Config(**{weight: 0.5})
     with pytest.raises(ConfigError, match=rf"router {name}: {weight} = 0\.5: .* legal is 0"):
@@ -319,7 +319,7 @@ def test_objectives_hold_what_is_a_routers_own() -> None:
     """Else a term of the configuration would count twice."""
     for name in default_names():
         cls = router_class(name)
-        router = cls(cls.Config(**(WEIGHTS if cls.scored else {})), make_shape(8, 2)).double()
+        router = cls(cls.Config(**(WEIGHTS if cls.publishes else {})), make_shape(8, 2)).double()
         context = make_context(12, samples=router.num_samples)
         decision = router(draw(12 * router.num_samples, 6), context)
         own: dict[str, Term] = router.objective(decision, make_feedback(context))

@@ -37,8 +37,7 @@ from rlroute.model import Transformer
 from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import plackett_luce_log_prob, top_k
 from rlroute.training.data import Batch
-from rlroute.training.group import ALONE
-from rlroute.training.step import Device, forward, make_context, surroundings
+from rlroute.training.step import Device, forward, make_context
 
 DEVICE = Device("cpu", torch.float64)
 WIDE_SHIFT = 10.0
@@ -193,8 +192,7 @@ class Probe:
         sites = [router.shape.site for router in self.routers]
         choices = {} if ids_LTK is None else dict(zip(sites, ids_LTK, strict=True))
         keys = {"seed": seed, "step": self.step + turn, "progress": self.progress, "choices": choices}
-        around = surroundings(self.model, ALONE)
-        context = make_context(batch, DEVICE, samples=samples, explore=explore, **keys, **around)
+        context = make_context(batch, DEVICE, samples=samples, explore=explore, **keys)
         with ExitStack() as hooks:
             for scores, shift_TE in zip(self.scores, () if shift_LTE is None else shift_LTE, strict=False):
                 hooks.enter_context(scores.register_forward_hook(shift_by(shift_TE)))

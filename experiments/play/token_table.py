@@ -30,10 +30,9 @@ from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import Batch, eval_batches, load_corpus
-from rlroute.training.group import ALONE
 from rlroute.training.loop import DTYPES
 from rlroute.training.prepare import build_model
-from rlroute.training.step import Device, make_context, surroundings
+from rlroute.training.step import Device, make_context
 
 
 def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
@@ -70,8 +69,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     moe = block.moe
     seen: list[Tensor] = []
     hook = block.ffn_norm.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
-    around = surroundings(model, ALONE)
-    context = make_context(batch, device, seed=0, step=0, progress=1.0, explore=False, **around)
+    context = make_context(batch, device, seed=0, step=0, progress=1.0, explore=False)
     try:
         with device.autocast():
             _, decisions = model(torch.from_numpy(batch.tokens_BS).to(device.name), context)

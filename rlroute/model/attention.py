@@ -4,8 +4,6 @@ Shape suffixes: B sequences (routing samples included), S sequence length, T = B
 E experts, R routed pairs, P width of one expert's queries, G groups of heads with keys and values of their own, J slots per token.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -100,7 +98,6 @@ class AttentionExperts(nn.Module):
         for expert in range(config.attention_experts):
             seeding.init_normal(self.query_EPD[expert], width**-0.5, seed, f"{key}.experts.query", expert)
             seeding.init_normal(self.out_EDP[expert], std_out, seed, f"{key}.experts.out", expert)
-        self.site = attention_site(layer)
         self.rotary = Rotary(head, seq_len, config.rope_base)
 
     @property
@@ -115,7 +112,7 @@ class AttentionExperts(nn.Module):
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the attention output, shape (B, S, D), and the decision that was run."""
         dtype, x_TD = compute_dtype(x_BSD), x_BSD.flatten(0, 1)
-        decision = decide(self.router, x_TD, replace(context, site=self.site), self.config)
+        decision = decide(self.router, x_TD, context, self.config)
         plan = make_plan(decision)
         with torch.autocast(x_TD.device.type, enabled=False):
             q_RP = gather_linear(x_TD.to(dtype), plan, self.query_EPD.to(dtype), self.backend)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
-from rlroute.errors import ConfigError
+from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
@@ -87,12 +87,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
-    """Return the decision with its gates as published (``own``), or each with the value 1 / (pairs of its token) and the gradient of
-    the router's gate (``unit``)."""
+    """Return the decision with its gates as published (``own``), or each with the same value and the gradient of the router's gate
+    (``unit``): 1 over the pairs of its token.
+
+    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. ``self_T`` and the gates of shared experts stay as they
+    are.
+    """
     if form == "own":
         return decision
-    pairs_T = decision.token_sum(torch.ones_like(decision.gates_R)).clamp(min=1)
-    return replace(decision, gates_R=(1 / pairs_T)[decision.token_ids_R] + decision.gates_R - decision.gates_R.detach())
+    gates_R = decision.gates_R
+    weighs_R = (gates_R.detach() != 0).to(gates_R.dtype)
+    unit_R = weighs_R / decision.token_sum(weighs_R).clamp(min=1)[decision.token_ids_R]
+    return replace(decision, gates_R=unit_R + gates_R - gates_R.detach())
 
 
 def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelConfig) -> RoutingDecision:
@@ -102,6 +108,11 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
     """
     with torch.autocast(x_TD.device.type, enabled=False):
         decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
+        gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
+        if gates_TS is not None and gates_TS.shape[1] != shared:
+            raise DecisionError(
+                f"router {router.config.name}: shared_gates_TS has {gates_TS.shape[1]} columns, site {context.site} {shared} shared experts"
+            )
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
 

@@ -61,23 +61,23 @@ class Block(nn.Module):
         """The block's routed sites, in their order."""
         return [module for module in (self.attention, self.moe) if isinstance(module, AttentionExperts | MoELayer)]
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, list[RoutingDecision]]:
-        """Return the residual stream after the block, and the decision of each routed site."""
-        decisions = []
+    def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, dict[Site, RoutingDecision]]:
+        """Return the residual stream after the block, and the decisions of its routed sites, in their order."""
+        made: dict[Site, RoutingDecision] = {}
         normed_BSD = self.attention_norm(x_BSD)
         if isinstance(self.attention, AttentionExperts):
-            y_BSD, decision = self.attention(normed_BSD, replace(context, expert_device_E=None))
-            decisions.append(decision)
-            context = replace(context, previous=decision)
+            shape = self.attention.router.shape
+            y_BSD, made[shape.site] = self.attention(normed_BSD, context.at(shape, context.earlier))
         else:
             y_BSD = self.attention(normed_BSD)
         x_BSD = x_BSD + y_BSD
         x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
         if self.moe is None:
             assert self.mlp is not None
-            return x_BSD + self.mlp(x_TD).view_as(x_BSD), decisions
-        y_TD, decision = self.moe(x_TD, context)
-        return x_BSD + y_TD.view_as(x_BSD), [*decisions, decision]
+            return x_BSD + self.mlp(x_TD).view_as(x_BSD), made
+        shape = self.moe.router.shape
+        y_TD, made[shape.site] = self.moe(x_TD, context.at(shape, {**context.earlier, **made}))
+        return x_BSD + y_TD.view_as(x_BSD), made
 
 
 class Transformer(nn.Module):
@@ -121,15 +121,13 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: int64 token ids; with M routing samples the batch is repeated M times, sample-major.
-            context: the context of the batch's B * S tokens; each site gets it under its own key.
+            context: the context of the batch's B * S tokens; each site gets its own by :meth:`RoutingContext.at`.
         """
         x_BSD = self.embed(tokens_BS)
-        decisions: list[RoutingDecision] = []
-        for layer, block in enumerate(self.layers):
-            previous = decisions[-1] if decisions else None
-            x_BSD, made = block(x_BSD, replace(context, site=layer, previous=previous))
-            decisions += made
-        return self.unembed(self.norm(x_BSD)), decisions
+        for block in self.layers:
+            x_BSD, made = block(x_BSD, context)
+            context = replace(context, earlier={**context.earlier, **made})
+        return self.unembed(self.norm(x_BSD)), list(context.earlier.values())
 
 
 def sites(config: ModelConfig) -> dict[Site, int]:
@@ -156,6 +154,9 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             token_counts_V=shape.token_counts_V,
             site_index=index,
             num_sites=len(experts),
+            # The experts of attention are replicas on every device, and none of them is shared.
+            devices=(config.devices or shape.placement.shards) if isinstance(site, int) else 1,
+            num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
         )
         for index, (site, count) in enumerate(experts.items())
     ]

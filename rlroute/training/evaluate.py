@@ -18,7 +18,7 @@ from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
 from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
-from rlroute.training.step import Device, defined, forward, load_fractions, make_context, max_vio_L, surroundings
+from rlroute.training.step import Device, defined, forward, load_fractions, make_context, max_vio_L
 
 Decisions = list[list[RoutingDecision]]
 """By batch and site."""
@@ -67,11 +67,11 @@ def _pass(
     from training's.
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    decisions, around = [], surroundings(model, group)
+    decisions = []
     for turn in range(-(-len(batches) // group.size)):
         index = turn * group.size + group.rank
         batch = batches[min(index, len(batches) - 1)]
-        context = make_context(batch, device, seed=seed, step=step, progress=progress, explore=explore, **around)
+        context = make_context(batch, device, seed=seed, step=step, progress=progress, explore=explore)
         loss_MT, made = forward(model, batch, context, device)
         if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
             nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
@@ -91,20 +91,19 @@ def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str
         sum((d.demand_E() for d in made), start=torch.zeros(router.shape.num_experts, dtype=torch.long, device=device))
         for router, made in zip(model.routers, made_L, strict=True)
     ]
-    sums_L5 = torch.zeros(len(made_L), 5, dtype=torch.float64, device=device)
+    sums_L6 = torch.zeros(len(made_L), 6, dtype=torch.float64, device=device)
     for site, made in enumerate(made_L):
         for decision in made:
-            sums_L5[site] += _sums(decision)
-    group.add_up([*demand_L, sums_L5])
-    tokens_L, ran_L, without_L, scored_L, entropy_L = sums_L5.t()
-    chosen = sum(int(d.sum()) for d in demand_L)
+            sums_L6[site] += _sums(decision)
+    group.add_up([*demand_L, sums_L6])
+    tokens_L, used_L, ran_L, without_L, scored_L, entropy_L = sums_L6.t()
     return {
         "max_vio_L": max_vio_L(demand_L),
         "cv_L": [defined(metrics.coefficient_of_variation(d)) for d in demand_L],
         "load_entropy_L": [defined(metrics.load_entropy(d)) for d in demand_L],
         "router_entropy_L": [defined(entropy) for entropy in entropy_L / scored_L] if scored_L.any() else None,
         "dead_L": [int(metrics.dead_experts(d)) for d in demand_L],
-        "drop_rate": (chosen - float(ran_L.sum())) / max(chosen, 1),
+        "drop_rate": float((used_L - ran_L).sum() / used_L.sum().clamp(min=1)),
         "pairs_L": (ran_L / tokens_L).tolist(),
         "without_L": (without_L / tokens_L).tolist(),
         "load_LE": load_fractions(demand_L),
@@ -112,15 +111,16 @@ def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str
 
 
 def _sums(decision: RoutingDecision) -> Tensor:
-    """Return what :func:`_balance` adds up of one batch at one site, float64 of shape (5,).
+    """Return what :func:`_balance` adds up of one batch at one site, float64 of shape (6,).
 
-    These are: tokens, pairs that ran, tokens without any, tokens with probabilities, and the entropies of these.
+    These are: tokens, pairs, pairs that ran, tokens without any, tokens with probabilities, and the entropies of these.
     """
     ran_T, probs_TE = decision.token_sum(decision.kept_R.double()), decision.probs_TE
     tokens = ran_T.new_tensor(decision.num_tokens)
     scored = 0 * tokens if probs_TE is None else tokens
     entropy = 0 * tokens if probs_TE is None else tokens * metrics.router_entropy(probs_TE).double()
-    return torch.stack([tokens, ran_T.sum(), (ran_T == 0).sum().double(), scored, entropy])
+    used = decision.used_R.sum().double()
+    return torch.stack([tokens, used, ran_T.sum(), (ran_T == 0).sum().double(), scored, entropy])
 
 
 def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: Group) -> list[float | None]:

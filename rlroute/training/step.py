@@ -77,7 +77,7 @@ def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any)
         batch: a micro-batch.
         device: where the forward runs.
         samples: M.
-        keys: further fields of the context: seed, step, explore ..., and those of :func:`surroundings`.
+        keys: further fields of the context: seed, step, explore ...
     """
 
     def rows(values: Tensor) -> Tensor:
@@ -94,18 +94,6 @@ def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any)
         num_samples=samples,
         **keys,
     )
-
-
-def surroundings(
-    model: Transformer, group: Group, scope: Literal["micro_batch", "batch"] = "micro_batch"
-) -> dict[str, Any]:
-    """Return what a context says of devices and of the other processes: where the experts are, and the sum over the balance scope."""
-    fields: dict[str, Any] = {"sum_over_scope": group.sum_over_scope} if scope == "batch" else {}
-    devices = model.config.devices or group.placement.shards
-    if devices > 1:
-        experts_E = torch.arange(model.config.num_experts, device=model.embed.weight.device)
-        fields["expert_device_E"] = experts_E // (model.config.num_experts // devices)
-    return fields
 
 
 def forward(
@@ -160,7 +148,9 @@ def backward_batch(
         scope: what balance losses look at: a micro-batch, or what all ranks run at a time.
         on_choices: told what each micro-batch that this rank runs chose, by its number and by site.
     """
-    around = surroundings(model, group, scope) | {"seed": seed, "step": step, "progress": progress, "explore": True}
+    keys: dict[str, Any] = {"seed": seed, "step": step, "progress": progress, "explore": True}
+    if scope == "batch":
+        keys["sum_over_scope"] = group.sum_over_scope
     samples = max((router.num_samples for router in model.routers), default=1)
     num_valid = batch.tokens_BS.size
     loss = 0.0
@@ -169,7 +159,7 @@ def backward_batch(
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
     for number, micro in group.share(list(enumerate(split(batch, micro_batches)))):
         chosen: dict[Site, Tensor] | None = None if on_choices is None else {}
-        context = make_context(micro, device, samples=samples, micro_batch=number, chosen=chosen, **around)
+        context = make_context(micro, device, samples=samples, micro_batch=number, chosen=chosen, **keys)
         loss_MT, decisions = forward(model, micro, context, device)
         if on_choices is not None and chosen is not None:
             on_choices(number, chosen)
