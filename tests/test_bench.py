@@ -18,6 +18,7 @@ from rlroute.experiments.bench_kernels import ROUTINGS, Shape, choose_experts, m
 from rlroute.experiments.peers import contenders
 from rlroute.experiments.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
 from rlroute.registry import default_names
+from tests.conftest import HANG
 
 SHAPE = Shape(24, 16, 8, 4, 2)
 PEERS = [name for name in contenders(cuda=False) if name not in ("dense", "loop")]
@@ -226,6 +227,7 @@ def test_figures_of_a_failure_are_its_reason():
 # What a machine with a card runs.
 
 
+@pytest.mark.processes
 def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     missing = ("ray", "tyro", "gymnasium", "wandb", "plotly")
     for name in missing:
@@ -242,7 +244,7 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
         str(tmp_path / "out"),
     ]
     own = os.environ | {"PYTHONPATH": f"{tmp_path / 'without'}{os.pathsep}{ROOT}"}
-    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [step["outcome"] for step in summary["steps"].values()] == ["passed"] * 4

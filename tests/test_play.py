@@ -24,7 +24,7 @@ def player_of(environment, name="reinforce", copies=4, **fields):
     return RouterPlayer(router.Config(**fields), Spec.of(envs), seed=0), envs
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["reinforce", "reinforce:baseline=leave_one_out", "actor_critic", "bandit"])
 def test_every_agent_that_learns_from_reward_passes_nine_tenths_of_the_oracle(name, seed):
     greedy, *_ = play("TokenBandit-v0", (name,), 32, seed, QUICK)
@@ -86,7 +86,7 @@ def test_the_batched_form_takes_a_batch_of_tokens_a_step():
 
 def test_a_router_learns_to_dispatch():
     names = ("uniform", "reinforce:discount=0.9,baseline=ema")
-    uniform, greedy, _ = play("Dispatch-v0", names, 32, 0, Learning(updates=200))
+    uniform, greedy, _ = play("Dispatch-v0", names, 32, 0, Learning(updates=400))
     assert greedy.score > uniform.score + 0.2
 
 
