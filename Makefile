@@ -1,4 +1,5 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
+# make fast       one case of each test that starts no process: a first answer within a minute
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
@@ -13,14 +14,21 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: soak compare test check slow mutants envs aot gpu clean
+.PHONY: soak compare test fast check slow mutants envs aot gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
 
-# One thread: bits change with their number, and the tests compare bits.
+# One thread: bits change with their number, and the tests compare bits. Two processes share
+# the tests, file by file, since the tests of a file share what it makes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) $(SPREAD)
+
+fast: $(INSTALLED)
+	$(PYTEST) $(SPREAD) --fast
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -29,7 +37,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants
@@ -43,7 +51,7 @@ envs: $(INSTALLED)
 		$(BIN)/python -c "import gymnasium as g, stable_baselines3 as s; print('Gymnasium', g.__version__, 'with SB3', s.__version__)"; \
 		$(BIN)/python -m pytest -m "" -k "not test_ppo" tests/test_envs.py tests/test_envs_learn.py || exit 1; \
 	done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "" -k test_ppo tests/test_envs_learn.py
+	$(PYTEST) -s -m "" -k test_ppo tests/test_envs_learn.py
 
 # The stamp comes last, so that an interrupted installation is taken up again.
 $(INSTALLED): setup.py pyproject.toml

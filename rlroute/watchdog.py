@@ -2,12 +2,15 @@
 
 import contextlib
 import faulthandler
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 FILE = "hung-{rank}.txt"
+START_SECONDS = 600.0
+"""The way to the first step may take at least this long: it reads code, corpus and checkpoint, perhaps on a busy machine."""
 
 
 @contextmanager
@@ -18,13 +21,13 @@ def watchdog(seconds: float, folder: Path, rank: int = 0) -> Iterator[Callable[[
     (:mod:`faulthandler`): it fires even while a thread never releases the interpreter's lock.
 
     Args:
-        seconds: how long a step may take, reading the corpus and an evaluation included.
+        seconds: how long a step may take, an evaluation included; the first one has ``START_SECONDS`` if that is longer.
         folder: the run's folder, which is there.
         rank: which of the run's workers this is.
     """
     path = folder / FILE.format(rank=rank)
     with path.open("w") as file:
-        armed = 0.0
+        armed = -math.inf  # the first step always sets the timer anew
 
         def alive(step: int) -> None:
             nonlocal armed
@@ -33,7 +36,7 @@ def watchdog(seconds: float, folder: Path, rank: int = 0) -> Iterator[Callable[[
                 faulthandler.dump_traceback_later(seconds, exit=True, file=file)
                 armed = now
 
-        alive(0)
+        faulthandler.dump_traceback_later(max(seconds, START_SECONDS), exit=True, file=file)
         try:
             yield alive
         finally:

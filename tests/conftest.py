@@ -1,10 +1,16 @@
-"""Small factories shared by the tests of routers and of what routers are made of.
+"""How the tests run, and small factories shared by the tests of routers and of what routers are made of.
 
 Shape suffixes: T tokens (rows of all routing samples), D model width, V vocabulary, M routing samples.
 """
 
 import os
-from typing import Any, Literal
+import subprocess
+import time
+from collections.abc import Callable, Generator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +27,58 @@ from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, Routi
 pytest.register_assert_rewrite("tests.router_laws")
 
 D, V = 6, 11
+HANG = 900
+"""Seconds: the bound of every wait, which only a hang reaches, however slow the machine is."""
+for bound in ("gcs_server_port_wait_time_s", "gcs_server_request_timeout_seconds", "worker_register_timeout_seconds"):
+    os.environ.setdefault(f"RAY_{bound}", str(HANG))
+Met = TypeVar("Met")
+
+
+def until(condition: Callable[[], Met], every: float = 0.02) -> Met:
+    """Wait until a condition is met, looking at it so often (in seconds), and return what it says."""
+    deadline = time.monotonic() + HANG
+    while not (met := condition()):
+        assert time.monotonic() < deadline, f"not met in {HANG} s"
+        time.sleep(every)
+    return met
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make fast`."""
+    parser.addoption("--fast", action="store_true", help="one case of each test that starts no process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put files whose tests start processes first: they take longest. If that is asked for, keep what is fast alone."""
+    costly = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in costly)
+    if config.getoption("--fast"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        kept = [item for item in first.values() if not item.get_closest_marker("processes")][::-1]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Let no test start a process that is not marked so, which keeps `make fast` fast; git's, which records ask, are let be."""
+    if item.get_closest_marker("processes"):
+        return (yield)
+    start = subprocess.Popen.__init__
+
+    def of_python(self: Any, args: Any, *rest: Any, **options: Any) -> None:
+        program = args if isinstance(args, str | os.PathLike) else args[0]
+        assert not Path(program).name.startswith("python"), f"mark {item.nodeid} with pytest.mark.processes"
+        start(self, args, *rest, **options)
+
+    def of_multiprocessing(self: Any) -> None:
+        raise AssertionError(f"mark {item.nodeid} with pytest.mark.processes")
+
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", of_python),
+        mock.patch.object(BaseProcess, "start", of_multiprocessing),
+    ):
+        return (yield)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from rlroute.experiments.bench.layer import router_shape
 from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
 from rlroute.registry import default_names
+from tests.conftest import HANG
 from tests.strangers import install
 
 SHAPE = Shape(24, 16, 8, 4, 2)
@@ -259,6 +260,7 @@ def test_figures_of_a_failure_are_its_reason():
 # What a machine with a card runs.
 
 
+@pytest.mark.processes
 def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     missing = ("ray", "tyro", "gymnasium", "wandb", "plotly")
     for name in missing:
@@ -275,7 +277,7 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
         str(tmp_path / "out"),
     ]
     own = os.environ | {"PYTHONPATH": f"{tmp_path / 'without'}{os.pathsep}{ROOT}"}
-    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [step["outcome"] for step in summary["steps"].values()] == ["passed"] * 4

@@ -18,6 +18,7 @@ from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments.cli.main import main
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.registry import router_names
+from tests.conftest import HANG
 from tests.policies import weights_of, write_policy
 
 ROOT = Path(__file__).parents[1]
@@ -218,11 +219,12 @@ def test_one_more_seed_trains_only_that(compared, tmp_path, monkeypatch):
     assert table(tmp_path / "runs") == table(compared / "runs")
 
 
+@pytest.mark.processes
 def test_ray_gives_the_same_table_as_this_process(compared, tmp_path):
     """A path in an entry is relative to where the command was typed, in Ray's workers too."""
     write_policy(tmp_path / "p.zip", weights_of(16, 4))
     process = start(tmp_path, COMPARE[0], "sb3:policy=p.zip", *COMPARE[1:], "--launcher", "ray", "--concurrency", "2")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert "results/report.html" in out
     of_policy = list((tmp_path / "runs").glob("sb3-*/summary.json"))

@@ -71,6 +71,7 @@ def test_the_same_seed_gives_the_same_outcome(entry):
     assert (first.overlap is None) == (first.sampled_loss is None) == (entry in ("switch", "hash"))
 
 
+@pytest.mark.processes
 def test_in_processes_of_their_own_the_outcomes_are_the_same():
     rows = clusters.compare(["hash"], [0], SHORT, 2, lambda text: None)
     assert [(row["task"], row["gate"]) for row in rows] == [(t, f) for t in TASKS for f in clusters.FORMS]

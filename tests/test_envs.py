@@ -20,6 +20,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from rlroute.envs import IDS
 from rlroute.errors import ConfigError
+from tests.conftest import HANG
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"episode_length": 5}
@@ -30,7 +31,7 @@ EACH = pytest.mark.parametrize("name", IDS)
 def _script(text: str) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*sys.path, ROOT]))}
     done = subprocess.run(
-        [sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -151,6 +152,7 @@ def test_returned_arrays_are_the_callers(name):
             array.fill(0)
 
 
+@pytest.mark.processes
 def test_registration_needs_no_import_and_loads_no_torch():
     orders = (
         "import gymnasium as gym",
@@ -169,10 +171,12 @@ def test_registration_needs_no_import_and_loads_no_torch():
         )
 
 
+@pytest.mark.processes
 def test_importing_the_environments_registers_them():
     _script(f"import gymnasium as gym, rlroute.envs\nfor name in {list(IDS)}:\n    gym.make(name).reset(seed=0)\n")
 
 
+@pytest.mark.processes
 def test_importing_rlroute_loads_nothing_else():
     _script(
         "import sys\nfinders = list(sys.meta_path)\nimport rlroute\n"
@@ -180,6 +184,7 @@ def test_importing_rlroute_loads_nothing_else():
     )
 
 
+@pytest.mark.processes
 def test_without_gymnasium_rlroute_imports_and_says_what_is_missing():
     _script(
         "import sys\n"
@@ -199,6 +204,7 @@ def _make_bandit():
     return gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0", **SHORT)
 
 
+@pytest.mark.processes
 def test_spawned_workers_find_the_environment():
     spawned = AsyncVectorEnv([_make_bandit] * 2, context="spawn")
     sync = SyncVectorEnv([_make_bandit] * 2)

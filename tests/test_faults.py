@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import RunFolder, failure, last_row
 from rlroute.training import loop
-from tests.test_cli import COMPARE, STEPS, TINY, contents, ran, refused, rlroute, rows, stamps, start, table
+from tests.conftest import HANG, until
+from tests.test_cli import COMPARE, ROOT, STEPS, TINY, contents, ran, refused, rlroute, rows, stamps, start, table
+from tests.test_sweep import MISHAP
 from tests.test_third_party import install, site
 
 __all__ = ["site"]  # a fixture
@@ -409,54 +410,50 @@ def test_a_full_disk_keeps_the_old_table_report_and_export(command, here):
 # --- kill -9 ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
-def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path):
-    steps = 100
-    command = (
-        *("compare", "hash", "switch", *TINY, "--seeds", "2", "--launcher", launcher, "--concurrency", "2"),
-        *("--train.steps", steps, "--train.eval-every", steps // 2, "--train.checkpoint-every", 20),
-    )
+def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path, site):
+    """A run has ended by then, and another one waits in its seventh step."""
+    path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
+    entries = ("hash", "mishap:fault=wait")
+    command = ("compare", *entries, *TINY, "--seeds", "2", "--launcher", launcher, "--concurrency", "2")
     killed, calm = tmp_path / "killed", tmp_path / "calm"
     killed.mkdir()
     calm.mkdir()
-    process = start(killed, *command)
+    (killed / "harm-wait").touch()
+    process = start(killed, *command, path=path)
     try:
-        wait_until_in_the_middle(killed / "runs", process)
+        until(lambda: in_the_middle(killed / "runs") or process.poll() is not None)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    (killed / "harm-wait").unlink()
     done = [path.parent for path in (killed / "runs").glob("*/summary.json")]
     begun = [path for path in (killed / "runs").glob("*/checkpoint-*") if path.parent not in done]
     assert done
     assert begun
     before = {folder: (contents(folder), stamps(folder)) for folder in done}
     logged = {path.parent: (int(path.name[-8:]), rows(path.parent, "train")) for path in begun}
-    process = start(killed, *command)
-    _, err = process.communicate(timeout=300)
+    process = start(killed, *command, path=path)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     for folder, was in before.items():
         assert (contents(folder), stamps(folder)) == was
     for folder, (step, kept) in logged.items():
-        assert 0 < step < steps
+        assert 0 < step < STEPS
         assert rows(folder, "train")[:step] == kept[:step]  # their timings too: these steps were not trained again
     for folder in (killed / "runs").iterdir():
-        assert [row["step"] for row in rows(folder, "train")] == list(range(1, steps + 1))
-        assert [row["step"] for row in rows(folder, "eval")] == [steps // 2, steps]
+        assert [row["step"] for row in rows(folder, "train")] == list(range(1, STEPS + 1))
+        assert [row["step"] for row in rows(folder, "eval")] == [4, 8, 12]
     with contextlib.chdir(calm):
         ran(*command, "--launcher", "local")
     assert table(killed / "runs").encode() == table(calm / "runs").encode()
 
 
-def wait_until_in_the_middle(store: Path, process) -> None:
-    """Wait until a run has ended and another one is some steps beyond its checkpoint."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        done = {path.parent for path in store.glob("*/summary.json")}
-        begun = [path for path in store.glob("*/checkpoint-*") if path.parent not in done]
-        if done and any((last_row(path.parent) or {"step": 0})["step"] > int(path.name[-8:]) + 4 for path in begun):
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"never in the middle: exit code {process.poll()}")
+def in_the_middle(store: Path) -> bool:
+    """Whether a run has ended and another one is beyond its checkpoint."""
+    steps = [row["step"] for path in store.glob("mishap-*/checkpoint-*") if (row := last_row(path.parent))]
+    return any(store.glob("*/summary.json")) and max(steps, default=0) > 5
 
 
 # --- a loss that is not finite ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HANG
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlroute"
 
@@ -32,7 +34,7 @@ def _modules(package: Path, name: str) -> list[str]:
 
 
 def _python(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 
 def test_links_are_the_wings_of_setup() -> None:
@@ -56,6 +58,7 @@ def test_files_can_be_read_in_one_sitting() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+@pytest.mark.processes
 def test_core_and_routers_need_no_extra() -> None:
     extras = ("gymnasium", "pandas", "plotly", "ray", "rich", "scipy", "tokenizers", "tyro", "wandb")
     routers = [name for wing in ("agents", "baselines") for name in _modules(ROOT / wing, f"rlroute.{wing}")]
@@ -68,6 +71,7 @@ def test_core_and_routers_need_no_extra() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
 def test_help_loads_nothing_heavy() -> None:
     heavy = {"gymnasium", "numpy", "pandas", "plotly", "ray", "scipy", "torch", "wandb"}
     done = _python(

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,10 +13,11 @@ import pytest
 
 from rlroute.experiments.launch import ray_session
 from rlroute.records import read_runs
+from tests.conftest import HANG, until
 from tests.test_cli import ROOT, TINY
 from tests.test_workers import config_of, figures, grouped
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 
 @pytest.fixture
@@ -43,13 +43,10 @@ def test_a_group_spans_two_nodes_and_outlives_one(two_nodes, tmp_path):
     config, store = config_of(steps=60), tmp_path / "lost"
     grouped(tmp_path / "calm", config)
     trainer = ThreadPoolExecutor(1).submit(grouped, store, config)
-    deadline = time.monotonic() + 120
-    while not any(store.glob("*/checkpoint-*")):
-        assert time.monotonic() < deadline and not trainer.done()
-        time.sleep(0.02)
+    until(lambda: any(store.glob("*/checkpoint-*")) or trainer.done())
     cluster.remove_node(nodes[1], allow_graceful=False)
     cluster.add_node(num_cpus=1)
-    assert trainer.result(timeout=400)["status"] == "finished"
+    assert trainer.result(timeout=HANG)["status"] == "finished"
     assert figures(store, config) == figures(tmp_path / "calm", config)
 
 
@@ -84,16 +81,16 @@ def two_hosts():
                     run(name, "ip", *line.split(), check=True)
             ray = (sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--num-cpus=1")
             here = (f"--node-ip-address={addresses[0]}", f"--temp-dir={folder}/a", "--include-dashboard=false")
-            run(names[0], *ray, "--head", "--port=6399", *here, check=True, timeout=60)
+            run(names[0], *ray, "--head", "--port=6399", *here, check=True, timeout=HANG)
             run(
                 names[1],
                 *ray,
                 f"--address={addresses[0]}:6399",
                 f"--node-ip-address={addresses[1]}",
                 check=True,
-                timeout=60,
+                timeout=HANG,
             )
-            yield lambda *command: run(names[0], *command, timeout=300), f"{addresses[0]}:6399"
+            yield lambda *command: run(names[0], *command, timeout=HANG), f"{addresses[0]}:6399"
         finally:
             for name in names:
                 pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()

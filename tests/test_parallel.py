@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D model width, E experts, K experts per token, R pairs
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -31,13 +32,15 @@ from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, backward_batch
-from tests.conftest import capped, draw
+from tests.conftest import capped, draw, make_context
+
+pytestmark = pytest.mark.processes
 
 DATA = DataConfig(
     spec="synth:documents=64,length=64", seq_len=16, eval_tokens=160
 )  # five micro-batches of two sequences
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=8)
-TRAIN = TrainConfig(steps=20, batch_size=8, micro_batches=4, warmup_steps=2, dtype="float64")
+TRAIN = TrainConfig(steps=12, batch_size=8, micro_batches=4, warmup_steps=2, dtype="float64")
 VARIANTS = [
     "reinforce:baseline=leave_one_out,charge_weight=0.1",
     "reinforce:discount=0.9",
@@ -46,7 +49,7 @@ VARIANTS = [
     "shared",
     "dense",
 ]
-STEPS = 20
+STEPS = 12
 
 
 class ExpertChoiceRouter(Router):
@@ -84,7 +87,7 @@ def model_of(entry, config, corpus, group):
 
 
 def trained(entry, group, **train):
-    """Train 20 steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and layer."""
+    """Train 12 steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and layer."""
     config, corpus = config_of(entry, **train), load_corpus(DATA.spec)
     model = model_of(entry, config, corpus, group)
     optimizer, device = Optimizer(model, config.train, group), Device("cpu", loop.DTYPES[config.train.dtype])
@@ -120,13 +123,13 @@ def alone():
     return {entry: trained(entry, ALONE) for entry in [*default_names(), *VARIANTS]}
 
 
-@pytest.mark.parametrize(("workers", "expert_parallel", "chunks"), [(1, 1, 1), (2, 2, 1), (4, 2, 1)])
+@pytest.mark.parametrize(("workers", "expert_parallel", "chunks"), [(2, 2, 1), (4, 2, 1)])
 def test_workers_equal_one_process_for_every_router(workers, expert_parallel, chunks, alone):
     assert_equal_to(alone, workers, expert_parallel, chunks)
 
 
 @pytest.mark.parametrize(
-    ("workers", "expert_parallel", "chunks"), [(2, 1, 1), pytest.param(4, 4, 2, marks=pytest.mark.slow)]
+    ("workers", "expert_parallel", "chunks"), [(1, 1, 1), (2, 1, 1), pytest.param(4, 4, 2, marks=pytest.mark.slow)]
 )
 def test_other_meshes_and_chunks_compute_the_same(workers, expert_parallel, chunks, alone):
     assert_equal_to({entry: alone[entry] for entry in ("switch", *VARIANTS)}, workers, expert_parallel, chunks)
@@ -206,10 +209,22 @@ def dispatched(kind, chunks):
     return outcomes, mesh.traffic(), int(away.sum())
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 2, 5])
-@pytest.mark.parametrize("kind", ["spread", "collapsed", "dropped", "unused", "none kept"])
-def test_dispatch_equals_the_kernel_with_all_experts(kind, chunks):
-    ranks = run_ranks(dispatched, 3, kind, chunks)
+KINDS, CHUNKS = ("spread", "collapsed", "dropped", "unused", "none kept"), (0, 1, 2, 5)
+
+
+def all_dispatched():
+    return {(kind, chunks): dispatched(kind, chunks) for kind in KINDS for chunks in CHUNKS}
+
+
+@pytest.fixture(scope="module")
+def dispatches():
+    return run_ranks(all_dispatched, 3)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dispatch_equals_the_kernel_with_all_experts(kind, chunks, dispatches):
+    ranks = [rank[kind, chunks] for rank in dispatches]
     for (mine, expected), traffic, _ in ranks:
         for got, want in zip([*mine[:3], *mine[3]], [*expected[:3], *expected[3]], strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -217,25 +232,26 @@ def test_dispatch_equals_the_kernel_with_all_experts(kind, chunks):
         assert traffic["bytes"] == 4 * sent * 5 * 8
 
 
-def devices(expert_parallel):
-    (router, _) = model_of("switch", config_of("switch"), load_corpus(DATA.spec), Mesh(expert_parallel)).routers
-    return any_context().at(router.shape, {}).expert_device_E
+def devices():
+    """Return the devices of the experts as routers see them, with two shards and with one."""
+    groups, config = [Mesh(shards) for shards in (2, 1)], config_of("switch")
+    models = [model_of("switch", config, load_corpus(DATA.spec), group) for group in groups]
+    return [make_context().at(model.routers[0].shape, {}).expert_device_E for model in models]
 
 
 def test_routers_see_the_devices_of_the_experts():
-    assert run_ranks(devices, 2, 2)[1].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert run_ranks(devices, 2, 1)[1] is None
+    two, one = run_ranks(devices, 2)[1]
+    assert two.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and one is None
 
 
 def test_balance_by_device_sees_real_devices_and_evens_their_loads():
-    spread = {}
-    for weight in (0.0, 10.0):
-        entry = f"switch:balance_weight=0,device_balance_weight={weight}"
-        (one, _), *_ = run_ranks(all_trained, 2, [entry, "switch"], 2, 1, {})
+    entries = [f"switch:balance_weight=0,device_balance_weight={weight}" for weight in (0.0, 10.0)]
+    spread = []
+    for one in run_ranks(all_trained, 2, entries, 2, 1, {})[0]:
         demand_E = torch.bincount(one["chosen"][-8:].flatten(), minlength=8).double()
         by_device = demand_E.view(2, 4).sum(1) / demand_E.sum()
-        spread[weight] = float((by_device - 0.5).abs().max())
-    assert spread[10.0] < 0.5 * spread[0.0]
+        spread.append(float((by_device - 0.5).abs().max()))
+    assert spread[1] < 0.5 * spread[0]
 
 
 def described(expert_parallel):
@@ -293,8 +309,16 @@ def eight():
     return {"steps": 8, "eval_every": 4, "log_every": 1, "checkpoint_every": 4}
 
 
-def test_a_run_that_went_on_with_other_workers_says_so_and_enters_no_table_of_either(tmp_path):
-    run_ranks(run, 2, tmp_path / "cut", 2, "switch", 5)
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The store of a run of two shards that was stopped after five steps; nobody may change it."""
+    store = tmp_path_factory.mktemp("halves")
+    run_ranks(run, 2, store, 2, "switch", 5)
+    return store
+
+
+def test_a_run_that_went_on_with_other_workers_says_so_and_enters_no_table_of_either(halves, tmp_path):
+    shutil.copytree(halves, tmp_path / "cut")
     run(tmp_path / "cut", None, "switch", 7)
     run(tmp_path / "cut", None, "switch")
     run(tmp_path / "one", None, "uniform")
@@ -305,12 +329,20 @@ def test_a_run_that_went_on_with_other_workers_says_so_and_enters_no_table_of_ei
         build_table(records)
 
 
+@pytest.fixture(scope="module")
+def quarters(tmp_path_factory):
+    """The store of a run of four shards that was stopped after five steps, and the summary of the whole run in one process."""
+    folder = tmp_path_factory.mktemp("quarters")
+    run_ranks(run, 4, folder / "cut", 4, "bias_balanced", 5)
+    return folder / "cut", run(folder / "whole", None, "bias_balanced")
+
+
 @pytest.mark.parametrize(
     ("workers", "expert_parallel"), [pytest.param(4, 4, marks=pytest.mark.slow), (2, 2), (1, None)]
 )
-def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_parallel, tmp_path):
-    whole = run(tmp_path / "whole", None, "bias_balanced")
-    run_ranks(run, 4, tmp_path / "cut", 4, "bias_balanced", 5)
+def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_parallel, quarters, tmp_path):
+    cut, whole = quarters
+    shutil.copytree(cut, tmp_path / "cut")
     files = sorted(p.name for p in tmp_path.glob("cut/*/checkpoint-00000004/*"))
     assert files == [f"{n}-{i}-of-4.{s}" for n, s in (("model", "safetensors"), ("trainer", "pt")) for i in range(1, 5)]
     arguments = (tmp_path / "cut", expert_parallel, "bias_balanced")
@@ -321,8 +353,8 @@ def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_paral
     assert rows == list(range(1, 9))
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    run_ranks(run, 2, tmp_path, 2, "switch", 5)
+def test_a_missing_shard_is_named(halves, tmp_path):
+    shutil.copytree(halves, tmp_path, dirs_exist_ok=True)
     next(tmp_path.glob("*/checkpoint-*/model-2-of-2.safetensors")).unlink()
     with pytest.raises(checkpoint.CheckpointError, match="model-2-of-2"):
         run(tmp_path, None, "switch")

@@ -153,6 +153,7 @@ def trained(tmp_path_factory):
     return [np.stack(rows) for rows in zip(*ranks, strict=True)], record
 
 
+@pytest.mark.processes
 def test_bytes_of_two_ranks_are_those_of_their_decisions(trained):
     pairs_SPP, record = trained
     assert len(pairs_SPP) == len(record.train) == STEPS
@@ -162,6 +163,7 @@ def test_bytes_of_two_ranks_are_those_of_their_decisions(trained):
         assert row["traffic"]["bytes"] == 4 * within * 16 * 8  # width, float64
 
 
+@pytest.mark.processes
 def test_planned_bytes_and_imbalance_are_close_to_those_of_the_run(trained):
     """The plan has every device's tokens choose alike; what a run's do not is a few per cent here."""
     _, record = trained
@@ -197,6 +199,7 @@ def test_rates_of_one_shape_predict_a_machine_that_keeps_them():
 # The command and the page.
 
 
+@pytest.mark.processes
 def test_command_writes_what_it_prints(trained, tmp_path):
     write_compact([trained[1]], tmp_path / "runs.jsonl")
     out = tmp_path / "out" / "scale.json"
@@ -205,6 +208,7 @@ def test_command_writes_what_it_prints(trained, tmp_path):
     assert "No result of `rlroute bench parallel`" in text and "| switch |" in text
 
 
+@pytest.mark.processes
 def test_what_is_predicted_stands_beside_what_was_measured(trained, tmp_path):
     write_compact([trained[1]], tmp_path / "runs.jsonl")
     rows = [bench_row("T=64 D=16 F=32 E=8 K=2", 3.0, 4.0, 0.25), bench_row("T=64 D=16 F=16 E=8 K=2", 1.5, 2.5, 0.5)]
@@ -217,6 +221,7 @@ def test_what_is_predicted_stands_beside_what_was_measured(trained, tmp_path):
     assert "| T=64 D=16 F=16 E=8 K=2 | 40.0% | 50.0% | 1.67 | 2.00 (1.00 to 3.00) |" in text
 
 
+@pytest.mark.processes
 def test_foreign_files_are_refused(tmp_path, trained):
     runs = RESULTS / "comparison.jsonl"
     (tmp_path / "foreign.json").write_text('{"rows": []}')

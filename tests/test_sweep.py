@@ -4,8 +4,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 
@@ -13,8 +13,12 @@ import pytest
 
 from rlroute.experiments.bench import soak
 from rlroute.records import failure, read_runs
+from tests.conftest import HANG, until
 from tests.test_cli import ROOT, ran, start, table
-from tests.test_third_party import install
+from tests.test_third_party import install, site
+
+__all__ = ["site"]  # a fixture
+pytestmark = pytest.mark.processes
 
 MISHAP = '''
 """Chooses at random, and does harm as long as a file named harm is there.
@@ -42,6 +46,10 @@ class MishapRouter(UniformRouter):
         if context.explore and context.step == 6 and harm.exists():
             if self.fault == "once":
                 harm.unlink()
+            if self.fault == "wait":
+                while harm.exists():
+                    time.sleep(0.02)
+                return super().forward(x_TD, context)
             if self.fault == "raise":
                 raise ValueError("this router went wrong")
             if self.fault == "hang":
@@ -71,6 +79,8 @@ warmup_steps = 2
 log_every = 1
 """
 FAULTS = ("raise", "hang", "lost", "once")
+PATIENCE = ("--patience", "0.2")
+"""Hundreds of times what a step takes here; on the way to the first step it does not count."""
 
 
 def spec_of(folder, entries, steps, every, more="", seeds=2):
@@ -89,23 +99,14 @@ def marked(monkeypatch):
     return lambda: [pid for pid in soak.marked(mark) if pid != os.getpid()]
 
 
-def wait(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, marked):
-    site = tmp_path / "site"
-    site.mkdir()
+def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, marked, site):
     path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
     for fault in FAULTS:
         (tmp_path / f"harm-{fault}").touch()
     entries = ("hash", *(f"mishap:fault={fault}" for fault in FAULTS))
-    command = ("sweep", spec_of(tmp_path, entries, 12, 4, seeds=1), "--retries", "1", "--patience", "0.1")
+    command = ("sweep", spec_of(tmp_path, entries, 12, 4, seeds=1), "--retries", "1", *PATIENCE)
     process = start(tmp_path, *command, path=path)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 1, err
     assert "2 of 5 runs ended, 3 set aside" in out
     reasons = {}
@@ -122,22 +123,28 @@ def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, 
     assert "time.sleep" not in err and "Traceback" not in err  # what happened, and no more
     hung = reasons["no step"][0] / "hung-0.txt"
     assert "mishap.py" in hung.read_text()
-    wait(lambda: not marked())
+    until(lambda: not marked())
     for fault in FAULTS:
         (tmp_path / f"harm-{fault}").unlink(missing_ok=True)
     process = start(tmp_path, *command, path=path)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert "5 of 5 runs ended, 0 set aside" in out
     assert not list(tmp_path.glob("runs/*/failed.json")) and not list(tmp_path.glob("runs/*/hung-*"))
-    calm = tmp_path / "calm"
+    assert figures(tmp_path / "runs") == figures(undisturbed(tmp_path))
+
+
+def undisturbed(folder):
+    """Train a folder's sweep in this process; return the store."""
+    calm = folder / "calm"
     calm.mkdir()
-    assert finished(start(calm, "sweep", tmp_path / "sweep.toml", "--launcher", "local", path=path))
-    assert figures(tmp_path / "runs") == figures(calm / "runs")
+    with contextlib.chdir(calm):
+        ran("sweep", folder / "sweep.toml", "--launcher", "local")
+    return calm / "runs"
 
 
 def finished(process):
-    process.communicate(timeout=300)
+    process.communicate(timeout=HANG)
     return process.returncode == 0
 
 
@@ -150,31 +157,54 @@ def figures(store):
     }
 
 
+def test_patience_counts_from_the_first_step(tmp_path):
+    """Ten times the patience on the way to it is no fault, a step that does not end is one."""
+    script = f"""if True:
+        import time
+        from pathlib import Path
+        from rlroute.watchdog import watchdog
+        with watchdog(0.1, Path({str(tmp_path)!r})) as alive:
+            time.sleep(1)
+            Path({str(tmp_path / "begun")!r}).touch()
+            alive(1)
+            time.sleep({HANG})
+    """
+    assert subprocess.run([sys.executable, "-c", script], timeout=HANG // 2).returncode == 1
+    assert (tmp_path / "begun").exists()
+    assert "Timeout" in (tmp_path / "hung-0.txt").read_text()
+
+
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked):
-    command = ("sweep", spec_of(tmp_path, ("hash", "switch"), 200, 50), "--concurrency", "2")
+def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked, site):
+    """Two of its runs have ended by then, and the others wait in their seventh step."""
+    path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
+    command = ("sweep", spec_of(tmp_path, ("hash", "mishap:fault=wait"), 12, 4), "--concurrency", "2")
     store = tmp_path / "runs"
-    process = start(tmp_path, *command)
-    wait(lambda: any(store.glob("*/summary.json")) or process.poll() is not None, 120)
+    (tmp_path / "harm-wait").touch()
+    process = start(tmp_path, *command, path=path)
+    begun = ("hash-*/summary.json", "mishap-*/checkpoint-*")
+    until(lambda: all(len(list(store.glob(name))) == 2 for name in begun) or ended(process))
     process.send_signal(blow)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     if blow == signal.SIGINT:
         assert process.returncode == 130
         assert "the same command goes on" in err and "Traceback" not in err
-    wait(lambda: not [pid for pid in marked() if soak.is_trial(pid)])  # Ray's own agents take a minute longer
-    ended = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
-    assert ended and len(ended) < 4
-    process = start(tmp_path, *command)
-    _, err = process.communicate(timeout=300)
+    until(lambda: not [pid for pid in marked() if soak.is_trial(pid)])  # Ray's own agents take a minute longer
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
+    assert len(before) == 2, err
+    (tmp_path / "harm-wait").unlink()
+    process = start(tmp_path, *command, path=path)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
-    assert {path: path.stat().st_mtime_ns for path in ended} == ended  # no run twice
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # no run twice
     assert not list(Path(tempfile.gettempdir()).glob(f"rlroute-{process.pid}-*"))
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    assert finished(start(calm, "sweep", tmp_path / "sweep.toml", "--launcher", "local"))
-    assert table(store).encode() == table(calm / "runs").encode()
+    assert table(store).encode() == table(undisturbed(tmp_path)).encode()
     with contextlib.chdir(tmp_path):
         assert "4 of 4 runs ended" in ran(*command)  # and with nothing to do Ray is not started
+
+
+def ended(process):
+    return process.poll() is not None
 
 
 @pytest.mark.slow
@@ -182,7 +212,7 @@ def test_a_sweep_of_expert_parallel_groups_leaves_the_figures_of_single_processe
     more = "[resources]\nworkers = 2\nexpert_parallel = 2\ncpus = 0.5\n"
     spec = spec_of(tmp_path, ("switch",), 12, 4, f"{more}\n[grid]\ntrain.dtype = ['float64']\n")
     process = start(tmp_path, "sweep", spec)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert {run.environment["workers"] for run in read_runs(tmp_path / "runs")} == {2}
     calm = tmp_path / "calm"
@@ -193,7 +223,7 @@ def test_a_sweep_of_expert_parallel_groups_leaves_the_figures_of_single_processe
     for a, b in zip(read_runs(tmp_path / "runs"), read_runs(calm / "runs"), strict=True):
         assert a.id == b.id and a.loads == b.loads
         assert abs(a.summary["final"]["loss"] - b.summary["final"]["loss"]) < 1e-10
-    wait(lambda: not marked())
+    until(lambda: not marked())
 
 
 @pytest.mark.slow
@@ -204,12 +234,12 @@ def test_a_group_of_workers_one_of_which_hangs_leaves_their_stacks_and_goes_on(t
     (tmp_path / "harm-hang").touch()
     more = "[resources]\nworkers = 2\nexpert_parallel = 2\ncpus = 0.5\n"
     spec = spec_of(tmp_path, ("mishap:fault=hang",), 12, 4, more)
-    command = ("sweep", spec, "--retries", "0", "--patience", "0.1")
+    command = ("sweep", spec, "--retries", "0", *PATIENCE)
     process = start(tmp_path, *command, path=path)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 1 and err.count("workers were lost 1 times") == 2
     assert "mishap.py" in "".join(file.read_text() for file in tmp_path.glob("runs/*/hung-*.txt"))
-    wait(lambda: not marked())
+    until(lambda: not marked())
     (tmp_path / "harm-hang").unlink()
     assert finished(start(tmp_path, *command, path=path))
     assert not list(tmp_path.glob("runs/*/hung-*"))
@@ -221,14 +251,14 @@ def test_a_run_of_workers_stops_at_ctrl_c_and_goes_on(tmp_path, marked):
     command += ["--data.spec", "synth:documents=64,length=64", "--data.seq-len", "16", "--data.eval-tokens", "128"]
     command += ["--train.batch-size", "4", "--train.checkpoint-every", "20", "--train.eval-every", "300"]
     process = start(tmp_path, *command)
-    wait(lambda: any(tmp_path.glob("runs/*/checkpoint-*")) or process.poll() is not None, 120)
+    until(lambda: any(tmp_path.glob("runs/*/checkpoint-*")) or ended(process))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert "the same command goes on" in err and "Traceback" not in err
-    wait(lambda: not marked())
+    until(lambda: not marked())
     process = start(tmp_path, *command)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0 and "finished" in out, err
     (record,) = read_runs(tmp_path / "runs")
     assert record.environment["workers"] == 2 and record.config["config"]["train"]["micro_batches"] == 2
@@ -238,17 +268,17 @@ def test_a_run_of_workers_stops_at_ctrl_c_and_goes_on(tmp_path, marked):
 def test_a_search_stops_trials_early_and_enters_no_table(tmp_path):
     more = "[grid]\ntrain.lr = [1e-2, 1e-3, 1e-4]\n\n[asha]\ngrace = 10\nreduction = 3\n"
     process = start(tmp_path, "sweep", spec_of(tmp_path, ("hash",), 40, 10, more))
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     store = tmp_path / "runs" / "search-sweep"
     assert out.count("hash lr=") == 6 and "| 40 |" in out
     assert len(list(store.glob("*/config.json"))) == 6 > len(list(store.glob("*/summary.json")))
     rows = {path: path.read_bytes() for path in store.glob("*/metrics.jsonl")}
     again = start(tmp_path, "sweep", "sweep.toml")
-    assert again.communicate(timeout=60)[0] == out  # what it stopped stays stopped
+    assert again.communicate(timeout=HANG)[0] == out  # what it stopped stays stopped
     assert {path: path.read_bytes() for path in store.glob("*/metrics.jsonl")} == rows
     process = start(tmp_path, "table", store)
-    assert "trials of a search" in process.communicate(timeout=60)[1]
+    assert "trials of a search" in process.communicate(timeout=HANG)[1]
     assert process.returncode == 2
 
 
@@ -266,11 +296,11 @@ def test_a_run_that_takes_all_memory_is_set_aside_and_the_others_go_on(tmp_path,
     (tmp_path / "harm-memory").touch()
     spec = spec_of(tmp_path, ("mishap:fault=memory", "hash"), 12, 4)
     process = start(tmp_path, "sweep", spec, "--retries", "1", "--concurrency", "1", path=path)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 1, err
     assert "2 of 4 runs ended, 2 set aside" in out, err
     assert err.count("its process was lost 2 times, for want of memory") == 2 and "Traceback" not in err
-    wait(lambda: not marked())
+    until(lambda: not marked())
 
 
 @pytest.fixture
@@ -296,7 +326,7 @@ def test_a_store_that_cannot_be_written_sets_runs_aside_and_costs_nothing(fault,
     if fault.startswith("No space"):
         mount("-t", "tmpfs", "-o", "size=8m", "tmpfs")
     process = start(tmp_path, *command)
-    wait(lambda: any(store.glob("*/checkpoint-*")) or process.poll() is not None, 120)
+    until(lambda: any(store.glob("*/checkpoint-*")) or ended(process))
     if fault.startswith("No space"):
         with contextlib.suppress(OSError), (store / "filler").open("wb", buffering=0) as filler:
             while True:
@@ -304,16 +334,13 @@ def test_a_store_that_cannot_be_written_sets_runs_aside_and_costs_nothing(fault,
     else:
         mount("--bind", store)
         mount("-o", "remount,bind,ro")
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 1, err
     assert "set aside" in err and fault in err and "Traceback" not in err
-    wait(lambda: not marked())
+    until(lambda: not marked())
     (store / "filler").unlink() if fault.startswith("No space") else mount.undo()
     process = start(tmp_path, *command)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert "4 of 4 runs ended, 0 set aside" in out
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    assert finished(start(calm, "sweep", tmp_path / "sweep.toml", "--launcher", "local"))
-    assert figures(store) == figures(calm / "runs")
+    assert figures(store) == figures(undisturbed(tmp_path))

@@ -9,6 +9,7 @@ import pytest
 
 from rlroute import registry
 from rlroute.config import RouterConfig
+from tests.conftest import HANG
 from tests.test_cli import ROOT, STEPS, TINY, ran, refused, rlroute, rows, start
 
 ROUTER = '''
@@ -88,10 +89,11 @@ def site(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.processes
 def test_a_new_process_lists_and_compares_it(tmp_path):
     path = os.pathsep.join((str(ROOT), install(tmp_path / "site")))
     process = start(tmp_path, "compare", "fragile", "hash", *TINY, "--launcher", "local", path=path)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert "\n| fragile | own |" in out
     assert "softmax over all experts (fragile)" in out

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 import uuid
 from pathlib import Path
 
@@ -19,6 +18,9 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
 from rlroute.records import RunFolder
 from rlroute.training import loop
+from tests.conftest import until
+
+pytestmark = pytest.mark.processes
 
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=8)
 
@@ -82,27 +84,39 @@ def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
     assert loads == undisturbed[2]
 
 
-@pytest.mark.parametrize(
-    ("moment", "which"),
-    [
-        ("metrics.jsonl", 0),
-        (".checkpoint-*.tmp", 1),
-        pytest.param("metrics.jsonl", 1, marks=pytest.mark.slow),
-        pytest.param(".checkpoint-*.tmp", 0, marks=pytest.mark.slow),
-    ],
-)
+def strike(blow, store, *victims):
+    """Send a signal to a worker as soon as a file is there, in each of the groups to come; return a list of those struck by now.
+
+    Args:
+        blow: the signal.
+        store: of the group's run.
+        victims: for each group which of its workers, and the file's pattern; a checkpoint is one that is not there yet.
+    """
+    struck, known = [], set()
+    until(lambda: not workers())  # of the test before
+
+    def two_new():
+        return len(found := sorted(set(workers()) - known)) == 2 and found
+
+    def wait(which, moment):
+        pids = until(two_new)
+        known.update(pids)
+        old = set(store.glob("*/*checkpoint-*"))
+        until(lambda: set(store.glob(f"*/{moment}")) - old, 0.001)
+        os.kill(pids[which], blow)
+        struck.append(pids[which])
+
+    threading.Thread(target=lambda: [wait(*victim) for victim in victims], daemon=True).start()
+    return struck
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("moment", ["metrics.jsonl", "*checkpoint-*"])
 def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, which, undisturbed, tmp_path):
+    """A checkpoint is most often not whole by then, and at the latest some steps old."""
     config = config_of(steps=60)
-    killed = []
-
-    def kill():
-        while not killed:
-            if (found := workers()) and len(found) == 2 and any(tmp_path.glob(f"*/{moment}")):
-                os.kill(found[which], signal.SIGKILL)
-                killed.append(found[which])
-            time.sleep(0.001)
-
-    threading.Thread(target=kill, daemon=True).start()
+    killed = strike(signal.SIGKILL, tmp_path, (which, moment))
     grouped(tmp_path, config)
     assert killed
     assert figures(tmp_path, config) == undisturbed
@@ -112,47 +126,28 @@ def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, 
 @pytest.mark.slow
 def test_a_stopped_worker_is_given_up(undisturbed, tmp_path):
     config = config_of(steps=60)
-    stopped = []
-
-    def stop():
-        while not stopped:
-            if len(found := workers()) == 2 and any(tmp_path.glob("*/checkpoint-*")):
-                os.kill(found[1], signal.SIGSTOP)
-                stopped.append(found[1])
-            time.sleep(0.01)
-
-    threading.Thread(target=stop, daemon=True).start()
-    grouped(tmp_path, config, timeout=3.0)
+    stopped = strike(signal.SIGSTOP, tmp_path, (1, "checkpoint-*"))
+    grouped(tmp_path, config, timeout=30.0)
     assert stopped and figures(tmp_path, config) == undisturbed
 
 
 def test_an_error_of_the_training_is_raised_at_once_and_no_process_stays(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         grouped(tmp_path, config_of(spec="file:nowhere/*.txt"))
-    deadline = time.monotonic() + 20
-    while workers():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not workers())
 
 
-def test_workers_that_are_lost_again_and_again_are_given_up_and_the_checkpoint_stays(tmp_path):
-    config, over = config_of(steps=5000), threading.Event()
-
-    def kill():
-        seen = set()
-        while not over.wait(0.01):
-            found = {path.name for path in tmp_path.glob("*/checkpoint-*")}
-            if found - seen:  # they are training again
-                seen |= found
-                os.kill(workers()[0], signal.SIGKILL)
-
-    threading.Thread(target=kill, daemon=True).start()
-    try:
-        with pytest.raises(LostWorkersError, match="lost 2 times"):
-            grouped(tmp_path, config, retries=1)
-    finally:
-        over.set()
-    assert list(tmp_path.glob("*/checkpoint-*"))
+def test_workers_that_are_lost_again_and_again_are_given_up_and_the_run_goes_on_from_its_checkpoint(
+    undisturbed, tmp_path
+):
+    """The first is killed in a step before any checkpoint, the second one in or after the first checkpoint that it makes."""
+    config = config_of(steps=60)
+    killed = strike(signal.SIGKILL, tmp_path, (0, "metrics.jsonl"), (1, "*checkpoint-*"))
+    with pytest.raises(LostWorkersError, match="lost 2 times"):
+        grouped(tmp_path, config, retries=1)
+    grouped(tmp_path, config)
+    assert len(killed) == 2 and figures(tmp_path, config) == undisturbed
+    assert not list(tmp_path.glob("*/.checkpoint-*"))
 
 
 @pytest.mark.parametrize(("options", "message"), [

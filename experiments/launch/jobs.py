@@ -84,7 +84,7 @@ class Launch:
     retries: int = 2
     """How often a run is started again that failed, or whose process was lost or hung."""
     patience: float = 10.0
-    """Minutes without a step after which a run counts as hung."""
+    """Minutes without a step after which a run counts as hung; the first step has ten if that is more."""
     wandb: Mode = "off"
     """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
 

@@ -22,7 +22,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")  # a forked torch may hang,
 _CONTEXT.set_forkserver_preload(["rlroute.parallel.mesh", "rlroute.training.loop"])
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, seconds: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, seconds: float = 600.0) -> list[Any]:
     """Return ``function(*arguments)`` of each rank of a new group, in their order; each has one thread.
 
     Args:

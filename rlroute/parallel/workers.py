@@ -31,9 +31,9 @@ from rlroute.registry import run_config
 from rlroute.sink import Mode, pass_on, take_warnings
 from rlroute.training.loop import train
 from rlroute.training.prepare import check_shares
-from rlroute.watchdog import watchdog
+from rlroute.watchdog import START_SECONDS, watchdog
 
-PLACEMENT_SECONDS = 120
+PLACEMENT_SECONDS = 300
 """How long the workers may take to start: a dead node is noticed after up to a minute, and its share placed elsewhere."""
 SETTLING_SECONDS = 5.0
 """How long the other workers may take to say what happened to them, once one has failed."""
@@ -74,9 +74,9 @@ def train_group(
         cpus, gpus: of each worker.
         command: the command line behind this run, for its record.
         retries: how often the workers are started again after some were lost.
-        patience: seconds without a step after which a worker ends itself, and counts as lost.
-        timeout: seconds that a worker waits for the others before it gives them up; longer than ``patience`` if nothing is said, so that
-            one that hangs has left its stacks by then.
+        patience: seconds without a step after which a worker ends itself, and counts as lost; see :func:`rlroute.watchdog.watchdog`.
+        timeout: seconds that a worker waits for the others before it gives them up; longer than a watchdog waits if nothing is said,
+            so that one that hangs has left its stacks by then.
         wandb: where rank 0 sends the rows besides the records.
 
     Raises:
@@ -88,7 +88,7 @@ def train_group(
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
-    waits = patience + 60 if timeout is None else timeout
+    waits = max(patience, START_SECONDS) + 60 if timeout is None else timeout
     job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, waits, wandb)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
