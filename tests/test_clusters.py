@@ -285,3 +285,14 @@ def trained_cells(entry, monkeypatch):
     rows = clusters.compare([entry], [0], clusters.Ladder(), 1, lambda text: None)
     assert [(row["task"], row["gate"]) for row in rows] == list(product(clusters.TASKS, clusters.FORMS))
     return trained
+
+
+def test_a_run_that_diverges_is_named_and_ranks_last():
+    fine = {"merged": 0, "nmi": 1.0, "max_vio": 0.0, "arrived": None}
+    rows = [
+        {"task": "uniform", "gate": "own", "entry": entry, "outcomes": [{"loss": loss, **fine} for loss in losses]}
+        for entry, losses in {"lost": (0.1, None), "poor": (0.9, 0.8), "good": (0.2, 0.3)}.items()
+    ]
+    lines = [line for line in to_markdown(rows).splitlines() if line.startswith(("| lost", "| poor", "| good"))]
+    assert [line.split()[1] for line in lines] == ["good", "poor", "lost"]
+    assert "1 of 2 diverged" in lines[-1]

@@ -128,6 +128,7 @@ def test_replay_gives_the_losses_of_a_run_bit_for_bit(name: str, tmp_path: Path)
     assert ChoiceLog(tmp_path / replay.run_id(0)).sha256() == ChoiceLog(tmp_path / source.run_id(0)).sha256()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["switch", "threshold", "expert_choice"])
 def test_replay_in_two_processes_is_the_run_in_two_processes(name: str, tmp_path: Path) -> None:
     source = run_of(name)

@@ -234,7 +234,8 @@ class Probe:
                 raise Unmeasurable(OTHER_LOGITS)
 
     def _check_fixed_k(self) -> None:
-        """Make sure that all slots are used, whatever the logits, save by zero experts; and that they are not all experts.
+        """Make sure that all slots are used, whatever the logits, in training and out of it, save by zero experts; and that they
+        are not all experts.
 
         Raises:
             Unmeasurable: it is otherwise.
@@ -242,7 +243,12 @@ class Probe:
         replicas, generator = 16, torch.Generator().manual_seed(0)
         normal_LTE = torch.randn(self.zero_shift(replicas).shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            decisions = [d for scale in (0.0, WIDE_SHIFT) for d in self._run(scale * normal_LTE, replicas)[2]]
+            decisions = [
+                decision
+                for explore in (False, True)
+                for scale in (0.0, WIDE_SHIFT)
+                for decision in self._run(scale * normal_LTE, replicas, explore=explore)[2]
+            ]
         if any(d.num_experts == self.columns and not d.used_R.all() for d in decisions):
             raise Unmeasurable(VARIABLE_K)
         if self.k == self.columns:

@@ -64,7 +64,7 @@ class Outcome:
     """What a run reached, greedy; for routers that draw also as they draw in training.
 
     Attributes:
-        loss, sampled_loss: mean squared error per coordinate.
+        loss, sampled_loss: mean squared error per coordinate; None where training diverged.
         overlap: share of the drawn pairs of token and expert that are greedy ones too.
         merged: clusters less the experts that are some cluster's main one.
         nmi: normalised mutual information of cluster and expert, over the chosen pairs; None where there are none.
@@ -73,7 +73,7 @@ class Outcome:
         pairs, without: pairs that ran per token, and the share of tokens for which none did.
     """
 
-    loss: float
+    loss: float | None
     merged: int
     nmi: float | None
     max_vio: float | None
@@ -157,7 +157,8 @@ def train(entry: str, task: Clusters, form: Form, seed: int, how: Ladder) -> Out
         sampled_loss, drawn = _evaluate(layer, held_out, seed, True)
         overlap = defined(metrics.overlap(drawn, greedy))
     found = agreement(held_out.label_T, greedy)
-    return Outcome(loss=loss, sampled_loss=sampled_loss, overlap=overlap, arrived=arrived, **found)
+    losses = {"loss": defined(loss), "sampled_loss": None if sampled_loss is None else defined(sampled_loss)}
+    return Outcome(**losses, overlap=overlap, arrived=arrived, **found)
 
 
 def _router(entry: str, task: Clusters, seed: int) -> Router:
@@ -270,7 +271,7 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     for task, form in dict.fromkeys((row["task"], row["gate"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["gate"]) == (task, form)]
         runs_of = [(row["entry"], [Outcome(**run) for run in row["outcomes"]]) for row in mine]
-        runs_of.sort(key=lambda item: _mean(item[1], "loss"))
+        runs_of.sort(key=lambda item: math.fsum(_losses(item[1])) / len(item[1]))
         table = markdown(COLUMNS, [_line(entry, runs) for entry, runs in runs_of], tight=True)
         ladder = ", ".join(f"{name} {loss:.4f}" for name, loss in TASKS[task].ladder().items())
         title, other = f"**{task} clusters, gate {form}**", _what_ran(runs_of)
@@ -285,7 +286,7 @@ def _line(entry: str, runs: Sequence[Outcome]) -> tuple[str, ...]:
     return (
         entry,
         _shown(runs, "loss", ".4f"),
-        f"{max(run.loss for run in runs):.4f}",
+        _worst(runs),
         _shown(runs, "sampled_loss", ".4f"),
         _shown(runs, "overlap", ".2f"),
         _shown(runs, "merged", ".1f"),
@@ -294,6 +295,16 @@ def _line(entry: str, runs: Sequence[Outcome]) -> tuple[str, ...]:
         _shown(runs, "max_vio", ".2f"),
         when,
     )
+
+
+def _losses(runs: Sequence[Outcome]) -> list[float]:
+    """Return the runs' losses, infinite where training diverged."""
+    return [math.inf if run.loss is None else run.loss for run in runs]
+
+
+def _worst(runs: Sequence[Outcome]) -> str:
+    diverged = sum(run.loss is None for run in runs)
+    return f"{diverged} of {len(runs)} diverged" if diverged else f"{max(_losses(runs)):.4f}"
 
 
 def _what_ran(runs_of: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
