@@ -184,9 +184,9 @@ def backward_batch(
 
 
 def defined(value: Tensor | float) -> float | None:
-    """Return a number, or None for what is not defined (NaN): records hold no NaN."""
+    """Return a number, or None for what is not finite: records hold neither NaN nor infinity."""
     number = float(value)
-    return None if math.isnan(number) else number
+    return number if math.isfinite(number) else None
 
 
 def load_fractions(demand_L: Sequence[Tensor]) -> list[list[float]]:
