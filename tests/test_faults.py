@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from rlroute import records
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import StoreError
 from rlroute.experiments.launch import launcher
@@ -113,7 +114,7 @@ BAD_INPUT = {
     "time without seconds": (("compare", "hash", "--budget", "time"), ("--seconds None", "time needs it")),
     "seconds without time": (("compare", "hash", "--seconds", "9"), ("--seconds 9", "--budget tokens")),
     "tuned and a rate": (("compare", "hash", "--train.lr", "0.5"), ("train.lr = 0.5", "--no-tuned")),
-    "grid": (("tune", "hsh"), ("'hsh'", "dense, hash")),
+    "grid": (("tune", "hsh"), ("'hsh'", "did you mean 'hash'")),
 }
 
 
@@ -413,7 +414,8 @@ def test_a_full_disk_keeps_the_old_table_report_and_export(command, here):
 def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path):
     steps = 100
     command = (
-        *("compare", "hash", "switch", *TINY, "--seeds", "2", "--launcher", launcher, "--concurrency", "2"),
+        *("compare", "hash", "switch", *TINY, "--seeds", "2", "--launcher", launcher),
+        *(("--concurrency", "2") if launcher == "ray" else ()),
         *("--train.steps", steps, "--train.eval-every", steps // 2, "--train.checkpoint-every", 20),
     )
     killed, calm = tmp_path / "killed", tmp_path / "calm"
@@ -543,6 +545,6 @@ def test_the_one_run_that_is_left_of_several_goes_through_ray_as_they_did(finish
     monkeypatch.setattr(launcher, "session", lambda how: contextlib.nullcontext((None, None)))
     monkeypatch.setattr(launcher, "_tune", lambda tune, jobs, *rest: asked.extend(jobs) or {})
     jobs = [Job(config, 0) for config in configs]
-    monkeypatch.setattr(RunFolder, "ended", property(lambda folder: folder.id == jobs[0].id))
+    monkeypatch.setattr(records, "state", lambda folder: "finished" if folder.name == jobs[0].id else "empty")
     launcher.launch(jobs, Launch(store=finished / "runs"))
     assert asked == jobs[1:]
