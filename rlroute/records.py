@@ -9,43 +9,29 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, get_args
 
-import numpy as np
-import torch
-
-from rlroute import __version__
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
-from rlroute.kernels.tiles import table_hash
+from rlroute.provenance import environment
+from rlroute.schema import EvalRow, LoadRow, TrainRow
+from rlroute.schema import RunRecord as RunRecord
+from rlroute.sink import flatten
 
 Row = dict[str, Any]
+State = Literal["empty", "running", "interrupted", "stopped early", "set aside", "finished", "diverged", "damaged"]
+"""What has become of a run: see :func:`state`."""
+ENDED: frozenset[State] = frozenset({"finished", "diverged", "damaged"})
+"""The states of a run that has a summary, and is not trained again."""
 COMPACT_ROWS = 100
 """How many load and training rows of a run a compact file keeps at most."""
 LOCK_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run left behind. ``config`` is the content of config.json: id, router, seed, config_hash and the configuration."""
-
-    id: str
-    config: Row
-    environment: Row
-    summary: Row
-    evals: list[Row]
-    loads: list[Row]
-    train: list[Row]
 
 
 @contextmanager
@@ -77,51 +63,30 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Row) -> None:
-    """Write a JSON file atomically."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        StoreError: the folder cannot be written, or a value is not finite.
+    """
+    write_atomically(path, _to_json(value, path, indent=1) + "\n")
 
 
-def environment(config: RunConfig, backend: str) -> Row:
-    """Describe where a run happens, as far as it can change the result."""
-    device = config.train.device
-    return {
-        "rlroute": __version__,
-        **_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "kernel_backend": backend,
-        "kernel_tiles": table_hash() if backend == "triton" else None,
-    }
+def _to_json(value: Mapping[str, object], path: Path, indent: int | None = None) -> str:
+    """Return JSON that strict readers read, in one line where there is no ``indent``.
 
-
-@cache
-def _commit() -> Row:
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        return subprocess.run(
-            ("git", "--no-optional-locks", "-C", str(folder), *arguments), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    Raises:
+        StoreError: a number is not finite; the message names its field and ``path``.
+    """
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.CalledProcessError):  # an installed wheel has no repository
-        return {"commit": None, "dirty": None}
-
-
-@cache
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+        return json.dumps(value, allow_nan=False, indent=indent, separators=None if indent else (",", ":"))
+    except ValueError:
+        for name, leaf in flatten(value):
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                raise StoreError(
+                    f"{path}: {name} = {leaf}: want a finite number, or null where there is none"
+                ) from None
+        raise
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -178,14 +143,14 @@ class RunFolder:
     @property
     def ended(self) -> bool:
         """Whether the run has finished or diverged."""
-        return (self.path / "summary.json").exists()
+        return state(self.path) in ENDED
 
     def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, parallel: Row) -> None:
         """Write config.json and environment.json; ``parallel`` says how many processes train together."""
         identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
         described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict()}
         write_json(self.path / "config.json", described)
-        write_json(self.path / "environment.json", environment(config, backend) | parallel)
+        write_json(self.path / "environment.json", _surroundings(config, backend, parallel))
         with storing(self.path):
             for name in ("metrics", "loads"):
                 (self.path / f"{name}.jsonl").touch()
@@ -196,24 +161,29 @@ class RunFolder:
         A table that wants one environment for all its runs then sees that this run had two.
         """
         path = self.path / "environment.json"
-        noted, now = _read_json(path), environment(config, backend) | parallel
+        noted, now = _read_json(path), _surroundings(config, backend, parallel)
         for name, value in now.items():
             if str(noted.get(name)).rpartition(", then ")[2] != str(value):
                 noted[name] = f"{noted.get(name)}, then {value}"
         write_json(path, noted)
 
-    def append(self, name: str, row: Row) -> None:
-        """Append one line to ``name``.jsonl."""
+    def append(self, name: str, row: Mapping[str, object]) -> None:
+        """Append one line to ``name``.jsonl.
+
+        Raises:
+            StoreError: it cannot be written, or a value is not finite.
+        """
         path = self.path / f"{name}.jsonl"
+        line = _to_json(row, path) + "\n"
         with storing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            file.write(line)
 
     def rewind(self, step: int) -> None:
         """Forget the rows after ``step``, which a resumed run will write again; a torn last line goes too."""
         for path in (self.path / "metrics.jsonl", self.path / "loads.jsonl"):
             if path.exists():
                 kept = [row for row in read_rows(path, torn_ok=True) if row["step"] <= step]
-                write_atomically(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in kept))
+                write_atomically(path, "".join(_to_json(row, path) + "\n" for row in kept))
 
     def set_aside(self, reason: str | None) -> None:
         """Note why the run failed, for whoever looks at the store; None forgets it. Training it again is the way on."""
@@ -224,13 +194,61 @@ class RunFolder:
             with storing(path):
                 path.unlink(missing_ok=True)
 
-    def finish(self, summary: Row) -> None:
+    def finish(self, summary: Mapping[str, object]) -> None:
         """Write summary.json: from now on the run counts as ended."""
         write_json(self.path / "summary.json", summary)
 
     def read(self) -> RunRecord:
         """Return the ended run's record."""
         return _read_folder(self.path)
+
+
+def state(folder: Path) -> State:
+    """Return what has become of a run, of which there may be nothing yet.
+
+    ``running``: a process holds it. ``interrupted``: it was begun, and the same command goes on. ``set aside``: it
+    failed, for the reason that :func:`failure` returns. ``stopped early``: by a search. ``damaged``: it has ended, but
+    its summary cannot be read.
+    """
+    if (folder / "summary.json").exists():
+        return _outcome(folder / "summary.json")
+    if _held(folder / ".lock"):
+        return "running"
+    marks: tuple[tuple[str, State], ...] = (
+        ("failed.json", "set aside"),
+        ("stopped", "stopped early"),
+        ("config.json", "interrupted"),
+    )
+    return next((name for file, name in marks if (folder / file).exists()), "empty")
+
+
+def _outcome(summary: Path) -> State:
+    try:
+        status = _read_json(summary)["status"]
+    except (StoreError, LookupError, TypeError):
+        return "damaged"
+    return status if status in get_args(State) else "damaged"
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds a lock: this asks for a share of it; whoever wants all of it meanwhile tries again."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system has no locks
+        return False
+    return False
+
+
+def stop_early(folder: Path) -> None:
+    """Note that a search has stopped a run."""
+    (folder / "stopped").touch()
+
+
+def _surroundings(config: RunConfig, backend: str, parallel: Row) -> Row:
+    return {**environment(config.train.device, backend, config.train.threads), **parallel}
 
 
 def failure(path: Path) -> str | None:
@@ -282,19 +300,17 @@ def write_compact(records: Iterable[RunRecord], path: Path) -> None:
     """Write runs as a compact file, with their load and training rows thinned."""
     lines = []
     for record in records:
-        parts = {
+        parts: Row = {
             "config": record.config,
             "environment": record.environment,
             "summary": record.summary,
             "evals": record.evals,
         }
-        lines.append(
-            json.dumps(parts | {"loads": _thin(record.loads), "train": _thin(record.train)}, separators=(",", ":"))
-        )
+        lines.append(_to_json(parts | {"loads": _thin(record.loads), "train": _thin(record.train)}, path))
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def _thin(rows: list[Row]) -> list[Row]:
+def _thin(rows: Sequence[LoadRow | TrainRow]) -> list[LoadRow | TrainRow]:
     stride = -(-len(rows) // COMPACT_ROWS) or 1
     return [row for index, row in enumerate(rows, start=1) if index % stride == 0 or index == len(rows)]
 
@@ -361,13 +377,11 @@ def _to_record(parts: Row, path: Path) -> RunRecord:
 
 def _refuse_truncated(record: RunRecord, path: Path) -> None:
     """Hold the rows against the summary, which was written last."""
-    final, steps, every = (
-        record.summary["final"],
-        record.summary["steps"],
-        record.config["config"]["train"]["log_every"],
-    )
+    final: EvalRow | None = record.summary["final"]
+    steps, every = record.summary["steps"], record.config["config"]["train"]["log_every"]
     if final is not None and record.evals[-1:] != [final]:
         raise StoreError(f"{path} is truncated: its evaluations do not end with the summary's")
+    rows: Sequence[LoadRow | TrainRow]
     for name, rows in (("loads", record.loads), ("training rows", record.train)):
         last = rows[-1]["step"] if rows else 0
         if last != steps // every * every:

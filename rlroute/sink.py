@@ -13,7 +13,7 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,13 +73,30 @@ def pass_on(warnings: list[str]) -> None:
     _said.extend(warnings)
 
 
-def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dictionaries and lists by their paths: ``terms/balance``, ``max_vio_L/0``."""
+def flatten(value: Any, name: str = "", sites: Sequence[int | str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dictionaries and lists by their paths, as ``lr`` and ``load_LE/1.attention/3``.
+
+    Args:
+        value: nested dictionaries and lists.
+        name: the path to it.
+        sites: the keys of the routed sites, by which lists over them are named; other lists go by number.
+    """
     if not isinstance(value, dict | list):
         yield name, value
         return
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from flatten(part, f"{name}/{key}" if name else str(key))
+    named = value.items() if isinstance(value, dict) else zip(_keys(name, value, sites), value, strict=True)
+    for key, part in named:
+        yield from flatten(part, f"{name}/{key}" if name else str(key), sites)
+
+
+def _keys(name: str, values: list[Any], sites: Sequence[int | str]) -> Iterable[int | str]:
+    """Return the keys of a list: sites where it is over sites, or over those with experts on devices; else numbers."""
+    parent, _, last = name.rpartition("/")
+    if last.endswith(("_L", "_LE")) or parent.rpartition("/")[2] in ("terms", "weights"):
+        for keys in (sites, [site for site in sites if isinstance(site, int)]):
+            if len(keys) == len(values):
+                return keys
+    return range(len(values))
 
 
 class _Wandb(Sink):
@@ -94,6 +111,7 @@ class _Wandb(Sink):
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         try:
             self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self._sites = _sites(self._config["config"])
             self._earlier = sorted(_rows(folder), key=lambda named: named[1]["step"])
             self._thread.start()
         except Exception as error:
@@ -171,10 +189,12 @@ class _Wandb(Sink):
         """Log the rows of before a resume, unless the run online has them, then what comes, until the end."""
         first = run.step
         for name, row in self._earlier:
-            _log(run, first, name, row)
+            _log(run, first, name, row, self._sites)
         while not self._stopped and (named := self._queue.get()) is not None:
-            _log(run, first, *named)
-        run.summary.update({name: leaf for name, leaf in flatten(self._summary or {}) if leaf is not None})
+            _log(run, first, *named, self._sites)
+        run.summary.update(
+            {name: leaf for name, leaf in flatten(self._summary or {}, sites=self._sites) if leaf is not None}
+        )
 
 
 def _let_go() -> None:
@@ -194,9 +214,17 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(line)
 
 
-def _log(run: Any, first: int, name: str, row: dict[str, Any]) -> None:
+def _sites(config: dict[str, Any]) -> list[int | str]:
+    """Return the keys of a run's routed sites, in the order of its rows' lists."""
+    from rlroute.config import ModelConfig, from_dict
+    from rlroute.model.transformer import sites  # and with it torch, which the command line's help does without
+
+    return list(sites(from_dict(ModelConfig, config["model"], "model")))
+
+
+def _log(run: Any, first: int, name: str, row: dict[str, Any], sites: Sequence[int | str]) -> None:
     """Log the numbers of a row under its kind: ``train/loss``, ``eval/loss``, ``loads/load_LE/0/3``."""
     if row["step"] >= first:
         rest = {key: value for key, value in row.items() if key not in ("kind", "step")}
-        leaves = flatten(rest, row.get("kind", name))
+        leaves = flatten(rest, row.get("kind", name), sites)
         run.log({key: leaf for key, leaf in leaves if isinstance(leaf, int | float)}, step=row["step"])

@@ -204,7 +204,8 @@ def test_a_killed_run_spends_the_same_budget(rule: str, tmp_path: Path) -> None:
     resumed = train(config, 0, tmp_path / "cut")
     timing = {"seconds": 0, "tokens_per_second": 0}
     assert spent(config, tmp_path / "whole") == spent(config, tmp_path / "cut")
-    for one, two in ((whole, resumed), (whole["final"], resumed["final"])):
+    assert whole["final"] and resumed["final"]
+    for one, two in ((dict(whole), dict(resumed)), (dict(whole["final"]), dict(resumed["final"]))):
         assert one | timing | {"final": 0} == two | timing | {"final": 0}
 
 
@@ -215,6 +216,7 @@ def test_where_no_pair_is_chosen_every_record_is_a_number_or_none(tmp_path: Path
     )
     summary = train(config, 0, tmp_path)
     rows, final = rows_of(config, tmp_path), summary["final"]
+    assert final
     assert summary["status"] == "finished" and len(rows) == 6
     assert final["dead_L"] == [8, 8] and final["drop_rate"] == 0 and final["without_L"] == [1, 1]
     assert final["max_vio_L"] == final["cv_L"] == final["load_entropy_L"] == [None, None]
@@ -227,6 +229,7 @@ def test_what_drops_did_not_run_is_not_booked(tmp_path: Path) -> None:
     tight = config_of(model=replace(MODEL, capacity_factor=0.5))
     summary = train(tight, 0, tmp_path)
     final = summary["final"]
+    assert final
     assert 0 < final["drop_rate"] < 1 and sum(final["pairs_L"]) == pytest.approx(4 * (1 - final["drop_rate"]))
     free = train(config_of(), 0, tmp_path)
     assert summary["model"]["flops_per_token"] < free["model"]["flops_per_token"]

@@ -254,7 +254,7 @@ def test_runs_lists_every_run_ended_or_not(compared, tmp_path):
     (folder,) = tmp_path.iterdir()
     (folder / "summary.json").unlink()
     assert [line.split()[:3] for line in ran("runs", tmp_path).splitlines()[1:]] == [
-        [folder.name, "unfinished", str(STEPS)]
+        [folder.name, "interrupted", str(STEPS)]
     ]
 
 
@@ -321,3 +321,61 @@ def test_routers_lists_every_router_with_its_paper():
 def test_an_entry_may_say_none_where_it_is_a_word_among_choices():
     config = build_entry("reinforce:baseline=none", DataConfig(), ModelConfig(), TrainConfig())
     assert config.to_dict()["router"]["baseline"] == "none"
+
+
+def test_routers_by_sites_are_trained_and_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entries = ("switch", "switch+hash@attention", "uniform")
+    printed = ran("compare", *entries, *TINY, "--model.attention-experts", "2", "--seeds", "1", "--launcher", "local")
+    assert "| switch+hash@attention |" in printed
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert ">0.attention</option>" in page
+    (run,) = (path.name for path in (tmp_path / "runs").glob("switch+hash-*"))
+    assert ran("runs", "runs", run).startswith(run)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_bench_has_its_own_options():
+    for what, options in {
+        "envs": ("--shapes", "--contenders", "--tune", "--out"),
+        "layer": ("--routings", "--tune", "--path"),
+        "parallel": ("--device", "--contenders"),
+        "sweep": ("--rounds", "--minutes"),
+        "scale": ("--rounds", "--shapes"),
+        "table": ("--rounds", "--device"),
+    }.items():
+        for option in options:
+            done = rlroute("bench", what, option, "1,2,3,4,5")
+            assert done.code == 2
+            assert option in done.err
+    assert "no run store or compact file at nothing" in refused(rlroute("bench", "scale", "--path", "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("compare", "--task", "clusters", "--launcher", "ray"), "--launcher ray does not apply to --task clusters"),
+        (("compare", "--task", "clusters", "--workers", "7"), "--workers 7 does not apply to --task clusters"),
+        (("compare", "--task", "clusters", "--wandb", "offline"), "--wandb offline does not apply"),
+        (("compare", "--task", "clusters", "--no-tuned"), "--tuned False does not apply to --task clusters"),
+        (("compare", "--task", "clusters", "--model.k", "1"), "--model.k 1 does not apply"),
+        (("compare", "hash", "--launcher", "local", "--concurrency", "2"), "--concurrency 2 wants --launcher ray"),
+        (("compare", "hash", "--budget", "time", "--seconds", "1", "--train.budget", "flops"), "want one of them"),
+        (("train", "hash", "--concurrency", "2"), "--concurrency 2: train trains one run"),
+        (("tune", "hash", "--train.lr", "0.1"), "train.lr = 0.1: each trial of the grid sets it"),
+        (("compare", "switch+hash"), "'hash' names no sites"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused_by_name(command, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(rlroute(*command))
+    assert not contents(tmp_path)
+
+
+def test_without_the_extra_cli_there_is_one_line(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise ImportError('no tyro here')\n")
+    done = start(tmp_path, "routers", path=f"{tmp_path}:{ROOT}")
+    _, err = done.communicate(timeout=60)
+    assert (done.returncode, err) == (2, "error: the command line needs the extra 'cli': pip install 'rlroute[cli]'\n")

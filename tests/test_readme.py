@@ -11,7 +11,7 @@ import torch
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.comparison.tune import best
-from rlroute.experiments.recipes.entries import GRID, TUNED, TUNING_SEEDS
+from rlroute.experiments.recipes.tuned import GRID, TUNED, TUNING_SEEDS
 from rlroute.records import read_runs
 from rlroute.registry import run_config
 from rlroute.routing import RouterShape, RoutingContext

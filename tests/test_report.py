@@ -14,7 +14,7 @@ from rlroute.experiments.comparison.text import columns
 from rlroute.experiments.report.figures import balance_figure, curves_figure, loads_figure, make_styles
 from rlroute.experiments.report.page import conclude, write_report
 from rlroute.experiments.statistics import t_interval
-from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs
+from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs, sited
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 
@@ -160,3 +160,26 @@ def test_what_cannot_be_compared_or_written_leaves_no_file(tmp_path: Path) -> No
     with pytest.raises(StoreError, match="nowhere"):
         write_report(make_runs(), tmp_path / "nowhere" / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sites_are_named_by_their_keys_and_may_have_other_numbers_of_experts(tmp_path: Path) -> None:
+    runs = [sited(make_run("switch", seed)) for seed in range(2)]
+    write_report(runs, tmp_path / "report.html")
+    options = re.findall(r'<option value="(\d)">([^<]*)</option>', (tmp_path / "report.html").read_text())
+    assert options == [("0", "switch"), ("0", "0.attention"), ("1", "0"), ("2", "1.attention"), ("3", "1")]
+    figure, drawn = loads_figure(make_entries(runs))
+    assert drawn == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert [len(trace.z) for trace in figure.data] == [4, EXPERTS, 4, EXPERTS]
+
+
+def test_a_run_that_chose_nothing_has_a_page(tmp_path: Path) -> None:
+    runs = [changed(make_run("hash", seed), "summary.final.max_vio_L", [None, None]) for seed in range(2)]
+    write_report([*runs, *make_runs(("switch",), seeds=2)], tmp_path / "report.html")
+    table = build_table(runs)
+    assert (
+        len(balance_figure(table, {e.label: e for e in make_entries(runs)}, make_styles(make_entries(runs))).data) == 0
+    )
+
+
+def test_conclusion_names_who_is_untuned() -> None:
+    assert "Untuned: bandit." in list(conclude(build_table(make_runs(("bandit",), seeds=2))))

@@ -12,7 +12,8 @@ from rlroute.agents.sb3 import Sb3Router
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.gradients.instrument import default_entries as gradient_entries
-from rlroute.experiments.recipes.entries import build_entry, default_entries
+from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.recipes.presets import default_entries
 from rlroute.model.accounting import costs
 from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import train

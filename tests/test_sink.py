@@ -299,6 +299,16 @@ def test_flatten_names_leaves_by_their_paths():
     assert dict(sink.flatten(row)) == flat
 
 
+def test_flatten_names_lists_over_sites_by_their_keys():
+    sites = ["0.attention", 0, "1.attention", 1]
+    row = {"terms": {"balance": [1, 2, 3, 4]}, "load_LE": [[0.5, 0.5], [1.0], [0.5, 0.5], [1.0]], "names": ["a"] * 4}
+    row |= {"sampled": {"overlap_L": [1, 1, 1, 1]}, "traffic": {"device_max_vio_L": [5, 6]}}
+    flat = dict(sink.flatten(row, sites=sites))
+    assert {"terms/balance/1.attention", "load_LE/0.attention/1", "load_LE/1/0", "sampled/overlap_L/0"} <= flat.keys()
+    assert [flat[f"traffic/device_max_vio_L/{site}"] for site in (0, 1)] == [5, 6]
+    assert {f"names/{index}" for index in range(4)} <= flat.keys()
+
+
 def test_the_command_line_takes_it_to_every_run(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--wandb" in ran("tune", "--help")

@@ -43,7 +43,7 @@ def test_a_grid_is_all_combinations_for_all_seeds(tmp_path):
 def test_router_fields_go_where_they_belong_and_the_rest_is_trained_once(tmp_path):
     read = spec(tmp_path, "entries = ['hash', 'switch']\n[grid]\nrouter.balance_weight = [0.1, 0.2]\n")
     weights = [c["router"].get("balance_weight") for c in configs(read).values()]
-    assert weights == [None, 0.1, 0.2]
+    assert weights == [0.0, 0.1, 0.2]  # hash has no scores to balance
 
 
 def test_tables_and_dotted_paths_are_the_same(tmp_path):

@@ -17,7 +17,7 @@ from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
 from rlroute.experiments.statistics import paired_difference, t_interval
-from rlroute.records import RunRecord
+from rlroute.schema import EvalRow, RunRecord
 
 EXPERTS, LAYERS, STEPS = 16, 2, 400
 EFFECT = {"switch": 0.0, "bias_balanced": -0.02, "hash": 0.15, "unbalanced": 0.06, "dense": 0.25}
@@ -81,10 +81,12 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
         "config_hash": config_hash,
     }
     noise = random.Random(f"{router}{seed}").gauss(0.02 * seed, 0.005)
-    evals = [eval_row(router, seed, step, noise) for step in range(100, STEPS + 1, 100)]
+    evals: Any = [eval_row(router, seed, step, noise) for step in range(100, STEPS + 1, 100)]
     moe = router != "dense"
-    load_rows = [{"step": s, "load_LE": eval_row(router, seed, s, 0.0)["load_LE"]} for s in range(10, STEPS + 1, 10)]
-    summary = {
+    load_rows: Any = [
+        {"step": s, "load_LE": eval_row(router, seed, s, 0.0)["load_LE"]} for s in range(10, STEPS + 1, 10)
+    ]
+    summary: Any = {
         "schema": SCHEMA,
         **identity,
         "status": "finished",
@@ -105,7 +107,13 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
         "seconds": {"train": 60.0 + seed, "eval": 4.0},
         "tokens_per_second": 12_345.6 + seed,
     }
-    environment = {"rlroute": "0.1.0", "commit": "c0ffee" * 6, "dirty": False, "python": "3.11.7", "torch": "2.13.0"}
+    environment: Any = {
+        "rlroute": "0.1.0",
+        "commit": "c0ffee" * 6,
+        "dirty": False,
+        "python": "3.11.7",
+        "torch": "2.13.0",
+    }
     environment |= {
         "numpy": "2.4.6",
         "platform": "Linux",
@@ -114,7 +122,7 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
         "cpu_capability": "AVX512",
     }
     environment |= {"threads": 1, "kernel_backend": "cpu"}
-    config_json = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config}
+    config_json: Any = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config}
     return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, [])
 
 
@@ -135,7 +143,7 @@ def changed(run: RunRecord, path: str, value: Any) -> RunRecord:
 
 def diverged(run: RunRecord, step: int = 150) -> RunRecord:
     """Return the run as it would be had it stopped after ``step`` steps."""
-    summary = run.summary | {
+    summary: Any = run.summary | {
         "status": "diverged",
         "diverged": {"step": step, "what": "the loss is not finite"},
         "final": None,
@@ -155,8 +163,13 @@ def row_of(table: Table, label: str) -> TableRow:
     return next(row for row in table.rows if row.label == label)
 
 
+def final_of(run: RunRecord) -> EvalRow:
+    assert run.summary["final"]
+    return run.summary["final"]
+
+
 def bits(run: RunRecord) -> float:
-    return run.summary["final"]["bits_per_byte"]
+    return final_of(run)["bits_per_byte"]
 
 
 def test_rows_say_what_the_records_say() -> None:
@@ -171,9 +184,9 @@ def test_rows_say_what_the_records_say() -> None:
         assert row.n == 3 and row.bits_per_byte == t_interval(list(own.values()))
         assert row.difference == (None if row.router == "switch" else paired_difference(own, by_router["switch"]))
     control = row_of(table, "unbalanced")
-    finals = [run.summary["final"] for run in runs if run.config["router"] == "unbalanced"]
-    assert control.max_vio == pytest.approx(sum(final["max_vio_L"][1] for final in finals) / 3)
-    assert control.max_vio_layer == 1 and control.experts == EXPERTS * LAYERS
+    finals = [final_of(run) for run in runs if run.config["router"] == "unbalanced"]
+    assert control.max_vio == pytest.approx(sum(final["max_vio_L"][1] or 0.0 for final in finals) / 3)
+    assert control.max_vio_site == "1" and control.experts == EXPERTS * LAYERS
     assert (
         control.dead_experts == pytest.approx(sum(sum(final["dead_L"]) for final in finals) / 3)
         and control.dead_experts
@@ -381,7 +394,7 @@ def test_under_another_budget_shorter_runs_must_be_prefixes() -> None:
     def shortened(run: RunRecord, steps: int) -> RunRecord:
         evals = [row for row in run.evals if row["step"] <= steps]
         batches = {"chain": digest("chain", run.config["seed"], steps), "steps": steps}
-        summary = run.summary | {"steps": steps, "batches": batches, "final": evals[-1] if evals else run.evals[0]}
+        summary: Any = run.summary | {"steps": steps, "batches": batches, "final": evals[-1] if evals else run.evals[0]}
         return replace(run, summary=summary, evals=evals)
 
     runs = [
@@ -399,3 +412,78 @@ def test_values_from_records_cannot_break_the_table() -> None:
     runs = [make_run("hash", seed, {"table": table}) for table in ("a|b", "c\nd") for seed in range(2)]
     lines = [line for line in to_markdown(build_table(runs)).splitlines() if line.startswith("|")]
     assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+# What ran, where, and at whose settings
+
+
+def sited(run: RunRecord, **final: Any) -> RunRecord:
+    """Return the run as it would be with experts in its attention too: four sites, of 4 and 16 experts in turn."""
+    run = changed(run, "config.config.model.attention_experts", 4)
+    few, many = [0.25] * 4, run.loads[0]["load_LE"][0]
+    loads = {"load_LE": [few, many, few, many]}
+    whole = {**final_of(run), **loads, "max_vio_L": [0.0, 0.1, None, 0.3], "dead_L": [0, 1, 0, 2], **final}
+    rows: Any = [{**row, **loads} for row in run.loads]
+    return changed(replace(run, loads=rows), "summary.final", whole)
+
+
+def test_figures_are_named_by_their_sites_whose_experts_may_differ_in_number() -> None:
+    row = row_of(build_table([sited(make_run("switch", seed)) for seed in range(2)]), "switch")
+    assert (row.max_vio, row.max_vio_site, row.experts, row.dead_experts) == (0.3, "1", 4 + 16 + 4 + 16, 3)
+    other = [sited(make_run("switch", seed), max_vio_L=[0.5, 0.1, 0.9, 0.3]) for seed in range(2)]
+    assert row_of(build_table(other), "switch").max_vio_site == "1.attention"
+    dense_first = [changed(make_run("switch", seed), "config.config.model.num_dense_layers", 1) for seed in range(2)]
+    one_site = [changed(run, "summary.final.max_vio_L", [0.7]) for run in dense_first]
+    assert row_of(build_table(one_site), "switch").max_vio_site == "1"
+
+
+def test_a_run_that_chose_nothing_has_no_max_vio() -> None:
+    runs = [changed(make_run("hash", seed), "summary.final.max_vio_L", [None, None]) for seed in range(2)]
+    table = build_table([*runs, *make_runs(("switch",), seeds=2)])
+    row = row_of(table, "hash")
+    assert row.max_vio is None and row.max_vio_site is None and row.dead_experts is not None
+    assert "| – | " in to_markdown(table)
+
+
+def test_pairs_per_token_have_a_column_where_someone_does_not_run_k() -> None:
+    def ran(router: str, pairs: list[float], without: list[float]) -> list[RunRecord]:
+        runs = [changed(make_run(router, seed), "summary.final.pairs_L", pairs) for seed in range(2)]
+        return [changed(run, "summary.final.without_L", without) for run in runs]
+
+    old, plain = make_runs(("switch", "dense"), seeds=2), ran("hash", [2.0, 2.0], [0.0, 0.0])
+    table = build_table([*old, *plain])
+    assert "pairs/token" not in columns(table) and not dict(table.notes)["Tokens without an expert"]
+    assert row_of(table, "switch").pairs_per_token is None and row_of(table, "hash").pairs_per_token == 2.0
+    table = build_table([*old, *plain, *ran("relu", [1.5, 2.5], [0.25, 0.0])])
+    cells = {row.label: columns(table)["pairs/token"](row) for row in table.rows}
+    assert cells == {"switch": "–", "dense": "–", "hash": "2.00", "relu": "2.00"}
+    assert dict(table.notes)["Tokens without an expert"] == "relu 25.00%"
+
+
+def test_routers_of_sites_are_in_the_label() -> None:
+    def run(sites: str, seed: int, **fields: Any) -> RunRecord:
+        others = [{"sites": sites, "name": "hash"} | fields]
+        config_hash = digest(others)[:12]
+        found = changed(make_run("switch", seed), "config.config.others", others)
+        found = changed(found, "config.config_hash", config_hash)
+        return replace(found, id=f"switch+hash-{config_hash}-s{seed}")
+
+    def labels(runs: list[RunRecord]) -> set[str]:
+        return {row.label for row in build_table(runs).rows}
+
+    plain = [make_run("switch", seed) for seed in range(2)]
+    one, other = ([run(sites, seed) for seed in range(2)] for sites in ("0", "attention1"))
+    assert labels([*plain, *one, *other]) == {"switch", "switch+hash@0", "switch+hash@attention1"}
+    fields = [run("0", seed, table=table) for table in ("random", "position") for seed in range(2)]
+    assert labels(fields) == {"switch+hash@0 (@0.table=random)", "switch+hash@0 (@0.table=position)"}
+    assert dict(build_table([*plain, *one]).notes)["Deliberate differences"] == "none"
+
+
+def test_who_is_untuned_is_said() -> None:
+    runs = [make_run("switch", s, {"balance_weight": 0.03}, train__lr=0.008) for s in range(2)]
+    runs += [make_run("switch", s, {"balance_weight": 0.03, "z_weight": 0.1}, train__lr=0.008) for s in range(2)]
+    runs += make_runs(("bandit",), seeds=2)
+    table = build_table(runs)
+    assert {row.label: row.tuned for row in table.rows if row.router == "bandit"} == {"bandit": False}
+    assert dict(table.notes)["Untuned"].startswith("bandit (")
+    assert dict(table.notes)["Tuned as another"] == "switch (z_weight=0.1) as switch"

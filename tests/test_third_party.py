@@ -112,7 +112,7 @@ def test_it_is_listed_with_its_paper_and_fields(site):
 
 
 def test_it_is_part_of_the_default_comparison(site):
-    from rlroute.experiments.recipes.entries import default_entries
+    from rlroute.experiments.recipes.presets import default_entries
 
     install(site)
     assert "fragile" in default_entries()

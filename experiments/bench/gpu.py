@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments.bench import run as benches
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.launch import runs
 from rlroute.experiments.launch.jobs import Job, Launch
-from rlroute.experiments.recipes.entries import build_comparison
+from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.kernels import resolve_backend
-from rlroute.records import environment, write_atomically, write_compact, write_json
+from rlroute.provenance import environment
+from rlroute.records import write_atomically, write_compact, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"tests": 150, "kernels": 200, "layer": 60, "comparison": 170}
@@ -100,7 +101,7 @@ def run_all(out: Path, device: str, quick: bool) -> int:
     """Run every step in its own process; write summary.json; return how many failed."""
     out.mkdir(parents=True, exist_ok=True)
     _, _, train = _recipe(device, quick)
-    where = environment(RunConfig(train=train), resolve_backend("auto", device))
+    where = environment(train.device, resolve_backend("auto", device), train.threads)
     steps: dict[str, Any] = {}
     # Liger-Kernel's autotuner takes minutes; without it each of its kernels has one fixed configuration.
     paths = [path for path in (os.environ.get("PYTHONPATH"), str(ROOT)) if path]

@@ -22,7 +22,7 @@ from rlroute.experiments.bench import parallel as bench_parallel
 from rlroute.experiments.bench.kernels import Shape, parse_shape
 from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.timing import choose, run_bench, to_markdown
-from rlroute.experiments.recipes.entries import routers_for
+from rlroute.experiments.recipes.presets import routers_for
 from rlroute.kernels import resolve_backend, tiles
 from rlroute.records import storing, write_atomically
 

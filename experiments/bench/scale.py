@@ -25,7 +25,7 @@ import numpy as np
 from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.comparison.entries import make_entries
 from rlroute.experiments.statistics import Interval, t_interval
-from rlroute.records import RunRecord
+from rlroute.schema import RunRecord
 from rlroute.seeding import numpy_generator
 
 DEVICES = (8, 64, 512)
@@ -162,13 +162,18 @@ def plan(model: Model, device: Device, devices: int) -> Plan:
 def recorded_loads(records: Sequence[RunRecord]) -> dict[str, list[np.ndarray]]:
     """Return each router's load fractions over the last quarter of the recorded steps, one array of shape (N, E) a run.
 
+    They are those of the feed-forward layers, whose experts can be spread; steps in which nothing was chosen have none.
+
     Raises:
         StoreError: no run has loads, or they are of different numbers of experts.
     """
     found = {}
     for entry in make_entries(records):
         rows = [run.loads[-max(1, len(run.loads) // 4) :] for run in entry.runs]
-        loads = [np.array([load_E for row in part for load_E in row["load_LE"]]) for part in rows]
+        spread = [index for index, site in enumerate(entry.sites) if isinstance(site, int)]
+        loads = [
+            np.array([load_E for row in part for i in spread if any(load_E := row["load_LE"][i])]) for part in rows
+        ]
         if any(load_NE.size for load_NE in loads):
             found[entry.label] = [load_NE for load_NE in loads if load_NE.size]
     widths = sorted({load_NE.shape[1] for loads in found.values() for load_NE in loads})

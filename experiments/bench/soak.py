@@ -21,10 +21,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from rlroute.config import RunConfig
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
-from rlroute.records import environment, read_runs, write_json
+from rlroute.provenance import environment
+from rlroute.records import ENDED, read_runs, state, write_json
 
 KILLS, AHEAD, SEED = 20, 5, 0
 OUT = Path("experiments/results/soak.json")
@@ -62,7 +62,7 @@ def main() -> None:
     }
     good = verdict["tables_equal"] and runs[0] == runs[1] and not left and len(kills) == KILLS
     result = {"kills": kills, "driver_starts": starts, **verdict, "seconds": round(time.monotonic() - began)}
-    write_json(OUT, result | {"passed": good, "environment": environment(RunConfig(), "cpu")})
+    write_json(OUT, result | {"passed": good, "environment": environment("cpu", "cpu", 1)})
     print(json.dumps({name: value for name, value in result.items() if name != "kills"}), "kills:", len(kills))
     sys.exit(0 if good else 1)
 
@@ -85,7 +85,7 @@ def _disturb(folder: Path, mark: str) -> tuple[list[dict[str, Any]], int]:
             while driver.poll() is None:
                 time.sleep(draw.uniform(1.0, 4.0))
                 workers = [pid for pid in marked(mark) if is_trial(pid)]
-                ended = len(list((folder / "runs").glob("*/summary.json")))
+                ended = sum(state(run) in ENDED for run in (folder / "runs").glob("*"))
                 if len(kills) == min(KILLS, ended + AHEAD) or not workers or driver.poll() is not None:
                     continue
                 with contextlib.suppress(ProcessLookupError):

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ComparisonError
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.launch.ray_session import session
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.records import environment, write_json
+from rlroute.provenance import environment
+from rlroute.records import write_json
 
 CORES, SEEDS = 2, 8
 ENTRIES = ("hash", "switch", "bias_balanced")
@@ -51,13 +52,13 @@ def bench_sweep(out: Path, command: str, steps: int = 300) -> str:
         began = time.perf_counter()
         swept = run_all(jobs, Launch(store=store / "ray", launcher="ray", concurrency=CORES))
         wall = time.perf_counter() - began
-    losses = [[run.summary["final"]["loss"] for run in runs] for runs in (alone, swept)]
+    losses = [[final["loss"] for run in runs if (final := run.summary["final"])] for runs in (alone, swept)]
     if losses[0] != losses[1]:
         raise ComparisonError("the runs under Ray have other losses than those without")
     result: dict[str, Any] = {
         "bench": "sweep",
         "command": command,
-        "environment": environment(RunConfig(), "cpu"),
+        "environment": environment("cpu", "cpu", 1),
         "runs": len(jobs),
         "steps": steps,
         "seconds_alone": summed,

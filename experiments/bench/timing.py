@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from rlroute.config import RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.text import NOTHING, markdown, with_ends
 from rlroute.kernels import resolve_backend
 from rlroute.kernels.tiles import table_hash
-from rlroute.records import environment, storing, write_json
+from rlroute.provenance import environment
+from rlroute.records import storing, write_json
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, tells of its starts and stops
 Call = Callable[[], Any]
@@ -184,8 +184,8 @@ def run_bench(
     Raises:
         StoreError: the file cannot be written, found before any work.
     """
-    run = RunConfig(train=TrainConfig(device="cuda" if device == "cuda" else "cpu"))
-    where = environment(run, resolve_backend("auto", device)) | {"triton": _triton(), "tile_table": table_hash()}
+    here = environment(device, resolve_backend("auto", device), torch.get_num_threads())
+    where = {**here, "triton": _triton(), "tile_table": table_hash()}
     result: dict[str, Any] = {"bench": kind, "command": command, "rounds": rounds, "environment": where, "rows": []}
     with storing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

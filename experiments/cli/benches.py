@@ -1,81 +1,164 @@
-"""The command ``bench``."""
+"""The command ``bench``: one subcommand for each bench, with the options that apply to it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from rlroute.experiments.cli.common import command_line, make_folder
 
+OUT = Path("results/bench.json")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What every bench has that is measured in interleaved rounds and written."""
+
+    rounds: int = 15
+    """Interleaved repetitions, after one that warms up."""
+    minutes: float = 60.0
+    """No new row is begun after so many."""
+    shapes: tuple[str, ...] = ()
+    """T,D,F,E,K each; the device's standard ones if none are given."""
+    out: Path = OUT
+    """All figures, as JSON; the same as tables beside it, as Markdown."""
+
+    def how(self) -> dict[str, Any]:
+        """Return how a bench is run and where its result goes."""
+        how = {"shapes": self.shapes, "rounds": self.rounds, "minutes": self.minutes, "out": self.out}
+        return how | {"command": command_line()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels(Measured):
+    """The shared expert MLP, every installed peer, and the dense MLP of the same FLOPs."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu in float32, cuda in bfloat16."""
+    routings: tuple[str, ...] = ()
+    """balanced, zipf, collapsed; all if none are given."""
+    contenders: tuple[str, ...] = ()
+    """Peers; all if none are given."""
+    tune: bool = False
+    """First search tiles for these shapes, and write the best into the engine's table (cuda)."""
+
+    def run(self) -> None:
+        """Measure, and print the tables."""
+        from rlroute.experiments.bench import run as benches
+
+        if self.tune:
+            benches.tune_tiles(self.device, self.shapes, self.rounds)
+        chosen: dict[str, Any] = {"device": self.device, "routings": self.routings, "names": self.contenders}
+        _say(benches.kernels(benches.Wanted(**chosen, **self.how())), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Measured):
+    """The whole MoE layer, router included, for each router."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu in float32, cuda in bfloat16."""
+    contenders: tuple[str, ...] = ()
+    """Entries; every router that takes the shapes if none are given."""
+
+    def run(self) -> None:
+        """Measure, and print the tables."""
+        from rlroute.experiments.bench import run as benches
+
+        wanted = benches.Wanted(device=self.device, names=self.contenders, **self.how())
+        _say(benches.layer(wanted), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Measured):
+    """Two expert-parallel workers beside two independent ones, on the CPU."""
+
+    def run(self) -> None:
+        """Measure, and print the tables."""
+        from rlroute.experiments.bench import run as benches
+
+        _say(benches.parallel(benches.Wanted(**self.how())), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Envs:
+    """How fast the environments step, beside Gymnasium's CartPole."""
+
+    rounds: int = 15
+    """Interleaved repetitions."""
+
+    def run(self) -> None:
+        """Measure, and print each speed as it is known."""
+        from rlroute.experiments.bench import run as benches
+
+        benches.envs(self.rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What Ray costs: the same runs with it and without."""
+
+    out: Path = OUT
+    """All figures, as JSON."""
+
+    def run(self) -> None:
+        """Measure, and print the figures."""
+        from rlroute.experiments.bench.sweep import bench_sweep
+
+        make_folder(self.out.parent)
+        print(bench_sweep(self.out, command_line()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What expert parallelism would cost at 8 to 512 devices, calculated from recorded loads."""
+
+    path: Path = Path("experiments/results/comparison.jsonl")
+    """The run store or compact file whose loads are taken."""
+    measured: Path = Path("experiments/results/parallel-cpu.json")
+    """The result of bench parallel that its times are held against, where there is one."""
+    out: Path = OUT
+    """All figures, as JSON; the same as tables beside it, as Markdown."""
+
+    def run(self) -> None:
+        """Calculate, and print the tables."""
+        from rlroute.experiments.bench import scale_page
+
+        _say(scale_page.write(self.path, self.measured, self.out, command_line()), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Print the result of a bench once more."""
+
+    out: Path = OUT
+    """The JSON file that a bench wrote."""
+
+    def run(self) -> None:
+        """Print its tables."""
+        from rlroute.experiments.bench import run as benches
+
+        print(benches.read_table(self.out))
+
+
+@tyro.conf.configure(tyro.conf.OmitArgPrefixes)
 def bench(
-    what: tyro.conf.Positional[Literal["kernels", "layer", "parallel", "sweep", "envs", "scale", "table"]],
-    device: Literal["cpu", "cuda"] = "cpu",
-    rounds: int = 15,
-    minutes: float = 60.0,
-    shapes: tuple[str, ...] = (),
-    routings: tuple[str, ...] = (),
-    contenders: tuple[str, ...] = (),
-    tune: bool = False,
-    path: Path = Path("experiments/results/comparison.jsonl"),
-    measured: Path = Path("experiments/results/parallel-cpu.json"),
-    out: Path = Path("results/bench.json"),
+    what: Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+    | Annotated[Layer, tyro.conf.subcommand("layer", prefix_name=False)]
+    | Annotated[Parallel, tyro.conf.subcommand("parallel", prefix_name=False)]
+    | Annotated[Envs, tyro.conf.subcommand("envs", prefix_name=False)]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep", prefix_name=False)]
+    | Annotated[Scale, tyro.conf.subcommand("scale", prefix_name=False)]
+    | Annotated[Stored, tyro.conf.subcommand("table", prefix_name=False)],
 ) -> None:
     """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on
     its machine.
-
-    Args:
-        what: kernels: the shared expert MLP, every installed peer, and the dense MLP of the same FLOPs; layer: the
-            whole layer for each router; parallel: two expert-parallel workers beside two independent ones (on the CPU);
-            envs: how fast the environments step, beside Gymnasium's CartPole (it takes --rounds alone); sweep: what Ray
-            costs (it takes --out alone); scale: what expert parallelism would cost at 8 to 512 devices, calculated (it
-            takes --path, --measured and --out alone); table: print the result in --out once more.
-        device: cpu in float32, cuda in bfloat16.
-        rounds: interleaved repetitions, after one that warms up.
-        minutes: no new row is begun after so many.
-        shapes: T,D,F,E,K each; the device's standard ones if none are given.
-        routings: of kernels: balanced, zipf, collapsed; all if none are given.
-        contenders: peers, or routers; all if none are given, but for routers that refuse a shape.
-        tune: first search tiles for these shapes, and write the best into the engine's table (cuda).
-        path: of scale: the run store or compact file whose loads are taken.
-        measured: of scale: the result of bench parallel that its times are held against, where there is one.
-        out: all figures, as JSON; the same as tables beside it, as Markdown.
     """
-    from rlroute.experiments.bench import run as benches
+    what.run()
 
-    if what == "envs":
-        benches.envs(rounds)
-        return
-    if what == "sweep":
-        from rlroute.experiments.bench.sweep import bench_sweep
 
-        make_folder(out.parent)
-        print(bench_sweep(out, command_line()))
-        return
-    if what == "scale":
-        from rlroute.experiments.bench import scale_page
-
-        text = scale_page.write(path, measured, out, command_line())
-        print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")
-        return
-    if what == "table":
-        print(benches.read_table(out))
-        return
-    if tune:
-        benches.tune_tiles(device, shapes, rounds)
-    bench_of = {"kernels": benches.kernels, "layer": benches.layer, "parallel": benches.parallel}[what]
-    text = bench_of(
-        benches.Wanted(
-            device=device,
-            shapes=shapes,
-            routings=routings,
-            names=contenders,
-            rounds=rounds,
-            minutes=minutes,
-            out=out,
-            command=command_line(),
-        )
-    )
+def _say(text: str, out: Path) -> None:
     print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlroute.config import DataConfig, ModelConfig, TrainConfig
-from rlroute.errors import ComparisonError, StoreError
+from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Launch
 
 if TYPE_CHECKING:
@@ -79,6 +81,35 @@ def make_folder(path: Path) -> None:
 
     with storing(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_others(what: str, takes: str, given: object, default: object) -> None:
+    """Refuse options that do not apply, which are those that differ from their defaults.
+
+    Args:
+        what: what they do not apply to.
+        takes: the options that it takes.
+        given, default: values by option, or dataclasses of them.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    mine, plain = (vars(values) if is_dataclass(values) else values for values in (given, default))
+    assert isinstance(mine, dict) and isinstance(plain, dict)
+    for name, value in mine.items():
+        if value != plain[name]:
+            said = f" {value}" if isinstance(value, str | int | float | Path) else ""
+            raise ConfigError(f"--{name.replace('_', '-')}{said} does not apply to {what}, which takes {takes}")
+
+
+def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig) -> tuple[str, ...]:
+    """Return those of the entries, which nobody named, whose routers take the model's shapes; say who is left out."""
+    from rlroute.experiments.recipes.presets import fitting
+    from rlroute.training.data import load_corpus
+    from rlroute.training.prepare import shapes
+
+    wanted = shapes(RunConfig(data=data, model=model), load_corpus(data.spec, data.tokenizer))
+    return tuple(fitting(entries, wanted, partial(print, file=sys.stderr)))
 
 
 def command_line() -> str:

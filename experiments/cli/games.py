@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import command_line, make_folder
+from rlroute.experiments.cli.common import command_line, make_folder, refuse_others
 
 
 def play(
@@ -42,6 +42,10 @@ def play(
     if environment == "CartPole-v1":
         from rlroute.experiments.play import cartpole
 
+        given: dict[str, object] = {"table": table, "episodes": episodes, "seed": seed, "updates": updates}
+        given |= {"copies": copies, "rollout": rollout, "lr": lr}
+        plain = {"table": None, "episodes": 256, "seed": 0, "updates": 400, "copies": 32, "rollout": 8, "lr": 0.02}
+        refuse_others("CartPole-v1", "one router and no option", given, plain)
         if len(policies) > 1:
             raise ConfigError(f"CartPole-v1 takes one router, not {', '.join(policies)}")
         entry = policies[0] if policies else cartpole.ENTRY
@@ -55,10 +59,10 @@ def play(
 
 
 def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
-    from rlroute.config import RunConfig
     from rlroute.experiments.play import ladder
-    from rlroute.experiments.recipes.entries import routers_for
-    from rlroute.records import environment, write_atomically, write_json
+    from rlroute.experiments.recipes.presets import routers_for
+    from rlroute.provenance import environment
+    from rlroute.records import write_atomically, write_json
 
     say = partial(print, file=sys.stderr)
     entries = entries or tuple(routers_for([ladder.router_shape(task, 0) for task in ladder.TASKS.values()], say))
@@ -66,7 +70,7 @@ def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: i
     how = ladder.Ladder()
     rows = ladder.compare(entries, range(seeds), how, workers, say)
     text = ladder.to_markdown(rows)
-    where = {"command": command_line(), "environment": environment(RunConfig(), "cpu")}
+    where = {"command": command_line(), "environment": environment("cpu", "cpu", 1)}
     write_json(out / "clusters.json", where | {"training": vars(how), "rows": rows})
     write_atomically(out / "clusters.md", text)
     print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")

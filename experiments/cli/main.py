@@ -7,31 +7,50 @@ from __future__ import annotations
 
 import sys
 
-import tyro
-
-from rlroute.errors import RlrouteError
-from rlroute.experiments.cli.benches import bench
-from rlroute.experiments.cli.games import play
-from rlroute.experiments.cli.gradients import gradients
-from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table
-from rlroute.experiments.cli.training import compare, sweep, train, tune
-
-COMMANDS = (train, compare, sweep, routers, runs, table, report, export, export_tokens, tune, play, bench, gradients)
+from rlroute.errors import MissingDependencyError, RlrouteError
 
 
 def main() -> None:
     """Run the command line."""
-    app = tyro.extras.SubcommandApp()
-    for command in COMMANDS:
-        app.command(command)
     try:
-        app.cli(
-            prog="rlroute",
-            description="Compare the routers of mixture-of-experts transformers inside identical models.",
-        )
+        _run()
     except RlrouteError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+def _run() -> None:
+    try:
+        import tyro
+    except ImportError as error:
+        raise MissingDependencyError("the command line needs the extra 'cli': pip install 'rlroute[cli]'") from error
+    from rlroute.experiments.cli.benches import bench
+    from rlroute.experiments.cli.games import play
+    from rlroute.experiments.cli.gradients import gradients
+    from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table
+    from rlroute.experiments.cli.training import compare, sweep, train, tune
+
+    app = tyro.extras.SubcommandApp()
+    for command in (
+        train,
+        compare,
+        sweep,
+        routers,
+        runs,
+        table,
+        report,
+        export,
+        export_tokens,
+        tune,
+        play,
+        bench,
+        gradients,
+    ):
+        app.command(command)
+    app.cli(
+        prog="rlroute",
+        description="Compare the routers of mixture-of-experts transformers inside identical models.",
+    )

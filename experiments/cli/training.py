@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,12 +17,17 @@ from rlroute.experiments.cli.common import (
     SHARED,
     Shared,
     command_line,
+    fitting_entries,
     make_folder,
     publish,
     publish_if_comparable,
+    refuse_others,
 )
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.launch.jobs import Job, Launch
+
+if TYPE_CHECKING:
+    from rlroute.schema import Summary
 
 
 def train(
@@ -39,6 +44,9 @@ def train(
     from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.entries import build_entry
     from rlroute.records import RunFolder
+
+    if launch.concurrency is not None:
+        raise ConfigError(f"--concurrency {launch.concurrency}: train trains one run")
 
     steps = shared.train
     if steps.micro_batches == 1:
@@ -61,11 +69,11 @@ def compare(
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
-    """Train ENTRIES (default: every router and the dense model) on the same seeds; print the table, write it and the
-    report.
+    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the dense model
+    and every router that takes the model's shapes.
 
     Args:
-        entries: routers, `router:field=value,...`, or `dense`.
+        entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`.
         seeds: each entry is trained with seeds 0 to seeds - 1.
         task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every
             router (of the other options it takes --seeds, --out and --concurrency).
@@ -77,21 +85,38 @@ def compare(
         out: folder for table.md, table.csv and report.html.
     """
     if task == "clusters":
-        if (reference, budget, seconds, tuned, shared) != (None, "tokens", None, True, SHARED):
-            raise ConfigError("--task clusters takes ENTRIES, --seeds, --out and --concurrency, and no other option")
+        _refuse_of_text({"reference": reference, "budget": budget, "seconds": seconds, "tuned": tuned}, launch, shared)
         compare_clusters(entries, seeds, out, launch.concurrency or len(os.sched_getaffinity(0)))
         return
     from rlroute.experiments.comparison.budget import find_reference, with_budget
     from rlroute.experiments.launch.runs import run_all
-    from rlroute.experiments.recipes.entries import build_comparison, default_entries
+    from rlroute.experiments.recipes.presets import build_comparison, default_entries
 
-    configs = build_comparison(entries or default_entries(), shared.data, shared.model, shared.train, tuned=tuned)
+    if budget != "tokens" and shared.train.budget != "tokens":
+        raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
+    entries = entries or fitting_entries(default_entries(), shared.data, shared.model)
+    configs = build_comparison(entries, shared.data, shared.model, shared.train, tuned=tuned)
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     make_folder(out)
     jobs = [Job(config, seed, command_line()) for seed in range(seeds) for config in configs]
     records = run_all(jobs, launch)
     print(publish(records, out, reference))
     print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
+
+
+def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> None:
+    """Refuse what applies to ``--task text`` alone.
+
+    Raises:
+        ConfigError: naming the first option.
+    """
+    plain = {"reference": None, "budget": "tokens", "seconds": None, "tuned": True}
+    takes = "ENTRIES, --seeds, --out and --concurrency"
+    refuse_others("--task clusters", takes, options, plain)
+    refuse_others("--task clusters", takes, replace(launch, concurrency=None), LAUNCH)
+    for part in ("data", "model", "train"):
+        mine, other = ({f"{part}.{n}": v for n, v in vars(getattr(s, part)).items()} for s in (shared, SHARED))
+        refuse_others("--task clusters", takes, mine, other)
 
 
 def sweep(
@@ -144,16 +169,17 @@ def tune(
         out: all trials, as JSON.
     """
     from rlroute.experiments.comparison import tune as tuning
-    from rlroute.experiments.recipes.entries import GRID
+    from rlroute.experiments.recipes.tuned import GRID
 
     make_folder(out.parent)
-    rows = tuning.tune(entries or tuple(GRID), train, launch, command_line())
+    entries = entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model)
+    rows = tuning.tune(entries, train, launch, command_line())
     tuning.write_trials(rows, train, out, command_line())
     for entry, overrides in tuning.best(rows).items():
         print(f"{entry}: {overrides}")
     print(f"{len(rows)} trials in {out}")
 
 
-def _score(summary: dict[str, Any]) -> str:
+def _score(summary: Summary) -> str:
     final = summary["final"]
     return f"{final['bits_per_byte']:.4f} bits per byte" if final else str(summary["diverged"])

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 from rlroute.config import Budget, RunConfig
 from rlroute.errors import ConfigError
+from rlroute.experiments.comparison.entries import router_label
 
 
 def find_reference(configs: Sequence[RunConfig], label: str | None) -> RunConfig:
-    """Return the configuration that the table's ``label`` means (its first word is the router); ``switch`` or the first
-    by default.
+    """Return the configuration that the table's ``label`` means (its first word names the routers); ``switch`` or the
+    first by default.
 
     Raises:
         ConfigError: there is none, found before any work.
     """
-    names = [config.router_name for config in configs]
+    names = [router_label(config.to_dict()) for config in configs]
     name = label.partition(" ")[0] if label else "switch" if "switch" in names else min(names)
     if name not in names:
         raise ConfigError(f"reference {label!r} is not among the entries: {', '.join(sorted(set(names)))}")

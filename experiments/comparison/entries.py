@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from rlroute.config import DENSE
+from rlroute.config import DENSE, ModelConfig, from_dict
 from rlroute.errors import ComparisonError
-from rlroute.records import RunRecord
+from rlroute.model.transformer import sites
+from rlroute.routing import Site
+from rlroute.schema import EvalRow, RunRecord
 
 SAME = {
     "config.schema": "records of another schema mean other things by the same names",
@@ -64,14 +66,30 @@ class Entry:
         return [run for run in self.runs if run.summary["status"] == "finished"]
 
     @property
+    def finals(self) -> list[EvalRow]:
+        """The last evaluations of the finished runs."""
+        return [final for run in self.finished if (final := run.summary["final"])]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The keys of the routed sites, in the order of the records' lists; none in the dense model."""
+        return [] if self.router == DENSE else site_keys(self.runs[0].config["config"]["model"])
+
+    @property
     def bits_by_seed(self) -> dict[int, float]:
         """Final validation bits per byte of the finished runs."""
-        return {run.config["seed"]: run.summary["final"]["bits_per_byte"] for run in self.finished}
+        return {run.config["seed"]: final["bits_per_byte"] for run in self.finished if (final := run.summary["final"])}
+
+
+def site_keys(model: Mapping[str, Any]) -> list[Site]:
+    """Return the keys of a model's routed sites from its recorded configuration, older or newer than this code."""
+    known = {f.name for f in fields(ModelConfig)}
+    return list(sites(from_dict(ModelConfig, {name: v for name, v in model.items() if name in known}, "model")))
 
 
 def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
-    """Group runs by configuration, in the order of their labels: the router's name, and in brackets what sets apart
-    several configurations of one router.
+    """Group runs by configuration, in the order of their labels: the router's name, with those of single sites as in
+    ``switch+hash@0-1``, and in brackets what sets apart several configurations of one.
 
     Raises:
         ComparisonError: there are no runs, or one run is there twice.
@@ -97,18 +115,42 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _labels(configs: Mapping[str, RunRecord]) -> dict[str, str]:
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's plain configuration as one level: ``train.lr``, ``router.table``, and ``router@0-1.table`` of a
+    router of some sites.
+    """
+    whole = {name: part for name, part in config.items() if name != "others"}
+    others = {f"router@{other['sites']}": other for other in config.get("others", ())}
+    return flatten(whole | others)
+
+
+def of_router(name: str) -> bool:
+    """Whether a field of :func:`flat_config` is a router's."""
+    return name.startswith(("router.", "router@"))
+
+
+def router_label(config: Mapping[str, Any]) -> str:
+    """Return the names of a plain configuration's routers, with the sites of all but the first."""
+    others = [f"{other['name']}@{other['sites']}" for other in config.get("others", ())]
+    return "+".join([config["router"]["name"], *others])
+
+
+def _labels(records: Mapping[str, RunRecord]) -> dict[str, str]:
+    configs = {name: record.config["config"] for name, record in records.items()}
     labels = {}
-    for name, record in configs.items():
-        same_router = [other for other in configs.values() if other.config["router"] == record.config["router"]]
-        flats = [flatten(other.config["config"]) for other in same_router]
-        fields = varying(flats)
-        of_router = [field for field in fields if field.startswith("router.")]
-        enough = len({json.dumps([flat.get(field) for field in of_router]) for flat in flats}) == len(flats)
-        own = flatten(record.config["config"])
-        said = [f"{f.removeprefix('router.')}={own.get(f)}" for f in (of_router if enough else fields)]
-        labels[name] = record.config["router"] + (f" ({', '.join(said)})" if said else "")
+    for name, config in configs.items():
+        alike = [flat_config(other) for other in configs.values() if router_label(other) == router_label(config)]
+        own, differing = flat_config(config), varying(alike)
+        mine = list(filter(of_router, differing))
+        enough = len({json.dumps([flat.get(field) for field in mine]) for flat in alike}) == len(alike)
+        said = [f"{_short(name)}={own.get(name)}" for name in (mine if enough else differing)]
+        labels[name] = router_label(config) + (f" ({', '.join(said)})" if said else "")
     return labels
+
+
+def _short(name: str) -> str:
+    """Return a field's name in a label: ``table``, ``@0-1.table`` or ``train.lr``."""
+    return name.removeprefix("router.") if name.startswith("router.") else name.removeprefix("router")
 
 
 def varying(flats: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -128,7 +170,7 @@ def check_comparable(entries: Sequence[Entry]) -> None:
     runs = [run for entry in entries for run in entry.runs]
     for path, reason in SAME.items():
         _require_equal(path, [(run.id, _at(run, path)) for run in runs], reason)
-    flats = [(run.id, flatten(run.config["config"])) for run in runs]
+    flats = [(run.id, flat_config(run.config["config"])) for run in runs]
     for name in filter(_shared_in_config, sorted(set().union(*(flat for _, flat in flats)))):
         values = [(run_id, flat.get(name)) for run_id, flat in flats]
         _require_equal(

@@ -5,32 +5,32 @@ comes from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from rlroute.config import DENSE
-from rlroute.experiments.comparison.entries import Entry, by_shape, flatten, varying
-from rlroute.records import RunRecord
+from rlroute.experiments.comparison.entries import Entry, by_shape, flat_config, of_router, varying
+from rlroute.experiments.recipes.tuned import tuning_of
+from rlroute.schema import Environment, RunRecord
 
 SHOWN = 8
 """Fingerprints are printed seed by seed for up to this many seeds."""
 
 
 def diverged(entry: Entry) -> str:
-    stops = [(run.config["seed"], run.summary["diverged"]) for run in entry.runs if run.summary["diverged"]]
+    stops = [(run.config["seed"], stop) for run in entry.runs if (stop := run.summary["diverged"])]
     said = ", ".join(f"seed {seed} at step {stop['step']} ({stop['what']})" for seed, stop in stops)
     return f"{entry.label}: {said}, left out of all figures"
 
 
 def deliberate(entries: Sequence[Entry]) -> list[str]:
-    flats = {entry.label: flatten(entry.runs[0].config["config"]) for entry in entries}
+    flats = {entry.label: flat_config(entry.runs[0].config["config"]) for entry in entries}
     said = (
         ["dense has one MLP as wide as k experts in place of the experts"]
         if DENSE in {e.router for e in entries}
         else []
     )
     for name in varying(list(flats.values())):
-        if not name.startswith("router."):
+        if not of_router(name):
             labels: dict[str, list[str]] = {}
             for label, flat in flats.items():
                 labels.setdefault(json.dumps(flat.get(name)), []).append(label)
@@ -46,6 +46,17 @@ def gates(entries: Sequence[Entry]) -> list[str]:
         if gate["form"] == "own" and entry.router != DENSE:
             labels.setdefault(gate["meaning"], []).append(entry.label)
     return [f"{meaning} ({', '.join(who)})" for meaning, who in labels.items()]
+
+
+def tuning(entries: Sequence[Entry]) -> Iterable[tuple[str, str]]:
+    """Say who is untuned, and who has the tuned settings of an entry of which it is a variant."""
+    found = {entry.label: tuning_of(entry.runs[0].config["config"]) for entry in entries}
+    untuned = [label for label, tuned in found.items() if tuned.entry is None]
+    yield (
+        "Untuned",
+        ", ".join(untuned) + (" (not at settings that the committed grid found for them)" if untuned else ""),
+    )
+    yield "Tuned as another", ", ".join(f"{label} as {t.entry}" for label, t in found.items() if t.entry and not t.own)
 
 
 def budget(runs: Sequence[RunRecord]) -> str:
@@ -97,7 +108,7 @@ def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     yield "Entropy floor", "" if floor is None else f"{floor:.4f} bits/byte"
     yield "Validation tokens", f"sha256 {runs[0].summary['eval_tokens_sha256']}"
     yield "Seeds", ", ".join(map(str, sorted({run.config["seed"] for run in runs})))
-    yield "Command", "; ".join(sorted({run.config["command"] for run in runs if run.config.get("command")}))
+    yield "Command", "; ".join(sorted({command for run in runs if (command := run.config.get("command"))}))
     yield "Commit", ", ".join(sorted({_commit(run.environment) for run in runs}))
     versions = [f"{name} {_all(runs, name)}" for name in ("rlroute", "python", "torch", "numpy")]
     yield "Versions", ", ".join(versions)
@@ -106,7 +117,7 @@ def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     yield "Machine", f"{device}, {processes}, kernel {_all(runs, 'kernel_backend')}, {_all(runs, 'platform')}"
 
 
-def _commit(environment: Mapping[str, Any]) -> str:
+def _commit(environment: Environment) -> str:
     return f"{environment['commit'] or 'unknown'}{' with uncommitted changes' if environment['dirty'] else ''}"
 
 

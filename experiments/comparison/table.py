@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
-from rlroute.experiments.comparison.notes import budget, deliberate, diverged, gates, identity, provenance
+from rlroute.experiments.comparison.notes import budget, deliberate, diverged, gates, identity, provenance, tuning
+from rlroute.experiments.recipes.tuned import tuning_of
 from rlroute.experiments.statistics import (
     Interval,
     differences,
@@ -21,9 +22,7 @@ from rlroute.experiments.statistics import (
     t_interval,
 )
 from rlroute.experiments.text import of_interval
-from rlroute.records import RunRecord
-
-COSTS = ("active_parameters", "total_parameters", "flops_per_token", "training_only_flops_per_token")
+from rlroute.schema import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,14 @@ class TableRow:
     p_holm: float | None
     smallest_resolvable: float | None
     max_vio: float | None
-    max_vio_layer: int | None
+    max_vio_site: str | None
+    """The key of the routed site at which it is reached."""
+    pairs_per_token: float | None
+    """Pairs that ran, mean over sites; None in the dense model and in records that do not say."""
+    pairs_differ: bool
+    """Whether they are not k at every site."""
+    without_expert: float | None
+    """The share of tokens for which no expert ran, at the worst site."""
     dead_experts: float | None
     experts: int
     sampled_bits_per_byte: Interval | None
@@ -54,6 +60,7 @@ class TableRow:
     total_parameters: int
     flops_per_token: int
     training_only_flops_per_token: int
+    tuned: bool
     config_hash: str
 
 
@@ -103,36 +110,54 @@ def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
 
 
 def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
-    runs, model = entry.finished, entry.runs[0].summary["model"]
-    finals = [run.summary["final"] for run in runs]
+    runs, finals, first = entry.finished, entry.finals, entry.runs[0]
     bits = list(entry.bits_by_seed.values())
     diffs = [] if entry is base else _paired(entry, base)
-    vio_L = [math.fsum(vio) / len(vio) for vio in zip(*(final["max_vio_L"] for final in finals), strict=True)]
-    speeds = [run.summary["tokens_per_second"] for run in runs]
+    vios = _by_site(entry, [final["max_vio_L"] for final in finals])
+    pairs = _by_site(entry, [final["pairs_L"] for final in finals if "pairs_L" in final])
+    without = _by_site(entry, [final["without_L"] for final in finals if "without_L" in final])
+    speeds = [speed for run in runs if (speed := run.summary["tokens_per_second"]) is not None]
     sampled = [final["sampled"]["bits_per_byte"] for final in finals if final["sampled"]]
     overlaps = [share for f in finals if f["sampled"] for share in f["sampled"]["overlap_L"] if share is not None]
-    first_moe = entry.runs[0].config["config"]["model"]["num_dense_layers"]
+    k = first.config["config"]["model"]["k"]
     return TableRow(
         label=entry.label,
         router=entry.router,
-        gate_form="none" if entry.router == DENSE else entry.runs[0].summary["gate"]["form"],
-        causal=entry.runs[0].summary["causal"],
+        gate_form="none" if entry.router == DENSE else first.summary["gate"]["form"],
+        causal=first.summary["causal"],
         n=len(runs),
         diverged=len(entry.runs) - len(runs),
         bits_per_byte=t_interval(bits) if bits else None,
         difference=t_interval(diffs) if diffs else None,
         p_holm=adjusted.get(entry.label),
         smallest_resolvable=smallest_resolvable(diffs),
-        max_vio=max(vio_L, default=None),
-        max_vio_layer=first_moe + vio_L.index(max(vio_L)) if vio_L else None,
-        dead_experts=math.fsum(sum(final["dead_L"]) for final in finals) / len(finals) if vio_L else None,
+        max_vio=max(vios.values(), default=None),
+        max_vio_site=max(vios, key=lambda site: vios[site], default=None),
+        pairs_per_token=_mean(list(pairs.values())),
+        pairs_differ=any(abs(number - k) >= 0.005 for number in pairs.values()),
+        without_expert=max(without.values(), default=None),
+        dead_experts=_mean([sum(final["dead_L"]) for final in finals]) if entry.sites else None,
         experts=sum(len(load_E) for load_E in finals[0]["load_LE"]) if finals else 0,
         sampled_bits_per_byte=t_interval(sampled) if sampled else None,
-        overlap=math.fsum(overlaps) / len(overlaps) if overlaps else None,
-        tokens_per_second=math.fsum(speeds) / len(speeds) if speeds else None,
-        config_hash=entry.runs[0].config["config_hash"],
-        **{name: model[name] for name in COSTS},
+        overlap=_mean(overlaps),
+        tokens_per_second=_mean(speeds),
+        active_parameters=first.summary["model"]["active_parameters"],
+        total_parameters=first.summary["model"]["total_parameters"],
+        flops_per_token=first.summary["model"]["flops_per_token"],
+        training_only_flops_per_token=first.summary["model"]["training_only_flops_per_token"],
+        tuned=tuning_of(first.config["config"]).entry is not None,
+        config_hash=first.config["config_hash"],
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _by_site(entry: Entry, runs: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """Return means over runs by site, of the sites that have values: nothing chosen has no MaxVio."""
+    means = (_mean([value for value in values if value is not None]) for values in zip(*runs, strict=True))
+    return {str(site): mean for site, mean in zip(entry.sites, means, strict=bool(runs)) if mean is not None}
 
 
 def _paired(entry: Entry, base: Entry) -> list[float]:
@@ -144,6 +169,10 @@ def _paired(entry: Entry, base: Entry) -> list[float]:
 def _p_values(entries: Sequence[Entry], base: Entry) -> dict[str, float]:
     found = {entry.label: paired_p_value(_paired(entry, base)) for entry in entries if entry is not base}
     return {label: p for label, p in found.items() if p is not None}
+
+
+def _without(row: TableRow) -> str:
+    return f"{row.label} {row.without_expert:.2%}"
 
 
 def _rank(row: TableRow) -> tuple[float, str]:
@@ -167,6 +196,8 @@ def _notes(
             if row.sampled_bits_per_byte
         ),
     )
+    yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
+    yield from tuning(entries)
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
     yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
     yield "Deliberate differences", "; ".join(deliberate(entries))

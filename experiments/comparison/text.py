@@ -17,7 +17,7 @@ TIMINGS = ("tokens_per_second",)
 
 
 def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow], str]]:
-    """Return the title of each column and how a row fills it."""
+    """Return the title of each column and how a row fills it; pairs per token where some entry does not run k."""
     shown: dict[str, Callable[[TableRow], str]] = {
         "router": lambda row: _name(row, table),
         "gate": lambda row: row.gate_form,
@@ -27,6 +27,7 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
         "dead experts": lambda row: (
             NOTHING if row.dead_experts is None else f"{short(row.dead_experts)} of {row.experts}"
         ),
+        "pairs/token": lambda row: NOTHING if row.pairs_per_token is None else f"{row.pairs_per_token:.2f}",
         "tokens/s": lambda row: NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         "parameters active / total": lambda row: f"{si(row.active_parameters)} / {si(row.total_parameters)}",
         "FLOPs/token": lambda row: si(row.flops_per_token),
@@ -34,7 +35,8 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
         "n": lambda row: str(row.n),
         "resolvable": lambda row: NOTHING if row.smallest_resolvable is None else f"{row.smallest_resolvable:.4f}",
     }
-    return shown if timings else {title: cell for title, cell in shown.items() if title != "tokens/s"}
+    hidden = {"tokens/s": not timings, "pairs/token": not any(row.pairs_differ for row in table.rows)}
+    return {title: cell for title, cell in shown.items() if not hidden.get(title)}
 
 
 def legend(table: Table) -> str:

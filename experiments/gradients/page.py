@@ -10,7 +10,8 @@ from html import escape
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from rlroute.config import RunConfig
+import torch
+
 from rlroute.experiments.gradients.instrument import Row, Sweep, Unmeasured
 from rlroute.experiments.gradients.signal import over_seeds, over_seeds_by_factor, relative_bias
 from rlroute.experiments.report.figures import COLOURS, SYMBOLS, figure_html, new_figure
@@ -18,7 +19,7 @@ from rlroute.experiments.report.page import STYLE
 from rlroute.experiments.statistics import Interval
 from rlroute.experiments.text import NOTHING, markdown, plus_minus, two_digits
 from rlroute.kernels import resolve_backend
-from rlroute.records import environment
+from rlroute.provenance import environment
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -111,7 +112,7 @@ def to_json(
     derived = {"bias": bias, "snr": snr, "tokens_for_snr_1": tokens_for_snr_1}
     figures = {
         "command": command,
-        "environment": environment(RunConfig(), resolve_backend("auto", "cpu")),
+        "environment": environment("cpu", resolve_backend("auto", "cpu"), torch.get_num_threads()),
         "corpus": dict(provenance),
         "sweep": asdict(sweep),
         "seeds": list(range(sweep.seeds)),

@@ -11,8 +11,6 @@ from rlroute.errors import ConfigError
 from rlroute.sink import Mode
 
 Launcher = Literal["auto", "ray", "local"]
-STOPPED = "stopped"
-"""The file that marks a trial that a search has stopped early."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,12 @@ class Launch:
             raise ConfigError(
                 f"--gpus {self.gpus} with --workers {self.workers}: workers of one run cannot share a GPU"
             )
-        if self.launcher == "local" and (self.workers > 1 or self.address):
-            raise ConfigError("--launcher local trains in this process: --workers and --address want --launcher ray")
+        if self.launcher == "local":
+            for name in ("workers", "address", "concurrency", "cpus", "gpus", "patience"):
+                if getattr(self, name) != getattr(Launch(), name):
+                    raise ConfigError(
+                        f"--launcher local trains in this process: --{name} {getattr(self, name)} wants --launcher ray"
+                    )
 
     def uses_ray(self, jobs: int) -> bool:
         """Whether so many jobs go through Ray."""

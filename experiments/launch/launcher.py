@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlroute.errors import RlrouteError
-from rlroute.experiments.launch.jobs import STOPPED, Job, Launch, Search
+from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.ray_session import WANT_OF_MEMORY, session
 from rlroute.sink import take_warnings
 from rlroute.watchdog import stacks, watchdog
@@ -42,11 +42,11 @@ def launch(
         search: stops trials early, under Ray alone.
         say: told of a run that failed, as soon as it has, and why.
     """
-    from rlroute.records import RunFolder  # and with it torch, which the command line's help does without
+    from rlroute.records import ENDED, state  # and with it torch, which the command line's help does without
 
     through_ray = how.uses_ray(len(jobs))  # also for the last that is left
-    jobs = [job for job in jobs if not RunFolder(how.store, job.config, job.seed).ended]
-    jobs = [job for job in jobs if search is None or not (how.store / job.id / STOPPED).exists()]
+    done = ENDED if search is None else ENDED | {"stopped early"}
+    jobs = [job for job in jobs if state(how.store / job.id) not in done]
     if jobs and through_ray:
         with session(how) as (tune, scratch):
             reasons = _tune(tune, jobs, how, scratch, search, say)
@@ -157,11 +157,13 @@ def _give_memory_back() -> None:
 
 
 def _listener(tune: Any, jobs: Sequence[Job], how: Launch, say: Callable[[str, str], None]) -> Any:
+    from rlroute.records import stop_early
+
     class Listener(tune.Callback):  # type: ignore[misc]  # a class of Tune, which is imported late
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             run = jobs[trial.config["job"]].id
             if (reason := trial.last_result.get("reason")) is None:  # it did not come to its end
-                (how.store / run / STOPPED).touch()
+                stop_early(how.store / run)
             elif reason:
                 say(run, reason)
 

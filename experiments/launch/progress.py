@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rlroute.experiments.launch.jobs import STOPPED, Job
-from rlroute.records import last_row
+from rlroute.experiments.launch.jobs import Job
+from rlroute.records import ENDED, State, last_row, state
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 1.0
 LOG_SECONDS = 30.0
 """Where output is not a terminal, a line this often instead of a live table."""
+OVER: frozenset[State] = ENDED | {"stopped early"}
+INTEREST: tuple[State, ...] = ("running", "set aside", "empty", "interrupted", "stopped early", *sorted(ENDED))
+"""What is shown first: what runs, what has failed, what waits for its turn, what is over."""
 
 
 class Monitor:
@@ -28,7 +31,7 @@ class Monitor:
 
     def __init__(self, jobs: Sequence[Job], store: Path) -> None:
         self.jobs, self.store = jobs, store
-        self.start, self.began = time.monotonic(), time.time()
+        self.start = time.monotonic()
         self.first = self._done()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._show, daemon=True)
@@ -57,36 +60,26 @@ class Monitor:
 
     def _share(self, job: Job) -> float:
         """Return the share of a job's steps that are done, as far as its records say."""
-        folder = self.store / job.id
-        if (folder / "summary.json").exists() or (folder / STOPPED).exists():
+        if self._state(job) in OVER:
             return 1.0
-        row = last_row(folder)
+        row = last_row(self.store / job.id)
         return min(0.99, row["step"] / job.config.train.steps) if row else 0.0
 
     def _done(self) -> float:
         return sum(map(self._share, self.jobs))
 
-    def _state(self, job: Job) -> str:
-        """Return what a job is doing, as far as its folder says."""
-        folder = self.store / job.id
-        if (folder / "summary.json").exists():
-            return "ended"
-        for state, name in (("failed", "failed.json"), ("stopped early", STOPPED)):
-            if (folder / name).exists():
-                return state
-        rows = folder / "metrics.jsonl"
-        return "running" if rows.exists() and rows.stat().st_mtime > self.began else "waiting"
+    def _state(self, job: Job) -> State:
+        return state(self.store / job.id)
 
     def _headline(self) -> str:
         done, elapsed = self._done(), time.monotonic() - self.start
         counts = Counter(map(self._state, self.jobs))
         speed = (done - self.first) / elapsed if elapsed else 0.0
-        to_do = len(self.jobs) - done - counts["failed"]
+        to_do = len(self.jobs) - done - counts["set aside"]
         left = f"about {to_do / speed / 60:.0f} min left" if speed else "starting"
-        states = ", ".join(
-            f"{counts[state]} {state}" for state in ("running", "stopped early", "failed") if counts[state]
-        )
-        ended = f"{counts['ended']} of {len(self.jobs)} runs ended"
+        shown: tuple[State, ...] = ("running", "stopped early", "set aside")
+        states = ", ".join(f"{counts[one]} {one}" for one in shown if counts[one])
+        ended = f"{sum(counts[one] for one in ENDED)} of {len(self.jobs)} runs ended"
         return f"{', '.join(filter(None, (ended, states)))}; {elapsed / 60:.1f} min so far, {left}"
 
     def _table(self) -> Table:
@@ -103,15 +96,14 @@ class Monitor:
             rows = [row for job in jobs if (row := last_row(self.store / job.id))]
             loss = f"{rows[-1]['loss']:.3f}" if rows else ""
             bar = "".join("█" if share == 1.0 else "▓▒░"[2 - int(share * 3)] if share else "·" for share in shares)
-            bar = "".join("✗" if self._state(job) == "failed" else mark for job, mark in zip(jobs, bar, strict=True))
+            bar = "".join("✗" if self._state(job) == "set aside" else mark for job, mark in zip(jobs, bar, strict=True))
             name = jobs[0].label or jobs[0].config.router_name
             table.add_row(name, f"{shares.count(1.0)}/{len(jobs)}", f"{bar} {sum(shares) / len(jobs):4.0%}", loss)
         return table
 
     def _interest(self, jobs: list[Job]) -> int:
-        """Rank what is watched first where not all fits: what runs, then what failed, what waits, what has ended."""
-        order = ("running", "failed", "waiting", "stopped early", "ended")
-        return min(order.index(self._state(job)) for job in jobs)
+        """Rank what is watched first where not all fits."""
+        return min(INTEREST.index(self._state(job)) for job in jobs)
 
 
 def _rows_that_fit() -> int:

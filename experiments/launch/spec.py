@@ -22,7 +22,7 @@ from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.text import markdown
 from rlroute.records import read_rows, storing
-from rlroute.registry import run_config
+from rlroute.registry import router_class, run_config
 
 SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha")
 SEARCH = "SEARCH"
@@ -178,16 +178,21 @@ def _with(config: RunConfig, values: Choice) -> RunConfig:
     plain = config.to_dict()
     for path, value in values.items():
         part, _, name = path.partition(".")
-        if part not in plain or not name:
+        if part not in ("data", "model", "train", "router") or not name:
             raise ConfigError(f"{path}: legal are data.FIELD, model.FIELD, train.FIELD and router.FIELD")
         plain[part] |= {name: value}
     return run_config(plain)
 
 
 def _applies(path: str, config: RunConfig) -> bool:
-    """Whether an entry has the field: all have those of data, model and train."""
+    """Whether an entry has the field: all have those of data, model and train; its first router those that it takes."""
     part, _, name = path.partition(".")
-    return part != "router" or (config.router is not None and name in {f.name for f in fields(config.router)})
+    if part != "router":
+        return True
+    router = config.router
+    if router is None or name not in {f.name for f in fields(router)}:
+        return False
+    return name not in router.term_weights or router_class(router.name).scored
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Choice:

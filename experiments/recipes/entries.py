@@ -1,82 +1,40 @@
-"""The comparison as data: which entries it has, what each was tuned to, and the grid that it was tuned on.
+"""What an entry of a comparison says: a router with its configuration, several of them by sites, or the dense model.
 
-An entry is a router with its configuration, or the dense model. ``TUNED`` holds the best trial of ``GRID`` for each
-entry, found by ``rlroute tune`` (400 steps, seeds that no table uses); every entry had the same number of trials.
+``switch``, ``hash:table=position``, ``dense``; or ``switch+hash:table=position@0-1``, where what comes after a ``+``
+decides at the sites after its ``@`` (:class:`rlroute.config.SitedRouter`), and the first router at all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
-from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig, from_dict
+from rlroute.config import (
+    DENSE,
+    DataConfig,
+    ModelConfig,
+    RouterConfig,
+    RunConfig,
+    SitedRouter,
+    TrainConfig,
+    from_dict,
+)
 from rlroute.errors import ConfigError
-from rlroute.registry import default_names, refusals, router_class
-from rlroute.routing import RouterShape
+from rlroute.registry import router_class
 
 Overrides = dict[str, dict[str, Any]]
+"""Fields of ``train`` and ``router`` to change."""
 
-TUNING_SEEDS = (1000,)
-RATES = (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
-NEAR_RATES = (4e-3, 6e-3, 8e-3)
-
-
-def _rates_only() -> list[Overrides]:
-    return [{"train": {"lr": rate}} for rate in RATES]
-
-
-def _rates_and(*choices: dict[str, Any]) -> list[Overrides]:
-    return [{"train": {"lr": rate}, "router": choice} for rate in NEAR_RATES for choice in choices]
-
-
-GRID: dict[str, list[Overrides]] = {
-    "dense": _rates_only(),
-    "hash": _rates_only(),
-    "hash:table=position": _rates_only(),
-    "uniform": _rates_only(),
-    "unbalanced": _rates_only(),
-    "switch": _rates_and({"balance_weight": 0.01}, {"balance_weight": 0.03}),
-    "noisy_topk": _rates_and(
-        {"importance_weight": 0.1, "load_weight": 0.1}, {"importance_weight": 0.01, "load_weight": 0.01}
-    ),
-    "bias_balanced": _rates_and({"update_rate": 0.003}, {"update_rate": 0.01}),
-    "reinforce": _rates_and({"balance_weight": 0.01}, {"balance_weight": 0.1}),
-}
-
-TUNED: dict[str, Overrides] = {
-    "dense": {"train": {"lr": 0.006}},
-    "hash": {"train": {"lr": 0.006}},
-    "hash:table=position": {"train": {"lr": 0.008}},
-    "uniform": {"train": {"lr": 0.008}},
-    "unbalanced": {"train": {"lr": 0.006}},
-    "switch": {"train": {"lr": 0.008}, "router": {"balance_weight": 0.03}},
-    "noisy_topk": {"train": {"lr": 0.008}, "router": {"importance_weight": 0.01, "load_weight": 0.01}},
-    "bias_balanced": {"train": {"lr": 0.008}, "router": {"update_rate": 0.01}},
-    "reinforce": {"train": {"lr": 0.008}, "router": {"balance_weight": 0.1}},
-}
-
-
-def default_entries() -> list[str]:
-    """Return the entries of the default comparison: routers that need no field, position hashing as a control, and the
-    dense model.
-    """
-    return [DENSE, *default_names(), "hash:table=position"]
-
-
-def routers_for(shapes: Sequence[RouterShape], say: Callable[[str], None]) -> list[str]:
-    """Return the routers that need no field and take all of these shapes; tell in one line who is left out, and why."""
-    refused = refusals(shapes)
-    if refused:
-        say(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in refused.items())}")
-    return [name for name in default_names() if name not in refused]
+_NEXT_ROUTER = re.compile(r"\+(?=[A-Za-z_])")  # the + of 1e+3 parts nothing
 
 
 def parse_entry(text: str) -> tuple[str, dict[str, Any]]:
     """Split ``name`` or ``name:field=value,...`` into the router's name and its configured fields.
 
     Raises:
-        ConfigError: a field is unknown, or a value does not fit it.
+        ConfigError: a part is no field with a value.
     """
     name, _, rest = text.partition(":")
     values = {}
@@ -97,29 +55,80 @@ def _literal(text: str) -> Any:
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def build_entry(
-    entry: str, data: DataConfig, model: ModelConfig, train: TrainConfig, overrides: Overrides | None = None
-) -> RunConfig:
-    """Return the configuration of an entry on top of the shared parts.
+def split_sites(entry: str) -> tuple[str, dict[str, str]]:
+    """Split an entry into its first router, and the routers of some sites, by their sites.
+
+    Raises:
+        ConfigError: the first has sites, another has none, or two have the same.
+    """
+    first, *others = _NEXT_ROUTER.split(entry)
+    if "@" in first.partition(":")[0]:
+        raise ConfigError(
+            f"entry {entry!r}: {first!r} comes first and decides wherever no other does: it takes no @SITES"
+        )
+    by_sites: dict[str, str] = {}
+    for other in others:
+        router, at, sites = other.rpartition("@")
+        if not at:
+            raise ConfigError(
+                f"entry {entry!r}: {other!r} names no sites: want ROUTER+ROUTER@SITES, as switch+hash@0-1"
+            )
+        if sites in by_sites:
+            raise ConfigError(f"entry {entry!r}: two routers at sites {sites!r}: want one")
+        by_sites[sites] = router
+    return first, by_sites
+
+
+def router_of(entry: str, overrides: Mapping[str, Any] | None = None) -> RouterConfig | None:
+    """Return the configuration of one router, ``name:field=value,...``; None for the dense model.
 
     Args:
-        entry: as :func:`parse_entry` takes it; what it says wins over ``overrides``.
-        data, model, train: the parts that all entries share.
-        overrides: fields of ``train`` and ``router`` to change, as in ``GRID`` and ``TUNED``.
+        entry: of one router.
+        overrides: its fields where the entry says nothing.
 
     Raises:
         ConfigError: an unknown router or field, or an illegal value.
     """
     name, fields = parse_entry(entry)
-    overrides = overrides or {}
-    train = replace(train, **overrides.get("train", {}))
     if name == DENSE:
         if fields:
             raise ConfigError(f"entry {entry!r}: the dense model has no fields")
-        return RunConfig(data=data, model=model, train=train)
+        return None
     config = router_class(name).Config
-    router = from_dict(config, overrides.get("router", {}) | _choices(config, fields), f"router {name}")
-    return RunConfig(data=data, model=model, router=router, train=train)
+    return from_dict(config, dict(overrides or {}) | _choices(config, fields), f"router {name}")
+
+
+def build_entry(
+    entry: str,
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    settings: Callable[[str], Overrides] = lambda router: {},
+) -> RunConfig:
+    """Return the configuration of an entry on top of the shared parts.
+
+    Args:
+        entry: as this file's head describes it; what it says wins over ``settings``.
+        data, model, train: the parts that all entries share.
+        settings: what to change for a router of the entry; of ``train``, what the first router's say.
+
+    Raises:
+        ConfigError: an unknown router or field, an illegal value, or sites that are malformed.
+    """
+    first, by_sites = split_sites(entry)
+    train = replace(train, **settings(first).get("train", {}))
+    others = tuple(
+        SitedRouter(sites=sites, router=_at_sites(entry, router, settings)) for sites, router in by_sites.items()
+    )
+    router = router_of(first, settings(first).get("router"))
+    return RunConfig(data=data, model=model, router=router, others=others, train=train)
+
+
+def _at_sites(entry: str, router: str, settings: Callable[[str], Overrides]) -> RouterConfig:
+    config = router_of(router, settings(router).get("router"))
+    if config is None:
+        raise ConfigError(f"entry {entry!r}: the dense model decides nothing at some sites; say model.num_dense_layers")
+    return config
 
 
 def _choices(config: type[RouterConfig], fields: dict[str, Any]) -> dict[str, Any]:
@@ -129,19 +138,3 @@ def _choices(config: type[RouterConfig], fields: dict[str, Any]) -> dict[str, An
         name: "none" if value is None and "none" in get_args(hints.get(name)) else value
         for name, value in fields.items()
     }
-
-
-def build_comparison(
-    entries: Iterable[str], data: DataConfig, model: ModelConfig, train: TrainConfig, *, tuned: bool
-) -> list[RunConfig]:
-    """Return the configurations of all entries, each with its tuned settings where ``tuned`` asks for them.
-
-    Raises:
-        ConfigError: an illegal entry; or ``tuned`` together with a learning rate of one's own, which it would
-            overwrite.
-    """
-    if tuned and train.lr != TrainConfig().lr:
-        raise ConfigError(
-            f"train.lr = {train.lr}: the tuned recipe sets it for each entry; --no-tuned takes yours for all"
-        )
-    return [build_entry(entry, data, model, train, TUNED.get(entry) if tuned else None) for entry in entries]

@@ -12,6 +12,7 @@ from rlroute.experiments.comparison.entries import Entry
 from rlroute.experiments.comparison.table import Table
 from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.experiments.text import NOTHING, of_interval
+from rlroute.schema import EvalRow
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -100,8 +101,9 @@ def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[s
                 annotation_position="bottom right",
             )
             continue
-        finals = [run.summary["final"] for run in entries[row.label].finished]
-        dots = {"x": [max(f["max_vio_L"]) for f in finals], "y": [f["bits_per_byte"] for f in finals]}
+        points = [(worst(final), final["bits_per_byte"]) for final in entries[row.label].finals]
+        seen = [(vio, bits) for vio, bits in points if vio is not None]
+        dots = {"x": [vio for vio, _ in seen], "y": [bits for _, bits in seen]}
         vios += [*dots["x"], row.max_vio]
         faint = {"color": _faint(colour, 0.45), "size": 5}
         figure.add_scatter(**dots, mode="markers", marker=faint, legendgroup=name, showlegend=False, hoverinfo="skip")
@@ -123,18 +125,18 @@ def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[s
 
 
 def loads_figure(entries: Sequence[Entry]) -> tuple[Figure, list[tuple[int, int]]]:
-    """Draw the load of every expert over time, one heatmap for each entry and layer of which the first is visible.
+    """Draw the load of every expert over time: one heatmap for each entry and routed site; the first is visible.
 
     Returns:
-        The figure, and the (entry, MoE layer) indices of its heatmaps.
+        The figure, and the (entry, routed site) indices of its heatmaps.
     """
     figure = new_figure("training step", "expert", height=470)
     drawn: list[tuple[int, int]] = []
     for index, entry in enumerate(entries):
         rows = entry.runs[0].loads
         rows = rows[:: -(-len(rows) // LOAD_COLUMNS)]
-        for layer, load_E in enumerate(rows[0]["load_LE"]):
-            share_ES = [[round(row["load_LE"][layer][e] * len(load_E), 4) for row in rows] for e in range(len(load_E))]
+        for site, load_E in enumerate(rows[0]["load_LE"]):  # sites may have different numbers of experts
+            share_ES = [[round(row["load_LE"][site][e] * len(load_E), 4) for row in rows] for e in range(len(load_E))]
             hover = "step %{x}, expert %{y}<br>%{z:.2f} × the fair share<extra></extra>"
             figure.add_heatmap(
                 x=[row["step"] for row in rows],
@@ -143,7 +145,7 @@ def loads_figure(entries: Sequence[Entry]) -> tuple[Figure, list[tuple[int, int]
                 visible=not drawn,
                 hovertemplate=hover,
             )
-            drawn.append((index, layer))
+            drawn.append((index, site))
     ticks = {
         "tickvals": [0, 1, 2, 3, 4],
         "ticktext": ["0", "1 (fair)", "2", "3", "≥ 4"],
@@ -155,6 +157,11 @@ def loads_figure(entries: Sequence[Entry]) -> tuple[Figure, list[tuple[int, int]
     figure.update_yaxes(showgrid=False)
     figure.update_xaxes(showgrid=False)
     return figure, drawn
+
+
+def worst(final: EvalRow) -> float | None:
+    """Return the largest MaxVio of an evaluation; None where no site chose anything."""
+    return max((vio for vio in final["max_vio_L"] if vio is not None), default=None)
 
 
 def _curve(entry: Entry) -> dict[int, Interval]:

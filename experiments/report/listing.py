@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rlroute.config import needed_fields
+import torch
+
+from rlroute.config import ModelConfig, needed_fields
 from rlroute.errors import StoreError
-from rlroute.records import RunRecord, failure, last_row, read_runs
+from rlroute.experiments.report.figures import worst
+from rlroute.experiments.text import NOTHING
+from rlroute.model.transformer import ModelShape, router_shapes
+from rlroute.records import ENDED, failure, last_row, read_runs, state
 from rlroute.registry import router_class, router_names
+from rlroute.routing import Router, RouterShape
+from rlroute.schema import EvalRow, RunRecord
 
 
 def routers_text() -> str:
-    """Describe every router: what it does, its paper, what it learns from, its fields and their defaults."""
+    """Describe every router: what it does, its paper, its fields and their defaults, and what holds for these: what it
+    learns from, its gate, the shapes that it refuses.
+    """
     return "\n\n".join(_router_text(name) for name in router_names())
 
 
@@ -23,19 +32,44 @@ def _router_text(name: str) -> str:
     router = router_class(name)
     module = __import__(router.__module__, fromlist=["__doc__"])
     described = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
-    marks = [] if router.causal else ["non-causal: a token's route depends on later tokens"]
     needed = needed_fields(router.Config)
+    shown = router if needed else _default_instance(router)
+    marks = [] if shown.causal else ["non-causal: a token's route depends on later tokens"]
     if needed:
         marks.append(f"needs {', '.join(needed)}: takes no part where no router is named")
+    else:
+        marks += [f"refuses {reason}" for reason in _refusals(router)]
     options = ", ".join(f"{f.name}={_default(f)}" for f in fields(router.Config))
     lines = [
         f"{name}  ({router.__module__})",
         *described,
-        f"learns from: {', '.join(sorted(router.learns_from)) or 'nothing'}; gate: {router.gate_meaning}",
+        f"learns from: {', '.join(sorted(shown.learns_from)) or 'nothing'}; gate: {shown.gate_meaning}",
         *marks,
         f"fields: {options or 'none'}",
     ]
     return "\n    ".join(lines)
+
+
+def _default_instance(router: type[Router]) -> Router | type[Router]:
+    """Return the router of the default configuration, without weights, in the first shape it takes; or its class."""
+    for shape in _shapes():
+        if router.refuses(router.Config(), shape) is None:
+            with torch.device("meta"):
+                return router(router.Config(), shape)
+    return router
+
+
+def _refusals(router: type[Router]) -> list[str]:
+    """Return why the router's default configuration refuses some of the shapes that are tried."""
+    return list(dict.fromkeys(filter(None, (router.refuses(router.Config(), shape) for shape in _shapes()))))
+
+
+def _shapes() -> list[RouterShape]:
+    """Return the shapes that routers are asked about: the default model's; one expert a token; all; an odd number."""
+    default = ModelConfig()
+    models = [default, replace(default, k=1), replace(default, k=default.num_experts), replace(default, num_experts=15)]
+    size = ModelShape(vocab_size=256, seq_len=1, seed=0, backend="cpu")
+    return [shape for model in models for shape in router_shapes(model, size)]
 
 
 def _default(field: Field[Any]) -> str:
@@ -45,24 +79,24 @@ def _default(field: Field[Any]) -> str:
 
 
 def runs_text(path: Path) -> str:
-    """List the runs of a store, ended, unfinished and set aside, one a line."""
+    """List the runs of a store and what has become of each, one a line: first those that have ended."""
     lines = [records_text(read_runs(path))]
-    if path.is_dir():
-        for folder in sorted({f.parent for name in ("config", "failed") for f in path.glob(f"*/{name}.json")}):
-            if not (folder / "summary.json").exists():
-                row, reason = last_row(folder), failure(folder)
-                status, why = ("set aside", f"  {reason}") if reason else ("unfinished", "")
-                lines.append(f"{folder.name:48} {status:10} {row['step'] if row else 0:7} {'-':>9}{why}")
+    for folder in sorted(path.iterdir()) if path.is_dir() else ():
+        now = state(folder)
+        if now != "empty" and now not in ENDED:
+            row, reason = last_row(folder), failure(folder)
+            why = f"  {reason}" if now == "set aside" else ""
+            lines.append(f"{folder.name:48} {now:13} {row['step'] if row else 0:7} {'-':>9}{why}")
     return "\n".join(lines)
 
 
 def records_text(records: Sequence[RunRecord]) -> str:
     """List ended runs, one a line."""
-    lines = [f"{'run':48} {'status':10} {'steps':>7} {'bits/byte':>9}"]
+    lines = [f"{'run':48} {'status':13} {'steps':>7} {'bits/byte':>9}"]
     for record in records:
         final = record.summary["final"]
         score = f"{final['bits_per_byte']:9.4f}" if final else f"{'-':>9}"
-        lines.append(f"{record.id:48} {record.summary['status']:10} {record.summary['steps']:7} {score}")
+        lines.append(f"{record.id:48} {record.summary['status']:13} {record.summary['steps']:7} {score}")
     return "\n".join(lines)
 
 
@@ -81,9 +115,13 @@ def run_text(path: Path, start: str) -> str:
 
 def _record_text(record: RunRecord) -> str:
     evals = "\n".join(
-        f"{row['step']:7} {row['bits_per_byte']:9.4f} {max(row['max_vio_L'], default=0):8.3f} {sum(row['dead_L']):5}"
-        for row in record.evals
+        f"{row['step']:7} {row['bits_per_byte']:9.4f} {_vio(row):>8} {sum(row['dead_L']):5}" for row in record.evals
     )
     header = f"{'step':>7} {'bits/byte':>9} {'MaxVio':>8} {'dead':>5}"
     parts = {"config": record.config, "environment": record.environment, "summary": record.summary}
     return f"{record.id}\n{header}\n{evals}\n{json.dumps(parts, indent=1)}"
+
+
+def _vio(row: EvalRow) -> str:
+    vio = worst(row)
+    return NOTHING if vio is None else f"{vio:.3f}"

@@ -19,7 +19,8 @@ from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, legend
 from rlroute.experiments.report.figures import balance_figure, curves_figure, figure_html, loads_figure, make_styles
 from rlroute.experiments.text import listed, of_interval, short
-from rlroute.records import RunRecord, write_atomically
+from rlroute.records import write_atomically
+from rlroute.schema import RunRecord
 
 
 def write_report(records: Sequence[RunRecord], path: Path, *, reference: str | None = None) -> None:
@@ -85,6 +86,9 @@ def conclude(table: Table) -> Iterable[str]:
     if future:
         reason = "Such routing sees later tokens, so its loss cannot be held against the others'."
         yield f"Not causal: {listed(future)}. {reason}"
+    untuned = [row.label for row in ranked if not row.tuned]
+    if untuned:
+        yield f"Untuned: {listed(untuned)}."
     lost = sum(row.diverged for row in table.rows)
     if lost:
         yield f"Diverged: {lost} {'run' if lost == 1 else 'runs'}, named below and left out of all figures."
@@ -148,12 +152,11 @@ def _row_html(row: TableRow, table: Table, cells: Sequence[str], colour: str) ->
 
 def _loads_html(entries: Sequence[Entry]) -> str:
     figure, drawn = loads_figure(entries)
-    first = [entry.runs[0].config["config"]["model"]["num_dense_layers"] for entry in entries]
     routers = "".join(f'<option value="{i}">{escape(entry.label)}</option>' for i, entry in enumerate(entries))
-    layers = "".join(f'<option value="{i}">{first[0] + i}</option>' for i in sorted({layer for _, layer in drawn}))
+    sites = "".join(f'<option value="{i}">{site}</option>' for i, site in enumerate(entries[0].sites))
     seed = entries[0].runs[0].config["seed"]
     picker = f'<label>Router <select id="router" autocomplete="off">{routers}</select></label>'
-    picker += f'<label>Layer <select id="layer" autocomplete="off">{layers}</select></label>'
+    picker += f'<label>Layer <select id="layer" autocomplete="off">{sites}</select></label>'
     shown = f'<p class="picker">{picker}<span>seed {seed}</span></p>'
     return f"{shown}{figure_html(figure, 'loads')}<script>const DRAWN = {json.dumps(drawn)};</script>"
 

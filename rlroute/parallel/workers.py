@@ -180,7 +180,7 @@ class _Worker:
         folder = RunFolder(Path(store), run, seed)
         folder.create()
         with watchdog(patience, folder.path, rank) as alive:
-            summary = train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb)
+            summary = dict(train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb))
         return summary, take_warnings()
 
 

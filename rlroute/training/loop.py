@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.moe import MoELayer
 from rlroute.records import RunFolder, last_row
+from rlroute.schema import Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
 from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
@@ -27,7 +28,7 @@ from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model, check_shares, cut, planned_steps, validation_batches
-from rlroute.training.step import Device, StepResult, backward_batch, load_fractions, max_vio_L
+from rlroute.training.step import Device, StepResult, backward_batch, defined, load_fractions, max_vio_L
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -61,7 +62,7 @@ def train(
     on_step: Callable[[int], None] = lambda step: None,
     group: Group = ALONE,
     wandb: Mode = "off",
-) -> dict[str, Any]:
+) -> Summary:
     """Train a run to its end and return its summary; an ended run is returned as it is, an unfinished one goes on.
 
     The processes of a group all call this, and see the same store; rank 0 writes the records.
@@ -89,7 +90,7 @@ def train(
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
         try:
-            return run.train(on_step)
+            return cast(Summary, run.train(on_step))
         finally:
             run.sink.close()
 
@@ -190,7 +191,8 @@ class _Run:
             self._log(result, norms)
 
     def _log(self, result: StepResult, norms: dict[str, float]) -> None:
-        measured = {"loss": result.loss, "terms": result.terms, "weights": result.weights, **norms}
+        terms = {name: [defined(value) for value in values] for name, values in result.terms.items()}
+        measured = {"loss": result.loss, "terms": terms, "weights": result.weights, **norms}
         measured |= {"max_vio_L": max_vio_L(result.demand_L), **result.per_token()}
         if (traffic := self.group.traffic()) is not None and result.sums_L:
             if "seconds" in traffic:

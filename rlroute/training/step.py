@@ -184,7 +184,7 @@ def backward_batch(
 
 
 def defined(value: Tensor | float) -> float | None:
-    """Return a number, or None for what is none (NaN, infinity): records hold neither."""
+    """Return a number, or None for what is not finite: records hold neither NaN nor infinity."""
     number = float(value)
     return number if math.isfinite(number) else None
 

@@ -1,0 +1,50 @@
+"""Comparisons that are ready to run: who takes part where nobody is named, and at which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.errors import ConfigError
+from rlroute.experiments.recipes.entries import build_entry, parse_entry
+from rlroute.experiments.recipes.tuned import tuned_settings
+from rlroute.registry import default_names, refusals
+from rlroute.routing import RouterShape
+
+
+def default_entries() -> list[str]:
+    """Return the entries of the default comparison: routers that need no field, position hashing as a control, and the
+    dense model.
+    """
+    return [DENSE, *default_names(), "hash:table=position"]
+
+
+def routers_for(shapes: Sequence[RouterShape], say: Callable[[str], None]) -> list[str]:
+    """Return the routers that need no field and take all of these shapes; tell in one line who is left out, and why."""
+    return fitting(default_names(), shapes, say)
+
+
+def fitting(entries: Sequence[str], shapes: Sequence[RouterShape], say: Callable[[str], None]) -> list[str]:
+    """Return those of the entries, which nobody named, whose routers take all of these shapes; tell who is left out."""
+    refused = refusals(shapes)
+    if refused:
+        say(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in refused.items())}")
+    return [entry for entry in entries if parse_entry(entry)[0] not in refused]
+
+
+def build_comparison(
+    entries: Iterable[str], data: DataConfig, model: ModelConfig, train: TrainConfig, *, tuned: bool
+) -> list[RunConfig]:
+    """Return the configurations of all entries, each with its tuned settings where ``tuned`` asks for them.
+
+    Raises:
+        ConfigError: an illegal entry; or ``tuned`` together with a learning rate of one's own, which it would
+            overwrite.
+    """
+    if tuned and train.lr != TrainConfig().lr:
+        raise ConfigError(
+            f"train.lr = {train.lr}: the tuned recipe sets it for each entry; --no-tuned takes yours for all"
+        )
+    if not tuned:
+        return [build_entry(entry, data, model, train) for entry in entries]
+    return [build_entry(entry, data, model, train, tuned_settings) for entry in entries]
