@@ -154,11 +154,11 @@ def train(entry: str, task: Clusters, form: Form, seed: int, how: Ladder) -> Out
     loss, greedy = _evaluate(layer, held_out, seed, False)
     sampled_loss = overlap = None
     if router.stochastic:
-        sampled_loss, drawn = _evaluate(layer, held_out, seed, True)
+        drawn_loss, drawn = _evaluate(layer, held_out, seed, True)
+        sampled_loss = defined(drawn_loss)
         overlap = defined(metrics.overlap(drawn, greedy))
     found = agreement(held_out.label_T, greedy)
-    losses = {"loss": defined(loss), "sampled_loss": None if sampled_loss is None else defined(sampled_loss)}
-    return Outcome(**losses, overlap=overlap, arrived=arrived, **found)
+    return Outcome(loss=defined(loss), sampled_loss=sampled_loss, overlap=overlap, arrived=arrived, **found)
 
 
 def _router(entry: str, task: Clusters, seed: int) -> Router:
