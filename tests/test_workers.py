@@ -1,6 +1,7 @@
 """What Ray adds to expert parallelism: workers that are placed, lost, and started anew, without a figure changing."""
 
 import contextlib
+import inspect
 import os
 import signal
 import threading
@@ -186,3 +187,34 @@ def test_a_run_that_no_node_could_hold_is_refused():
     for how in (Launch(cpus=5), Launch(workers=3, cpus=3), Launch(workers=2, gpus=1)):
         with pytest.raises(ConfigError, match="each on one node: there are nodes of 4 CPUs, 1 GPUs; 4 CPUs, 0 GPUs"):
             ray_session._require_room(nodes, how)
+
+
+def test_the_method_of_ray_that_is_replaced_takes_what_the_replacement_hands_on(monkeypatch):
+    """A new Ray that moves what is replaced of its inside must fail here, not in a sweep."""
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    assert list(inspect.signature(RayActorManager._actor_task_failed).parameters)[1:] == [
+        "tracked_actor_task",
+        "exception",
+    ]
+    seen = []
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda manager, task, error: seen.append(error))
+    ray_session._make_tune_survive_want_of_memory()
+    RayActorManager._actor_task_failed(None, None, OutOfMemoryError("a run"))
+    RayActorManager._actor_task_failed(None, None, ValueError("another"))
+    assert [type(error) for error in seen] == [RayActorError, ValueError]
+    replaced = RayActorManager._actor_task_failed
+    ray_session._make_tune_survive_want_of_memory()
+    assert RayActorManager._actor_task_failed is replaced, "once is enough"
+
+
+def test_ray_calls_the_method_that_is_replaced():
+    from ray.air.execution._internal.actor_manager import RayActorManager
+
+    callers = [
+        name
+        for name, function in inspect.getmembers(RayActorManager, inspect.isfunction)
+        if "._actor_task_failed(" in inspect.getsource(function)
+    ]
+    assert callers, "whoever reports a failed task now, the replacement is not asked"
