@@ -157,7 +157,7 @@ def test_heads_that_cannot_be_shared_out_are_refused(fields: dict[str, Any]) -> 
 
 EVERYWHERE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"attention_experts": 4}, {}),
-    ({"attention_experts": 4, "num_shared_experts": 2}, {"rule": "threshold", "own": 0.3, "shared": 2}),
+    ({"attention_experts": 4, "num_shared_experts": 2}, {"rule": "threshold", "own": 0.3, "shared": True}),
     ({"attention_experts": 4}, {"rule": "experts", "balance_weight": 0.1}),
     ({"attention_experts": 4}, {"rule": "carry", "share": 1.5}),
     ({"capacity_factor": 0.7, "capacity_order": "gate", "capacity_groups": 2}, {"rule": "soft"}),
@@ -182,6 +182,7 @@ def stepped(shards: int) -> list[dict[str, Any]]:
     return outcomes
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("shards", [2, 1], ids=["expert parallel", "data parallel"])
 def test_two_processes_compute_what_one_does(shards: int) -> None:
     alone = stepped(0)

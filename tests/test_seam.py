@@ -114,9 +114,9 @@ def by_hand(model: Any, x_TD: Tensor, decision: RoutingDecision) -> Tensor:
 
 ADDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "own input": ({"own": 0.7}, {}),
-    "shared gates": ({"shared": 2}, {"num_shared_experts": 2}),
-    "both, with unused slots": ({"own": 0.7, "shared": 2, "rule": "threshold"}, {"num_shared_experts": 2}),
-    "both, with a bound": ({"own": 0.7, "shared": 2, "share": 1.5}, {"num_shared_experts": 2}),
+    "shared gates": ({"shared": True}, {"num_shared_experts": 2}),
+    "both, with unused slots": ({"own": 0.7, "shared": True, "rule": "threshold"}, {"num_shared_experts": 2}),
+    "both, with a bound": ({"own": 0.7, "shared": True, "share": 1.5}, {"num_shared_experts": 2}),
     "neither": ({}, {"num_shared_experts": 2}),
 }
 
@@ -252,11 +252,10 @@ def by_definition(decision: RoutingDecision, feedback: Feedback) -> dict[str, Te
 def test_every_scored_router_takes_its_terms_from_its_configuration(name: str) -> None:
     """Gradients are those of the sum written out by hand, beside what the router has of its own."""
     cls = router_class(name)
-    devices_E = torch.arange(8) // 2
     gradients = []
     for weights in (dict.fromkeys(WEIGHTS, 0.0), WEIGHTS):
-        router = cls(cls.Config(**weights), make_shape(8, 2)).double()
-        context = make_context(12, samples=router.num_samples, expert_device_E=devices_E)
+        router = cls(cls.Config(**weights), make_shape(8, 2, devices=4)).double()
+        context = make_context(12, samples=router.num_samples).at(router.shape, {})
         decision = router(draw(12 * router.num_samples, 6), context)
         feedback = make_feedback(context)
         loss: Tensor | float = 0.0

@@ -36,8 +36,8 @@ class ToyRouter(Router):
         the logits of the site before."""
         share: Positive | None = None
         """Pairs per token at most."""
-        shared: int = 0
-        """S, gates of shared experts."""
+        shared: bool = False
+        """Whether shared experts, where there are any, have gates."""
         own: NonNegative = 0.0
         """Weight of the token's own input, times its largest probability."""
 
@@ -63,6 +63,7 @@ class ToyRouter(Router):
             gates_EC = probs_TE.t().gather(1, ids_EC.clamp(max=len(x_TD) - 1))
             return RoutingDecision.expert_choice(ids_EC, gates_EC, len(x_TD), logits_TE=logits_TE, probs_TE=probs_TE)
         ids_TK = context.choose(*self._rule(logits_TE, context))
+        shared = self.shape.num_shared_experts if config.shared else 0
         return RoutingDecision.token_choice(
             ids_TK,
             probs_TE.gather(1, ids_TK.clamp(max=experts - 1)),
@@ -70,7 +71,7 @@ class ToyRouter(Router):
             logits_TE=logits_TE,
             probs_TE=probs_TE,
             self_T=config.own * probs_TE.amax(1) if config.own else None,
-            shared_gates_TS=logits_TE[:, : config.shared].sigmoid() if config.shared else None,
+            shared_gates_TS=logits_TE[:, :shared].sigmoid() if shared else None,
             max_pairs=None if config.share is None else int(config.share * len(x_TD)),
         )
 
