@@ -374,6 +374,7 @@ def test_options_that_do_not_apply_are_refused_by_name(command, message, tmp_pat
     assert not contents(tmp_path)
 
 
+@pytest.mark.processes
 def test_without_the_extra_cli_there_is_one_line(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ImportError('no tyro here')\n")
     done = start(tmp_path, "routers", path=f"{tmp_path}:{ROOT}")
