@@ -1,12 +1,12 @@
 """Actor-critic: a sampled policy taught by a critic of the rest of the sequence.
 
-Advantages are generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438) along the tokens of a sequence: a token's state is
-its hidden state at this layer, its reward its own negative loss, the next state the next token's. With ``trace`` 1 they are
-discounted returns over the critic, with 0 one-step differences: the critic answers for what a token's route changes later, at the
-price of its own error, which is the bias.
+Advantages are generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438) along the tokens of a sequence:
+a token's state is its hidden state at this layer, its reward its own negative loss, the next state the next token's.
+With ``trace`` 1 they are discounted returns over the critic, with 0 one-step differences: the critic answers for what a
+token's route changes later, at the price of its own error, which is the bias.
 
-Every batch is used for one gradient step by the policy that drew it: no old policies, no clipping. A step of a router flips a tenth of
-its choices, and importance ratios do not survive that.
+Every batch is used for one gradient step by the policy that drew it: no old policies, no clipping. A step of a router
+flips a tenth of its choices, and importance ratios do not survive that.
 
 Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples.
 """

@@ -1,13 +1,15 @@
-"""A contextual bandit: each expert has a linear model of the reward it brings a token, and the choice is optimistic or a posterior draw.
+"""A contextual bandit: each expert has a linear model of the reward it brings a token, and the choice is optimistic or
+a posterior draw.
 
-LinUCB (Li et al. 2010, arXiv 1003.0146) and linear Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352), with forgetting, because
-experts and hidden states move while they are being learned about. No gradient reaches the router: a posterior moves once per step.
+LinUCB (Li et al. 2010, arXiv 1003.0146) and linear Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352), with
+forgetting, because experts and hidden states move while they are being learned about. No gradient reaches the router: a
+posterior moves once per step.
 
-The models see a fixed random projection of the hidden state and a constant. With k > 1 every chosen expert of a token is credited with
-the token's reward.
+The models see a fixed random projection of the hidden state and a constant. With k > 1 every chosen expert of a token
+is credited with the token's reward.
 
-Shape suffixes: T tokens (rows of all routing samples), D model width, P features, M routing samples, E experts, K experts per token,
-R pairs.
+Shape suffixes: T tokens (rows of all routing samples), D model width, P features, M routing samples, E experts, K
+experts per token, R pairs.
 """
 
 from dataclasses import dataclass
@@ -90,7 +92,9 @@ class BanditRouter(Router):
         return torch.cat([x_TD @ self.projection_DP.to(x_TD.dtype), x_TD.new_ones(len(x_TD), 1)], dim=1)
 
     def _spread(self, features_TP: Tensor, context: RoutingContext) -> Tensor:
-        """Return each expert's posterior standard deviation for each token, times a normal draw under Thompson; (T, E)."""
+        """Return each expert's posterior standard deviation for each token, times a normal draw under Thompson; (T,
+        E).
+        """
         covariance_EPP = self.covariance_EPP.to(features_TP.dtype)
         seen_ETP = features_TP @ covariance_EPP
         std_TE = (seen_ETP * features_TP).sum(2).clamp(min=0).sqrt().t()

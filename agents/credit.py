@@ -1,12 +1,14 @@
 """The credit router: a sampled policy taught by the gradient of its gates, not by the loss as a number.
 
-Gates have the fixed value 1/k and the gradient of log pi of the draw up to their pair, over k. A gate's gradient is its pair's credit
-<dL/dout_t, y_r>: the change of the whole loss, to first order, from running the pair rather than nothing; so each log-probability moves
-against the credit of the pairs drawn from there on. It is the score-function estimator with the loss replaced by its linearisation:
-one number per pair instead of one per token, hence far less noise, and the bias of a first-order view. It sees all that a token's
-route changes, later tokens and auxiliary losses of later layers included.
+Gates have the fixed value 1/k and the gradient of log pi of the draw up to their pair, over k. A gate's gradient is its
+pair's credit <dL/dout_t, y_r>: the change of the whole loss, to first order, from running the pair rather than nothing;
+so each log-probability moves against the credit of the pairs drawn from there on. It is the score-function estimator
+with the loss replaced by its linearisation: one number per pair instead of one per token, hence far less noise, and the
+bias of a first-order view. It sees all that a token's route changes, later tokens and auxiliary losses of later layers
+included.
 
-Related: straight-through estimators (Bengio et al. 2013, arXiv 1308.3432); unlike theirs, the value of the forward pass is untouched.
+Related: straight-through estimators (Bengio et al. 2013, arXiv 1308.3432); unlike theirs, the value of the forward pass
+is untouched.
 
 Shape suffixes: T tokens, D model width, E experts, R routed pairs.
 """

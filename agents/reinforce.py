@@ -1,13 +1,15 @@
 """REINFORCE: experts are sampled, and sampled experts of tokens that were predicted well become more likely.
 
-RL-R of Clark et al. 2022 (arXiv 2202.01169), on Williams 1992 (doi 10.1007/BF00992696); the leave-one-out baseline is that of Kool et
-al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE).
+RL-R of Clark et al. 2022 (arXiv 2202.01169), on Williams 1992 (doi 10.1007/BF00992696); the leave-one-out baseline is
+that of Kool et al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE).
 
-The reward is the token's own negative loss, which is biased except after the last attention layer: a token's route changes what later
-tokens attend to. ``discount`` adds what follows. Unlike Clark et al. the experts are drawn without nucleus truncation, and for k > 1
-by Gumbel top-k, whose ordered draw has a Plackett-Luce log-probability. Advantages are not standardised: they are nats.
+The reward is the token's own negative loss, which is biased except after the last attention layer: a token's route
+changes what later tokens attend to. ``discount`` adds what follows. Unlike Clark et al. the experts are drawn without
+nucleus truncation, and for k > 1 by Gumbel top-k, whose ordered draw has a Plackett-Luce log-probability. Advantages
+are not standardised: they are nats.
 
-Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per token.
+Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per
+token.
 """
 
 from dataclasses import dataclass
@@ -40,13 +42,15 @@ class ReinforceRouter(Router):
         """Fields of REINFORCE."""
 
         baseline: Literal["none", "batch", "ema", "value", "leave_one_out"] = "value"
-        """What is subtracted from the return: nothing; the mean of the micro-batch's other rows; its running mean; that plus a learned
-        value of the token; or the mean return of the same token in the other routing samples."""
+        """What is subtracted from the return: nothing; the mean of the micro-batch's other rows; its running mean; that
+        plus a learned value of the token; or the mean return of the same token in the other routing samples."""
         samples: Count | None = None
-        """Routing samples of each token, each a forward and a backward; none: 2 where ``baseline`` or ``resample`` needs them, else 1."""
+        """Routing samples of each token, each a forward and a backward; none: 2 where ``baseline`` or ``resample``
+        needs them, else 1.
+        """
         resample: Literal["all", "one"] = "all"
-        """Which sites differ between samples: all, or one per step in turn, the others held at the first sample's choice; only the
-        site that differs learns in that step."""
+        """Which sites differ between samples: all, or one per step in turn, the others held at the first sample's
+        choice; only the site that differs learns in that step."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -90,8 +94,8 @@ class ReinforceRouter(Router):
     def _hold(self, scores_TE: Tensor, context: RoutingContext) -> Tensor:
         """Hold this site at the first sample's draw where it is not its turn to be resampled.
 
-        Held choices of later sites were drawn for the first sample's route, not for this one: what a route changes in later sites'
-        routing is lost, so that ``resample=one`` is unbiased in the last one only.
+        Held choices of later sites were drawn for the first sample's route, not for this one: what a route changes in
+        later sites' routing is lost, so that ``resample=one`` is unbiased in the last one only.
         """
         if self._learns(context):
             return scores_TE

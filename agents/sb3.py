@@ -1,14 +1,16 @@
 """A policy trained elsewhere, frozen: the actor of a Stable-Baselines3 PPO or A2C routes, and learns nothing more.
 
-PPO, Schulman et al. 2017 (arXiv 1707.06347); A2C, Mnih et al. 2016 (arXiv 1602.01783); saved by Stable-Baselines3, Raffin et al. 2021.
+PPO, Schulman et al. 2017 (arXiv 1707.06347); A2C, Mnih et al. 2016 (arXiv 1602.01783); saved by Stable-Baselines3,
+Raffin et al. 2021.
 
 ``TokenBandit-v0`` shows of a token exactly what a router is given. A policy trained there on the tokens of a checkpoint
 (``rlroute export-tokens``) therefore routes as it is; docs/environments.md tells the whole way. Every MoE layer gets a
 copy of it, whichever layer it was trained on. It draws one expert in the environment; here k by Plackett-Luce while
 exploring, and the k most probable greedily.
 
-The file is read without stable_baselines3 and nothing in it is run: of what it holds, this takes the weights, which are tensors, and two
-names out of JSON. A ``VecNormalize`` is not in it: a policy trained behind one sees other numbers here.
+The file is read without stable_baselines3 and nothing in it is run: of what it holds, this takes the weights, which are
+tensors, and two names out of JSON. A ``VecNormalize`` is not in it: a policy trained behind one sees other numbers
+here.
 """
 
 import hashlib
@@ -50,7 +52,9 @@ class Sb3Router(Router):
         policy: str
         """The .zip that ``model.save`` wrote."""
         sha256: str = ""
-        """Of that file, and so a part of the run's identity: filled in where it is empty, else the file must have it."""
+        """Of that file, and so a part of the run's identity: filled in where it is empty, else the file must have
+        it.
+        """
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -96,7 +100,8 @@ def read_actor(config: Sb3Router.Config, shape: RouterShape) -> nn.Sequential:
     """Return the saved policy's network from observations to logits, frozen.
 
     Raises:
-        ConfigError: the file is not a saved actor-critic MlpPolicy with its default activation, or not one of these sizes.
+        ConfigError: the file is not a saved actor-critic MlpPolicy with its default activation, or not one of these
+            sizes.
     """
     weights = _read_weights(config)
     hidden = [name.removesuffix(".weight") for name in weights if re.fullmatch(HIDDEN, name)]

@@ -29,7 +29,9 @@ class HashRouter(Router):
         """Fields of the hash router."""
 
         table: Literal["random", "balanced", "position"] = "random"
-        """random: seeded draws; balanced: greedy by token frequency, so that loads even out; position: by position, the control."""
+        """random: seeded draws; balanced: greedy by token frequency, so that loads even out; position: by position, the
+        control.
+        """
 
     gate_meaning = "1/k"
     publishes = frozenset()

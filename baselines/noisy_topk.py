@@ -74,7 +74,9 @@ class NoisyTopKRouter(Router):
         }
 
     def _chosen_probability(self, decision: RoutingDecision) -> Tensor:
-        """Return P(x, i), the probability that expert i stays among the k largest if its own noise is drawn anew; shape (T, E)."""
+        """Return P(x, i), the probability that expert i stays among the k largest if its own noise is drawn anew; shape
+        (T, E).
+        """
         noisy_TE, std_TE, clean_TE = decision.memo["noisy_TE"], decision.memo["std_TE"], decision.logits_TE
         assert clean_TE is not None
         experts, k = self.shape.num_experts, self.shape.k

@@ -25,7 +25,9 @@ class SwitchRouter(Router):
         balance_weight: NonNegative = 0.01
         """Weight of the f.P loss (the paper's alpha)."""
         jitter: BelowOne = 0.0
-        """In training the router's own copy of its input is multiplied by U(1 - jitter, 1 + jitter); the paper uses 1e-2."""
+        """In training the router's own copy of its input is multiplied by U(1 - jitter, 1 + jitter); the paper uses
+        1e-2.
+        """
         normalize: bool = True
         """Renormalise the gates over the chosen where k > 1."""
         init_std: NonNegative = 0.02

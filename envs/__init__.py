@@ -18,7 +18,9 @@ IDS = {
     "rlroute/TokenBandits-v0": "token_bandit:TokenBandits",
     "rlroute/Dispatch-v0": "dispatch:Dispatch",
 }
-"""Each environment's module and the stem of its classes: ``<stem>Env`` steps one copy, ``<stem>VectorEnv`` many at once."""
+"""Each environment's module and the stem of its classes: ``<stem>Env`` steps one copy, ``<stem>VectorEnv`` many at
+once.
+"""
 
 
 for _id, _stem in IDS.items():

@@ -1,12 +1,13 @@
 """Latent clusters, each with an expert of its own: a routing task whose scores are known in closed form.
 
-A token belongs to cluster c with probability proportional to (c + 1)^-skew. The router sees mu_c + sigma * noise in D dimensions,
-|mu_c| = 2; the experts see z ~ N(0, I), which says nothing about c. The target is Q_c z + 0.05 * noise with Q_c orthogonal, expert e
-is frozen at Q_e, and the loss is the squared error per coordinate: 0.0025 under the cluster's own expert, 2 more under any other.
+A token belongs to cluster c with probability proportional to (c + 1)^-skew. The router sees mu_c + sigma * noise in D
+dimensions, |mu_c| = 2; the experts see z ~ N(0, I), which says nothing about c. The target is Q_c z + 0.05 * noise with
+Q_c orthogonal, expert e is frozen at Q_e, and the loss is the squared error per coordinate: 0.0025 under the cluster's
+own expert, 2 more under any other.
 
-For the scores to have closed forms, the centres mu_c are orthogonal to one another, and so are the maps (Q_c shifts the coordinates
-by c places, so that Q_c^T Q_e has trace 0). Token ids are uniform and independent of the cluster: a router that reads them knows no
-more than one that does not, and the Bayes score bounds both.
+For the scores to have closed forms, the centres mu_c are orthogonal to one another, and so are the maps (Q_c shifts the
+coordinates by c places, so that Q_c^T Q_e has trace 0). Token ids are uniform and independent of the cluster: a router
+that reads them knows no more than one that does not, and the Bayes score bounds both.
 
 Shape suffixes: N tokens, D features, W coordinates of the experts' input, E clusters and experts.
 """
@@ -89,7 +90,8 @@ class Clusters:
         """Return expected losses in closed form, best first.
 
         floor: the noise of the target, which no map predicts. oracle: the cluster's own expert, which is that map.
-        bayes: the likeliest cluster's expert. fixed: the most frequent cluster's expert. uniform: experts drawn uniformly.
+        bayes: the likeliest cluster's expert. fixed: the most frequent cluster's expert. uniform: experts drawn
+            uniformly.
         """
         floor = NOISE**2
         return {
@@ -104,8 +106,8 @@ class Clusters:
         """Return the probability that the likeliest cluster is not the true one.
 
         With orthogonal centres the posterior scores are independent normals, so cluster c is found with probability
-        E_g[prod_k Phi(g + 2 / sigma + sigma / 2 * log(prior_c / prior_k))] over k != c, g ~ N(0, 1): one integral, by Gauss-Hermite
-        quadrature with 128 nodes.
+        E_g[prod_k Phi(g + 2 / sigma + sigma / 2 * log(prior_c / prior_k))] over k != c, g ~ N(0, 1): one integral, by
+        Gauss-Hermite quadrature with 128 nodes.
         """
         nodes_G, weights_G = np.polynomial.hermite_e.hermegauss(128)
         log_prior_E = np.log(self.prior_E)

@@ -1,9 +1,10 @@
 """Dispatch: send tokens to experts on devices, where the best expert for a token may have a queue.
 
-One token arrives per step, at a random device. It has an affinity to each expert, high for the one of its topic. The router picks an
-expert; the token crosses to the expert's device if it is another one, and waits in the expert's queue. Every expert works off its
-queue at its own rate. Two things drift: a hot topic, which a share of all tokens has, and a straggler, a device that runs slower than
-it should. An action is felt by the tokens that come later, so this is a sequential problem, unlike TokenBandit.
+One token arrives per step, at a random device. It has an affinity to each expert, high for the one of its topic. The
+router picks an expert; the token crosses to the expert's device if it is another one, and waits in the expert's queue.
+Every expert works off its queue at its own rate. Two things drift: a hot topic, which a share of all tokens has, and a
+straggler, a device that runs slower than it should. An action is felt by the tokens that come later, so this is a
+sequential problem, unlike TokenBandit.
 
 Shape suffixes: C copies, T steps, N kinds of tokens, E experts, G devices.
 """
@@ -82,7 +83,8 @@ class DispatchWorld(World):
     """Tokens, queues and servers.
 
     Attributes:
-        affinity_NE: of each kind of token to each expert, in [0, 1]; kinds n with the same n // KINDS_PER_TOPIC share a topic.
+        affinity_NE: of each kind of token to each expert, in [0, 1]; kinds n with the same n // KINDS_PER_TOPIC share a
+            topic.
         rates_GE: tokens that each expert serves per step while device g is the straggler.
         away_GE: 1.0 where expert e is not on device g.
         queue_CE: tokens in each queue; a fraction is a token half served.
@@ -131,9 +133,9 @@ class DispatchWorld(World):
     def route(self, actions: Array) -> tuple[Array, Infos]:
         """Return the reward and its parts, and let every expert serve for a step.
 
-        A token that joins a queue of q at an expert of rate r is done after (q + 1) / r steps, and ``transfer`` more from another
-        device: its ``delay``, at the rates of the moment. The reward is ``quality``, the affinity, less latency_weight * delay;
-        or -drop_cost where the queue had no room (``dropped``, quality and delay are then 0).
+        A token that joins a queue of q at an expert of rate r is done after (q + 1) / r steps, and ``transfer`` more
+        from another device: its ``delay``, at the rates of the moment. The reward is ``quality``, the affinity, less
+        latency_weight * delay; or -drop_cost where the queue had no room (``dropped``, quality and delay are then 0).
         """
         config, at = self.config, (self._copies_C, actions)
         kind_C, source_C, straggler_C = self.current
@@ -147,7 +149,9 @@ class DispatchWorld(World):
         return reward_C, {"quality": quality_C, "delay": delay_C, "dropped": ~served_C}
 
     def observe(self) -> Array:
-        """Return affinity, queue over capacity, rate over the highest rate, and whether the expert is away; (C, 4 E), in [0, 1]."""
+        """Return affinity, queue over capacity, rate over the highest rate, and whether the expert is away; (C, 4 E),
+        in [0, 1].
+        """
         kind_C, source_C, straggler_C = self.current
         seen_CFE = np.empty((self.num_copies, 4, self.config.experts), dtype=np.float32)
         seen_CFE[:, 0] = self.affinity_NE[kind_C]
@@ -157,14 +161,17 @@ class DispatchWorld(World):
         return seen_CFE.reshape(self.num_copies, -1)
 
     def describe(self) -> Infos:
-        """Return ``token_id`` (the kind of token), ``label`` (its topic) and ``action_mask``: the experts whose queue has room."""
+        """Return ``token_id`` (the kind of token), ``label`` (its topic) and ``action_mask``: the experts whose queue
+        has room.
+        """
         kind_C, mask_CE = self.current[0].astype(np.int64), self.queue_CE + 1.0 <= self.config.capacity
         return {"token_id": kind_C, "label": kind_C // KINDS_PER_TOPIC, "action_mask": mask_CE.astype(np.int8)}
 
     def anchors(self) -> tuple[float, float]:
         """Return the mean reward of uniform draws (1,024 episodes) and a bound that no policy passes.
 
-        The bound gives each token its best expert in an idle system, in expectation over tokens, devices and stragglers.
+        The bound gives each token its best expert in an idle system, in expectation over tokens, devices and
+        stragglers.
         """
         return _uniform_reward(self.config), self._idle_reward()
 
@@ -177,7 +184,9 @@ class DispatchWorld(World):
         return float(np.mean(rewards))
 
     def panels(self, copy: int) -> list[Panel]:
-        """Show the token's affinities, the queues and the rates; the best affinity, the longest queue and the straggler are marked."""
+        """Show the token's affinities, the queues and the rates; the best affinity, the longest queue and the straggler
+        are marked.
+        """
         affinity_E, queue_E, rate_E, away_E = self.observe()[copy].reshape(4, -1)
         return [
             Panel("affinity", affinity_E, int(affinity_E.argmax())),
@@ -193,7 +202,9 @@ def _pick(uniform: Array, count: int) -> Array:
 
 
 def _rates(config: DispatchConfig, device_E: Array) -> Array:
-    """Return the rates of all experts for each straggler, shape (G, E), whose overall mean serves 1 / load tokens per step."""
+    """Return the rates of all experts for each straggler, shape (G, E), whose overall mean serves 1 / load tokens per
+    step.
+    """
     speed_G = np.linspace(SLOWEST, FASTEST, config.devices) if config.devices > 1 else np.ones(1)
     speed_GG = speed_G * np.where(np.eye(config.devices, dtype=bool), config.slowdown, 1.0)
     rates_GE = speed_GG[:, device_E]
@@ -217,15 +228,16 @@ class DispatchEnv(RoutingEnv):
     ``Discrete(E)``: the expert.
 
     ## Observation
-    ``Box(0, 1, (4 E,), float32)``: the token's affinity to each expert, each queue over its capacity, each expert's rate over the
-    highest rate, and 1 for each expert that is not on the token's device.
+    ``Box(0, 1, (4 E,), float32)``: the token's affinity to each expert, each queue over its capacity, each expert's
+    rate over the highest rate, and 1 for each expert that is not on the token's device.
 
     ## Reward
-    affinity - latency_weight * delay, where delay = (queue + 1) / rate + transfer if away; -drop_cost where the queue is full.
+    affinity - latency_weight * delay, where delay = (queue + 1) / rate + transfer if away; -drop_cost where the queue
+    is full.
 
     ## Info
-    Of the token observed: ``token_id``, ``label`` (its topic), ``action_mask`` (E,), 0 for full queues. Of the last action:
-    ``quality``, ``delay`` and ``dropped``.
+    Of the token observed: ``token_id``, ``label`` (its topic), ``action_mask`` (E,), 0 for full queues. Of the last
+    action: ``quality``, ``delay`` and ``dropped``.
 
     ## Episode
     ``episode_length`` tokens from empty queues, then truncation; no termination.

@@ -41,7 +41,9 @@ def ansi_frame(panels: list[Panel]) -> str:
 
 
 def rgb_frame(panels: list[Panel]) -> NDArray[np.uint8]:
-    """Return the panels one above the other, uint8 of shape (H, W, 3); every frame of an environment has the same shape."""
+    """Return the panels one above the other, uint8 of shape (H, W, 3); every frame of an environment has the same
+    shape.
+    """
     frame = np.full((len(panels) * (HEIGHT + GAP) + GAP, WIDTH, 3), PAPER, dtype=np.uint8)
     for row, (_, bars, marked) in enumerate(panels):
         bottom = (row + 1) * (HEIGHT + GAP)

@@ -33,13 +33,14 @@ PUBLISHED = {
         "priced": 0.794,
     },
 }
-"""Scores in the default environments: means of 256 episodes from seed 0. Half widths of 95 % intervals: at most 0.005, but 0.013 and
-0.008 for Dispatch's uniform and affinity. Dispatch's 1 is a bound that no policy attains."""
+"""Scores in the default environments: means of 256 episodes from seed 0. Half widths of 95 % intervals: at most 0.005,
+but 0.013 and 0.008 for Dispatch's uniform and affinity. Dispatch's 1 is a bound that no policy attains."""
 
 PRICE = 1.75
 """How often the priced policy counts a token's own delay, for what its place in the queue costs later tokens.
 
-The best of 1, 1.25, 1.5, 1.75, 2, 2.5, 3 and 4 in the default environment, on 256 episodes from seed 0 and again from seed 1000.
+The best of 1, 1.25, 1.5, 1.75, 2, 2.5, 3 and 4 in the default environment, on 256 episodes from seed 0 and again from
+seed 1000.
 """
 
 
@@ -63,7 +64,9 @@ def play(envs: RoutingVectorEnv, policy: Policy, seed: int = 0) -> Array:
 
 
 def score_interval(envs: RoutingVectorEnv, rewards_C: Array) -> tuple[float, float]:
-    """Return the score of episodes' mean rewards and the half width of its 95 % interval (normal; nan for one episode)."""
+    """Return the score of episodes' mean rewards and the half width of its 95 % interval (normal; nan for one
+    episode).
+    """
     scores_C = np.array([envs.score(reward) for reward in rewards_C.tolist()])
     if len(scores_C) == 1:
         return float(scores_C[0]), float("nan")
@@ -71,7 +74,9 @@ def score_interval(envs: RoutingVectorEnv, rewards_C: Array) -> tuple[float, flo
 
 
 def _bandit_policies(world: BanditWorld, generator: np.random.Generator) -> dict[str, Policy]:
-    """uniform: any expert. fixed: the best single one. bayes (clusters): the likeliest cluster's. oracle: the token's best."""
+    """uniform: any expert. fixed: the best single one. bayes (clusters): the likeliest cluster's. oracle: the token's
+    best.
+    """
     fixed = int(world.table.losses_NE.mean(0, dtype=np.float64).argmin())
     policies: dict[str, Policy] = {
         "uniform": lambda _, infos: generator.integers(world.num_experts, size=infos["token_id"].shape),
@@ -87,8 +92,10 @@ def _bandit_policies(world: BanditWorld, generator: np.random.Generator) -> dict
 def _dispatch_policies(world: DispatchWorld, generator: np.random.Generator) -> dict[str, Policy]:
     """All but the first two choose the expert with the highest index among those with room.
 
-    uniform: any expert. round_robin: the next expert, in turn. affinity: the highest affinity. join_shortest_queue: the shortest queue.
-    least_delay: the least delay. greedy: the highest reward for this token. priced: greedy, with the delay counted PRICE times.
+    uniform: any expert. round_robin: the next expert, in turn. affinity: the highest affinity. join_shortest_queue: the
+        shortest queue.
+    least_delay: the least delay. greedy: the highest reward for this token. priced: greedy, with the delay counted
+        PRICE times.
     """
     config = world.config
     return {
@@ -107,7 +114,9 @@ DISPATCH_INDICES: dict[str, Index] = {
     "greedy": lambda config, affinity, queue, delay: affinity - config.latency_weight * delay,
     "priced": lambda config, affinity, queue, delay: affinity - PRICE * config.latency_weight * delay,
 }
-"""What each policy looks at, from a token's affinities, the queues (in tokens) and its delays (in steps), all (C, E)."""
+"""What each policy looks at, from a token's affinities, the queues (in tokens) and its delays (in steps), all (C,
+E).
+"""
 
 
 def _highest(

@@ -29,8 +29,8 @@ class TokenTable:
 
     Attributes:
         x_ND: what the router sees of each token (its normalised hidden state), float32.
-        losses_NE: the loss of each token when expert e alone serves it with gate 1, float32; exact only for the last MoE layer after
-            the last attention, where a token's route changes no other token.
+        losses_NE: the loss of each token when expert e alone serves it with gate 1, float32; exact only for the last
+            MoE layer after the last attention, where a token's route changes no other token.
         skip_N: the loss of each token when no expert serves it, float32.
         token_ids_N: int64, what hash routers route by.
         labels_N: int64, the cluster or document domain of each token, -1 where unknown.
@@ -87,7 +87,8 @@ class TokenTable:
 
 
 def load_table(path: str) -> TokenTable:
-    """Read a table that :meth:`TokenTable.save` wrote; once per process and file, for its environments share the arrays.
+    """Read a table that :meth:`TokenTable.save` wrote; once per process and file, for its environments share the
+    arrays.
 
     Raises:
         DataError: the file cannot be read, lacks an array, or holds one of another shape or dtype.

@@ -1,9 +1,9 @@
 """TokenBandit: route tokens through frozen experts, one token per step or a batch of them.
 
-The tokens come from a :class:`~rlroute.envs.tables.TokenTable`: the latent clusters of :mod:`rlroute.envs.clusters`, whose scores are
-known in closed form, or (``table="tokens.npz"``) the last MoE layer of a trained checkpoint, where the loss of a token under every
-expert is exact. No action changes what comes next: train with a discount of 0. Episodes are long although one step would do, because
-a vector environment in NEXT_STEP mode wastes a step per episode.
+The tokens come from a :class:`~rlroute.envs.tables.TokenTable`: the latent clusters of :mod:`rlroute.envs.clusters`,
+whose scores are known in closed form, or (``table="tokens.npz"``) the last MoE layer of a trained checkpoint, where the
+loss of a token under every expert is exact. No action changes what comes next: train with a discount of 0. Episodes are
+long although one step would do, because a vector environment in NEXT_STEP mode wastes a step per episode.
 
 Shape suffixes: N tokens of the table, C copies, T steps, B tokens of a batch, D features, E experts.
 """
@@ -110,7 +110,9 @@ class BanditWorld(World):
         return np.asarray(self._tokens_TC[self.step_C, self._copies_C])
 
     def route(self, actions: Array) -> tuple[Array, Infos]:
-        """Return the reward, the token's own negative loss, and ``regret``: what the best expert would have had more."""
+        """Return the reward, the token's own negative loss, and ``regret``: what the best expert would have had
+        more.
+        """
         tokens = self.current
         losses = self._losses(tokens, actions)
         regret = losses - self._best_N[tokens]
@@ -124,7 +126,9 @@ class BanditWorld(World):
         return np.asarray(self.table.x_ND[self.current])
 
     def describe(self) -> Infos:
-        """Return ``token_id``, ``label`` (the cluster, or domain), ``expert_losses`` and ``action_mask``, which allows everything."""
+        """Return ``token_id``, ``label`` (the cluster, or domain), ``expert_losses`` and ``action_mask``, which allows
+        everything.
+        """
         tokens = self.current
         return {
             "token_id": self.table.token_ids_N[tokens],
@@ -184,7 +188,8 @@ class TokenBanditEnv(RoutingEnv):
     The token's own negative loss under the expert (:func:`rlroute.rewards.own_token_reward`).
 
     ## Info
-    Of the token observed: ``token_id``, ``label``, ``expert_losses`` (E,), ``action_mask`` (E,). Of the last action: ``regret``.
+    Of the token observed: ``token_id``, ``label``, ``expert_losses`` (E,), ``action_mask`` (E,). Of the last action:
+    ``regret``.
 
     ## Episode
     ``episode_length`` tokens, then truncation; no termination.
@@ -208,7 +213,8 @@ class TokenBanditsEnv(RoutingEnv):
     As :class:`TokenBanditEnv`, but for
 
     ## Action
-    ``MultiDiscrete([E + 1] * B)``: an expert for each token, or E for none (a dropped token, or one that no expert chose).
+    ``MultiDiscrete([E + 1] * B)``: an expert for each token, or E for none (a dropped token, or one that no expert
+    chose).
 
     ## Observation
     ``Box(-b, b, (B, D), float32)``.

@@ -1,9 +1,9 @@
 """Many copies of a world as one Gymnasium vector environment.
 
-It equals ``SyncVectorEnv`` over as many :class:`~rlroute.envs.world.RoutingEnv` with the same seeds bit for bit, infos included, in
-every autoreset mode: NEXT_STEP (a finished copy's next step resets it and ignores its action), SAME_STEP (it is reset at once, its
-last observation and info stand in ``final_obs`` and ``final_info``) and DISABLED (the caller resets it by
-``options={"reset_mask": mask}``).
+It equals ``SyncVectorEnv`` over as many :class:`~rlroute.envs.world.RoutingEnv` with the same seeds bit for bit, infos
+included, in every autoreset mode: NEXT_STEP (a finished copy's next step resets it and ignores its action), SAME_STEP
+(it is reset at once, its last observation and info stand in ``final_obs`` and ``final_info``) and DISABLED (the caller
+resets it by ``options={"reset_mask": mask}``).
 
 Shape suffixes: C copies.
 """
@@ -69,7 +69,8 @@ class RoutingVectorEnv(gymnasium.vector.VectorEnv):  # type: ignore[misc]
         """Begin an episode in every copy, or in those of ``options["reset_mask"]``.
 
         Args:
-            seed: of copy 0, copy i getting ``seed + i``; or one for each copy. A copy without one goes on with its generator.
+            seed: of copy 0, copy i getting ``seed + i``; or one for each copy. A copy without one goes on with its
+                generator.
             options: ``reset_mask``, a bool array of shape (C,).
 
         Raises:
@@ -168,7 +169,9 @@ def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
 
 
 def _spread(values: Infos, mask_C: Array) -> dict[str, Array]:
-    """Return infos as vector environments give them: each with a mask of the copies that have it, and zeros elsewhere."""
+    """Return infos as vector environments give them: each with a mask of the copies that have it, and zeros
+    elsewhere.
+    """
     infos: dict[str, Array] = {}
     if not mask_C.any():
         return infos

@@ -1,8 +1,10 @@
-"""What the environments share: a world that steps C copies of one routing problem together, and the environment of a single copy.
+"""What the environments share: a world that steps C copies of one routing problem together, and the environment of a
+single copy.
 
 A world is the only place where a problem's rules stand. :class:`RoutingEnv` runs one with a single copy and
-:class:`~rlroute.envs.vector.RoutingVectorEnv` one with many, so the two agree bit for bit: all that is random in an episode is
-drawn at its start from the copy's own generator, and each step is elementwise arithmetic whose rounding no batch size changes.
+:class:`~rlroute.envs.vector.RoutingVectorEnv` one with many, so the two agree bit for bit: all that is random in an
+episode is drawn at its start from the copy's own generator, and each step is elementwise arithmetic whose rounding no
+batch size changes.
 
 Shape suffixes: C copies, T steps of an episode, E experts.
 """
@@ -53,11 +55,15 @@ class World(ABC):
 
     @abstractmethod
     def draw(self, copies: Array, generators: Sequence[np.random.Generator]) -> None:
-        """Draw a new episode for each of ``copies`` from its generator, with one call of the same kind per generator."""
+        """Draw a new episode for each of ``copies`` from its generator, with one call of the same kind per
+        generator.
+        """
 
     @abstractmethod
     def look_up(self) -> Any:
-        """Return what :meth:`route`, :meth:`observe` and :meth:`describe` need of the current tokens; they find it in ``current``."""
+        """Return what :meth:`route`, :meth:`observe` and :meth:`describe` need of the current tokens; they find it in
+        ``current``.
+        """
 
     @abstractmethod
     def route(self, actions: Array) -> tuple[Array, Infos]:
@@ -80,7 +86,9 @@ class World(ABC):
 
     @abstractmethod
     def anchors(self) -> tuple[float, float]:
-        """Return the mean reward per step that scores 0 (experts drawn uniformly) and the one that scores 1 (the oracle)."""
+        """Return the mean reward per step that scores 0 (experts drawn uniformly) and the one that scores 1 (the
+        oracle).
+        """
 
     @abstractmethod
     def panels(self, copy: int) -> list[Panel]:
@@ -167,8 +175,8 @@ def draw_frame(world: World, copy: int, render_mode: str) -> str | Array:
 class RoutingEnv(gymnasium.Env):  # type: ignore[misc]
     """The environment of one copy of a world.
 
-    ``info`` describes the token (or batch) that the observation shows and the next action routes; after a step it also holds what came
-    of the last action. Episodes are truncated after the world's length and never terminate.
+    ``info`` describes the token (or batch) that the observation shows and the next action routes; after a step it also
+    holds what came of the last action. Episodes are truncated after the world's length and never terminate.
     """
 
     metadata: ClassVar[dict[str, Any]] = dict(METADATA)

@@ -1,7 +1,8 @@
-"""Balance and stability losses: pure functions of a decision, and the terms that any router can take from its configuration.
+"""Balance and stability losses: pure functions of a decision, and the terms that any router can take from its
+configuration.
 
-The load fraction f is counted before capacity drops and per layer: counted after, total collapse under a tight capacity looks
-balanced; pooled over layers, layers that collapse onto different experts do.
+The load fraction f is counted before capacity drops and per layer: counted after, total collapse under a tight capacity
+looks balanced; pooled over layers, layers that collapse onto different experts do.
 
 Shape suffixes: T tokens, E experts, B sequences, G devices (as many columns as experts, the surplus empty).
 """
@@ -18,7 +19,8 @@ from rlroute.routing import Feedback, RoutingContext, Term
 
 
 def regularisers(config: RouterConfig, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-    """Return the terms to which a router's configuration gives a weight, so that every router can be run with the same balance.
+    """Return the terms to which a router's configuration gives a weight, so that every router can be run with the same
+    balance.
 
     Raises:
         ConfigError: a term reads what the decision does not carry.
@@ -35,18 +37,19 @@ def regularisers(config: RouterConfig, decision: RoutingDecision, feedback: Feed
 
 
 def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
-    """Return E * sum_i f_i P_i (Switch, arXiv 2101.03961): f_i the share of pairs that chose expert i, P_i its mean probability.
+    """Return E * sum_i f_i P_i (Switch, arXiv 2101.03961): f_i the share of pairs that chose expert i, P_i its mean
+    probability.
 
-    It is 1 at perfect balance for every k, 0 where no pair was chosen, and differentiable through P alone. Both are taken over the
-    valid tokens of the context's balance scope.
+    It is 1 at perfect balance for every k, 0 where no pair was chosen, and differentiable through P alone. Both are
+    taken over the valid tokens of the context's balance scope.
     """
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
     return decision.num_experts * (demand_E / demand_E.sum().clamp(min=1) * mass_E / mass_E.detach().sum()).sum()
 
 
 def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
-    """Return :func:`load_balance` with the devices that hold the experts in place of the experts (DeepSeek-V2, arXiv 2405.04434: the
-    device-level loss). It is 1, without gradient, where one device holds all.
+    """Return :func:`load_balance` with the devices that hold the experts in place of the experts (DeepSeek-V2, arXiv
+    2405.04434: the device-level loss). It is 1, without gradient, where one device holds all.
     """
     if context.expert_device_E is None:
         return probs_TE.new_ones(())
@@ -58,14 +61,18 @@ def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routing
 
 
 def _demand_and_mass(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, Tensor]:
-    """Return how often each expert was chosen and the sum of its probabilities, over the valid tokens of the balance scope."""
+    """Return how often each expert was chosen and the sum of its probabilities, over the valid tokens of the balance
+    scope.
+    """
     mask_T = context.mask_T
     demand_E = context.sum_over_scope(decision.demand_E(mask_T).to(probs_TE.dtype))
     return demand_E, context.sum_over_scope((probs_TE[:, : decision.num_experts] * mask_T[:, None]).sum(0))
 
 
 def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
-    """Return the mean over sequences of :func:`load_balance` within each (DeepSeek-V3, arXiv 2412.19437), weighted by valid tokens."""
+    """Return the mean over sequences of :func:`load_balance` within each (DeepSeek-V3, arXiv 2412.19437), weighted by
+    valid tokens.
+    """
     rows_T = torch.unique(context.sequence_T, return_inverse=True)[1]
     rows_T = rows_T + context.sample_T * (int(rows_T.max()) + 1)
     count, experts = int(rows_T.max()) + 1, decision.num_experts
@@ -100,7 +107,9 @@ def router_z(logits_TE: Tensor) -> Tensor:
 
 
 def cv_squared(values_E: Tensor) -> Tensor:
-    """Return variance over squared mean (Shazeer et al. 2017). By the variance: a standard deviation has no gradient at balance."""
+    """Return variance over squared mean (Shazeer et al. 2017). By the variance: a standard deviation has no gradient at
+    balance.
+    """
     return values_E.var(correction=0) / values_E.mean().square().clamp(min=torch.finfo(values_E.dtype).tiny)
 
 

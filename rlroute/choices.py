@@ -1,7 +1,8 @@
 """Which experts were chosen at every step of a run, on disk: what the router ``replay`` reads.
 
-One file per site and micro-batch, in the run's folder: a row of fixed size for each step, written where it belongs, so that a run
-that is resumed writes over what it had written before. The processes that train together each write their own micro-batches.
+One file per site and micro-batch, in the run's folder: a row of fixed size for each step, written where it belongs, so
+that a run that is resumed writes over what it had written before. The processes that train together each write their
+own micro-batches.
 
 Shape suffixes: N rows and K columns of a choice: (T, K) experts of tokens, or (E, C) tokens of experts.
 """

@@ -45,7 +45,9 @@ class RouterConfig:
     z_weight: NonNegative = 0.0
     """Weight of the router z-loss; ST-MoE (arXiv 2202.08906) uses 1e-3."""
     device_balance_weight: NonNegative = 0.0
-    """Weight of the f.P loss over the devices that hold the experts (DeepSeek-V2, arXiv 2405.04434); no gradient where one holds all."""
+    """Weight of the f.P loss over the devices that hold the experts (DeepSeek-V2, arXiv 2405.04434); no gradient where
+    one holds all.
+    """
     sequence_balance_weight: NonNegative = 0.0
     """Weight of the f.P loss within each sequence; DeepSeek-V3 (arXiv 2412.19437) uses 1e-4."""
 
@@ -54,7 +56,9 @@ class RouterConfig:
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """The weights of the terms that every router with scores can have, by field: see :func:`rlroute.balance.regularisers`."""
+        """The weights of the terms that every router with scores can have, by field: see
+        :func:`rlroute.balance.regularisers`.
+        """
         return {name: getattr(self, name) for name in (f.name for f in fields(RouterConfig))}
 
     @property
@@ -112,13 +116,19 @@ class ModelConfig:
     capacity_rows: Literal["sample", "sequence"] = "sample"
     """Which rows compete for a capacity: those of a micro-batch (of one routing sample), or those of a sequence."""
     capacity_groups: Count = 1
-    """A sample's rows are cut into this many groups of neighbours, each with capacities of its own (GShard, arXiv 2006.16668)."""
+    """A sample's rows are cut into this many groups of neighbours, each with capacities of its own (GShard, arXiv
+    2006.16668).
+    """
     capacity_of: Literal["expert", "device"] = "expert"
     """What has a capacity: each expert, or all experts of a device together (DeepSeek-V2, arXiv 2405.04434)."""
     devices: Annotated[int, AtLeast(0)] = 0
-    """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that hold them."""
+    """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that
+    hold them.
+    """
     attention_experts: Annotated[int, AtLeast(0)] = 0
-    """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv 2404.07413); 0: none."""
+    """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv
+    2404.07413); 0: none.
+    """
     rope_base: Positive = 10_000.0
 
     @property
@@ -137,7 +147,8 @@ class ModelConfig:
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}")
         if self.d_model % (2 * self.num_heads):
             raise ConfigError(
-                f"model.d_model = {self.d_model}: must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
+                f"model.d_model = {self.d_model}: "
+                f"must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
             )
         if self.num_dense_layers > self.num_layers:
             raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
@@ -151,7 +162,8 @@ class ModelConfig:
             )
         if self.attention_experts and (self.k > self.attention_experts or self.num_heads % self.k):
             raise ConfigError(
-                f"model.attention_experts = {self.attention_experts} with k = {self.k} and num_heads = {self.num_heads}: "
+                f"model.attention_experts = {self.attention_experts} "
+                f"with k = {self.k} and num_heads = {self.num_heads}: "
                 "k must divide the heads, and is at most the experts"
             )
 
@@ -250,8 +262,8 @@ class RunConfig:
     ``others`` are routers for some sites, the first that serves a site deciding there; ``router`` decides elsewhere.
 
     Raises:
-        ConfigError: a part holds an illegal value. The parts themselves are plain values until they meet here, so that the command
-            line can parse any and refuse it in our words.
+        ConfigError: a part holds an illegal value. The parts themselves are plain values until they meet here, so that
+            the command line can parse any and refuse it in our words.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -302,8 +314,8 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Build the dataclass ``cls`` from a plain dictionary; missing fields take their defaults.
 
     Raises:
-        ConfigError: an unknown field, a value of another type than the field's, or none for a field that needs one; the message
-            starts with ``where``.
+        ConfigError: an unknown field, a value of another type than the field's, or none for a field that needs one; the
+            message starts with ``where``.
     """
     if not is_dataclass(cls):
         raise TypeError(f"{cls} is not a dataclass")

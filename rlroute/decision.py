@@ -1,7 +1,7 @@
 """What a router decides: which (token, expert) pairs to run and with what weight.
 
-Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), E experts, K slots per token, C tokens per expert,
-R routed (token, expert) pairs, S shared experts.
+Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), E experts, K slots per token, C tokens
+per expert, R routed (token, expert) pairs, S shared experts.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ class RoutingDecision:
     Attributes:
         num_tokens: T.
         num_experts: E.
-        k: slots per token where that number is fixed; the pairs are then token-major, pair t * k + j being token t's j-th choice.
-            A router of variable k leaves slots unused. None where experts choose tokens.
+        k: slots per token where that number is fixed; the pairs are then token-major, pair t * k + j being token t's
+            j-th choice. A router of variable k leaves slots unused. None where experts choose tokens.
         token_ids_R: int64, the token of each pair.
-        expert_ids_R: int64, the expert that was *chosen*; the value E marks an unused slot, so that R is known on the host and
-            nothing waits for the device.
+        expert_ids_R: int64, the expert that was *chosen*; the value E marks an unused slot, so that R is known on the
+            host and nothing waits for the device.
         kept_R: bool, false where a capacity step dropped the pair.
         gates_R: the weight of the pair's expert output in the token's sum. Where it requires a gradient, after backward
-            ``gates_R.grad`` is the pair's credit, <dL/dout_t, y_r>; a router of constant gates asks by ``requires_grad_()``.
+            ``gates_R.grad`` is the pair's credit, <dL/dout_t, y_r>; a router of constant gates asks by
+            ``requires_grad_()``.
         logits_TE: clean scores, before noise and bias; None for routers without scores.
         probs_TE: the routing distribution, rows sum to 1 (what f.P and entropy read); None for routers without scores.
-        log_prob_R: Plackett-Luce conditional log-probabilities of the *ordered* draw; their sum over a token's pairs is the
-            log-probability of its draw. None where nothing was sampled.
-        chosen_R: bool, which pairs count as demand where a router runs more than it chose (every expert in training, say); None: all.
-        self_T: the weight of the token's own input in the layer's output (identity experts, MoE++, arXiv 2410.07348); None for 0.
+        log_prob_R: Plackett-Luce conditional log-probabilities of the *ordered* draw; their sum over a token's pairs is
+            the log-probability of its draw. None where nothing was sampled.
+        chosen_R: bool, which pairs count as demand where a router runs more than it chose (every expert in training,
+            say); None: all.
+        self_T: the weight of the token's own input in the layer's output (identity experts, MoE++, arXiv 2410.07348);
+            None for 0.
         shared_gates_TS: the gate of each shared expert; None for 1.
-        max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for. Further ones are
-            dropped, first choices before second ones and then by position.
-        memo: read by the router that made it (value estimates, noise, thresholds), and through ``RoutingContext.previous`` by the
-            router of the next site.
+        max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for.
+            Further ones are dropped, first choices before second ones and then by position.
+        memo: read by the router that made it (value estimates, noise, thresholds), and through
+            ``RoutingContext.previous`` by the router of the next site.
     """
 
     num_tokens: int
@@ -142,11 +145,15 @@ class RoutingDecision:
         )
 
     def demand_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
+        """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,),
+        int64.
+        """
         return self._count(torch.ones_like(self.kept_R) if self.chosen_R is None else self.chosen_R, mask_T)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,), int64."""
+        """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,),
+        int64.
+        """
         return self._count(self.kept_R, mask_T)
 
     @property

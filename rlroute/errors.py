@@ -1,4 +1,6 @@
-"""What can go wrong by a user's doing. Every class is also the nearest standard-library error, and picklable (Ray needs it)."""
+"""What can go wrong by a user's doing. Every class is also the nearest standard-library error, and picklable (Ray needs
+it).
+"""
 
 
 class RlrouteError(Exception):

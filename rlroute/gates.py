@@ -12,8 +12,8 @@ from rlroute.routing import RoutingContext, RoutingDecision
 def softmax_top_k(logits_TE: Tensor, k: int, context: RoutingContext, *, normalize: bool) -> RoutingDecision:
     """Route each token to its k most probable experts, gated by their probabilities.
 
-    With ``normalize`` and k > 1 the gates are renormalised over the chosen (GShard, Mixtral). A single gate never is: it would be a
-    constant 1 and cut the router's gradient.
+    With ``normalize`` and k > 1 the gates are renormalised over the chosen (GShard, Mixtral). A single gate never is:
+    it would be a constant 1 and cut the router's gradient.
     """
     probs_TE = logits_TE.softmax(1)
     ids_TK = context.choose(logits_TE, k)

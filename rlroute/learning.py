@@ -1,4 +1,5 @@
-"""How routers learn from a batch, in one order for every place that trains them: terms, one backward, what ran, what they observe.
+"""How routers learn from a batch, in one order for every place that trains them: terms, one backward, what ran, what
+they observe.
 
 Then the optimizer steps, and :func:`adapt` hands the step's sums to the routers.
 
@@ -63,7 +64,9 @@ def _by_site(routers: Sequence[Router], decisions: Sequence[RoutingDecision], fe
 
 
 def weighted(terms_L: Sequence[dict[str, Term]]) -> Tensor | float:
-    """Return the sum of the weighted terms over sites; a term of weight 0 is left out, so that it cannot touch a gradient."""
+    """Return the sum of the weighted terms over sites; a term of weight 0 is left out, so that it cannot touch a
+    gradient.
+    """
     return sum((term.weight * term.value for terms in terms_L for term in terms.values() if term.weight), start=0.0)
 
 

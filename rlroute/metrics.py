@@ -15,7 +15,9 @@ from rlroute.decision import RoutingDecision
 
 
 def max_vio(load_E: Tensor) -> Tensor:
-    """Return max_i n_i / mean(n) - 1 (Wang et al. 2024, arXiv 2408.15664); 0 is perfect balance, E - 1 total collapse."""
+    """Return max_i n_i / mean(n) - 1 (Wang et al. 2024, arXiv 2408.15664); 0 is perfect balance, E - 1 total
+    collapse.
+    """
     return load_E.max() / load_E.double().mean() - 1
 
 
@@ -25,7 +27,9 @@ def coefficient_of_variation(load_E: Tensor) -> Tensor:
 
 
 def load_entropy(load_E: Tensor) -> Tensor:
-    """Return the entropy of the load fractions over log E: 1 is perfect balance, 0 total collapse; 1 for a single expert."""
+    """Return the entropy of the load fractions over log E: 1 is perfect balance, 0 total collapse; 1 for a single
+    expert.
+    """
     fractions_E = load_E.double() / load_E.sum()
     return torch.special.entr(fractions_E).sum() / math.log(len(load_E)) if len(load_E) > 1 else fractions_E.sum()
 
@@ -37,7 +41,9 @@ def router_entropy(probs_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 def dead_experts(load_E: Tensor, share: float = 0.05) -> Tensor:
-    """Count the experts whose load is 0 or below ``share`` of the fair one. Meaningful over a window of many tokens only."""
+    """Count the experts whose load is 0 or below ``share`` of the fair one. Meaningful over a window of many tokens
+    only.
+    """
     return ((load_E < share * load_E.double().mean()) | (load_E == 0)).sum()
 
 
@@ -48,7 +54,9 @@ def drop_rate(decision: RoutingDecision) -> Tensor:
 
 
 def overlap(decision: RoutingDecision, other: RoutingDecision) -> Tensor:
-    """Return the share of a decision's chosen pairs that another one on the same tokens chose too; NaN where it chose none."""
+    """Return the share of a decision's chosen pairs that another one on the same tokens chose too; NaN where it chose
+    none.
+    """
     mine_R, theirs_R = (d.token_ids_R * d.num_experts + d.expert_ids_R for d in (decision, other))
     shared_R = torch.isin(mine_R, torch.where(other.used_R, theirs_R, -1))
     return (shared_R & decision.used_R).sum().double() / decision.used_R.sum()

@@ -1,6 +1,8 @@
-"""What sampled policies share, as functions: draws, their decision, rewards, the policy-gradient surrogate, a running mean, a critic.
+"""What sampled policies share, as functions: draws, their decision, rewards, the policy-gradient surrogate, a running
+mean, a critic.
 
-Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per token.
+Shape suffixes: T tokens (rows of all routing samples), D model width, M routing samples, E experts, K experts per
+token.
 """
 
 from collections.abc import Mapping
@@ -66,7 +68,8 @@ class RewardConfig(PolicyConfig):
 
 
 def perturb(policy_TE: Tensor, context: RoutingContext, name: str) -> Tensor:
-    """Return scores whose k largest are a policy's choice: a draw from it where exploring, else the most probable; shape (T, E).
+    """Return scores whose k largest are a policy's choice: a draw from it where exploring, else the most probable;
+    shape (T, E).
 
     ``name`` keys the noise.
     """
@@ -103,7 +106,9 @@ def policy_decision(
 
 
 def reward(decision: RoutingDecision, feedback: Feedback, charge_weight: float) -> Tensor:
-    """Return each row's reward, 0 where it does not count: its own negative loss, less a charge for full experts; shape (M, T)."""
+    """Return each row's reward, 0 where it does not count: its own negative loss, less a charge for full experts; shape
+    (M, T).
+    """
     loss_MT = feedback.loss_MT.detach()
     reward_MT = own_token_reward(loss_MT)
     if charge_weight:

@@ -1,8 +1,8 @@
 """The run store: one folder per run, self-describing, readable without rlroute, and written from outside the router.
 
-``runs/<id>/`` holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``loads.jsonl`` and, once the run has ended,
-``summary.json``, and in ``checkpoint-<step>/`` its weights; a run without a summary is unfinished and resumes from there. A *compact*
-file holds many ended runs, one JSON object a line, for publication.
+``runs/<id>/`` holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``loads.jsonl`` and, once the run has
+ended, ``summary.json``, and in ``checkpoint-<step>/`` its weights; a run without a summary is unfinished and resumes
+from there. A *compact* file holds many ended runs, one JSON object a line, for publication.
 """
 
 from __future__ import annotations
@@ -323,7 +323,8 @@ def _read_text(path: Path) -> str:
 
 
 def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
-    """Return the rows of a file of JSON objects, one a line; ``torn_ok`` leaves out a last line whose writing was cut off.
+    """Return the rows of a file of JSON objects, one a line; ``torn_ok`` leaves out a last line whose writing was cut
+    off.
 
     Raises:
         StoreError: it cannot be read, or a line is no record.

@@ -1,7 +1,7 @@
 """Which routers there are: a router's name is its file's name, and there is nothing to register by hand.
 
-Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third parties plug in with an entry point of the group
-``rlroute.routers`` whose name is the router's and whose value is its class.
+Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third parties plug in with an entry point of the
+group ``rlroute.routers`` whose name is the router's and whose value is its class.
 """
 
 import importlib
@@ -88,7 +88,9 @@ def make_router(config: RouterConfig, shape: RouterShape) -> Router:
 
 
 def refusals(shapes: Sequence[RouterShape]) -> dict[str, str]:
-    """Return which of :func:`default_names` refuse one of the shapes by their default configuration, each with its reason."""
+    """Return which of :func:`default_names` refuse one of the shapes by their default configuration, each with its
+    reason.
+    """
     reasons = {}
     for name in default_names():
         router = router_class(name)

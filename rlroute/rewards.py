@@ -27,7 +27,8 @@ def discounted_return(reward_MT: Array, sequence_T: Array, discount: float) -> A
     """Return each token's reward plus the discounted rewards of the tokens that follow it in its sequence.
 
     G_t = r_t + discount * G_{t+1}, and G_t = r_t at a sequence's last token (the reward-to-go of Williams 1992, doi
-    10.1007/BF00992696). A discount of 1 takes in all that a token's route can change in a causal model: no bias, most noise.
+    10.1007/BF00992696). A discount of 1 takes in all that a token's route can change in a causal model: no bias, most
+    noise.
 
     Args:
         reward_MT: rewards of shape (..., T), zero where a token does not count.
@@ -44,7 +45,8 @@ def discounted_return(reward_MT: Array, sequence_T: Array, discount: float) -> A
 
 
 def temporal_differences(reward_MT: Array, value_MT: Array, sequence_T: Array, discount: float) -> Array:
-    """Return r_t + discount * V_{t+1} - V_t, with V_{t+1} = 0 after a sequence's last token; of the shape of ``reward_MT``.
+    """Return r_t + discount * V_{t+1} - V_t, with V_{t+1} = 0 after a sequence's last token; of the shape of
+    ``reward_MT``.
 
     Their discounted sum with discount * lambda is the generalised advantage (Schulman et al. 2016, arXiv 1506.02438).
 

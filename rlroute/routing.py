@@ -1,12 +1,12 @@
 """The contract: a router is a policy.
 
-A router looks at the hidden states of T tokens and answers with a :class:`RoutingDecision`: which (token, expert) pairs to run and
-with what weight. Afterwards it may learn from the :class:`Feedback`. Nothing else crosses the seam between routers and the rest, in a
-transformer layer and in a Gymnasium environment alike. What ran is counted from the decision (:mod:`rlroute.learning`), never by
-the router.
+A router looks at the hidden states of T tokens and answers with a :class:`RoutingDecision`: which (token, expert) pairs
+to run and with what weight. Afterwards it may learn from the :class:`Feedback`. Nothing else crosses the seam between
+routers and the rest, in a transformer layer and in a Gymnasium environment alike. What ran is counted from the decision
+(:mod:`rlroute.learning`), never by the router.
 
-Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, E experts, K slots per token,
-C tokens per expert, R routed (token, expert) pairs, V vocabulary, M routing samples.
+Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, E experts, K slots per
+token, C tokens per expert, R routed (token, expert) pairs, V vocabulary, M routing samples.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class RoutingContext:
         expert_device_E: int64, the device of each expert; None where one device holds them all.
         sum_over_scope: a differentiable sum over the balance scope (all ranks, say); the identity when alone.
         earlier: the decisions of the sites before, in their order, differentiable: for routers that carry state.
-        choices: by site, ids that :meth:`take` answers with in place of a router's own: (T, K) experts, or (E, C) tokens.
+        choices: by site, ids that :meth:`take` answers with in place of a router's own: (T, K) experts, or (E, C)
+            tokens.
         chosen: where :meth:`take` writes down, by site, what it answered with, for whoever records it.
     """
 
@@ -96,8 +97,8 @@ class RoutingContext:
     def choose(self, scores_TE: Tensor, k: int) -> Tensor:
         """Return the ids of the k largest scores of each row, best first, ties to the lower id; int64 of shape (T, K).
 
-        This is how a router selects. A score of -inf is never chosen: a slot left over holds the number of columns, which marks it
-        as unused where the columns are the experts. Experts choose tokens by the transposed scores.
+        This is how a router selects. A score of -inf is never chosen: a slot left over holds the number of columns,
+        which marks it as unused where the columns are the experts. Experts choose tokens by the transposed scores.
 
         A ranking on the way, of groups of experts say, is no choice: it is done by :func:`rlroute.sampling.top_k`.
 
@@ -109,12 +110,14 @@ class RoutingContext:
         return self.take(ids_TK.masked_fill(left_over_TK, scores_TE.shape[1]))
 
     def take(self, ids_TK: Tensor) -> Tensor:
-        """Return ids that a rule found without ranking (a table, an assignment), or the choices that are forced at this site.
+        """Return ids that a rule found without ranking (a table, an assignment), or the choices that are forced at this
+        site.
 
         A router calls this, or :meth:`choose`, once per decision, and goes by the answer.
 
         Raises:
-            DecisionError: choices are forced whose shape is another; a router chose twice while choices are written down.
+            DecisionError: choices are forced whose shape is another; a router chose twice while choices are written
+                down.
         """
         forced_TK = self.choices.get(self.site, ids_TK)
         if forced_TK.shape != ids_TK.shape:
@@ -132,8 +135,8 @@ class RoutingContext:
     def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Draw uniform numbers in (0, 1) for the purpose ``name``, of shape (T, *shape), from the keys of each token.
 
-        The key is (seed, purpose, site, step, sample, global sequence id, position): neither the batch that a sequence sits in nor
-        recomputation changes its draws. :mod:`rlroute.seeding` turns them into Gumbel or normal draws.
+        The key is (seed, purpose, site, step, sample, global sequence id, position): neither the batch that a sequence
+        sits in nor recomputation changes its draws. :mod:`rlroute.seeding` turns them into Gumbel or normal draws.
         """
         key = seeding.derive_key(self.seed, name, self.site, self.step)
         return seeding.keyed_uniform(key, (self.sample_T, self.sequence_T, self.position_T), shape)
@@ -160,13 +163,17 @@ class Feedback:
     num_valid: int
 
     def mean(self, values_T: Tensor) -> Tensor:
-        """Sum a value per row over valid tokens and divide by the step's valid tokens (and samples), so that accumulation is exact."""
+        """Sum a value per row over valid tokens and divide by the step's valid tokens (and samples), so that
+        accumulation is exact.
+        """
         valid_T = torch.where(self.context.mask_T, values_T, torch.zeros_like(values_T))
         return valid_T.sum() / (self.num_valid * self.context.num_samples)
 
     @property
     def share(self) -> Tensor:
-        """This micro-batch's share of the step's valid tokens: the weight of a term that is a mean over the micro-batch."""
+        """This micro-batch's share of the step's valid tokens: the weight of a term that is a mean over the
+        micro-batch.
+        """
         return self.context.mask_T.sum().double() / (self.num_valid * self.context.num_samples)
 
 
@@ -178,14 +185,16 @@ class Term(NamedTuple):
 
 
 class Sums(dict[str, Tensor]):
-    """A step's sums at one site, over micro-batches and ranks: what the loop counted, and what the router's ``observe`` returned.
+    """A step's sums at one site, over micro-batches and ranks: what the loop counted, and what the router's ``observe``
+    returned.
 
-    The loop counts ``demand_E`` (pairs that chose each expert), ``load_E`` (those that ran), ``without`` (tokens for which no expert
-    ran), ``loss`` and ``tokens``, all of them over valid rows.
+    The loop counts ``demand_E`` (pairs that chose each expert), ``load_E`` (those that ran), ``without`` (tokens for
+    which no expert ran), ``loss`` and ``tokens``, all of them over valid rows.
 
     Args:
         values: the sums.
-        peers: those of all sites whose router has the same class, configuration and number of experts, this one included.
+        peers: those of all sites whose router has the same class, configuration and number of experts, this one
+            included.
     """
 
     def __init__(self, values: Mapping[str, Tensor], peers: Sequence[Mapping[str, Tensor]]) -> None:
@@ -236,22 +245,24 @@ class RouterShape:
 class Router(nn.Module):
     """A routing policy of one site: decide, and learn from what happened.
 
-    A router is one file: a docstring with its paper, a nested ``Config``, :meth:`forward`, and :meth:`objective` or :meth:`adapt` if
-    it learns. Its name is its file's name.
+    A router is one file: a docstring with its paper, a nested ``Config``, :meth:`forward`, and :meth:`objective` or
+    :meth:`adapt` if it learns. Its name is its file's name.
 
-    A router with logits keeps what makes them in a submodule called ``scores``, whose output is the decision's ``logits_TE``: there the
-    gradient instrument (``rlroute gradients``) shifts them. Without one a router is named as unmeasurable, and is otherwise complete.
+    A router with logits keeps what makes them in a submodule called ``scores``, whose output is the decision's
+    ``logits_TE``: there the gradient instrument (``rlroute gradients``) shifts them. Without one a router is named as
+        unmeasurable, and is otherwise complete.
 
     Class attributes, each of which an instance may set otherwise by its configuration:
-        learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load" (what
-            ``adapt`` moves by sums that know nothing of the loss).
+        learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load"
+            (what ``adapt`` moves by sums that know nothing of the loss).
         gate_meaning: one line for the table: what the published gate is.
         causal: false if a token's greedy route depends on later tokens.
         stochastic: true if ``explore`` draws; evaluation then reports the sampled policy beside the greedy one.
-        two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment, say).
+        two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment,
+            say).
         publishes: which of "logits" and "probs" its decisions carry; terms that read others are refused.
-        batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so that two
-            micro-batches cannot equal one batch.
+        batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so
+            that two micro-batches cannot equal one batch.
 
     Attributes:
         config, shape: what it was made of.
@@ -300,13 +311,17 @@ class Router(nn.Module):
         return 1
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        """Decide. ``x_TD`` is float32 (or float64) of shape (T, D); under evaluation this alone is called and changes no state."""
+        """Decide. ``x_TD`` is float32 (or float64) of shape (T, D); under evaluation this alone is called and changes
+        no state.
+        """
         raise NotImplementedError
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return named terms to minimise besides those of its configuration, called per micro-batch before backward; pure.
+        """Return named terms to minimise besides those of its configuration, called per micro-batch before backward;
+        pure.
 
-        Values are sums over valid tokens divided by ``feedback.num_valid``, so that gradient accumulation does not change them.
+        Values are sums over valid tokens divided by ``feedback.num_valid``, so that gradient accumulation does not
+        change them.
         """
         return {}
 
@@ -330,12 +345,16 @@ class Router(nn.Module):
         return 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.training_flops_per_token()
 
     def training_flops_per_token(self) -> int:
-        """Forward FLOPs per token that only training needs (value heads; extra routing samples are counted by the loop)."""
+        """Forward FLOPs per token that only training needs (value heads; extra routing samples are counted by the
+        loop).
+        """
         return 0
 
 
 class LinearScores(nn.Linear):
-    """Scores of E experts (or of ``columns``) from D features, without bias, in the precision of its input; drawn from a key."""
+    """Scores of E experts (or of ``columns``) from D features, without bias, in the precision of its input; drawn from
+    a key.
+    """
 
     def __init__(self, shape: RouterShape, name: str, std: float, columns: int | None = None) -> None:
         super().__init__(shape.d_model, columns or shape.num_experts, bias=False)

@@ -1,7 +1,7 @@
 """Choosing k of E experts, and the log-probability of a sampled choice.
 
-Arg-max is not a sample: for k > 1 the choice is drawn without replacement by Gumbel top-k (Kool et al. 2019, arXiv 1903.06059), and
-its log-probability is Plackett-Luce's, not the sum of the chosen log-softmax values.
+Arg-max is not a sample: for k > 1 the choice is drawn without replacement by Gumbel top-k (Kool et al. 2019, arXiv
+1903.06059), and its log-probability is Plackett-Luce's, not the sum of the chosen log-softmax values.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """
@@ -18,7 +18,8 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def perturbed(logits_TE: Tensor, uniform_TE: Tensor) -> Tensor:
-    """Return logits with Gumbel noise, whose k largest are k experts drawn in order, without replacement, from softmax(logits).
+    """Return logits with Gumbel noise, whose k largest are k experts drawn in order, without replacement, from
+    softmax(logits).
 
     Args:
         logits_TE: unnormalised log-probabilities.
@@ -39,7 +40,8 @@ def gumbel_top_k(logits_TE: Tensor, k: int, uniform_TE: Tensor) -> Tensor:
 
 
 def plackett_luce_log_prob(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-    """Return log pi(e_j | e_1 .. e_{j-1}) = z_{e_j} - logsumexp over the experts not yet chosen; shape (T, K), differentiable.
+    """Return log pi(e_j | e_1 .. e_{j-1}) = z_{e_j} - logsumexp over the experts not yet chosen; shape (T, K),
+    differentiable.
 
     The sum over j is the log-probability of the ordered draw.
     """

@@ -1,8 +1,8 @@
 """Randomness from keys, never from a shared stream.
 
-A parameter's initial value depends on (seed, parameter name) alone, so adding a router never shifts another draw. Routing noise
-depends on what it is drawn *for* (seed, purpose, layer, step, sample, sequence, position), so micro-batches, data-parallel ranks and
-recomputation all see the same draws, on every device.
+A parameter's initial value depends on (seed, parameter name) alone, so adding a router never shifts another draw.
+Routing noise depends on what it is drawn *for* (seed, purpose, layer, step, sample, sequence, position), so
+micro-batches, data-parallel ranks and recomputation all see the same draws, on every device.
 
 Shape suffixes: N rows, one per token (and per routing sample).
 """

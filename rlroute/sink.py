@@ -1,8 +1,8 @@
 """Where a run's rows may go besides its records: Weights & Biases, offline unless the user says otherwise.
 
-The records are the truth and are written first. Everything wandb does, its import included, happens in a thread of its own: what fails
-there, or hangs, ends the sink with one line on stderr, and the run does not notice. One wandb run per run, under the run's own id; its
-files lie in ``wandb/`` in the run's folder.
+The records are the truth and are written first. Everything wandb does, its import included, happens in a thread of its
+own: what fails there, or hangs, ends the sink with one line on stderr, and the run does not notice. One wandb run per
+run, under the run's own id; its files lie in ``wandb/`` in the run's folder.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ class _Wandb(Sink):
 
 
 def _let_go() -> None:
-    """Part with wandb's service, for whose end a process would otherwise wait at its own; the next run starts a new one."""
+    """Part with wandb's service, for whose end a process would otherwise wait at its own; the next run starts a new
+    one.
+    """
     with suppress(BaseException):
         sys.modules["wandb"].teardown(exit_code=1)
 

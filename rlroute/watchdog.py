@@ -10,7 +10,9 @@ from pathlib import Path
 
 FILE = "hung-{rank}.txt"
 START_SECONDS = 600.0
-"""The way to the first step may take at least this long: it reads code, corpus and checkpoint, perhaps on a busy machine."""
+"""The way to the first step may take at least this long: it reads code, corpus and checkpoint, perhaps on a busy
+machine.
+"""
 
 
 @contextmanager
@@ -21,7 +23,8 @@ def watchdog(seconds: float, folder: Path, rank: int = 0) -> Iterator[Callable[[
     (:mod:`faulthandler`): it fires even while a thread never releases the interpreter's lock.
 
     Args:
-        seconds: how long a step may take, an evaluation included; the first one has ``START_SECONDS`` if that is longer.
+        seconds: how long a step may take, an evaluation included; the first one has ``START_SECONDS`` if that is
+            longer.
         folder: the run's folder, which is there.
         rank: which of the run's workers this is.
     """

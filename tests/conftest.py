@@ -61,7 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Let no test start a process that is not marked so, which keeps `make fast` fast; git's, which records ask, are let be."""
+    """Let no test start a process that is not marked so, which keeps `make fast` fast; git's, which records ask, are
+    let be.
+    """
     if item.get_closest_marker("processes"):
         return (yield)
     start = subprocess.Popen.__init__
@@ -94,7 +96,9 @@ def make_shape(experts: int = 8, k: int = 2, **fields: Any) -> RouterShape:
 
 
 def make_context(tokens: int = 12, length: int = 4, samples: int = 1, **fields: Any) -> RoutingContext:
-    """Return the context of ``tokens`` tokens in sequences of ``length``, in training, repeated for each routing sample."""
+    """Return the context of ``tokens`` tokens in sequences of ``length``, in training, repeated for each routing
+    sample.
+    """
     rows_T = torch.arange(tokens).repeat(samples)
     defaults: dict[str, Any] = {
         "seed": 0,
@@ -111,7 +115,9 @@ def make_context(tokens: int = 12, length: int = 4, samples: int = 1, **fields: 
 
 
 def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_valid: int | None = None) -> Feedback:
-    """Return feedback on all rows of a context; losses are 2 nats and the step is this micro-batch unless said otherwise."""
+    """Return feedback on all rows of a context; losses are 2 nats and the step is this micro-batch unless said
+    otherwise.
+    """
     rows, samples = len(context.mask_T), context.num_samples
     loss_T = torch.full((rows,), 2.0, dtype=torch.float64) if loss_T is None else loss_T
     valid = int(context.mask_T.sum()) // samples if num_valid is None else num_valid

@@ -1,4 +1,6 @@
-"""Saved policies without Stable-Baselines3: zips that hold what ``model.save`` writes, as far as the router ``sb3`` reads it."""
+"""Saved policies without Stable-Baselines3: zips that hold what ``model.save`` writes, as far as the router ``sb3``
+reads it.
+"""
 
 import io
 import json

@@ -74,7 +74,9 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a step hands to a router: inputs, keys, each token's loss, and what each expert's output would be worth to a token."""
+    """What a step hands to a router: inputs, keys, each token's loss, and what each expert's output would be worth to a
+    token.
+    """
 
     x_TD: Tensor
     credit_TE: Tensor
@@ -127,7 +129,9 @@ class Outcome:
 
 
 def backward(router: Router, batch: Batch, *, terms: bool = True, interrupted: bool = False) -> Outcome:
-    """Run one micro-batch as the loop does; the language-model loss is the gates times what each expert is worth to the token."""
+    """Run one micro-batch as the loop does; the language-model loss is the gates times what each expert is worth to the
+    token.
+    """
     router.zero_grad()
     decision = router(batch.x_TD, batch.context)
     if interrupted:
@@ -255,7 +259,9 @@ def law_terms(case: Case) -> None:
 
 
 def law_evaluation(case: Case) -> None:
-    """Greedy evaluation is deterministic, changes no state, samples nothing, and does not ask whether the module is training."""
+    """Greedy evaluation is deterministic, changes no state, samples nothing, and does not ask whether the module is
+    training.
+    """
     router = with_a_past(case.make())
     before = state(router)
     first, again = decide(router, explore=False), decide(router, explore=False)
@@ -296,8 +302,8 @@ def spread(router: Router) -> Router:
 
 
 def law_causal(case: Case) -> None:
-    """What comes later in a sequence changes no greedy route, and no sampled one where the rule does not mix tokens, unless the
-    router says that it is not causal; then it does.
+    """What comes later in a sequence changes no greedy route, and no sampled one where the rule does not mix tokens,
+    unless the router says that it is not causal; then it does.
     """
     router = spread(case.make())
     for explore in (False, True):
@@ -313,7 +319,9 @@ def law_causal(case: Case) -> None:
 
 
 def law_surroundings(case: Case) -> None:
-    """A router decides and learns wherever it stands: behind another site, with experts on devices, late in the budget."""
+    """A router decides and learns wherever it stands: behind another site, with experts on devices, late in the
+    budget.
+    """
     router = case.make(devices=2)
     batch = make_batch(router, progress=0.7)
     before = router(batch.x_TD, batch.context.at(router.shape, {}))
@@ -370,7 +378,9 @@ def law_neighbours(case: Case) -> None:
 
 
 def law_accumulation(case: Case) -> None:
-    """Two micro-batches equal one batch in values, gradients and sums, unless the rule is declared to mix tokens; then they do not."""
+    """Two micro-batches equal one batch in values, gradients and sums, unless the rule is declared to mix tokens; then
+    they do not.
+    """
     router = with_a_past(case.make())
     mask_T = torch.tensor(
         [1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0], dtype=torch.bool
@@ -416,7 +426,9 @@ def law_demand(case: Case) -> None:
 
 
 def law_gate_signal(case: Case) -> None:
-    """The loss reaches the parameters through the gates exactly where the router says so, k = 1 and an evaluation in between included."""
+    """The loss reaches the parameters through the gates exactly where the router says so, k = 1 and an evaluation in
+    between included.
+    """
     for tokens, experts, k in case.shapes:
         outcome = backward(
             case.make(experts, k), make_batch(case.make(experts, k), tokens), terms=False, interrupted=True
@@ -457,7 +469,9 @@ def law_load_signal(case: Case) -> None:
 
 
 def law_every_parameter_moves(case: Case) -> None:
-    """No parameter is idle: plain gradient descent moves each that is not frozen in four steps, evaluations in between or not."""
+    """No parameter is idle: plain gradient descent moves each that is not frozen in four steps, evaluations in between
+    or not.
+    """
     router = case.make()
     before = state(router)
     for step in range(4):

@@ -1,4 +1,5 @@
-"""The agents beyond plain REINFORCE: leave-one-out and batch baselines, held layers, charges, actor-critic, credit, bandit.
+"""The agents beyond plain REINFORCE: leave-one-out and batch baselines, held layers, charges, actor-critic, credit,
+bandit.
 
 Shape suffixes: T tokens, D model width, M routing samples, E experts, K experts per token.
 """
@@ -324,7 +325,9 @@ LEARNERS = {
 @pytest.mark.parametrize(("kind", "fields"), LEARNERS.values(), ids=LEARNERS.keys())
 @pytest.mark.parametrize("sign", [1, -1])
 def test_agents_find_the_better_expert(kind: type[Router], fields: dict[str, Any], sign: int) -> None:
-    """Two of four experts serve a token well, by the sign of a feature; with the loss negated they are the ones avoided."""
+    """Two of four experts serve a token well, by the sign of a feature; with the loss negated they are the ones
+    avoided.
+    """
     router = make(kind, **fields)
     parameters = list(router.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.05) if parameters else None

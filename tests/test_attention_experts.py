@@ -52,7 +52,7 @@ def rotate(rotary: Rotary, x_H: Tensor, position: int) -> Tensor:
 def by_hand(model: Any, x_BSD: Tensor, decision: RoutingDecision) -> Tensor:
     """Each pair's heads attend to the earlier tokens of their sequence; the pairs of a token are added up."""
     site, (_, length, width) = model.layers[0].attention, x_BSD.shape
-    x_TD, head = x_BSD.flatten(0, 1), width // model.config.num_heads
+    x_TD, head = x_BSD.flatten(0, 1), width // model.layers[0].attention.config.num_heads
     key_T, value_T = ([w @ x_D for x_D in x_TD] for w in site.kv.weight.chunk(2))
     rows = [torch.zeros(width, dtype=x_BSD.dtype) + 0 * x_TD.sum() for _ in x_TD]
     if decision.self_T is not None:

@@ -1,5 +1,5 @@
-"""The benches compare like with like: every contender computes the same function, ratios come from the same rounds, and what fails is
-said and holds up nobody."""
+"""The benches compare like with like: every contender computes the same function, ratios come from the same rounds, and
+what fails is said and holds up nobody."""
 
 import json
 import os

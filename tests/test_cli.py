@@ -1,4 +1,6 @@
-"""The command line, in tiny runs: what it trains, what it leaves alone, and that the same command prints the same table."""
+"""The command line, in tiny runs: what it trains, what it leaves alone, and that the same command prints the same
+table.
+"""
 
 import contextlib
 import csv
@@ -75,7 +77,9 @@ def ran(*arguments: object) -> str:
 
 
 def refused(done: Done) -> str:
-    """Assert that a command ended as bad input must, and return its one line; before it stands at most what was begun."""
+    """Assert that a command ended as bad input must, and return its one line; before it stands at most what was
+    begun.
+    """
     assert done.code == 2, done
     *begun, line = done.err.splitlines()
     assert line.startswith("error: "), done.err
@@ -115,7 +119,7 @@ def compared(tmp_path_factory):
     return folder
 
 
-# --- train ------------------------------------------------------------------------------------------------------------------------
+# --- train
 
 
 def test_training_again_trains_nothing_and_says_so(tmp_path):
@@ -163,7 +167,7 @@ def test_what_an_entry_says_reaches_its_router(tmp_path):
     assert router | {"balance_weight": 0.5, "normalize": False} == router
 
 
-# --- compare ----------------------------------------------------------------------------------------------------------------------
+# --- compare ------------------------------------------------------------
 
 
 def test_compare_trains_every_entry_on_every_seed(compared):
@@ -243,7 +247,7 @@ def test_without_ray_compare_names_the_extra_and_the_other_launcher(tmp_path, mo
     assert "--launcher local" in said
 
 
-# --- what is stored ---------------------------------------------------------------------------------------------------------------
+# --- what is stored ------------------------------------------------------------
 
 
 def test_runs_lists_every_run_ended_or_not(compared, tmp_path):
@@ -334,7 +338,7 @@ def test_routers_by_sites_are_trained_and_shown(tmp_path, monkeypatch):
     assert ran("runs", "runs", run).startswith(run)
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------
 
 
 def test_every_bench_has_its_own_options():

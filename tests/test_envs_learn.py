@@ -1,4 +1,6 @@
-"""A library's agent, unmodified, learns the environments: Stable-Baselines3's PPO (opt-in: minutes, and it needs stable_baselines3)."""
+"""A library's agent, unmodified, learns the environments: Stable-Baselines3's PPO (opt-in: minutes, and it needs
+stable_baselines3).
+"""
 
 import importlib.util
 
@@ -23,7 +25,9 @@ pytestmark = pytest.mark.slow
 
 
 def _learn(name: str, steps: int, seed: int, **settings):
-    """Train PPO on 8 copies and return its greedy policy's score over 64 other episodes, with the interval's half width."""
+    """Train PPO on 8 copies and return its greedy policy's score over 64 other episodes, with the interval's half
+    width.
+    """
     envs = make_vec_env(f"rlroute.envs:{name}", n_envs=8, seed=seed)
     model = PPO("MlpPolicy", envs, n_steps=256, batch_size=256, seed=seed, device="cpu", **settings).learn(steps)
     test = gymnasium.make_vec(f"rlroute.envs:{name}", num_envs=64)
@@ -66,6 +70,7 @@ def test_ppo_beats_join_shortest_queue(seed):
     queue, queue_half = score_interval(envs, play(envs, reference_policies(envs)["join_shortest_queue"], seed=10_000))
     score, half = _learn("rlroute/Dispatch-v0", 81_920, seed, gamma=0.9)
     print(
-        f"PPO on Dispatch-v0, seed {seed}: {score:.3f} +- {half:.3f}; join_shortest_queue {queue:.3f} +- {queue_half:.3f}"
+        f"PPO on Dispatch-v0, seed {seed}: {score:.3f} +- {half:.3f}; "
+        f"join_shortest_queue {queue:.3f} +- {queue_half:.3f}"
     )
     assert score - half > queue + queue_half

@@ -1,4 +1,5 @@
-"""What goes wrong costs one clear line and nothing that was there: bad input, broken records, full disks, kills, diverging runs.
+"""What goes wrong costs one clear line and nothing that was there: bad input, broken records, full disks, kills,
+diverging runs.
 
 Longer than most: one list of everything that can go wrong, so that a reader sees what is covered.
 """
@@ -56,7 +57,9 @@ def here(finished, tmp_path, monkeypatch):
 
 
 def interrupted(store: Path, at: int = 6, **train: Any) -> Path:
-    """Train hash as ``TRAIN`` does, up to a step; return the folder of the run, with the checkpoint of step 4 if ``at`` is 6."""
+    """Train hash as ``TRAIN`` does, up to a step; return the folder of the run, with the checkpoint of step 4 if ``at``
+    is 6.
+    """
 
     def stop(step: int) -> None:
         if step == at:
@@ -84,7 +87,8 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# --------------------------------------------------------------------------------------------------------------------
 
 CORPUS = "synth:documents=64,length=64"
 BAD_INPUT = {
@@ -152,7 +156,8 @@ def test_an_unknown_option_is_named_and_writes_nothing(here):
     assert contents(here) == before
 
 
-# --- stores that cannot be used -----------------------------------------------------------------------------------------------------
+# --- stores that cannot be used
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,7 +197,8 @@ def test_runs_that_are_not_comparable_are_refused_by_field_and_values(here):
     assert "| hash |" in ran(*COMPARE)  # which names its runs, whatever else lies there
 
 
-# --- records that are broken ------------------------------------------------------------------------------------------------------
+# --- records that are broken
+# ------------------------------------------------------------------------------------------------------
 
 
 def half(data: bytes) -> bytes:
@@ -283,7 +289,8 @@ def test_a_very_long_row_is_read_whole(tmp_path):
     assert last_row(tmp_path) == row
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------------------
+# --- checkpoints
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def noted(folder: Path) -> str:
@@ -326,7 +333,8 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(name, tmp_path, undistur
     assert figures(folder) == figures(undisturbed)
 
 
-# --- a full disk ------------------------------------------------------------------------------------------------------------------
+# --- a full disk
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -383,7 +391,9 @@ def test_a_full_disk_does_not_cost_the_checkpoint(room, tmp_path, undisturbed):
 
 @pytest.mark.parametrize("every", ["4", "5"])
 def test_a_full_disk_at_the_summary_costs_nothing_that_was_trained(every, tmp_path, undisturbed, monkeypatch):
-    """The last checkpoint is there, at a step that may not be a multiple of ``checkpoint_every``; the summary is not."""
+    """The last checkpoint is there, at a step that may not be a multiple of ``checkpoint_every``; the summary is
+    not.
+    """
     command = (*TRAIN, "--train.checkpoint-every", every, "--store", tmp_path)
 
     def no_room(folder: RunFolder, summary: dict) -> None:
@@ -408,7 +418,8 @@ def test_a_full_disk_keeps_the_old_table_report_and_export(command, here):
     assert contents(here) == before
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------------------
+# --- kill -9
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.processes
@@ -458,7 +469,8 @@ def in_the_middle(store: Path) -> bool:
     return any(store.glob("*/summary.json")) and max(steps, default=0) > 5
 
 
-# --- a loss that is not finite ------------------------------------------------------------------------------------------------------
+# --- a loss that is not finite
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_diverged_run_says_where_and_the_others_go_on(site, tmp_path, monkeypatch):

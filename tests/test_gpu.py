@@ -1,4 +1,6 @@
-"""The Triton engine on a CUDA device: what the interpreter cannot show. `make gpu` runs these; elsewhere they are skipped."""
+"""The Triton engine on a CUDA device: what the interpreter cannot show. `make gpu` runs these; elsewhere they are
+skipped.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""The gradient instrument: its target is the derivative of the enumerated expected loss, unbiased estimators meet it, wrong ones do not.
+"""The gradient instrument: its target is the derivative of the enumerated expected loss, unbiased estimators meet it,
+wrong ones do not.
 
 Shape suffixes: T tokens, N replicas or draws, L MoE layers, E experts, K experts per token, P numbers of a gradient.
 """
@@ -142,7 +143,9 @@ def check_finite_difference(probe: Probe, gradient_LTE: Tensor) -> None:
 
 @pytest.mark.parametrize(("layers", "tokens"), [(1, 3), (2, 2)])
 def test_exact_gradient_is_the_score_function_written_out(layers: int, tokens: int) -> None:
-    """For k = 1, d log pi(e) / d logits = onehot(e) - softmax; written out it equals autograd through the expectation."""
+    """For k = 1, d log pi(e) / d logits = onehot(e) - softmax; written out it equals autograd through the
+    expectation.
+    """
     probe = reinforce()(layers, 1, 3, tokens)
     ids_LNTK = torch.cat(list(exact.joint_choices(3, 1, layers, tokens)), dim=1)
     with torch.no_grad():
@@ -217,7 +220,8 @@ class Seen:
     feedback: Feedback
 
     def policy(self, **feedback: Tensor) -> Tensor:
-        terms = ReinforceRouter.objective(self.router, self.decision, replace(self.feedback, **feedback))  # type: ignore[arg-type]
+        told = replace(self.feedback, **feedback)
+        terms = ReinforceRouter.objective(self.router, self.decision, told)  # type: ignore[arg-type]
         return terms["policy"].value
 
 
@@ -255,7 +259,9 @@ def test_wrong_estimators_fail_the_same_check(mistake: str) -> None:
 
 
 class LeaveOneOut(Router):
-    """REINFORCE whose baseline is the same token's return in a second routing sample, which may be held at the first."""
+    """REINFORCE whose baseline is the same token's return in a second routing sample, which may be held at the
+    first.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):

@@ -24,6 +24,7 @@ def test_the_tests_named_exist() -> None:
     assert files and all((ROOT / file).is_file() for file in files)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("new", "tests", "want"),
     [

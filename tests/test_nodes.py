@@ -52,7 +52,9 @@ def test_a_group_spans_two_nodes_and_outlives_one(two_nodes, tmp_path):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with a cable between them, and a Ray node of one core in each; yield how to run something in the first."""
+    """Two network namespaces with a cable between them, and a Ray node of one core in each; yield how to run something
+    in the first.
+    """
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     mark = uuid.uuid4().hex[:6]

@@ -1,4 +1,5 @@
-"""Many processes compute the model of one: decisions pair for pair, losses, gradients, checkpoints, and failures that all agree on.
+"""Many processes compute the model of one: decisions pair for pair, losses, gradients, checkpoints, and failures that
+all agree on.
 
 Ranks are real processes over gloo, started without Ray; what Ray adds is in ``test_workers``.
 
@@ -87,7 +88,9 @@ def model_of(entry, config, corpus, group):
 
 
 def trained(entry, group, **train):
-    """Train 12 steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and layer."""
+    """Train 12 steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and
+    layer.
+    """
     config, corpus = config_of(entry, **train), load_corpus(DATA.spec)
     model = model_of(entry, config, corpus, group)
     optimizer, device = Optimizer(model, config.train, group), Device("cpu", loop.DTYPES[config.train.dtype])
@@ -167,11 +170,14 @@ def test_balance_over_the_batch_is_that_of_one_process_with_the_whole_batch():
         assert (cut - expected).abs().max() > 1e-6, f"{entry} does not depend on the scope, so this shows nothing"
 
 
-# --- dispatch -------------------------------------------------------------------------------------------------------------------
+# --- dispatch
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def decision_of(kind, seed):
-    """A decision over 6 experts of 9 tokens of this rank: spread, one expert for all, dropped pairs, unused slots, none kept."""
+    """A decision over 6 experts of 9 tokens of this rank: spread, one expert for all, dropped pairs, unused slots, none
+    kept.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids_TK = torch.rand(9, 6, generator=generator).topk(3).indices
     if kind == "collapsed":
@@ -266,7 +272,8 @@ def test_identity_and_costs_do_not_depend_on_the_shards():
     assert run_ranks(described, 2, 2) == [(fingerprints(model), costs(model, config.model, DATA.seq_len))] * 2
 
 
-# --- runs, checkpoints, failures ------------------------------------------------------------------------------------------------
+# --- runs, checkpoints, failures
+# ------------------------------------------------------------------------------------------------
 
 
 def run(store, expert_parallel, entry, stop=None):
@@ -331,7 +338,9 @@ def test_a_run_that_went_on_with_other_workers_says_so_and_enters_no_table_of_ei
 
 @pytest.fixture(scope="module")
 def quarters(tmp_path_factory):
-    """The store of a run of four shards that was stopped after five steps, and the summary of the whole run in one process."""
+    """The store of a run of four shards that was stopped after five steps, and the summary of the whole run in one
+    process.
+    """
     folder = tmp_path_factory.mktemp("quarters")
     run_ranks(run, 4, folder / "cut", 4, "bias_balanced", 5)
     return folder / "cut", run(folder / "whole", None, "bias_balanced")

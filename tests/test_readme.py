@@ -1,4 +1,6 @@
-"""What the README shows is what the repository does: its table comes from the stored records, its example is a working router."""
+"""What the README shows is what the repository does: its table comes from the stored records, its example is a working
+router.
+"""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""REINFORCE's gradient is exact: enumerated over all draws it equals the gradient of the expected loss, and wrong ones do not.
+"""REINFORCE's gradient is exact: enumerated over all draws it equals the gradient of the expected loss, and wrong ones
+do not.
 
 Shape suffixes: T tokens, D model width, M routing samples, E experts, K experts per token.
 """

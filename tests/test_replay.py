@@ -1,4 +1,6 @@
-"""Replay: a run's choices, recorded and taken again, give its losses bit for bit: every kind of choice, in one process and in two."""
+"""Replay: a run's choices, recorded and taken again, give its losses bit for bit: every kind of choice, in one process
+and in two.
+"""
 
 import json
 from collections.abc import Callable

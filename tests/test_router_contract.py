@@ -1,6 +1,7 @@
 """Every router keeps the contract: laws that iterate the registry, and broken routers that fail the very same laws.
 
-A case is a router with its default configuration, or with one that differs from it in a single choice, or with no weight on any term.
+A case is a router with its default configuration, or with one that differs from it in a single choice, or with no
+weight on any term.
 
 Shape suffixes: T tokens, D model width, E experts, K experts per token, R routed pairs.
 """
@@ -27,8 +28,8 @@ TERMS = {field.name: 0.5 for field in fields(RouterConfig)}
 
 
 def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
-    """The default; each other value of a choice, each switch turned, each number of its own that is 0 set to 1/2; all terms that any
-    router with scores can have; and no weight at all."""
+    """The default; each other value of a choice, each switch turned, each number of its own that is 0 set to 1/2; all
+    terms that any router with scores can have; and no weight at all."""
     found: list[dict[str, Any]] = [{}]
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)

@@ -30,7 +30,9 @@ STEPS = 8
 
 
 def test_a_case_by_hand():
-    """8 devices, 4 a node: of 200 pairs a device 25 stay, 75 travel within the node, 100 between nodes; 80 bytes a pair."""
+    """8 devices, 4 a node: of 200 pairs a device 25 stay, 75 travel within the node, 100 between nodes; 80 bytes a
+    pair.
+    """
     found = plan(MODEL, DEVICE, 8)
     assert (found.shards, found.replicas) == (8, 1)
     assert (found.local_bytes, found.within_bytes, found.between_bytes) == (2000, 6000, 8000)

@@ -1,4 +1,5 @@
-"""The seam between routers and the rest: choosing, what layers add to the pairs, what routers are told, what is refused.
+"""The seam between routers and the rest: choosing, what layers add to the pairs, what routers are told, what is
+refused.
 
 Shape suffixes: T tokens, D model width, E experts, K slots per token, C tokens per expert, R pairs, S shared experts.
 """

@@ -1,4 +1,6 @@
-"""Sweeps under Ray survive what happens to them: each fault costs the run that it hits at most, and the same command goes on."""
+"""Sweeps under Ray survive what happens to them: each fault costs the run that it hits at most, and the same command
+goes on.
+"""
 
 import contextlib
 import os
@@ -305,7 +307,9 @@ def test_a_run_that_takes_all_memory_is_set_aside_and_the_others_go_on(tmp_path,
 
 @pytest.fixture
 def mount(tmp_path):
-    """Return a function that mounts something on the store's folder; what it mounted is taken off, at the end if not before."""
+    """Return a function that mounts something on the store's folder; what it mounted is taken off, at the end if not
+    before.
+    """
     store = tmp_path / "runs"
     store.mkdir()
 

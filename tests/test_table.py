@@ -55,7 +55,9 @@ def eval_row(router: str, seed: int, step: int, noise: float) -> dict[str, Any]:
 
 
 def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, **changes: Any) -> RunRecord:
-    """Return a finished run; ``fields`` configure the router, ``changes`` set dotted paths of config ("model__k") afterwards."""
+    """Return a finished run; ``fields`` configure the router, ``changes`` set dotted paths of config ("model__k")
+    afterwards.
+    """
     config: dict[str, Any] = {
         "data": {"spec": "package:sympy", "tokenizer": None, "seq_len": 128, "eval_tokens": 49_152},
         "model": {"num_layers": LAYERS, "d_model": 96, "num_dense_layers": 0, "num_experts": EXPERTS, "k": 2}
@@ -243,7 +245,10 @@ def test_a_difference_whose_interval_holds_zero_is_not_separated() -> None:
     cell = columns(table)["difference to switch"]
     said = {row.label: cell(row) for row in table.rows}
     assert said["switch"] == "reference" and "not separated" not in said["hash"]
-    noisy = [changed(r, "summary.final.bits_per_byte", bits(r) + 0.4 * r.config["seed"]) if r.config["router"] == "hash" else r
+    noisy = [
+        changed(r, "summary.final.bits_per_byte", bits(r) + 0.4 * r.config["seed"])
+        if r.config["router"] == "hash"
+        else r
              for r in make_runs()]  # fmt: skip
     row = row_of(build_table(noisy), "hash")
     assert row.difference and not row.difference.separated and cell(row).endswith("not separated")

@@ -1,4 +1,6 @@
-"""A router of another distribution plugs in by its entry point: it is listed, compared, and refused by name where it does not fit."""
+"""A router of another distribution plugs in by its entry point: it is listed, compared, and refused by name where it
+does not fit.
+"""
 
 import json
 import os

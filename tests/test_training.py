@@ -1,6 +1,7 @@
 """The proof that two runs differ in the router and in nothing else, and that a run is what its records say.
 
-Longer than most: identity, the way of a batch, resuming and the budget are proven on one tiny model and corpus, set up once.
+Longer than most: identity, the way of a batch, resuming and the budget are proven on one tiny model and corpus, set up
+once.
 """
 
 import json
@@ -46,7 +47,8 @@ def batch_of(step, seed=0):
     return sample_batch(CORPUS, seed=seed, step=step, batch_size=TRAIN.batch_size, seq_len=DATA.seq_len)
 
 
-# --- identity -------------------------------------------------------------------------------------------------------------------
+# --- identity
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", default_names())
@@ -101,7 +103,8 @@ def test_value_head_is_counted_as_training_only():
     assert with_head.training_flops > without.training_flops == 0
 
 
-# --- the way of a batch ---------------------------------------------------------------------------------------------------------
+# --- the way of a batch
+# ---------------------------------------------------------------------------------------------------------
 
 
 def gradients(entry, micro_batches):
@@ -230,7 +233,8 @@ def test_future_tokens_do_not_change_the_past():
         assert not torch.allclose(losses[0][:, 8:], losses[1][:, 8:], atol=1e-10), name
 
 
-# --- the policy gradient is connected ---------------------------------------------------------------------------------------------
+# --- the policy gradient is connected
+# ---------------------------------------------------------------------------------------------
 
 
 def train_steps(model, steps, seed=0, evaluate_between=False):
@@ -262,8 +266,8 @@ def test_evaluation_in_between_changes_nothing(name):
 
 
 def policy_alignment(seed, rewards):
-    """Take 20 policy steps on one fixed probe batch with injected rewards; return the advantage-weighted mean change of the probe's
-    log-probabilities, by the true rewards."""
+    """Take 20 policy steps on one fixed probe batch with injected rewards; return the advantage-weighted mean change of
+    the probe's log-probabilities, by the true rewards."""
     model = model_of("reinforce:balance_weight=0.0,baseline=ema,policy_weight=1.0", seed=seed)
     router, batch = model.routers[-1], batch_of(0, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -300,7 +304,8 @@ def test_rewards_move_the_policy_where_they_point(seed):
     assert aligned["true"] > aligned["shuffled"]
 
 
-# --- runs and records -------------------------------------------------------------------------------------------------------------
+# --- runs and records
+# -------------------------------------------------------------------------------------------------------------
 
 
 def rows(path):
@@ -440,7 +445,8 @@ def test_stochastic_routers_report_the_sampled_policy_too(tmp_path):
     assert loop.train(config_of("switch"), 0, tmp_path)["final"]["sampled"] is None
 
 
-# --- budget and schedule -----------------------------------------------------------------------------------------------------------
+# --- budget and schedule
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_flops_budget_counts_what_only_training_needs():

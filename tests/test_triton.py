@@ -1,4 +1,6 @@
-"""The Triton engine without a GPU: its kernels in Triton's interpreter against the float64 loop, and compiled ahead of time."""
+"""The Triton engine without a GPU: its kernels in Triton's interpreter against the float64 loop, and compiled ahead of
+time.
+"""
 
 import os
 import subprocess
@@ -55,7 +57,9 @@ def test_interpreter_equals_the_reference_with_other_activations(activation):
 
 
 def test_weights_by_descriptor_and_by_pointer_are_the_same_bits(monkeypatch):
-    """Widths of whole blocks and 16-byte rows: every kernel that reads weights does so by descriptor; elsewhere none may."""
+    """Widths of whole blocks and 16-byte rows: every kernel that reads weights does so by descriptor; elsewhere none
+    may.
+    """
     case = (CASES["fixed k"][0], 32, 48)
     described, describe = [], sparse._Launcher._describe
     monkeypatch.setattr(

@@ -86,7 +86,8 @@ def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
 
 
 def strike(blow, store, *victims):
-    """Send a signal to a worker as soon as a file is there, in each of the groups to come; return a list of those struck by now.
+    """Send a signal to a worker as soon as a file is there, in each of the groups to come; return a list of those
+    struck by now.
 
     Args:
         blow: the signal.
@@ -141,7 +142,9 @@ def test_an_error_of_the_training_is_raised_at_once_and_no_process_stays(tmp_pat
 def test_workers_that_are_lost_again_and_again_are_given_up_and_the_run_goes_on_from_its_checkpoint(
     undisturbed, tmp_path
 ):
-    """The first is killed in a step before any checkpoint, the second one in or after the first checkpoint that it makes."""
+    """The first is killed in a step before any checkpoint, the second one in or after the first checkpoint that it
+    makes.
+    """
     config = config_of(steps=60)
     killed = strike(signal.SIGKILL, tmp_path, (0, "metrics.jsonl"), (1, "*checkpoint-*"))
     with pytest.raises(LostWorkersError, match="lost 2 times"):

@@ -254,7 +254,8 @@ tbody th { text-align: left; }
 <h2>Bias</h2>
 <div class="scroll"><div class="wide">$bias</div></div>
 <h2>Price</h2>
-<p class="small">Deterministic signals have no noise and are not drawn; nor are entries in which no signal was found.</p>
+<p class="small">Deterministic signals have no noise and are not drawn; nor are entries in which no signal was
+found.</p>
 <div class="scroll"><div class="wide">$tokens</div></div>
 <h2>All figures</h2>
 <div class="scroll">$table</div>

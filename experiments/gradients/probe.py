@@ -234,8 +234,8 @@ class Probe:
                 raise Unmeasurable(OTHER_LOGITS)
 
     def _check_fixed_k(self) -> None:
-        """Make sure that all slots are used, whatever the logits, in training and out of it, save by zero experts; and that they
-        are not all experts.
+        """Make sure that all slots are used, whatever the logits, in training and out of it, save by zero experts; and
+        that they are not all experts.
 
         Raises:
             Unmeasurable: it is otherwise.

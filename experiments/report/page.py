@@ -168,7 +168,8 @@ def _config_html(entry: Entry) -> str:
     return f"<details><summary>{escape(entry.label)}</summary><p>Runs: {ids}</p><pre>{text}</pre></details>"
 
 
-STYLE = """:root { color: #1c2330; background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+STYLE = """:root { color: #1c2330; background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 body { margin: 0 auto; max-width: 1200px; padding: 2.2rem 1.5rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .9rem; letter-spacing: -.015em; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
@@ -228,17 +229,20 @@ $style</style>
 <div class="scroll">$table</div>
 <p class="small">$legend</p>
 <h2>Loss while training</h2>
-<p class="small">Mean over seeds; bands are 95% Student-t intervals. Click a name to hide it, double-click to see it alone.</p>
+<p class="small">Mean over seeds; bands are 95% Student-t intervals. Click a name to hide it, double-click to
+see it alone.</p>
 $curves
 <div class="pair">
 <section>
 <h2>Quality against balance</h2>
-<p class="small">Lower is better, further left is more even. Large: mean over seeds with its 95% interval; small: single seeds.</p>
+<p class="small">Lower is better, further left is more even. Large: mean over seeds with its 95% interval; small:
+single seeds.</p>
 $balance
 </section>
 <section>
 <h2>What the experts did</h2>
-<p class="small">Share of the routed pairs in a training batch that each expert got, before drops, over the fair share 1/E.</p>
+<p class="small">Share of the routed pairs in a training batch that each expert got, before drops,
+over the fair share 1/E.</p>
 $loads
 </section>
 </div>

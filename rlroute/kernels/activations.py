@@ -28,8 +28,8 @@ def hidden_rows(activation: str, width: int) -> int:
 def activate(hidden_NH: Tensor, activation: str) -> Tensor:
     """Return the activation of each row, shape (N, F).
 
-    ``swiglu`` is silu(gate) * up (Shazeer 2020, arXiv 2002.05202), the gate in the first half; ``gelu`` the exact one, by the error
-    function (Hendrycks and Gimpel 2016, arXiv 1606.08415).
+    ``swiglu`` is silu(gate) * up (Shazeer 2020, arXiv 2002.05202), the gate in the first half; ``gelu`` the exact one,
+    by the error function (Hendrycks and Gimpel 2016, arXiv 1606.08415).
     """
     if activation == "gelu":
         return functional.gelu(hidden_NH)

@@ -1,6 +1,8 @@
-"""Ahead-of-time compilation of the pinned kernels, with no GPU at hand: what a chip would be given, and what it would cost there.
+"""Ahead-of-time compilation of the pinned kernels, with no GPU at hand: what a chip would be given, and what it would
+cost there.
 
-It proves that the kernels compile, fit the chip's shared memory, use its tensor cores and spill no register; not that they are fast.
+It proves that the kernels compile, fit the chip's shared memory, use its tensor cores and spill no register; not that
+they are fast.
 """
 
 import re
@@ -21,7 +23,9 @@ from rlroute.kernels.sparse import HAVE_TMA
 from rlroute.kernels.tiles import Entry, Tile, pinned
 
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
-"""The instructions that multiply matrices in 16 bits: of a warp (all chips), of a warp group (90), of a thread block (100)."""
+"""The instructions that multiply matrices in 16 bits: of a warp (all chips), of a warp group (90), of a thread block
+(100).
+"""
 TMA_LOAD = "UTMALDG"
 """The tensor memory accelerator's load."""
 D, F = 2048, 768
@@ -29,7 +33,9 @@ D, F = 2048, 768
 
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+"""Bytes of shared memory that a block may use, by compute capability (CUDA C++ Programming Guide, technical
+specifications).
+"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,8 @@ def _cuobjdump(option: str, binary: Path) -> str:
 
 
 def faults(one: Compiled, capability: int) -> list[str]:
-    """Return what must not be: spilled registers, too much shared memory, atomics, bfloat16 products beside the tensor cores, weights
-    beside the tensor memory accelerator where the chip has one."""
+    """Return what must not be: spilled registers, too much shared memory, atomics, bfloat16 products beside the tensor
+    cores, weights beside the tensor memory accelerator where the chip has one."""
     found = one.instructions
     wants_tma = f"sm_{capability}" in HAVE_TMA and not one.name.endswith("weights")
     checks = {

@@ -1,12 +1,13 @@
-"""The CPU engine: pairs sorted by expert, then gather, both projections, activation and combine for a few hundred rows at a time.
+"""The CPU engine: pairs sorted by expert, then gather, both projections, activation and combine for a few hundred rows
+at a time.
 
-What makes it fast is that a chunk's intermediates never leave the cache: a pass over all R pairs at a time, as grouped-GEMM
-implementations make it, reads and writes the (R, F) arrays from memory some ten times. A chunk holds as many small experts as fit,
-so that only the products are called once per expert. Weights are indexed inside the autograd function only, where ``w[e]`` is a
-view; outside, each such index would cost a full-size zero gradient in backward.
+What makes it fast is that a chunk's intermediates never leave the cache: a pass over all R pairs at a time, as
+grouped-GEMM implementations make it, reads and writes the (R, F) arrays from memory some ten times. A chunk holds as
+many small experts as fit, so that only the products are called once per expert. Weights are indexed inside the autograd
+function only, where ``w[e]`` is a view; outside, each such index would cost a full-size zero gradient in backward.
 
-Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R routed pairs,
-N pairs that run (sorted by expert), C rows of one chunk.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R
+routed pairs, N pairs that run (sorted by expert), C rows of one chunk.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from rlroute.kernels.activations import activate
 
 CHUNK_ROWS = 1024
 PIECE_ELEMENTS = 2**18
-"""Pre-activations of one product: what stays in a core's cache. Bits depend on how an expert is cut, not on ``CHUNK_ROWS``."""
+"""Pre-activations of one product: what stays in a core's cache. Bits depend on how an expert is cut, not on
+``CHUNK_ROWS``.
+"""
 
 
 class Piece(NamedTuple):
@@ -38,7 +41,9 @@ class Piece(NamedTuple):
 def sorted_expert_mlp(
     x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor, activation: str
 ) -> Tensor:
-    """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it, bit-equal from run to run at a fixed number of threads."""
+    """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it, bit-equal from run to run at a fixed number of
+    threads.
+    """
     # Dropped pairs become unused ones (the value E), which sort behind all experts and are cut off below.
     experts_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
     if len(experts_R) and not 0 <= int(experts_R.min()) <= int(experts_R.max()) <= decision.num_experts:
@@ -53,14 +58,16 @@ def sorted_expert_mlp(
     pairs_N = runs_N[torch.argsort(experts_R[runs_N], stable=True)]  # stable: sums in a fixed order have fixed bits
     leaves = (x_TD, in_EHD, out_EDF, decision.gates_R)
     save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    out_TD: Tensor = _SortedExperts.apply(*leaves, decision.token_ids_R, pairs_N, counts, activation, save)  # type: ignore[no-untyped-call]
+    arguments = (*leaves, decision.token_ids_R, pairs_N, counts, activation, save)
+    out_TD: Tensor = _SortedExperts.apply(*arguments)  # type: ignore[no-untyped-call]
     return out_TD
 
 
 def chunks(counts: list[int], hidden: int) -> Iterator[tuple[slice, list[Piece]]]:
     """Cut the sorted pairs into chunks of at most ``CHUNK_ROWS`` rows; yield each one's rows and pieces.
 
-    An expert is cut at multiples of the same number from its own first row, whatever its neighbours: its sums do not depend on them.
+    An expert is cut at multiples of the same number from its own first row, whatever its neighbours: its sums do not
+    depend on them.
 
     Args:
         counts: rows of each expert.
@@ -172,7 +179,8 @@ class _SortedExperts(torch.autograd.Function):
 def _activate_backward(
     dact_CF: Tensor, hidden_CH: Tensor, gates_C1: Tensor, activation: str, dhidden_CH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of the ungated output's activation, overwritten, into that of the pre-activations, ``dhidden_CH``.
+    """Turn the gradient of the ungated output's activation, overwritten, into that of the pre-activations,
+    ``dhidden_CH``.
 
     Returns:
         The gated activation, which the gradient of the down projection needs, and the gates' gradient, shape (C,).

@@ -1,9 +1,10 @@
 """One function through which every router's tokens reach their experts, and the choice of the engine behind it.
 
-Expert e maps a row x to W_out,e a(W_in,e x). The activation a is one of ``rlroute.kernels.activations``: SwiGLU by default, whose
-W_in holds gate rows above up rows.
+Expert e maps a row x to W_out,e a(W_in,e x). The activation a is one of ``rlroute.kernels.activations``: SwiGLU by
+default, whose W_in holds gate rows above up rows.
 
-Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R routed pairs.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R
+routed pairs.
 """
 
 import importlib.util
@@ -22,7 +23,9 @@ from rlroute.kernels.reference import reference_expert_mlp
 
 ENGINES = ("cpu", "triton", "reference")
 CHECK_VALUES = "RLROUTE_CHECK_VALUES"
-"""The environment variable that, set to 1, has every call look at ids and gates too; on a GPU that waits for the device."""
+"""The environment variable that, set to 1, has every call look at ids and gates too; on a GPU that waits for the
+device.
+"""
 
 
 class ExpertWeights(NamedTuple):
@@ -80,9 +83,10 @@ def expert_mlp(
 ) -> Tensor:
     """Run the kept pairs of ``decision`` and sum each token's gated expert outputs.
 
-    Differentiable in ``x_TD``, both weight tensors and ``decision.gates_R``. The gradient of a gate is <dL/dout_t, y_r>, y_r being
-    the pair's ungated expert output, whatever the gate's value; pairs that were dropped or unused get 0. A router whose gates are
-    constants asks for it with ``gates.requires_grad_()`` and finds it in ``decision.gates_R.grad``.
+    Differentiable in ``x_TD``, both weight tensors and ``decision.gates_R``. The gradient of a gate is <dL/dout_t,
+    y_r>, y_r being the pair's ungated expert output, whatever the gate's value; pairs that were dropped or unused get
+    0. A router whose gates are constants asks for it with ``gates.requires_grad_()`` and finds it in
+      ``decision.gates_R.grad``.
 
     Args:
         x_TD: hidden states of shape (T, D).
@@ -96,8 +100,9 @@ def expert_mlp(
 
     Raises:
         ConfigError: there is no such activation.
-        DecisionError: shapes, dtypes, devices or memory layouts disagree. Values are looked at where the environment variable
-            ``RLROUTE_CHECK_VALUES`` is 1 (expert ids by the CPU engine always): ids out of range, gates that are not finite.
+        DecisionError: shapes, dtypes, devices or memory layouts disagree. Values are looked at where the environment
+            variable ``RLROUTE_CHECK_VALUES`` is 1 (expert ids by the CPU engine always): ids out of range, gates that
+            are not finite.
     """
     _check(x_TD, decision, weights, activation)
     if os.environ.get(CHECK_VALUES) == "1":
@@ -111,7 +116,8 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, acti
     want = (experts, hidden_rows(activation, inner), width)
     if weights.in_EHD.shape != want:
         raise DecisionError(
-            f"in_EHD is {tuple(weights.in_EHD.shape)}: want {want} for {activation} and out_EDF {(experts, width, inner)}"
+            f"in_EHD is {tuple(weights.in_EHD.shape)}: "
+            f"want {want} for {activation} and out_EDF {(experts, width, inner)}"
         )
     if x_TD.shape != (decision.num_tokens, width):
         raise DecisionError(f"x_TD is {tuple(x_TD.shape)}: want {(decision.num_tokens, width)} by decision and weights")

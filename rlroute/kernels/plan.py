@@ -1,6 +1,8 @@
-"""The order in which pairs run: sorted by expert, cut into tiles that never span two experts. Nothing here waits for the device.
+"""The order in which pairs run: sorted by expert, cut into tiles that never span two experts. Nothing here waits for
+the device.
 
-Shape suffixes: T tokens, E experts, R routed pairs (rows, once sorted; at most ``max_pairs`` where a decision has that bound), G tiles.
+Shape suffixes: T tokens, E experts, R routed pairs (rows, once sorted; at most ``max_pairs`` where a decision has that
+bound), G tiles.
 """
 
 from dataclasses import dataclass, field
@@ -17,8 +19,8 @@ class Plan:
 
     Attributes:
         num_tokens, num_experts: T and E.
-        pairs_R: the pair behind each row; rows are sorted by expert, and within an expert in the order of the pairs. Pairs that do not
-            run (dropped or unused) come last.
+        pairs_R: the pair behind each row; rows are sorted by expert, and within an expert in the order of the pairs.
+            Pairs that do not run (dropped or unused) come last.
         tokens_R: the token behind each row.
         starts_E: the first row of each expert and, last, the number of rows that run; int64 of shape (E + 1,).
         rows_R: pairs ordered by token, each as its row, -1 where it does not run.
@@ -39,8 +41,8 @@ class Plan:
         """Cut the rows of each expert into tiles of at most ``size`` rows.
 
         Returns:
-            The expert and the first row of each of R // size + min(E, R) tiles, a number known on the host; the expert of a tile that
-            is not needed is -1.
+            The expert and the first row of each of R // size + min(E, R) tiles, a number known on the host; the expert
+            of a tile that is not needed is -1.
         """
         if size not in self._tiles:
             self._tiles[size] = self._cut(size)
@@ -82,7 +84,8 @@ def make_plan(decision: RoutingDecision) -> Plan:
 def _bounded(decision: RoutingDecision) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the pairs that may run (None: all in their order), the expert that runs each, E for none, and its token.
 
-    Under a bound these are the running pairs, filled up with some that do not run: only they are sorted, and given a row each.
+    Under a bound these are the running pairs, filled up with some that do not run: only they are sorted, and given a
+    row each.
     """
     experts_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
     most = decision.max_pairs

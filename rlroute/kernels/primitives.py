@@ -57,7 +57,8 @@ def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tenso
 
 
 def sum_rows(y_RD: Tensor, plan: Plan, backend: str = "cpu") -> Tensor:
-    """Return each token's sum of its rows, of shape (T, D), in an order that does not change; for use inside autograd functions.
+    """Return each token's sum of its rows, of shape (T, D), in an order that does not change; for use inside autograd
+    functions.
 
     Args:
         y_RD: rows in the plan's order, at least those that run.

@@ -1,6 +1,7 @@
 """The slow loop over experts that every other engine is tested against; any dtype, any device, plain autograd.
 
-Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where gated), E experts, R routed pairs, N pairs of one expert.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where gated), E experts, R routed pairs, N
+pairs of one expert.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """The Triton engine: launches the kernels of ``triton_kernels.py`` and gives them gradients.
 
-Saved for backward are the input, the pre-activations and the plan; the activation is computed again. The expert MLP composes the
-kernels of :mod:`rlroute.kernels.primitives` with the activation in their epilogues.
+Saved for backward are the input, the pre-activations and the plan; the activation is computed again. The expert MLP
+composes the kernels of :mod:`rlroute.kernels.primitives` with the activation in their epilogues.
 
-Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where the activation is gated), E experts, R routed pairs
-(rows, sorted by expert), N output columns, K the summed dimension.
+Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where the activation is gated), E experts, R
+routed pairs (rows, sorted by expert), N output columns, K the summed dimension.
 """
 
 import os
@@ -51,7 +51,8 @@ def gather_linear(x_TK: Tensor, plan: Plan, weights_ENK: Tensor) -> Tensor:
 
 def linear_combine(y_RK: Tensor, plan: Plan, weights_ENK: Tensor, gates_R: Tensor) -> Tensor:
     """Return out_TN as :func:`rlroute.kernels.linear_combine` defines it."""
-    out_TN: Tensor = _LinearCombine.apply(y_RK, weights_ENK, gates_R.contiguous(), plan)  # type: ignore[no-untyped-call]
+    gates_R = gates_R.contiguous()
+    out_TN: Tensor = _LinearCombine.apply(y_RK, weights_ENK, gates_R, plan)  # type: ignore[no-untyped-call]
     return out_TN
 
 
@@ -112,7 +113,9 @@ class _Launcher:
         )
 
     def _describe(self, weights_EAB: Tensor, block: tuple[int, int], transposed: bool) -> TensorDescriptor | None:
-        """Return the descriptor of all experts' rows, stacked; None where the chip, the alignment or the block does not allow one."""
+        """Return the descriptor of all experts' rows, stacked; None where the chip, the alignment or the block does not
+        allow one.
+        """
         experts, rows, columns = weights_EAB.shape
         aligned = columns * weights_EAB.element_size() % 16 == 0 and weights_EAB.data_ptr() % 16 == 0
         ends_with_expert = not transposed or rows % block[0] == 0

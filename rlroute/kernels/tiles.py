@@ -1,5 +1,6 @@
-"""The pinned tile table, ``tiles.json``. Tile sizes change the rounding, so they are looked up, never autotuned, and the table's hash
-is recorded with every run. ``rlroute bench kernels --tune`` measures candidates on a card and rewrites the table.
+"""The pinned tile table, ``tiles.json``. Tile sizes change the rounding, so they are looked up, never autotuned, and
+the table's hash is recorded with every run. ``rlroute bench kernels --tune`` measures candidates on a card and rewrites
+the table.
 
 The sizes of each kernel body: BM rows of a tile (or of a weight block), BN output columns, BK of the summed dimension.
 """
@@ -45,9 +46,11 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table. It serves problems of its chip and precision with at least ``rows_from`` rows per expert on average.
+    """One line of the table. It serves problems of its chip and precision with at least ``rows_from`` rows per expert
+    on average.
 
-    ``D`` and ``F`` are the model and expert widths that it was measured for; None serves those that have no line of their own.
+    ``D`` and ``F`` are the model and expert widths that it was measured for; None serves those that have no line of
+    their own.
     """
 
     chip: str
@@ -103,7 +106,8 @@ def pin(table: list[Entry]) -> None:
 
 
 def pick_tiles(chip: str, dtype: str, rows_per_expert: float, D: int, F: int) -> Tiles:
-    """Return the pinned tiles: those measured for these widths before the general ones, then those of the fullest bucket.
+    """Return the pinned tiles: those measured for these widths before the general ones, then those of the fullest
+    bucket.
 
     Raises:
         ConfigError: the table has none.

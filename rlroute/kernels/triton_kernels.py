@@ -1,10 +1,12 @@
 """The Triton kernels: five bodies, no atomics, every output element written by one program in a fixed order.
 
-All sums are kept in float32 (float64 has no tensor cores and no place here). ``UPCAST`` converts operands to float32 before a product:
-Triton's interpreter multiplies the bit patterns of bfloat16. Offsets of rows and experts are 64-bit: R * 2F passes 2^31 in practice.
+All sums are kept in float32 (float64 has no tensor cores and no place here). ``UPCAST`` converts operands to float32
+before a product: Triton's interpreter multiplies the bit patterns of bfloat16. Offsets of rows and experts are 64-bit:
+R * 2F passes 2^31 in practice.
 
-Weights come through the tensor memory accelerator (``TMA``: ``weights`` is a descriptor of all experts' rows stacked), or by pointers
-where a row's bytes are no multiple of 16 or the chip has none. Rows of tokens are gathered by pointer: Hopper's accelerator cannot.
+Weights come through the tensor memory accelerator (``TMA``: ``weights`` is a descriptor of all experts' rows stacked),
+or by pointers where a row's bytes are no multiple of 16 or the chip has none. Rows of tokens are gathered by pointer:
+Hopper's accelerator cannot.
 
 Letters: rows are pairs sorted by expert (see ``plan.py``); M rows of a tile, N output columns, K the summed dimension.
 """
@@ -13,7 +15,9 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(8)
-"""Tiles that walk through the columns together, so that what they read is still in the L2 cache when it is read again."""
+"""Tiles that walk through the columns together, so that what they read is still in the L2 cache when it is read
+again.
+"""
 
 
 @triton.jit
@@ -50,13 +54,15 @@ def _tile(tile, tile_experts, tile_rows, starts, tokens, GATHER: tl.constexpr, B
 @triton.jit
 def _weights(
     weights, expert, column, k,
-    STORED: tl.constexpr, OFFSET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
+    STORED: tl.constexpr, OFFSET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the (BK, BN) block of an expert's weights at (k, column).
 
-    An expert is stored as STORED rows: (N, K), of which ours begin at row OFFSET, or (K, N) if TRANSPOSED. By descriptor, columns
-    past N may hold the next expert's (they are never stored), and K is a multiple of BK where it runs down the rows.
+    An expert is stored as STORED rows: (N, K), of which ours begin at row OFFSET, or (K, N) if TRANSPOSED. By
+    descriptor, columns past N may hold the next expert's (they are never stored), and K is a multiple of BK where it
+    runs down the rows.
     """
     if TMA:
         first = expert.to(tl.int32) * STORED + OFFSET
@@ -100,7 +106,8 @@ def _activate(hidden, ACTIVATION: tl.constexpr):
 @triton.jit
 def rows_times_weights(
     inputs, weights, outputs, tokens, starts, tile_experts, tile_rows,
-    N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """outputs[row] = inputs[row or its token] @ W_expert, W stored (N, K), or (K, N) if TRANSPOSED."""
@@ -119,7 +126,8 @@ def rows_times_weights(
 @triton.jit
 def expert_up(
     inputs, weights, gates, hidden, activated, tokens, pairs, starts, tile_experts, tile_rows,
-    F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_HIDDEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_HIDDEN: tl.constexpr, TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """activated[row] = gate * activation(W x), x the row's token; hidden[row] = W x where backward needs it.
@@ -181,12 +189,14 @@ def _halves(block, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def expert_down_backward(
-    doutputs, weights, gates, hidden, dhidden, activated, dgate_parts, tokens, pairs, starts, tile_experts, tile_rows, num_rows,
+    doutputs, weights, gates, hidden, dhidden, activated, dgate_parts, tokens, pairs, starts, tile_experts, tile_rows,
+    num_rows,
     F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """da = W_down^T dout of the row's token; then the gradient of hidden, the gated activation again (dW_down needs it), and the
-    columns' part of the gate's gradient, <da, activation>: one row of parts per column block, summed afterwards in a fixed order.
+    """da = W_down^T dout of the row's token; then the gradient of hidden, the gated activation again (dW_down needs
+    it), and the columns' part of the gate's gradient, <da, activation>: one row of parts per column block, summed
+    afterwards in a fixed order.
 
     The epilogue takes a quarter of the columns at a time: on all of them at once it would not fit into the registers.
     """
@@ -218,9 +228,11 @@ def rows_times_rows(
     M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """outputs[expert] = left^T right over the expert's rows, one side gathered by token; zeros for an expert without rows.
+    """outputs[expert] = left^T right over the expert's rows, one side gathered by token; zeros for an expert without
+    rows.
 
-    ``order`` lists the experts, the fullest first: the longest sums start first, so that no late one keeps the others waiting.
+    ``order`` lists the experts, the fullest first: the longest sums start first, so that no late one keeps the others
+    waiting.
     """
     columns: tl.constexpr = (N + BN - 1) // BN
     blocks: tl.constexpr = (M + BM - 1) // BM * columns

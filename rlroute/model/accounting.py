@@ -34,8 +34,8 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def fingerprints(model: Transformer, whole: Callable[[Tensor], Tensor] = lambda tensor_E: tensor_E) -> dict[str, str]:
-    """Return the fingerprints of the shared parameters (all but the routers') and of the backbone (those outside the feed-forward
-    layers, which the dense model shares too).
+    """Return the fingerprints of the shared parameters (all but the routers') and of the backbone (those outside the
+    feed-forward layers, which the dense model shares too).
 
     Args:
         model: any.
@@ -49,13 +49,15 @@ def fingerprints(model: Transformer, whole: Callable[[Tensor], Tensor] = lambda 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its site.
+    """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its
+    site.
 
     Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up.
 
     Attributes:
         total_parameters, router_parameters: all of them, and those of routers.
-        fixed_parameters, fixed_flops: what a token's greedy forward uses whatever its route: the backbone and the routers' scores.
+        fixed_parameters, fixed_flops: what a token's greedy forward uses whatever its route: the backbone and the
+            routers' scores.
         pair_parameters_L, pair_flops_L: what each pair adds, by site.
         training_flops: per token and routing sample, what only training needs of the routers (value heads).
         samples: M.
@@ -71,7 +73,9 @@ class Costs:
     samples: int
 
     def per_token(self, pairs_L: Sequence[float]) -> dict[str, int]:
-        """Return active parameters and FLOPs per token of a greedy forward that runs so many pairs per token at each site."""
+        """Return active parameters and FLOPs per token of a greedy forward that runs so many pairs per token at each
+        site.
+        """
         parameters = sum(n * each for n, each in zip(pairs_L, self.pair_parameters_L, strict=True))
         flops = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
         return {
@@ -80,7 +84,9 @@ class Costs:
         }
 
     def of_training(self, tokens: int, pairs_L: Sequence[int]) -> int:
-        """Return the FLOPs of training on so many tokens with so many pairs at each site, of all routing samples: three forwards."""
+        """Return the FLOPs of training on so many tokens with so many pairs at each site, of all routing samples: three
+        forwards.
+        """
         pairs = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
         return 3 * (tokens * self.samples * (self.fixed_flops + self.training_flops) + pairs)
 

@@ -1,7 +1,8 @@
 """Causal self-attention with rotary positions: plain, or with experts for its query and output projections.
 
-Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, N heads, H head width,
-E experts, R routed pairs, P width of one expert's queries, G groups of heads with keys and values of their own, J slots per token.
+Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, N heads, H
+head width, E experts, R routed pairs, P width of one expert's queries, G groups of heads with keys and values of their
+own, J slots per token.
 """
 
 import torch
@@ -30,7 +31,9 @@ class KeyedLinear(nn.Linear):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864): the halves of a head's channels are the coordinates that turn."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): the halves of a head's channels are the coordinates that
+    turn.
+    """
 
     cos_SH: Tensor
     sin_SH: Tensor
@@ -81,8 +84,8 @@ class Attention(nn.Module):
 class AttentionExperts(nn.Module):
     """Mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144; JetMoE, arXiv 2404.07413).
 
-    An expert is a group of num_heads / k query heads with an output projection; keys and values, as many heads wide, are shared by all
-    experts. A token's k experts are thus as many query heads as plain attention has.
+    An expert is a group of num_heads / k query heads with an output projection; keys and values, as many heads wide,
+    are shared by all experts. A token's k experts are thus as many query heads as plain attention has.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, layer: int, seed: int, router: Router, backend: str) -> None:
@@ -140,7 +143,8 @@ class AttentionExperts(nn.Module):
 
 
 def _slots(decision: RoutingDecision) -> tuple[Tensor, int]:
-    """Return each pair's own place among (token, slot) pairs, and the slots per token; unused pairs share a place behind all others.
+    """Return each pair's own place among (token, slot) pairs, and the slots per token; unused pairs share a place
+    behind all others.
 
     A pair's slot is its rank among its token's choices, or its expert where experts choose.
     """

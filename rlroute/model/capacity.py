@@ -17,7 +17,9 @@ from rlroute.routing import RoutingContext
 
 
 def limit(decision: RoutingDecision, config: ModelConfig, context: RoutingContext) -> RoutingDecision:
-    """Return the decision without what is over the capacities of a model's configuration, or over the decision's own bound."""
+    """Return the decision without what is over the capacities of a model's configuration, or over the decision's own
+    bound.
+    """
     if config.capacity_factor is not None:
         device_E = context.expert_device_E if config.capacity_of == "device" else None
         takers = decision.num_experts if device_E is None else config.devices
@@ -49,8 +51,8 @@ def drop_over_capacity(
         decision: any decision.
         pairs_per_row: the capacity factor times k.
         takers: how many experts (or devices) share the pairs.
-        order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv 2006.16668) or
-            ``gate`` (larger gates; batch-prioritised routing, arXiv 2106.05974).
+        order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv
+            2006.16668) or ``gate`` (larger gates; batch-prioritised routing, arXiv 2106.05974).
         bin_T: int64 below T, which rows compete; all with all where it is None.
         device_E: the device of each expert, where devices have the capacity (DeepSeek-V2, arXiv 2405.04434).
     """
@@ -80,7 +82,9 @@ def _drop_over_bound(decision: RoutingDecision, most: int) -> RoutingDecision:
 
 
 def _places(decision: RoutingDecision) -> Tensor:
-    """Return the pairs, all first choices before all second ones, then by token; by token alone where experts choose."""
+    """Return the pairs, all first choices before all second ones, then by token; by token alone where experts
+    choose.
+    """
     if decision.k is None:
         return torch.argsort(decision.token_ids_R, stable=True)
     pairs_R = torch.arange(len(decision.token_ids_R), device=decision.kept_R.device)

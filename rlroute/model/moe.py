@@ -35,8 +35,8 @@ class Placement:
         shards: the experts are cut into this many equal, consecutive shards.
         shard: the one that this process holds.
         start: begins to run a decision over *all* experts with the weights held here; the arguments are those of
-            :func:`rlroute.kernels.expert_mlp`. Returns a function that returns its result, so that something else can be computed
-            while rows travel.
+            :func:`rlroute.kernels.expert_mlp`. Returns a function that returns its result, so that something else can
+            be computed while rows travel.
     """
 
     shards: int = 1
@@ -87,11 +87,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
-    """Return the decision with its gates as published (``own``), or each with the same value and the gradient of the router's gate
-    (``unit``): 1 over the pairs of its token.
+    """Return the decision with its gates as published (``own``), or each with the same value and the gradient of the
+    router's gate (``unit``): 1 over the pairs of its token.
 
-    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. ``self_T`` and the gates of shared experts stay as they
-    are.
+    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. ``self_T`` and the gates of shared
+    experts stay as they are.
     """
     if form == "own":
         return decision
@@ -111,7 +111,8 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
         gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
         if gates_TS is not None and gates_TS.shape[1] != shared:
             raise DecisionError(
-                f"router {router.config.name}: shared_gates_TS has {gates_TS.shape[1]} columns, site {context.site} {shared} shared experts"
+                f"router {router.config.name}: shared_gates_TS has {gates_TS.shape[1]} columns: "
+                f"site {context.site} has {shared} shared experts"
             )
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)

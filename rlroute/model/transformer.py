@@ -2,7 +2,8 @@
 
 A routed site is a place with a router: the feed-forward layer of a block, and its attention where that has experts too.
 
-Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, V vocabulary.
+Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, V
+vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -93,7 +94,6 @@ class Transformer(nn.Module):
         self, config: ModelConfig, shape: ModelShape, make_router: Callable[[RouterShape], Router] | None
     ) -> None:
         super().__init__()
-        self.config = config
         self.embed = nn.Embedding(shape.vocab_size, config.d_model)
         seeding.init_normal(self.embed.weight, config.d_model**-0.5, shape.seed, "embed")
         routers = {} if make_router is None else {s.site: make_router(s) for s in router_shapes(config, shape)}

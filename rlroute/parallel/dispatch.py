@@ -1,13 +1,14 @@
-"""Expert-parallel dispatch: pairs travel to the ranks that hold their experts, through the shared kernel there, and back.
+"""Expert-parallel dispatch: pairs travel to the ranks that hold their experts, through the shared kernel there, and
+back.
 
-The decision is sorted by expert, and so by owner. First the counts are exchanged, then the rows; the owner runs them as a decision over
-its own experts with gates of 1, and the rows come home, where they are gated and summed per token in a fixed order. Dropped and unused
-pairs stay at home.
+The decision is sorted by expert, and so by owner. First the counts are exchanged, then the rows; the owner runs them as
+a decision over its own experts with gates of 1, and the rows come home, where they are gated and summed per token in a
+fixed order. Dropped and unused pairs stay at home.
 
 With several chunks a part of the rows is computed while the next is in the air.
 
-Shape suffixes: T tokens, D model width, E experts, F experts held by one rank, R pairs, N pairs that run (rows, sorted by expert),
-M rows received, P ranks (expert shards), C chunks.
+Shape suffixes: T tokens, D model width, E experts, F experts held by one rank, R pairs, N pairs that run (rows, sorted
+by expert), M rows received, P ranks (expert shards), C chunks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""All-to-all of rows with uneven splits: differentiable, and split into departure and landing so that work fits in between.
+"""All-to-all of rows with uneven splits: differentiable, and split into departure and landing so that work fits in
+between.
 
-Departure and landing are two autograd functions around one :class:`Flight`; in backward the gradient takes off where the rows landed and
-lands where they took off. ``torch.distributed.nn`` is deprecated and functional collectives leak what nobody waits for, so the flight
-is our own; it is a dozen lines over ``all_to_all_single``.
+Departure and landing are two autograd functions around one :class:`Flight`; in backward the gradient takes off where
+the rows landed and lands where they took off. ``torch.distributed.nn`` is deprecated and functional collectives leak
+what nobody waits for, so the flight is our own; it is a dozen lines over ``all_to_all_single``.
 
 Shape suffixes: N rows sent, M rows received, D columns, P ranks.
 """
@@ -24,8 +25,8 @@ class Traffic:
 
     Attributes:
         bytes: of rows sent to other ranks, forward and backward.
-        seconds: that this process spent in sending and waiting, waiting for slower ranks and for their counts included. With NCCL it
-            does not wait, the device does: they say nothing there.
+        seconds: that this process spent in sending and waiting, waiting for slower ranks and for their counts included.
+            With NCCL it does not wait, the device does: they say nothing there.
     """
 
     bytes: int = 0
@@ -46,7 +47,9 @@ class Flight:
         self.rank = dist.get_rank(group)
 
     def depart(self, rows_ND: Tensor, back: bool) -> Tensor:
-        """Send rows (or, ``back``, gradients of received ones) and return where the others' will be once :meth:`land` has returned."""
+        """Send rows (or, ``back``, gradients of received ones) and return where the others' will be once :meth:`land`
+        has returned.
+        """
         start = time.perf_counter()
         sent, received = (self.received, self.sent) if back else (self.sent, self.received)
         self.source = rows_ND.contiguous()  # kept alive until it has left

@@ -1,8 +1,8 @@
 """The group of many processes: data-parallel replicas times expert shards, as a two-dimensional device mesh.
 
-Router and dense parameters are replicas on every rank, and their gradients are summed over all; the loss is divided by the tokens of the
-whole step, so that the sum is the average. An expert's gradient arrives whole from the shards of one replica, and is summed over the
-replicas only.
+Router and dense parameters are replicas on every rank, and their gradients are summed over all; the loss is divided by
+the tokens of the whole step, so that the sum is the average. An expert's gradient arrives whole from the shards of one
+replica, and is summed over the replicas only.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class Mesh(Group):
             raise WorkerError("another worker of the group failed")
 
     def traffic(self) -> dict[str, Any] | None:
-        """Return the bytes of rows that all ranks sent each other since the last call, and the mean seconds they spent on it (gloo)."""
+        """Return the bytes of rows that all ranks sent each other since the last call, and the mean seconds they spent
+        on it (gloo).
+        """
         if self.placement.shards == 1:
             return None
         seen, self.exchange.traffic = self.exchange.traffic, Traffic()

@@ -1,7 +1,7 @@
 """Ray actors that train one run together, from wherever a process is connected to Ray.
 
-Ray places the processes and says when one has died; everything between them is ``torch.distributed``. When a worker is lost, all are
-started anew and go on from the last checkpoint, with the same figures.
+Ray places the processes and says when one has died; everything between them is ``torch.distributed``. When a worker is
+lost, all are started anew and go on from the last checkpoint, with the same figures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from rlroute.training.prepare import check_shares
 from rlroute.watchdog import START_SECONDS, watchdog
 
 PLACEMENT_SECONDS = 300
-"""How long the workers may take to start: a dead node is noticed after up to a minute, and its share placed elsewhere."""
+"""How long the workers may take to start: a dead node is noticed after up to a minute, and its share placed
+elsewhere.
+"""
 SETTLING_SECONDS = 5.0
 """How long the other workers may take to say what happened to them, once one has failed."""
 _GET_ADDRESS = 0x8915  # Linux: SIOCGIFADDR
@@ -74,9 +76,10 @@ def train_group(
         cpus, gpus: of each worker.
         command: the command line behind this run, for its record.
         retries: how often the workers are started again after some were lost.
-        patience: seconds without a step after which a worker ends itself, and counts as lost; see :func:`rlroute.watchdog.watchdog`.
-        timeout: seconds that a worker waits for the others before it gives them up; longer than a watchdog waits if nothing is said,
-            so that one that hangs has left its stacks by then.
+        patience: seconds without a step after which a worker ends itself, and counts as lost; see
+            :func:`rlroute.watchdog.watchdog`.
+        timeout: seconds that a worker waits for the others before it gives them up; longer than a watchdog waits if
+            nothing is said, so that one that hangs has left its stacks by then.
         wandb: where rank 0 sends the rows besides the records.
 
     Raises:
@@ -113,7 +116,9 @@ def train_group(
 
 
 def _loss(ranks: list[Any]) -> str:
-    """Return how workers were lost; raise what one of them raised by its own doing, which the others' errors only follow."""
+    """Return how workers were lost; raise what one of them raised by its own doing, which the others' errors only
+    follow.
+    """
     import ray
 
     lost = []
@@ -186,7 +191,9 @@ class _Worker:
 
 @contextmanager
 def _bundles(workers: int, cpus: float, gpus: float) -> Iterator[list[Any]]:
-    """Yield where each worker runs: the last bundles of the calling task's placement group, or a group made for them."""
+    """Yield where each worker runs: the last bundles of the calling task's placement group, or a group made for
+    them.
+    """
     from ray.util import get_current_placement_group, placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -211,7 +218,9 @@ def _bundles(workers: int, cpus: float, gpus: float) -> Iterator[list[Any]]:
 
 @contextmanager
 def _rendezvous() -> Iterator[tuple[str, int]]:
-    """Serve, on this node's own address, the store through which ranks find each other; no rank does, so that each may die."""
+    """Serve, on this node's own address, the store through which ranks find each other; no rank does, so that each may
+    die.
+    """
     import ray
 
     with socket.socket() as listener:
@@ -247,7 +256,8 @@ def _start(strategies: list[Any], cpus: float, gpus: float) -> list[Any]:
 
 
 def interface_of(address: str) -> str:
-    """Return the network interface that has an IPv4 address. Left alone, gloo listens where the host's name points, often loopback.
+    """Return the network interface that has an IPv4 address. Left alone, gloo listens where the host's name points,
+    often loopback.
 
     Raises:
         LostWorkersError: none has it.

@@ -1,7 +1,8 @@
 """Checkpoints: ``model.safetensors`` and ``trainer.pt`` in one folder that appears whole or not at all.
 
-Where the experts are cut into n shards there is a pair of files per shard, ``model-<i>-of-<n>.safetensors`` and ``trainer-<i>-of-<n>.pt``;
-the first holds everything that is not an expert's as well. Any number of shards loads into any other.
+Where the experts are cut into n shards there is a pair of files per shard, ``model-<i>-of-<n>.safetensors`` and
+``trainer-<i>-of-<n>.pt``; the first holds everything that is not an expert's as well. Any number of shards loads into
+any other.
 
 The trainer's state is read with ``weights_only``: no file of ours can run code when it is loaded.
 """
@@ -38,7 +39,8 @@ def save_checkpoint(
     metadata: dict[str, Any],
     group: Group = ALONE,
 ) -> None:
-    """Write ``folder``/checkpoint-<step> and remove the older ones. All ranks of a group call it, and see the same folder.
+    """Write ``folder``/checkpoint-<step> and remove the older ones. All ranks of a group call it, and see the same
+    folder.
 
     Args:
         folder: the run's folder.
@@ -121,7 +123,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, run_id: str, group: Group = ALONE) -> dict[str, Any] | None:
-    """Load the newest checkpoint under ``folder`` into ``model`` and return the trainer's state; None where there is no checkpoint.
+    """Load the newest checkpoint under ``folder`` into ``model`` and return the trainer's state; None where there is no
+    checkpoint.
 
     Returns:
         ``optimizer``, the state by parameter name, for the experts held here; and ``progress``.
@@ -142,7 +145,8 @@ def load_checkpoint(folder: Path, model: nn.Module, run_id: str, group: Group = 
 
 
 def load_weights(folder: Path, model: nn.Module, run_id: str, group: Group = ALONE) -> Path | None:
-    """Load the weights of the newest checkpoint under ``folder`` into ``model`` and return its path; None where there is none.
+    """Load the weights of the newest checkpoint under ``folder`` into ``model`` and return its path; None where there
+    is none.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another run.
@@ -186,7 +190,9 @@ def _read_shard(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _held(group: Group, parts: Sequence[Tensor], expert: bool) -> Tensor:
-    """Return the rows of the experts that this process holds, from all shards; the value itself where it is none of theirs."""
+    """Return the rows of the experts that this process holds, from all shards; the value itself where it is none of
+    theirs.
+    """
     if not expert or parts[0].dim() == 0:
         return parts[0]
     rows_E = torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -1,13 +1,16 @@
-"""Corpora as token streams, and the batches cut out of them. Which window a row shows depends on (seed, sequence id) alone.
+"""Corpora as token streams, and the batches cut out of them. Which window a row shows depends on (seed, sequence id)
+alone.
 
 A corpus is named by a spec string:
 
-- ``package:NAME``: Python sources of an installed distribution, without its tests. The default is ``package:sympy``, 16.5 MB that
-  are the same on every machine and Python version.
+- ``package:NAME``: Python sources of an installed distribution, without its tests. The default is ``package:sympy``,
+  16.5 MB that are the same on every machine and Python version.
 - ``stdlib``: the sources of the interpreter's own library; they differ between Python versions.
-- ``synth:``, or ``synth:domains=8,vocab=64,length=256,documents=4000,order=1,seed=0`` (any of them): see :mod:`.synthetic`.
+- ``synth:``, or ``synth:domains=8,vocab=64,length=256,documents=4000,order=1,seed=0`` (any of them): see
+  :mod:`.synthetic`.
 - ``file:GLOB``: each matching file is a document.
-- ``bin:GLOB,vocab=50257,bytes_per_token=4.2``: shards of uint16 tokens, see :mod:`.shards`; with a tokenizer file, ``bin:GLOB``.
+- ``bin:GLOB,vocab=50257,bytes_per_token=4.2``: shards of uint16 tokens, see :mod:`.shards`; with a tokenizer file,
+  ``bin:GLOB``.
 
 Shape suffixes: B sequences, S sequence length, V vocabulary.
 """
@@ -40,10 +43,11 @@ class Corpus:
         train: integer tokens, shape (tokens,), each document opened by BOS; may be memory-mapped.
         valid: the same of the validation documents.
         vocab_size: 257 for bytes: 256 and BOS.
-        token_bytes_V: bytes of text that each token stands for, float64; BOS: 0. For ``bin`` without a tokenizer a constant.
-        provenance: spec, sha256 (of all documents' bytes in order; for ``bin`` of the tokens'), distribution and version (None
-            where there is none), tokenizer_sha256, vocab_size, train_tokens, valid_tokens, floor_bits_per_byte (of the validation
-            documents, ``synth`` only, see :meth:`.synthetic.Mixture.floor`).
+        token_bytes_V: bytes of text that each token stands for, float64; BOS: 0. For ``bin`` without a tokenizer a
+            constant.
+        provenance: spec, sha256 (of all documents' bytes in order; for ``bin`` of the tokens'), distribution and
+            version (None where there is none), tokenizer_sha256, vocab_size, train_tokens, valid_tokens,
+            floor_bits_per_byte (of the validation documents, ``synth`` only, see :meth:`.synthetic.Mixture.floor`).
         train_domains: hidden domain of each training token, BOS included; ``synth`` only.
         valid_domains: the same for validation.
     """
@@ -80,7 +84,8 @@ class Batch:
 
 
 def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
-    """Read the corpus that ``spec`` names (see the module), as bytes or through a Hugging Face ``tokenizers`` JSON file.
+    """Read the corpus that ``spec`` names (see the module), as bytes or through a Hugging Face ``tokenizers`` JSON
+    file.
 
     Nothing is cached: the default takes a fraction of a second. A tokenizer file takes seconds for 10 MB of text.
 
@@ -190,10 +195,11 @@ def _options(spec: str, pairs: Sequence[str], legal: Mapping[str, Callable[[str]
 
 
 def sample_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> Batch:
-    """Return the training batch of a step: windows uniform over all start offsets, a pure function of (corpus, seed, step).
+    """Return the training batch of a step: windows uniform over all start offsets, a pure function of (corpus, seed,
+    step).
 
-    A row's offset depends on (seed, its global sequence id) alone, so a resumed run, a micro-batch and a data-parallel rank see the
-    same rows, and there is no sampler state to save.
+    A row's offset depends on (seed, its global sequence id) alone, so a resumed run, a micro-batch and a data-parallel
+    rank see the same rows, and there is no sampler state to save.
 
     Raises:
         DataError: the training stream is shorter than ``seq_len + 1``.
@@ -206,14 +212,15 @@ def sample_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_l
 
 
 def _offsets(seed: int, sequence_B: np.ndarray) -> np.ndarray:
-    """Return one uniform 64-bit integer per sequence id, for a run of successive ids: the first of the four words that Philox makes
-    of each counter value."""
+    """Return one uniform 64-bit integer per sequence id, for a run of successive ids: the first of the four words that
+    Philox makes of each counter value."""
     philox = np.random.Philox(key=derive_key("data", seed) % 2**64, counter=int(sequence_B[0]))
     return np.asarray(philox.random_raw(4 * len(sequence_B)))[::4]
 
 
 def eval_batches(corpus: Corpus, *, num_tokens: int, batch_size: int, seq_len: int) -> list[Batch]:
-    """Return at least ``num_tokens`` fixed validation tokens: windows that do not overlap, evenly spread, the same for every seed.
+    """Return at least ``num_tokens`` fixed validation tokens: windows that do not overlap, evenly spread, the same for
+    every seed.
 
     The number of windows is ``num_tokens / seq_len`` rounded up; the last batch may be smaller than ``batch_size``.
 

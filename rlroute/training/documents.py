@@ -1,7 +1,7 @@
 """Where documents come from: an installed distribution, the interpreter's library, files. Bytes are read as they lie.
 
-A document's name is the same on every machine, for the order of the documents and their split into training and validation
-follow from the names alone.
+A document's name is the same on every machine, for the order of the documents and their split into training and
+validation follow from the names alone.
 """
 
 import glob
@@ -55,7 +55,9 @@ def is_test(path: str) -> bool:
 
 
 def stdlib_documents() -> list[Document]:
-    """Return the sources of the interpreter's own library without tests, IDLE, lib2to3, the codec tables and what the build generated."""
+    """Return the sources of the interpreter's own library without tests, IDLE, lib2to3, the codec tables and what the
+    build generated.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     names = []
     for folder, folders, files in os.walk(root):
@@ -101,7 +103,8 @@ def _read(path: Path) -> bytes:
 
 
 def split_documents(spec: str, documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Return (training, validation): one document in 16, at least one, is validation, those with the smallest SHA-256 of the name.
+    """Return (training, validation): one document in 16, at least one, is validation, those with the smallest SHA-256
+    of the name.
 
     Empty documents are dropped. Both parts keep the order of ``documents``.
 
@@ -111,7 +114,8 @@ def split_documents(spec: str, documents: Sequence[Document]) -> tuple[list[Docu
     full = [document for document in documents if document.data]
     if len(full) < 2:
         raise DataError(
-            f"corpus {spec!r} is too short: {len(full)} non-empty documents, at least 2 are needed, one of them for validation"
+            f"corpus {spec!r} is too short: {len(full)} non-empty documents, "
+            "at least 2 are needed, one of them for validation"
         )
     ranked = sorted(full, key=lambda document: hashlib.sha256(document.name.encode()).digest())
     held = {document.name for document in ranked[: max(1, round(len(full) / VALID_SHARE))]}

@@ -1,6 +1,7 @@
 """Evaluation on fixed tokens: greedy for every router, and sampled beside it for stochastic ones. It changes no state.
 
-The batches are micro-batches, so that rules that mix tokens see as many as in training; the ranks of a group take turns with them.
+The batches are micro-batches, so that rules that mix tokens see as many as in training; the ranks of a group take turns
+with them.
 
 Shape suffixes: T tokens, L routed sites, E experts.
 """
@@ -37,9 +38,11 @@ def evaluate(
     progress: float = 0.0,
     group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Return the greedy loss, bits per byte and balance over all batches, and the sampled policy's where asked and meaningful.
+    """Return the greedy loss, bits per byte and balance over all batches, and the sampled policy's where asked and
+    meaningful.
 
-    Loads are counted over the whole of ``batches``, by site, before capacity drops; pairs per token after them, as they ran.
+    Loads are counted over the whole of ``batches``, by site, before capacity drops; pairs per token after them, as they
+    ran.
     """
     loss, decisions = _pass(model, batches, token_bytes_V, device, seed, step, progress, group, explore=False)
     balance = _balance(model, decisions, group)
@@ -63,8 +66,8 @@ def _pass(
 ) -> tuple[dict[str, float], Decisions]:
     """Run all batches once and return the losses over all of them, and the decisions of this rank's.
 
-    Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep their draws apart
-    from training's.
+    Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep
+    their draws apart from training's.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     decisions = []

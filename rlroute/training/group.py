@@ -1,7 +1,7 @@
 """The processes that train one model together, as the training loop sees them. One alone adds nothing to its own sums.
 
-:class:`rlroute.parallel.mesh.Mesh` is the group of many. Each process (rank) runs its share of a step's micro-batches through the whole
-model; what the ranks must agree on passes through here, and nowhere else.
+:class:`rlroute.parallel.mesh.Mesh` is the group of many. Each process (rank) runs its share of a step's micro-batches
+through the whole model; what the ranks must agree on passes through here, and nowhere else.
 """
 
 from __future__ import annotations

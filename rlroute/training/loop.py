@@ -282,7 +282,9 @@ class _Run:
         self.sink = open_sink(self.wandb, self.folder.path)
 
     def _costs(self, final: dict[str, Any] | None, tokens: int) -> dict[str, int]:
-        """Return parameters, and FLOPs by the pairs that ran: greedy in the last evaluation, and what training took beyond that."""
+        """Return parameters, and FLOPs by the pairs that ran: greedy in the last evaluation, and what training took
+        beyond that.
+        """
         pairs_L = final["pairs_L"] if final else [float(self.config.model.k)] * len(self.model.routers)
         greedy = self.costs.per_token(pairs_L)
         trained = round(self.progress.flops / (3 * tokens)) if tokens else greedy["flops_per_token"]

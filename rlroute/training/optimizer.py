@@ -1,4 +1,5 @@
-"""AdamW in three groups (matrices with weight decay, vectors, routers), two gradient clips, and the learning-rate schedule.
+"""AdamW in three groups (matrices with weight decay, vectors, routers), two gradient clips, and the learning-rate
+schedule.
 
 The routers have a clip of their own, so that policy noise does not throttle the language model, and no weight decay.
 """
@@ -17,7 +18,9 @@ from rlroute.training.group import ALONE, Group
 
 
 class Optimizer:
-    """AdamW with the schedule and the clips of a :class:`TrainConfig`, over the parameters that this process of a group holds."""
+    """AdamW with the schedule and the clips of a :class:`TrainConfig`, over the parameters that this process of a group
+    holds.
+    """
 
     def __init__(self, model: nn.Module, config: TrainConfig, group: Group = ALONE) -> None:
         self.config, self.group = config, group
@@ -33,7 +36,8 @@ class Optimizer:
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
 
     def step(self, step: int, progress: float) -> dict[str, float]:
-        """Clip, update, clear the gradients; return the learning rate and both gradient norms as they were before clipping.
+        """Clip, update, clear the gradients; return the learning rate and both gradient norms as they were before
+        clipping.
 
         Args:
             step: optimizer steps done before this one (warm-up counts them).
@@ -71,7 +75,9 @@ class Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Return the learning rate: linear warm-up over ``warmup_steps``, cosine decay to ``final_lr`` of the peak over the budget."""
+    """Return the learning rate: linear warm-up over ``warmup_steps``, cosine decay to ``final_lr`` of the peak over the
+    budget.
+    """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay = config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * warm * decay

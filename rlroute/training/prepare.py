@@ -149,8 +149,8 @@ def planned_steps(config: RunConfig, costs: Costs, spent: int = 0, done: int = 0
     Args:
         config: of the run.
         costs: of its model.
-        spent, done: the training FLOPs that so many steps took: those to come are expected to take as many. Before the first, every
-            token is expected to run k experts.
+        spent, done: the training FLOPs that so many steps took: those to come are expected to take as many. Before the
+            first, every token is expected to run k experts.
 
     Raises:
         ConfigError: the amount does not pay for one evaluation interval, after which prefixes of runs are compared.

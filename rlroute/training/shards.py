@@ -1,4 +1,6 @@
-"""Token shards: files of little-endian uint16 ids, raw or with the header of llm.c (github.com/karpathy/llm.c, ``data/``)."""
+"""Token shards: files of little-endian uint16 ids, raw or with the header of llm.c (github.com/karpathy/llm.c,
+``data/``).
+"""
 
 import hashlib
 from pathlib import Path
@@ -18,12 +20,13 @@ _CHUNK_TOKENS = 2**24
 def read_shards(pattern: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Return training tokens, validation tokens and the SHA-256 of all token bytes, shards sorted by path.
 
-    Shards with "val" in their file name are validation, the rest training; if none is named so the last one is validation, and one
-    shard alone is cut at 1/16 from its end. A single shard stays on disk (memory-mapped); several of one part are joined in memory.
-    Every token is read once, for the hash and to check the range.
+    Shards with "val" in their file name are validation, the rest training; if none is named so the last one is
+    validation, and one shard alone is cut at 1/16 from its end. A single shard stays on disk (memory-mapped); several
+    of one part are joined in memory. Every token is read once, for the hash and to check the range.
 
     Raises:
-        DataError: no shard matches, one is damaged or empty, an id is not below ``vocab_size``, or there is too much to join.
+        DataError: no shard matches, one is damaged or empty, an id is not below ``vocab_size``, or there is too much to
+            join.
     """
     paths = match_files("bin", pattern)
     shards = [open_shard(path) for path in paths]
@@ -73,7 +76,8 @@ def _scan(path: Path, shard: np.ndarray, vocab_size: int, digest: "hashlib._Hash
         digest.update(chunk.data)
         if chunk.max() >= vocab_size:
             raise DataError(
-                f"shard '{path}' holds token {chunk.max()}; legal with a vocabulary of {vocab_size} are 0 to {vocab_size - 1}"
+                f"shard '{path}' holds token {chunk.max()}; "
+                f"legal with a vocabulary of {vocab_size} are 0 to {vocab_size - 1}"
             )
 
 
@@ -83,6 +87,7 @@ def _join(pattern: str, shards: list[np.ndarray]) -> np.ndarray:
     total = sum(map(len, shards))
     if total > MAX_COPIED_TOKENS:
         raise DataError(
-            f"corpus 'bin:{pattern}': {total} tokens in {len(shards)} shards; legal are {MAX_COPIED_TOKENS}, or one shard of any size"
+            f"corpus 'bin:{pattern}': {total} tokens in {len(shards)} shards; "
+            f"legal are {MAX_COPIED_TOKENS}, or one shard of any size"
         )
     return np.concatenate(shards)

@@ -1,6 +1,7 @@
 """The way of a batch, once, in one direction: tokens, decisions, loss, feedback, objectives, one backward, observe.
 
-Shape suffixes: B sequences, S sequence length, T = B * S tokens, M routing samples, V vocabulary, L routed sites, E experts.
+Shape suffixes: B sequences, S sequence length, T = B * S tokens, M routing samples, V vocabulary, L routed sites, E
+experts.
 """
 
 import itertools
@@ -135,7 +136,8 @@ def backward_batch(
     scope: Literal["micro_batch", "batch"] = "micro_batch",
     on_choices: Callable[[int, dict[Site, Tensor]], None] | None = None,
 ) -> StepResult:
-    """Run a batch forward and backward, leaving the whole group's gradients in the parameters; the result is that of the whole batch.
+    """Run a batch forward and backward, leaving the whole group's gradients in the parameters; the result is that of
+    the whole batch.
 
     Args:
         model: the transformer.

@@ -1,10 +1,13 @@
-"""A seeded mixture of Markov chains whose entropy and hidden domain labels are known: the loss floor and the oracle routing.
+"""A seeded mixture of Markov chains whose entropy and hidden domain labels are known: the loss floor and the oracle
+routing.
 
-In domain d, whatever the context, the r-th likeliest next byte (r from 1) has probability proportional to 1 / (r + d)^2, a
-Zipf-Mandelbrot law; *which* byte that is, a random permutation drawn for each domain and context says. So every state of a chain has
-the same entropy, the entropy rate needs no stationary distribution, and it is exact from the first byte on.
+In domain d, whatever the context, the r-th likeliest next byte (r from 1) has probability proportional to 1 / (r +
+d)^2, a Zipf-Mandelbrot law; *which* byte that is, a random permutation drawn for each domain and context says. So every
+state of a chain has the same entropy, the entropy rate needs no stationary distribution, and it is exact from the first
+byte on.
 
-Everything is drawn in integers from NumPy's Philox bit generator, whose stream NumPy guarantees: same bytes on every machine.
+Everything is drawn in integers from NumPy's Philox bit generator, whose stream NumPy guarantees: same bytes on every
+machine.
 
 Shape suffixes: D domains, C contexts, V byte alphabet, N documents, S bytes of a document.
 """
@@ -62,7 +65,9 @@ class Mixture:
             raise DataError(f"corpus 'synth:': domains x vocab^(order + 1) = {cells}, legal is at most {MAX_CELLS}")
 
     def weights(self, domain: int) -> np.ndarray:
-        """Return the integer weight of each rank, shape (V,); divided by their sum they are the next byte's probabilities, falling."""
+        """Return the integer weight of each rank, shape (V,); divided by their sum they are the next byte's
+        probabilities, falling.
+        """
         return 2**24 // (np.arange(1, self.vocab + 1) + domain) ** 2
 
     def entropy(self, domain: int) -> float:
@@ -74,8 +79,8 @@ class Mixture:
     def floor(self, documents: Sequence[Document]) -> float:
         """Return the expected bits per byte of a model that knows every chain and each of these documents' domain.
 
-        No model that has to infer the domain, or to predict where a document ends, does better in expectation. Rounded to nine
-        digits, because the last ones depend on the machine's logarithm.
+        No model that has to infer the domain, or to predict where a document ends, does better in expectation. Rounded
+        to nine digits, because the last ones depend on the machine's logarithm.
         """
         return round(math.fsum(self.entropy(d.domain) for d in documents if d.domain is not None) / len(documents), 9)
 

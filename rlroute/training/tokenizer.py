@@ -48,8 +48,9 @@ class ByteEncoder:
 class TokenizerFile:
     """A Hugging Face ``tokenizers`` JSON file with byte-level tokens; BOS is an id added after its last.
 
-    In a byte-level vocabulary every character of a token's name stands for one byte of text, hence ``token_bytes_V``. Special tokens
-    stand for none: they are never read out of a text, whose own "<|endoftext|>" is encoded like any other characters.
+    In a byte-level vocabulary every character of a token's name stands for one byte of text, hence ``token_bytes_V``.
+    Special tokens stand for none: they are never read out of a text, whose own "<|endoftext|>" is encoded like any
+    other characters.
 
     Raises:
         MissingDependencyError: the package ``tokenizers`` is not installed.
@@ -72,7 +73,8 @@ class TokenizerFile:
         """Return a document's ids.
 
         Raises:
-            DataError: the document is not UTF-8, or the tokenizer changes its text, so that bits per byte would be wrong.
+            DataError: the document is not UTF-8, or the tokenizer changes its text, so that bits per byte would be
+                wrong.
         """
         try:
             text = document.data.decode()
@@ -84,7 +86,8 @@ class TokenizerFile:
         covered = int(self.token_bytes_V[ids].sum())
         if covered != len(document.data):
             raise DataError(
-                f"tokenizer {self.path!r} turns the {len(document.data)} bytes of document {document.name!r} into tokens of {covered}; "
+                f"tokenizer {self.path!r} turns the {len(document.data)} bytes "
+                f"of document {document.name!r} into tokens of {covered}; "
                 "legal is one that loses and adds nothing: all 256 bytes, no normalizer, no added prefix space"
             )
         return ids
