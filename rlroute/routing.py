@@ -300,10 +300,14 @@ class Router(nn.Module):
         if not 1 <= shape.k <= shape.num_experts:
             return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
         for name, weight in config.term_weights.items():
-            read = "logits" if name == "z_weight" else "probs"
-            if weight and read not in cls.publishes:
-                return f"{name} = {weight}: its decisions carry no {read}, legal is 0"
+            if weight and not cls.carries(name):
+                return f"{name} = {weight}: its decisions do not carry what that term reads, legal is 0"
         return None
+
+    @classmethod
+    def carries(cls, weight: str) -> bool:
+        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, else probabilities."""
+        return ("logits" if weight == "z_weight" else "probs") in cls.publishes
 
     @property
     def num_samples(self) -> int:

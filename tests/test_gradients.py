@@ -220,7 +220,7 @@ class Seen:
     feedback: Feedback
 
     def policy(self, **feedback: Tensor) -> Tensor:
-        told = replace(self.feedback, **feedback)
+        told = replace(self.feedback, **feedback)  # type: ignore[arg-type]
         terms = ReinforceRouter.objective(self.router, self.decision, told)  # type: ignore[arg-type]
         return terms["policy"].value
 

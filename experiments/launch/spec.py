@@ -192,7 +192,7 @@ def _applies(path: str, config: RunConfig) -> bool:
     router = config.router
     if router is None or name not in {f.name for f in fields(router)}:
         return False
-    return name not in router.term_weights or bool(router_class(router.name).publishes)
+    return name not in router.term_weights or router_class(router.name).carries(name)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Choice:
