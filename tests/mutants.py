@@ -139,7 +139,7 @@ MUTANTS = [
             "if gates_TS is None and False:\n            act",
         ),
         (
-            "unused slots count in unit gates",
+            "gates of 0 count in unit gates",
             "weighs_R = (gates_R.detach() != 0)",
             "weighs_R = (gates_R.detach() == gates_R)",
         ),

@@ -23,7 +23,7 @@ from tests.conftest import draw
 from tests.tiny import CPU64, make_batch, make_model, run_batch, run_tokens, shake, small_config
 from tests.toys import mesh_of, toy_model
 
-CONFIG = small_config(num_layers=1, num_heads=2, d_model=8, attention_experts=5)
+CONFIG = small_config(num_layers=1, num_heads=4, d_model=8, attention_experts=5)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two experts of one head": ({}, {}),
     "one expert of two heads": ({"k": 1}, {}),

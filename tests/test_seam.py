@@ -24,7 +24,7 @@ from rlroute.balance import (
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels.activations import activate
-from rlroute.learning import adapt, learn
+from rlroute.learning import adapt, count, learn
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.moe import apply_gate_form
 from rlroute.registry import default_names, router_class
@@ -330,3 +330,41 @@ def test_objectives_hold_what_is_a_routers_own() -> None:
 def test_sums_over_sites_are_those_of_all_peers() -> None:
     sums = Sums({"a": torch.ones(2)}, [{"a": torch.ones(2)}, {"a": torch.full((2,), 3.0)}])
     assert sums.over_sites("a").tolist() == [4, 4] and sums["a"].tolist() == [1, 1]
+
+
+def test_a_pair_that_runs_for_its_gradient_alone_weighs_nothing_under_unit() -> None:
+    """So does a router that runs every expert in training: what it did not choose has gates of 0, and a gradient."""
+    gates_TK = torch.tensor([[0.0, 0.5, 0.2], [0.3, 0.0, 0.0]], requires_grad=True)
+    decision = RoutingDecision.token_choice(torch.tensor([[0, 1, 2], [2, 1, 4]]), gates_TK, 4)
+    unit = apply_gate_form(decision, "unit")
+    assert unit.gates_R.tolist() == pytest.approx([0.0, 0.5, 0.5, 1.0, 0.0, 0.0])
+    unit.gates_R.sum().backward()
+    assert gates_TK.grad is not None and bool((gates_TK.grad == 1).all())
+
+
+def test_each_site_learns_in_the_context_that_it_decided_in_and_finds_its_gates_gradients() -> None:
+    model, decided, told = toy_model(small_config(attention_experts=4, devices=2)), [], []
+    for router in model.routers:
+        router.register_forward_hook(lambda router, inputs, decision: decided.append(inputs[1]))
+
+        def observe(decision: RoutingDecision, feedback: Any) -> dict[str, Tensor]:
+            assert decision.gates_R.grad is not None and bool((decision.gates_R.grad != 0).any())
+            told.append(feedback.context)
+            return {}
+
+        router.observe = observe
+    backward_batch(model, make_batch(), CPU64, seed=0, step=0, micro_batches=1)
+    assert [context.site for context in told] == ["0.attention", 0, "1.attention", 1]
+    for context, before in zip(told, decided, strict=True):
+        assert context.site == before.site and list(context.earlier) == list(before.earlier)
+        devices = (context.expert_device_E, before.expert_device_E)
+        assert devices == (None, None) if isinstance(context.site, str) else torch.equal(*devices)
+
+
+def test_tokens_for_which_no_expert_ran_are_counted() -> None:
+    """A token without a pair, one whose pairs were all dropped, one with a pair left; padding counts nowhere."""
+    ids_TK = torch.tensor([[4, 4], [0, 1], [2, 4], [4, 4]])
+    decision = RoutingDecision.token_choice(ids_TK, torch.ones(4, 2), 4)
+    decision = replace(decision, kept_R=torch.tensor([1, 1, 0, 0, 1, 1, 1, 1], dtype=torch.bool))
+    context = make_context(4, mask_T=torch.tensor([True, True, True, False]))
+    assert int(count(decision, make_feedback(context))["without"]) == 2
