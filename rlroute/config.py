@@ -286,8 +286,13 @@ class RunConfig:
     @property
     def router_name(self) -> str:
         """The names of the run's routers, as in ``switch+hash``; or ``dense``."""
+        return "+".join(self.router_names) or DENSE
+
+    @property
+    def router_names(self) -> list[str]:
+        """The names of the run's routers, once each."""
         routers = [self.router, *(other.router for other in self.others)]
-        return "+".join(dict.fromkeys(DENSE if router is None else router.name for router in routers))
+        return list(dict.fromkeys(router.name for router in routers if router is not None))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries; :func:`rlroute.registry.run_config` is the inverse."""

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, get_args
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
 from rlroute.provenance import environment
+from rlroute.registry import router_code
 from rlroute.schema import EvalRow, LoadRow, TrainRow
 from rlroute.schema import RunRecord as RunRecord
 from rlroute.sink import flatten
@@ -145,6 +146,12 @@ class RunFolder:
         """Whether the run has finished or diverged."""
         return state(self.path) in ENDED
 
+    @property
+    def begun_in(self) -> Row:
+        """Where and with which code the run was begun; empty where it was not."""
+        path = self.path / "environment.json"
+        return _read_json(path) if path.exists() else {}
+
     def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, parallel: Row) -> None:
         """Write config.json and environment.json; ``parallel`` says how many processes train together."""
         identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
@@ -248,7 +255,8 @@ def stop_early(folder: Path) -> None:
 
 
 def _surroundings(config: RunConfig, backend: str, parallel: Row) -> Row:
-    return {**environment(config.train.device, backend, config.train.threads), **parallel}
+    code = {"routers": {name: router_code(name) for name in config.router_names}}
+    return {**environment(config.train.device, backend, config.train.threads), **code, **parallel}
 
 
 def failure(path: Path) -> str | None:

@@ -4,6 +4,7 @@ Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third partie
 group ``rlroute.routers`` whose name is the router's and whose value is its class.
 """
 
+import hashlib
 import importlib
 import inspect
 import pkgutil
@@ -11,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
+from rlroute import __version__
 from rlroute.config import (
     DENSE,
     DataConfig,
@@ -76,6 +79,19 @@ def router_class(name: str) -> type[Router]:
     if router.Config.name != name:
         raise ConfigError(f"router {name!r} is defined in a file called {router.Config.name!r}: the names must agree")
     return router
+
+
+def router_code(name: str) -> dict[str, str]:
+    """Return what a router's code is: the SHA-256 of its file, and the distribution that ships it, with its version.
+
+    Raises:
+        ConfigError: there is no such router.
+    """
+    file, source = inspect.getsourcefile(router_class(name)), _sources()[name]
+    sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "unknown"
+    if isinstance(source, str) or source.dist is None:
+        return {"sha256": sha256, "distribution": "rlroute", "version": __version__}
+    return {"sha256": sha256, "distribution": source.dist.name, "version": source.dist.version}
 
 
 def make_router(config: RouterConfig, shape: RouterShape) -> Router:

@@ -41,6 +41,7 @@ class Environment(TypedDict):
     threads: int
     kernel_backend: str
     kernel_tiles: NotRequired[str | None]
+    routers: NotRequired[dict[str, dict[str, str]]]
     workers: NotRequired[int]
     expert_parallel: NotRequired[int]
 

@@ -4,6 +4,7 @@ does not fit.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -198,3 +199,31 @@ def test_a_router_that_fails_takes_no_other_run_with_it(site, tmp_path, monkeypa
     assert "of trouble" in said
     ended = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/summary.json"))
     assert [run.partition("-")[0] + run[-3:] for run in ended] == ["fragile-s1", "hash-s0", "hash-s1"]
+
+
+@pytest.mark.parametrize("what", ["sha256", "version"])
+def test_a_run_of_changed_code_is_neither_handed_out_nor_continued_nor_pooled(site, tmp_path, what):
+    install(site)
+    command = ("train", "fragile", *TINY)
+    ran(*command, "--store", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    if what == "sha256":
+        module = site / "acme" / "fragile.py"
+        module.write_text(module.read_text() + "# another line\n")
+    else:
+        (metadata,) = site.glob("*.dist-info/METADATA")
+        metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
+        registry._sources.cache_clear()
+    said = f"made by another router fragile: its {what} was"
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert said in refused(rlroute(*command, "--store", tmp_path / "runs"))
+    assert said in refused(
+        rlroute("compare", "fragile", *TINY, "--seeds", 1, "--no-tuned", "--store", tmp_path / "runs")
+    )
+    ran(*command, "--store", tmp_path / "other", "--seed", 1)
+    (fresh,) = (tmp_path / "other").iterdir()
+    shutil.copytree(fresh, tmp_path / "runs" / fresh.name)
+    assert "environment.routers differs" in refused(rlroute("table", tmp_path / "runs"))
+    (folder / "summary.json").unlink()
+    assert said in refused(rlroute(*command, "--store", tmp_path / "runs"))
+    assert (folder / "metrics.jsonl").read_bytes() == before

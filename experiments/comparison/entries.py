@@ -103,6 +103,10 @@ def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
         for one, other in pairwise(runs):
             if one.config["seed"] == other.config["seed"]:
                 raise ComparisonError(f"run {one.id} is there twice")
+            if one.environment.get("routers") != other.environment.get("routers"):
+                raise ComparisonError(
+                    f"environment.routers differs between {one.id} and {other.id}: one entry is one router's code"
+                )
     labels = _labels({name: runs[0] for name, runs in groups.items()})
     return sorted((Entry(labels[name], tuple(runs)) for name, runs in groups.items()), key=lambda entry: entry.label)
 

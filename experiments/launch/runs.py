@@ -41,7 +41,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
             work.
         MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
-    from rlroute.training.prepare import check
+    from rlroute.training.prepare import check, refuse_other_code
 
     how.check()
     ids = [job.id for job in jobs]
@@ -60,6 +60,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     if how.wandb != "off":
         require_wandb()
     folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
+    for job in jobs:
+        refuse_other_code(folders[job.id], job.config)
     for folder in folders.values():
         folder.create()
         folder.set_aside(None)

@@ -27,7 +27,14 @@ from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.optimizer import Optimizer
-from rlroute.training.prepare import build_model, check_shares, cut, planned_steps, validation_batches
+from rlroute.training.prepare import (
+    build_model,
+    check_shares,
+    cut,
+    planned_steps,
+    refuse_other_code,
+    validation_batches,
+)
 from rlroute.training.step import Device, StepResult, backward_batch, defined, load_fractions, max_vio_L
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -81,6 +88,7 @@ def train(
         StoreError, CheckpointError: the store cannot be used; nothing in it is lost.
     """
     folder = RunFolder(store, config, seed)
+    refuse_other_code(folder, config)
     if group.agree(folder.ended):
         return folder.read().summary
     torch.set_num_threads(config.train.threads)

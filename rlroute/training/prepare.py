@@ -16,7 +16,8 @@ from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs
 from rlroute.model.moe import HERE, Placement
 from rlroute.model.transformer import router_shapes, sites
-from rlroute.registry import make_router
+from rlroute.records import RunFolder
+from rlroute.registry import make_router, router_code
 from rlroute.routing import Router, RouterShape
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.group import ALONE, Group
@@ -109,6 +110,26 @@ def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1
             corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
         validation_batches(config, corpora[config.data])
         planned_steps(config, expected_costs(config, corpora[config.data]))
+
+
+def refuse_other_code(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to go on with a run, or to hand it out, that other code has made: a router's file, or another release.
+
+    Runs from before this was recorded pass.
+
+    Raises:
+        ConfigError: a router's code is not what the run was begun with; the message names both.
+    """
+    if "routers" not in folder.begun_in:
+        return
+    made = folder.begun_in["routers"]
+    for name in config.router_names:
+        then, now = made.get(name, {}), router_code(name)
+        if changed := [part for part in now if now[part] != then.get(part)]:
+            raise ConfigError(
+                f"run {folder.id} was made by another router {name}: its {changed[0]} was {then.get(changed[0])}, "
+                f"now it is {now[changed[0]]}; use another store, or remove {folder.path}"
+            )
 
 
 def check_shares(config: RunConfig, workers: int) -> None:
