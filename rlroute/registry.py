@@ -87,11 +87,11 @@ def router_code(name: str) -> dict[str, str]:
     Raises:
         ConfigError: there is no such router.
     """
-    file, source = inspect.getsourcefile(router_class(name)), _sources()[name]
+    file, point = inspect.getsourcefile(router_class(name)), _sources().get(name)
     sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "unknown"
-    if isinstance(source, str) or source.dist is None:
-        return {"sha256": sha256, "distribution": "rlroute", "version": __version__}
-    return {"sha256": sha256, "distribution": source.dist.name, "version": source.dist.version}
+    shipped = point.dist if isinstance(point, EntryPoint) else None
+    distribution, version = (shipped.name, shipped.version) if shipped else ("rlroute", __version__)
+    return {"sha256": sha256, "distribution": distribution, "version": version}
 
 
 def make_router(config: RouterConfig, shape: RouterShape) -> Router:
