@@ -17,7 +17,7 @@ from torch import Tensor
 from rlroute.choices import ChoiceLog
 from rlroute.config import RouterConfig
 from rlroute.errors import ConfigError, StoreError
-from rlroute.registry import make_router, run_config
+from rlroute.registry import make_router, router_class, run_config
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
 
@@ -44,12 +44,8 @@ class ReplayRouter(Router):
             """Return the recorded run's router at a site, and its seed.
 
             Raises:
-                ConfigError, StoreError: its choices are not those that ``sha256`` names, or it is no run with routers.
+                StoreError: it is no run with routers.
             """
-            if (found := ChoiceLog(Path(self.run)).sha256()) != self.sha256:
-                raise ConfigError(
-                    f"router replay.run = {self.run!r} has choices of SHA-256 {found}, want {self.sha256}"
-                )
             try:
                 described = json.loads((Path(self.run) / "config.json").read_text())
                 return run_config(described["config"]).router_at(shape.site), int(described["seed"])
@@ -61,14 +57,24 @@ class ReplayRouter(Router):
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        recorded, seed = config.recorded(shape)
-        if seed != shape.seed:
-            raise ConfigError(f"router replay.run = {config.run!r} has seed {seed}: legal is that, not {shape.seed}")
-        self.source = source = make_router(recorded, shape)
-        self.terms = recorded
+        self.terms, _ = config.recorded(shape)
+        self.source = source = make_router(self.terms, shape)
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
         self.batch_dependent = source.batch_dependent
+
+    @classmethod
+    def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
+        """Refuse another seed than the recorded run's, choices that are not those that are named, and what its router
+        refuses.
+        """
+        assert isinstance(config, cls.Config)
+        recorded, seed = config.recorded(shape)
+        if seed != shape.seed:
+            return f"run = {config.run!r} has seed {seed}: legal is that, not {shape.seed}"
+        if (found := ChoiceLog(Path(config.run)).sha256()) != config.sha256:
+            return f"run = {config.run!r} has choices of SHA-256 {found}, want {config.sha256}"
+        return super().refuses(config, shape) or router_class(recorded.name).refuses(recorded, shape)
 
     @property
     def num_samples(self) -> int:

@@ -69,8 +69,8 @@ class ChoiceLog:
             shape = _shape(path)
             size = 1 + shape[0] * shape[1]
             row = np.fromfile(path, dtype=np.int32, count=size, offset=4 * step * size)
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
         if len(row) < size or row[0] != WRITTEN:
             raise StoreError(f"{path} holds no step {step}: the run did not record it")
         return torch.from_numpy(row[1:].astype(np.int64)).view(shape)

@@ -240,19 +240,18 @@ class SitedRouter:
     router: RouterConfig
 
     def __post_init__(self) -> None:
-        match = _SITES.fullmatch(self.sites) if isinstance(self.sites, str) and self.sites else None
-        if match is None:
+        if not (isinstance(self.sites, str) and self.sites and _SITES.fullmatch(self.sites)):
             raise ConfigError(
                 f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'"
             )
-        kind, first, last = match.groups()
-        object.__setattr__(self, "_range", (kind, int(first or 0), int(last or first or sys.maxsize)))
 
     def serves(self, site: int | str) -> bool:
         """Whether a site (:data:`rlroute.routing.Site`) is one of them."""
         layer, _, kind = str(site).partition(".")
-        wanted, first, last = self._range  # type: ignore[attr-defined]
-        return wanted in (None, kind or "mlp") and first <= int(layer) <= last
+        match = _SITES.fullmatch(self.sites)
+        assert match is not None
+        wanted, first, last = match.groups()
+        return wanted in (None, kind or "mlp") and int(first or 0) <= int(layer) <= int(last or first or sys.maxsize)
 
 
 @dataclass(frozen=True, kw_only=True)

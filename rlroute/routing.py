@@ -250,7 +250,7 @@ class Router(nn.Module):
 
     A router with logits keeps what makes them in a submodule called ``scores``, whose output is the decision's
     ``logits_TE``: there the gradient instrument (``rlroute gradients``) shifts them. Without one a router is named as
-        unmeasurable, and is otherwise complete.
+    unmeasurable, and is otherwise complete.
 
     Class attributes, each of which an instance may set otherwise by its configuration:
         learns_from: any of "gate" (the loss's gradient through the gates), "reward" (the loss as a number) and "load"

@@ -133,7 +133,7 @@ def capped(
 
 def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     """Return the terms of a router's configuration, and its own."""
-    return regularisers(router.config, decision, feedback) | router.objective(decision, feedback)
+    return regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
 
 
 def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:

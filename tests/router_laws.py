@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from rlroute import learning
-from rlroute.balance import regularisers
 from rlroute.config import RouterConfig
 from rlroute.errors import ConfigError
 from rlroute.learning import learn
 from rlroute.model.capacity import drop_over_capacity
-from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, Term
-from tests.conftest import D, draw, make_context, make_feedback, make_shape
+from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision
+from tests.conftest import D, draw, make_context, make_feedback, make_shape, terms_of
 from tests.policies import needs
 
 SHAPES = [
@@ -172,10 +171,6 @@ def with_a_past(router: Router) -> Router:
     return router
 
 
-def terms_of(router: Router, decision: RoutingDecision, batch: Batch) -> dict[str, Term]:
-    return regularisers(router.terms, decision, batch.feedback) | router.objective(decision, batch.feedback)
-
-
 def state(router: Router) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in router.state_dict().items()}
 
@@ -254,7 +249,7 @@ def law_terms(case: Case) -> None:
     for tokens, experts, k in case.shapes:
         router = case.make(experts, k)
         batch = make_batch(router, tokens)
-        for term in terms_of(router, router(batch.x_TD, batch.context), batch).values():
+        for term in terms_of(router, router(batch.x_TD, batch.context), batch.feedback).values():
             assert term.value.shape == () and bool(term.value.isfinite()) and term.weight >= 0
 
 
@@ -418,7 +413,7 @@ def law_demand(case: Case) -> None:
     dropped = drop_over_capacity(decision, 1 / decision.num_tokens, 1)  # one pair an expert
     assert int(dropped.load_E().sum()) < int(decision.load_E().sum())
     assert torch.equal(dropped.demand_E(), decision.demand_E())
-    terms, after = terms_of(router, decision, batch), terms_of(router, dropped, batch)
+    terms, after = (terms_of(router, d, batch.feedback) for d in (decision, dropped))
     rewarded = router.objective(decision, replace(batch.feedback, loss_MT=2 * batch.feedback.loss_MT + 1))
     for name in terms:
         if name not in rewarded or torch.equal(terms[name].value, rewarded[name].value):

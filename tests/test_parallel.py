@@ -263,13 +263,16 @@ def test_balance_by_device_sees_real_devices_and_evens_their_loads():
 def described(expert_parallel):
     group, config = Mesh(expert_parallel), config_of("switch")
     model = model_of("switch", config, load_corpus(DATA.spec), group)
-    return fingerprints(model, group.whole), costs(model, config.model, DATA.seq_len)
+    return fingerprints(model, config.model, group.whole), costs(model, config.model, DATA.seq_len)
 
 
 def test_identity_and_costs_do_not_depend_on_the_shards():
     config = config_of("switch")
     model = model_of("switch", config, load_corpus(DATA.spec), ALONE)
-    assert run_ranks(described, 2, 2) == [(fingerprints(model), costs(model, config.model, DATA.seq_len))] * 2
+    assert (
+        run_ranks(described, 2, 2)
+        == [(fingerprints(model, config.model), costs(model, config.model, DATA.seq_len))] * 2
+    )
 
 
 # --- runs, checkpoints, failures

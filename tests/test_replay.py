@@ -3,25 +3,25 @@ and in two.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from rlroute import registry
 from rlroute.baselines.replay import ReplayRouter
 from rlroute.choices import ChoiceLog
-from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError, StoreError
+from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.launch.runs import run_all
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
-from rlroute.registry import router_class
-from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
+from rlroute.registry import router_class, run_config
 from rlroute.training.loop import train
+from rlroute.training.prepare import check
+from tests.toys import installed
 
 DATA = DataConfig(spec="synth:vocab=32,documents=40", seq_len=16, eval_tokens=64)
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
@@ -37,74 +37,31 @@ TRAIN = TrainConfig(
 )
 
 
-class Threshold(Router):
-    """Every expert whose probability is above 1/E: a variable number."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(RouterConfig):
-        """No fields."""
-
-    learns_from = frozenset({"gate"})
-    gate_meaning = "softmax"
-
-    def __init__(self, config: RouterConfig, shape: RouterShape) -> None:
-        super().__init__(config, shape)
-        self.scores = LinearScores(shape, "scores", 0.5)
-
-    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE, experts = self.scores(x_TD), self.shape.num_experts
-        probs_TE = logits_TE.softmax(1)
-        ids_TK = context.choose(probs_TE.masked_fill(probs_TE < 1 / experts, float("-inf")), experts)
-        gates_TK = torch.nn.functional.pad(probs_TE, (0, 1)).gather(1, ids_TK)
-        return RoutingDecision.token_choice(ids_TK, gates_TK, experts, logits_TE=logits_TE, probs_TE=probs_TE)
-
-
-class ExpertChoice(Router):
-    """Each expert takes the tokens that like it best."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(RouterConfig):
-        """No fields."""
-
-    learns_from = frozenset({"gate"})
-    gate_meaning = "softmax"
-    causal = False
-
-    def __init__(self, config: RouterConfig, shape: RouterShape) -> None:
-        super().__init__(config, shape)
-        self.scores = LinearScores(shape, "scores", 0.5)
-
-    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE = self.scores(x_TD)
-        probs_TE = logits_TE.softmax(1)
-        ids_EC = context.choose(probs_TE.t(), len(x_TD) * self.shape.k // self.shape.num_experts)
-        gates_EC = probs_TE.t().gather(1, ids_EC)
-        return RoutingDecision.expert_choice(ids_EC, gates_EC, len(x_TD), logits_TE=logits_TE, probs_TE=probs_TE)
-
-
-for router, name in ((Threshold, "threshold"), (ExpertChoice, "expert_choice")):
-    router.Config.name = name
-FOREIGN: dict[str, type[Router]] = {"threshold": Threshold, "expert_choice": ExpertChoice}
+KINDS: dict[str, dict[str, Any]] = {
+    "switch": {},
+    "reinforce": {},
+    "hash": {},
+    "noisy_topk": {},
+    "variable k": {"rule": "threshold"},
+    "a bound": {"rule": "threshold", "share": 0.5},
+    "expert choice": {"rule": "experts"},
+}
 
 
 @pytest.fixture(autouse=True)
-def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install this module's routers."""
-    install(monkeypatch.setattr)
+def toys() -> Iterator[None]:
+    with installed():
+        yield
 
 
-def install(patch: Callable[[Any, str, Any], None]) -> None:
-    known = registry.router_class
-    patch(registry, "router_class", lambda name: FOREIGN.get(name) or known(name))
+def run_of(kind: str, **model: Any) -> RunConfig:
+    fields = KINDS[kind]
+    router = router_class("toys" if fields else kind).Config(**fields)
+    return RunConfig(data=DATA, model=replace(MODEL, **model), router=router, train=TRAIN)
 
 
-def run_of(name: str, **model: Any) -> RunConfig:
-    router = FOREIGN.get(name) or router_class(name)
-    return RunConfig(data=DATA, model=replace(MODEL, **model), router=router.Config(), train=TRAIN)
-
-
-def replay_of(source: RunConfig, folder: Path) -> RunConfig:
-    return replace(source, router=ReplayRouter.Config(run=str(folder / source.run_id(0))))
+def replay_of(source: RunConfig, folder: Path, seed: int = 0) -> RunConfig:
+    return replace(source, router=ReplayRouter.Config(run=str(folder / source.run_id(seed))))
 
 
 def losses(folder: Path, config: RunConfig) -> list[tuple[str, int, float]]:
@@ -113,11 +70,8 @@ def losses(folder: Path, config: RunConfig) -> list[tuple[str, int, float]]:
 
 
 def train_as_rank(values: dict[str, Any], folder: str) -> None:
-    install(setattr)
-    train(registry.run_config(values), 0, Path(folder), group=Mesh(2))
-
-
-KINDS = ["switch", "reinforce", "hash", "noisy_topk", "threshold", "expert_choice"]
+    with installed():
+        train(run_config(values), 0, Path(folder), group=Mesh(2))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -131,7 +85,7 @@ def test_replay_gives_the_losses_of_a_run_bit_for_bit(name: str, tmp_path: Path)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["switch", "threshold", "expert_choice"])
+@pytest.mark.parametrize("name", ["switch", "variable k", "expert choice"])
 def test_replay_in_two_processes_is_the_run_in_two_processes(name: str, tmp_path: Path) -> None:
     source = run_of(name)
     run_ranks(train_as_rank, 2, source.to_dict(), str(tmp_path))
@@ -157,6 +111,15 @@ def test_choices_are_taken_rather_than_made_again(tmp_path: Path) -> None:
     replay = replay_of(source, tmp_path)
     train(replay, 0, tmp_path)
     assert losses(tmp_path, replay)[0] != losses(tmp_path, source)[0]
+
+
+def test_a_run_of_any_seed_is_replayed_by_the_commands_way(tmp_path: Path) -> None:
+    """What checks a run before any work knows its seed."""
+    source = run_of("switch")
+    train(source, 5, tmp_path)
+    replay = replay_of(source, tmp_path, 5)
+    (record,) = run_all([Job(replay, 5, "")], Launch(store=tmp_path, launcher="local"))
+    assert record.summary["status"] == "finished"
 
 
 def test_an_interrupted_replay_goes_on(tmp_path: Path) -> None:
@@ -186,7 +149,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path) -> None:
     train(source, 0, tmp_path)
     replay = replay_of(source, tmp_path)
     with pytest.raises(ConfigError, match="has seed 0: legal is that, not 1"):
-        train(replay, 1, tmp_path)
+        check({replay: [0, 1]})
     with pytest.raises(ConfigError, match="weights of terms are those of the recorded run"):
         config(run=str(tmp_path / source.run_id(0)), balance_weight=0.1)
     with pytest.raises(StoreError, match="holds no step 4"):

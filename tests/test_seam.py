@@ -278,7 +278,7 @@ def test_every_scored_router_takes_its_terms_from_its_configuration(name: str) -
 def test_routers_without_scores_refuse_terms_by_name_before_any_work(name: str, weight: str) -> None:
     config = router_class(name).Config(**{weight: 0.5})
     with pytest.raises(ConfigError, match=rf"router {name}: {weight} = 0\.5: .* legal is 0"):
-        check([RunConfig(router=config)])
+        check({RunConfig(router=config): [0]})
 
 
 def test_weights_are_logged_by_site() -> None:

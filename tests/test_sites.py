@@ -78,7 +78,7 @@ def test_patterns_of_another_form_are_refused_by_name(sites: str) -> None:
 @pytest.mark.parametrize("sites", ["3", "2-1", "attention7", "4-9"])
 def test_patterns_that_no_site_has_are_refused_before_any_work(sites: str) -> None:
     with pytest.raises(ConfigError, match=rf"sites '{sites}': the model has 0\.attention, 0, 1\.attention, 1"):
-        check([config_of(("mlp", "uniform"), (sites, "hash"))])
+        check({config_of(("mlp", "uniform"), (sites, "hash")): [0]})
 
 
 @pytest.mark.parametrize(

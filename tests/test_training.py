@@ -57,23 +57,29 @@ def test_shared_parameters_are_bit_identical_for_every_router(name):
     shared = {n: p for n, p in model_of(name).named_parameters() if not is_router(n)}
     assert shared.keys() == reference.keys()
     assert all(torch.equal(p, reference[n]) for n, p in shared.items())
-    assert fingerprints(model_of(name)) == fingerprints(model_of("uniform"))
+    assert fingerprints(model_of(name), MODEL) == fingerprints(model_of("uniform"), MODEL)
 
 
 def test_dense_model_shares_the_backbone_and_only_that():
-    dense, sparse = fingerprints(model_of(DENSE)), fingerprints(model_of("uniform"))
+    dense, sparse = fingerprints(model_of(DENSE), MODEL), fingerprints(model_of("uniform"), MODEL)
     assert dense["backbone"] == sparse["backbone"]
     assert dense["shared"] != sparse["shared"]
 
 
+def test_dense_model_shares_the_backbone_of_one_whose_attention_has_experts():
+    model = replace(MODEL, attention_experts=4)
+    dense, sparse = (fingerprints(model_of(entry, model=model), model) for entry in (DENSE, "uniform"))
+    assert dense["backbone"] == sparse["backbone"] != fingerprints(model_of("uniform"), MODEL)["backbone"]
+
+
 def test_fingerprint_sees_one_changed_weight_and_the_seed():
     model = model_of("uniform")
-    before = fingerprints(model)
+    before = fingerprints(model, MODEL)
     with torch.no_grad():
         model.layers[1].moe.experts.in_EHD[3, 0, 0] += 1e-9
-    assert fingerprints(model)["shared"] != before["shared"]
-    assert fingerprints(model)["backbone"] == before["backbone"]
-    assert fingerprints(model_of("uniform", seed=1)) != before
+    assert fingerprints(model, MODEL)["shared"] != before["shared"]
+    assert fingerprints(model, MODEL)["backbone"] == before["backbone"]
+    assert fingerprints(model_of("uniform", seed=1), MODEL) != before
 
 
 def test_first_ten_batches_and_their_chain_are_the_same_for_every_entry(tmp_path):

@@ -74,7 +74,7 @@ def identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
         title = "Same initial weights" + (f" ({experts} experts)" if len(shapes) > 1 else "")
         said = f"all but the routers' own, equal over {_count(alike)} with experts: "
         yield title, said + _per_seed(alike, lambda run: run.summary["fingerprint"]["shared"])
-    said = f"outside the feed-forward layers, equal over {_count(runs)}: "
+    said = f"outside the layers that have experts, equal over {_count(runs)}: "
     yield "Same initial backbone", said + _per_seed(runs, lambda run: run.summary["fingerprint"]["backbone"])
     finished = [run for run in runs if run.summary["status"] == "finished"] or list(runs)
     if len({run.summary["steps"] for run in finished}) == 1:

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from rlroute.config import RunConfig
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import launch
@@ -50,9 +51,10 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
         raise ConfigError(f"run {twice[0]} is asked for twice: want each entry once")
     if not ids:
         raise ConfigError("no runs: want at least 1 seed and 1 entry")
-    check(
-        dict.fromkeys(job.config for job in jobs), how.workers, how.expert_parallel, elsewhere=how.address is not None
-    )
+    seeds_of: dict[RunConfig, list[int]] = {}
+    for job in jobs:
+        seeds_of.setdefault(job.config, []).append(job.seed)
+    check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.address is not None)
     if how.uses_ray(len(jobs)):
         require()
         if not how.gpus and any(job.config.train.device == "cuda" for job in jobs):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlroute.config import ModelConfig
 from rlroute.model.attention import Attention
-from rlroute.model.transformer import Transformer
+from rlroute.model.transformer import Transformer, sites
 
 
 def is_router(name: str) -> bool:
@@ -33,17 +33,21 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def fingerprints(model: Transformer, whole: Callable[[Tensor], Tensor] = lambda tensor_E: tensor_E) -> dict[str, str]:
-    """Return the fingerprints of the shared parameters (all but the routers') and of the backbone (those outside the
-    feed-forward layers, which the dense model shares too).
+def fingerprints(
+    model: Transformer, config: ModelConfig, whole: Callable[[Tensor], Tensor] = lambda tensor_E: tensor_E
+) -> dict[str, str]:
+    """Return the fingerprints of the shared parameters (all but the routers') and of the backbone: those that the dense
+    model of the same configuration shares too, outside the feed-forward layers and attention that has experts.
 
     Args:
         model: any.
+        config: its configuration.
         whole: collects all experts' rows of a parameter that holds some of them.
     """
     named = [(name, p) for name, p in model.named_parameters() if not is_router(name)]
     shared = [(name, whole(p.detach()) if is_expert(name) else p) for name, p in named]
-    backbone = [(name, p) for name, p in shared if ".experts." not in name]
+    attention = tuple(f"layers.{site}." for site in sites(config) if isinstance(site, str))
+    backbone = [(name, p) for name, p in shared if ".experts." not in name and not name.startswith(attention)]
     return {"shared": fingerprint(shared), "backbone": fingerprint(backbone)}
 
 

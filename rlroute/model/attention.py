@@ -1,8 +1,7 @@
 """Causal self-attention with rotary positions: plain, or with experts for its query and output projections.
 
 Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, N heads, H
-head width, E experts, R routed pairs, P width of one expert's queries, G groups of heads with keys and values of their
-own, J slots per token.
+head width, E experts, R routed pairs, P width of one expert's queries, Q places of (token, slot) pairs.
 """
 
 import torch
@@ -13,7 +12,7 @@ from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.kernels import gather_linear, linear_combine, make_plan
-from rlroute.model.moe import compute_dtype, decide
+from rlroute.model.moe import add_own_input, compute_dtype, decide
 from rlroute.routing import Router, RoutingContext, Site
 
 
@@ -122,9 +121,7 @@ class AttentionExperts(nn.Module):
         y_RP = self._attend(q_RP, x_BSD, decision, plan.pairs_R)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = linear_combine(y_RP, plan, self.out_EDP.to(dtype), decision.gates_R, self.backend)
-        if decision.self_T is not None:
-            out_TD = out_TD + decision.self_T[:, None].to(dtype) * x_TD.to(dtype)
-        return out_TD.view_as(x_BSD), decision
+        return add_own_input(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), decision
 
     def _attend(self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor) -> Tensor:
         """Let the queries of each pair, in the plan's order, attend to their sequence; shapes (R, P)."""

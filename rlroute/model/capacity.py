@@ -31,7 +31,8 @@ def limit(decision: RoutingDecision, config: ModelConfig, context: RoutingContex
             bin_T=_bins(config, context),
             device_E=device_E,
         )
-    return decision if decision.max_pairs is None else _drop_over_bound(decision, decision.max_pairs)
+    most = decision.max_pairs
+    return decision if most is None or most >= len(decision.kept_R) else _drop_over_bound(decision, most)
 
 
 def drop_over_capacity(

@@ -118,6 +118,11 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
         return apply_gate_form(decision, config.gate_form)
 
 
+def add_own_input(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Tensor:
+    """Return a layer's output with each token's own input, weighted as the decision says."""
+    return out_TD if decision.self_T is None else out_TD + decision.self_T[:, None].to(x_TD.dtype) * x_TD
+
+
 class MoELayer(nn.Module):
     """Route, run the experts that were chosen and those that all tokens share."""
 
@@ -151,9 +156,7 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = finish()
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        if decision.self_T is not None:
-            out_TD = out_TD + decision.self_T[:, None].to(dtype) * x_TD.to(dtype)
-        return out_TD, decision
+        return add_own_input(out_TD, decision, x_TD.to(dtype)), decision
 
 
 class DenseMLP(nn.Module):

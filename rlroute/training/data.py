@@ -20,6 +20,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,11 @@ class Corpus:
     provenance: dict[str, Any]
     train_domains: np.ndarray | None = None
     valid_domains: np.ndarray | None = None
+
+    @cached_property
+    def token_counts_V(self) -> np.ndarray:
+        """How often each token occurs in training, int64."""
+        return np.bincount(self.train, minlength=self.vocab_size)
 
 
 @dataclass(frozen=True, eq=False)

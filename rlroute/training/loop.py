@@ -122,7 +122,7 @@ class _Run:
         self.cut = cut(config)
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
-        self.identity = fingerprints(self.model, group.whole)
+        self.identity = fingerprints(self.model, config.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)
         self.optimizer = Optimizer(self.model, config.train, group)
         self.device = Device(config.train.device, DTYPES[config.train.dtype])

@@ -4,9 +4,8 @@ The machine that launches runs need not be one that trains them: :func:`check` a
 weights, and the latter needs no device.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
 import torch
 
 from rlroute.config import DataConfig, RunConfig
@@ -34,7 +33,7 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
     return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
 
 
-def meta_model(config: RunConfig, corpus: Corpus) -> Transformer:
+def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0) -> Transformer:
     """Return a run's model on PyTorch's meta device, without weights.
 
     It refuses what the real one would, and its costs are those of the real one.
@@ -43,7 +42,7 @@ def meta_model(config: RunConfig, corpus: Corpus) -> Transformer:
         ConfigError: the router does not fit.
     """
     with torch.device("meta"):
-        return Transformer(config.model, _shape(config, corpus, 0, HERE), _router_maker(config))
+        return Transformer(config.model, _shape(config, corpus, seed, HERE), _router_maker(config))
 
 
 def shapes(config: RunConfig, corpus: Corpus) -> list[RouterShape]:
@@ -51,13 +50,13 @@ def shapes(config: RunConfig, corpus: Corpus) -> list[RouterShape]:
     return router_shapes(config.model, _shape(config, corpus, 0, HERE))
 
 
-def expected_costs(config: RunConfig, corpus: Corpus) -> Costs:
+def expected_costs(config: RunConfig, corpus: Corpus, seed: int = 0) -> Costs:
     """Return what the model of a run costs, without building it.
 
     Raises:
         ConfigError: the router does not fit.
     """
-    return costs(meta_model(config, corpus), config.model, config.data.seq_len)
+    return costs(meta_model(config, corpus, seed), config.model, config.data.seq_len)
 
 
 def _find_device(config: RunConfig) -> None:
@@ -72,7 +71,7 @@ def _shape(config: RunConfig, corpus: Corpus, seed: int, placement: Placement) -
         seq_len=config.data.seq_len,
         seed=seed,
         backend=choose_backend(config.train.kernel, config.train.device),
-        token_counts_V=torch.from_numpy(np.bincount(corpus.train, minlength=corpus.vocab_size)),
+        token_counts_V=torch.from_numpy(corpus.token_counts_V),
         placement=placement,
     )
 
@@ -86,11 +85,13 @@ def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
     return lambda shape: make_router(config.router_at(shape.site), shape)
 
 
-def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False) -> None:
+def check(
+    seeds_of: Mapping[RunConfig, Iterable[int]], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False
+) -> None:
     """Find out whether runs can be trained, without writing anything or building a model: only their corpora are read.
 
     Args:
-        configs: of the runs.
+        seeds_of: the configurations of the runs, each with its seeds.
         workers: how many processes are to train each.
         expert_shards: into how many shards they cut the experts.
         elsewhere: on other machines, whose devices cannot be seen from here.
@@ -101,7 +102,7 @@ def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1
     corpora: dict[DataConfig, Corpus] = {}
     if workers % expert_shards:
         raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
-    for config in configs:
+    for config, seeds in seeds_of.items():
         check_shares(config, workers)
         Placement(expert_shards).held(config.model.num_experts)
         if not elsewhere:
@@ -109,7 +110,8 @@ def check(configs: Iterable[RunConfig], workers: int = 1, expert_shards: int = 1
         if config.data not in corpora:
             corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
         validation_batches(config, corpora[config.data])
-        planned_steps(config, expected_costs(config, corpora[config.data]))
+        for seed in seeds:
+            planned_steps(config, expected_costs(config, corpora[config.data], seed))
 
 
 def refuse_other_code(folder: RunFolder, config: RunConfig) -> None:
@@ -120,9 +122,9 @@ def refuse_other_code(folder: RunFolder, config: RunConfig) -> None:
     Raises:
         ConfigError: a router's code is not what the run was begun with; the message names both.
     """
-    if "routers" not in folder.begun_in:
+    made = folder.begun_in.get("routers")
+    if made is None:
         return
-    made = folder.begun_in["routers"]
     for name in config.router_names:
         then, now = made.get(name, {}), router_code(name)
         if changed := [part for part in now if now[part] != then.get(part)]:

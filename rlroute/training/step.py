@@ -44,12 +44,18 @@ class StepResult:
         terms: each term's value at each site, unweighted; 0 where a site has none of that name.
         weights: each term's weight at each site.
         sums_L: what ran and what the routers observed, by site, for ``adapt``.
+        pairs_L: pairs that ran, by site, of all routing samples.
+        without_L: rows for which no expert ran, by site.
+        rows: valid rows, of all routing samples.
     """
 
     loss: float
     terms: dict[str, list[float]]
     weights: dict[str, list[float]]
     sums_L: list[dict[str, Tensor]]
+    pairs_L: list[int]
+    without_L: list[int]
+    rows: int
 
     @property
     def demand_L(self) -> list[Tensor]:
@@ -58,17 +64,8 @@ class StepResult:
 
     def per_token(self) -> dict[str, list[float]]:
         """Return the pairs that ran per token, and the share of tokens for which none did, by site."""
-        tokens_L = [max(1, int(sums["tokens"])) for sums in self.sums_L]
-        without_L = [int(sums["without"]) for sums in self.sums_L]
-        return {
-            "pairs_L": [pairs / tokens for pairs, tokens in zip(self.pairs_L, tokens_L, strict=True)],
-            "without_L": [without / tokens for without, tokens in zip(without_L, tokens_L, strict=True)],
-        }
-
-    @property
-    def pairs_L(self) -> list[int]:
-        """Pairs that ran, by site, of all routing samples."""
-        return [int(sums["load_E"].sum()) for sums in self.sums_L]
+        counts = {"pairs_L": self.pairs_L, "without_L": self.without_L}
+        return {name: [number / self.rows for number in numbers] for name, numbers in counts.items()}
 
 
 def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any) -> RoutingContext:
@@ -182,7 +179,9 @@ def backward_batch(
     sites = len(model.routers)
     values = {name: flat[i * sites : (i + 1) * sites] for i, name in enumerate(values)}
     group.sum_gradients(model)
-    return StepResult(loss, values, dict(weights), sums_L)
+    ran_L2 = [torch.stack([sums["load_E"].sum(), sums["without"]]) for sums in sums_L]
+    pairs_L, without_L = torch.stack(ran_L2, dim=1).tolist() if ran_L2 else ([], [])
+    return StepResult(loss, values, dict(weights), sums_L, pairs_L, without_L, num_valid * samples)
 
 
 def defined(value: Tensor | float) -> float | None:
