@@ -91,7 +91,7 @@ class Clusters:
 
         floor: the noise of the target, which no map predicts. oracle: the cluster's own expert, which is that map.
         bayes: the likeliest cluster's expert. fixed: the most frequent cluster's expert. uniform: experts drawn
-            uniformly.
+        uniformly.
         """
         floor = NOISE**2
         return {

@@ -93,9 +93,8 @@ def _dispatch_policies(world: DispatchWorld, generator: np.random.Generator) -> 
     """All but the first two choose the expert with the highest index among those with room.
 
     uniform: any expert. round_robin: the next expert, in turn. affinity: the highest affinity. join_shortest_queue: the
-        shortest queue.
-    least_delay: the least delay. greedy: the highest reward for this token. priced: greedy, with the delay counted
-        PRICE times.
+    shortest queue. least_delay: the least delay. greedy: the highest reward for this token. priced: greedy, with the
+    delay counted PRICE times.
     """
     config = world.config
     return {

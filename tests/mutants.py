@@ -2,6 +2,8 @@
 
 A mutant replaces one text by another. A test that fails has killed it; where all pass it has lived, and either the
 tests or the list is to be mended. Each of two workers has a copy of the tree: the tree itself is never touched.
+
+Longer than most: two thirds of it are the list.
 """
 
 import os

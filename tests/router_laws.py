@@ -1,5 +1,7 @@
 """The laws of the router contract, as functions that assert; ``test_router_contract`` runs them on every router.
 
+Longer than most: the laws are one list, and what a law calls broken is read beside the others.
+
 Shape suffixes: T tokens (rows of all routing samples), D model width, E experts, K experts per token, R routed pairs.
 """
 

@@ -247,6 +247,18 @@ def test_without_ray_compare_names_the_extra_and_the_other_launcher(tmp_path, mo
     assert "--launcher local" in said
 
 
+def test_drops_and_attention_experts_stand_beside_the_dense_model(tmp_path):
+    """What ran may differ between training and evaluation either way, and the dense model's attention has no experts."""
+    sized = (*TINY, "--model.capacity-factor", 1.0, "--model.attention-experts", 3)
+    with contextlib.chdir(tmp_path):
+        table = ran(
+            "compare", *ENTRIES, "switch+hash@attention", *sized, "--seeds", 1, "--no-tuned", "--launcher", "local"
+        )
+    assert all(f"\n| {label} | " in table for label in ("dense, yardstick", "hash", "switch", "switch+hash@attention"))
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json")]
+    assert len({summary["fingerprint"]["backbone"] for summary in summaries}) == 1
+
+
 # --- what is stored ------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """The gradient instrument: its target is the derivative of the enumerated expected loss, unbiased estimators meet it,
 wrong ones do not.
 
+Longer than most: the routers that it measures, refuses or names are tried on one small case, defined once.
+
 Shape suffixes: T tokens, N replicas or draws, L MoE layers, E experts, K experts per token, P numbers of a gradient.
 """
 

@@ -1,6 +1,8 @@
 """Many processes compute the model of one: decisions pair for pair, losses, gradients, checkpoints, and failures that
 all agree on.
 
+Longer than most: starting ranks costs seconds, so that what they prove shares models and starts.
+
 Ranks are real processes over gloo, started without Ray; what Ray adds is in ``test_workers``.
 
 Shape suffixes: T tokens, D model width, E experts, K experts per token, R pairs.

@@ -1,4 +1,7 @@
-"""The table says what the records say, is the same for the same records, and refuses what cannot be compared."""
+"""The table says what the records say, is the same for the same records, and refuses what cannot be compared.
+
+Longer than most: all of it is about changes to one set of made records.
+"""
 
 import csv
 import hashlib
