@@ -248,7 +248,7 @@ def test_without_ray_compare_names_the_extra_and_the_other_launcher(tmp_path, mo
 
 
 def test_drops_and_attention_experts_stand_beside_the_dense_model(tmp_path):
-    """What ran may differ between training and evaluation either way, and the dense model's attention has no experts."""
+    """Training may run more or fewer pairs than evaluation, and the dense model's attention has no experts."""
     sized = (*TINY, "--model.capacity-factor", 1.0, "--model.attention-experts", 3)
     with contextlib.chdir(tmp_path):
         table = ran(
