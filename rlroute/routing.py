@@ -361,5 +361,5 @@ class LinearScores(nn.Linear):
     """
 
     def __init__(self, shape: RouterShape, name: str, std: float, columns: int | None = None) -> None:
-        super().__init__(shape.d_model, columns or shape.num_experts, bias=False)
+        super().__init__(shape.d_model, shape.num_experts if columns is None else columns, bias=False)
         shape.init(self.weight, name, std)

@@ -299,8 +299,8 @@ def spread(router: Router) -> Router:
 
 
 def law_causal(case: Case) -> None:
-    """What comes later in a sequence changes no greedy route, and no sampled one where the rule does not mix tokens,
-    unless the router says that it is not causal; then it does.
+    """What comes later in a sequence changes no greedy route, unless the router says that it is not causal; then it
+    does. Nor does it change a route in training, but where that has another rule or mixes tokens.
     """
     router = spread(case.make())
     for explore in (False, True):
@@ -311,7 +311,7 @@ def law_causal(case: Case) -> None:
         equal = torch.allclose(gates_TE(unlike)[early_T], gates_TE(want)[early_T], rtol=0, atol=1e-12)
         if not explore:
             assert equal == router.causal
-        elif not router.batch_dependent and router.causal:
+        elif router.causal and not router.batch_dependent and not router.two_rules:
             assert equal
 
 

@@ -40,7 +40,8 @@ def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
         elif isinstance(value, float) and value == 0 and name not in TERMS:
             found.append({name: 0.5})
     weights = {field.name: 0.0 for field in fields(config) if field.name.endswith("_weight")}
-    found += [TERMS] if router.publishes else []
+    terms = {name: weight for name, weight in TERMS.items() if router.carries(name)}
+    found += [terms] if terms else []
     return found + ([weights] if any(getattr(config, name) for name in weights) else [])
 
 
@@ -49,7 +50,7 @@ def cases() -> dict[str, Case]:
     for name in any_router_names():
         router = router_class(name)
         for change in changes(router, default := default_config(name)):
-            label = "terms" if change is TERMS else ",".join(f"{field}={value}" for field, value in change.items())
+            label = ",".join(f"{field}={value}" for field, value in change.items())
             found[f"{name}:{label}" if label else name] = Case(router, replace(default, **change), tuple(change))
     return found
 
