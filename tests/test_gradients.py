@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from rlroute.experiments.gradients.instrument import (
     without_refusals,
 )
 from rlroute.experiments.gradients.probe import Probe
+from rlroute.experiments.gradients.snapshots import Training
 from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.gradients.summary import summary
 from rlroute.gates import softmax_top_k
@@ -552,7 +554,8 @@ def test_a_run_of_several_routers_has_a_row_for_each_site() -> None:
         others=(SitedRouter(sites="1", router=ReinforceRouter.Config()),),
         train=TrainConfig(steps=1, batch_size=4),
     )
-    assert [r.layer for r in measure_case(Case("both", run_config), 1, load_corpus(sweep.corpus), sweep)] == [0, 1]
+    training = partial(Training, run_config, load_corpus(sweep.corpus))
+    assert [r.layer for r in measure_case(Case("both", run_config), 1, training, sweep)] == [0, 1]
 
 
 @dataclass(frozen=True)

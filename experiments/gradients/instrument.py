@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -20,13 +20,13 @@ from rlroute.experiments.gradients.estimates import Measurement, measure_probe
 from rlroute.experiments.gradients.exact import ENUMERABLE, count_choices
 from rlroute.experiments.gradients.probe import Probe
 from rlroute.experiments.gradients.signal import Signal
-from rlroute.experiments.gradients.snapshots import trained, warmed_up
+from rlroute.experiments.gradients.snapshots import Training, warmed_up
 from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.model.transformer import sites
 from rlroute.registry import default_names, refusals, router_names
 from rlroute.routing import Site
-from rlroute.training.data import Corpus, load_corpus, sample_batch
+from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.prepare import meta_model, shapes
 
 MEASURED_STEP = 2**32
@@ -241,13 +241,15 @@ def run(sweep: Sweep, report: Callable[[str], None] = lambda text: None) -> tupl
         sample_batch(load(case.config.data.spec), seed=0, step=0, batch_size=1, seq_len=case.config.data.seq_len)
     rows: list[Row] = []
     failed: dict[str, list[Unmeasured]] = {}
-    for case, step in product(cases, sorted(sweep.train_steps)):
-        where = f"{case.size}, train_steps = {step}"
-        report(f"{case.entry}: {where}")
-        try:
-            rows += measure_case(case, step, load(case.config.data.spec), sweep)
-        except Exception as error:  # a router may be another distribution's, and fail in any way
-            failed.setdefault(case.entry, []).append(Unmeasured(case.entry, _reason(error), where))
+    for case in cases:
+        training = cache(partial(Training, case.config, load(case.config.data.spec)))
+        for step in sorted(sweep.train_steps):
+            where = f"{case.size}, train_steps = {step}"
+            report(f"{case.entry}: {where}")
+            try:
+                rows += measure_case(case, step, training, sweep)
+            except Exception as error:  # a router may be another distribution's, and fail in any way
+                failed.setdefault(case.entry, []).append(Unmeasured(case.entry, _reason(error), where))
     places = len(cases) // len(sweep.entries) * len(sweep.train_steps)
     everywhere = {entry: [replace(found[0], where="")] for entry, found in failed.items() if len(found) == places}
     return rows, [item for found in (failed | everywhere).values() for item in found]
@@ -259,18 +261,19 @@ def _reason(error: Exception) -> str:
     return f"it fails by {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def measure_case(case: Case, step: int, corpus: Corpus, sweep: Sweep) -> list[Row]:
-    """Return a row for each routed site, after so many steps.
+def measure_case(case: Case, step: int, training: Callable[[int], Training], sweep: Sweep) -> list[Row]:
+    """Return a row for each routed site, after so many steps of the training with each seed.
 
     Raises:
         Unmeasurable: the instrument does not apply to this router.
     """
-    measurements = [_measure(case.config, step, corpus, sweep, seed) for seed in range(sweep.seeds)]
+    measurements = [_measure(training(seed), step, sweep) for seed in range(sweep.seeds)]
     return [_row(case, step, index, site, measurements) for index, site in enumerate(sites(case.config.model))]
 
 
-def _measure(config: RunConfig, step: int, corpus: Corpus, sweep: Sweep, seed: int) -> Measurement:
-    warm = warmed_up(trained(config, corpus, seed, step), config, corpus, seed, step, sweep.warm_up)
+def _measure(training: Training, step: int, sweep: Sweep) -> Measurement:
+    config, corpus, seed = training.config, training.corpus, training.seed
+    warm = warmed_up(training.after(step), config, corpus, seed, step, sweep.warm_up)
     batch = sample_batch(corpus, seed=seed, step=MEASURED_STEP, batch_size=1, seq_len=config.data.seq_len)
     probe = Probe(warm, batch, step, step / config.train.steps)
     return measure_probe(probe, draws=sweep.draws, samples=sweep.samples, seed=seed)

@@ -20,17 +20,27 @@ from rlroute.training.step import Device, backward_batch, make_context
 CPU = Device("cpu", torch.float32)
 
 
-def trained(config: RunConfig, corpus: Corpus, seed: int, steps: int) -> Transformer:
-    """Return a model that was trained so many steps as the loop does."""
-    model = build_model(config, corpus, seed)
-    optimizer = Optimizer(model, config.train)
-    size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
-    for step in range(steps):
-        batch, progress = sample_batch(corpus, seed=seed, step=step, **size), step / config.train.steps
-        result = backward_batch(model, batch, CPU, seed=seed, step=step, micro_batches=1, progress=progress)
-        optimizer.step(step, progress)
-        adapt(model.routers, result.sums_L, progress)
-    return model
+class Training:
+    """A model in training, as the loop trains it, looked at after growing numbers of steps."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus, seed: int) -> None:
+        self.config, self.corpus, self.seed, self.done = config, corpus, seed, 0
+        self.model = build_model(config, corpus, seed)
+        self.optimizer = Optimizer(self.model, config.train)
+
+    def after(self, steps: int) -> Transformer:
+        """Return the model after so many steps, no fewer than before; it is trained on afterwards."""
+        size = {"batch_size": self.config.train.batch_size, "seq_len": self.config.data.seq_len}
+        while self.done < steps:
+            step, progress = self.done, self.done / self.config.train.steps
+            batch = sample_batch(self.corpus, seed=self.seed, step=step, **size)
+            result = backward_batch(
+                self.model, batch, CPU, seed=self.seed, step=step, micro_batches=1, progress=progress
+            )
+            self.optimizer.step(step, progress)
+            adapt(self.model.routers, result.sums_L, progress)
+            self.done += 1
+        return self.model
 
 
 def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, step: int, steps: int) -> Transformer:
