@@ -132,8 +132,8 @@ MUTANTS = [
         "tests/test_seam.py",
         (
             "the token's own input is left out",
-            "if decision.self_T is not None:",
-            "if decision.self_T is None and False:",
+            "return out_TD if decision.self_T is None else out_TD +",
+            "return out_TD if decision is not None else out_TD +",
         ),
         (
             "gates of shared experts are ignored",
