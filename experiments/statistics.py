@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import optimize, stats
 
 from rlroute.errors import ComparisonError
 
@@ -91,26 +91,28 @@ def smallest_resolvable(diffs: Sequence[float], power: float = 0.8, alpha: float
     """Return the true mean difference that a two-sided paired t-test at ``alpha`` would find with probability
     ``power``.
 
-    (t_{1-alpha/2, n-1} + t_{power, n-1}) s / sqrt(n), with s the standard deviation of the paired differences
-    ``diffs``: the usual approximation (Sokal and Rohlf), as good as its s, which few seeds estimate badly. None for
-    fewer than two differences.
+    Exact for Gaussian differences of the standard deviation that ``diffs`` have (the test statistic is then of the
+    noncentral t distribution), which few seeds estimate badly. None for fewer than two differences.
     """
     n = len(diffs)
     if n < 2:
         return None
-    quantiles = stats.t.ppf(1 - alpha / 2, n - 1) + stats.t.ppf(power, n - 1)
-    return float(quantiles) * _standard_deviation(diffs) / math.sqrt(n)
+    critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
+
+    def excess(shift: float) -> float:  # the lower tail as the mirrored upper one: SciPy's own is nan far out
+        return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift)) - power
+
+    shift = optimize.brentq(excess, 0.0, 3 * critical + 10)
+    return float(shift) * _standard_deviation(diffs) / math.sqrt(n)
 
 
 def paired_p_value(diffs: Sequence[float]) -> float | None:
     """Return the two-sided p-value of the paired t-test that the mean of ``diffs`` is zero; None for fewer than two."""
-    n, mean = len(diffs), math.fsum(diffs) / max(len(diffs), 1)
-    if n < 2:
+    if len(diffs) < 2:
         return None
-    error = _standard_deviation(diffs) / math.sqrt(n)
-    if error == 0:  # all differences are equal, as between two identical runs
-        return float(mean == 0)
-    return float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    if len(set(diffs)) == 1:  # as between two identical runs, where the statistic is not defined
+        return float(diffs[0] == 0)
+    return float(stats.ttest_1samp(diffs, 0.0).pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -721,7 +721,9 @@ def test_the_command_prints_a_table_and_writes_everything(tmp_path, monkeypatch:
     )
     assert len(stored["rows"]) == 4 and len(stored["configs"]) == 3 and stored["unmeasured"][0]["entry"] == "hash"
     page = (tmp_path / "g" / "gradients.html").read_text()
-    assert "http://" not in page.partition("<script")[0] and page.count('class="plotly-graph-div"') == 3
+    drawn = json.loads(re.findall(r'id="figures">(.*?)</script>', page, re.S)[0])
+    assert set(drawn) == {"cosine", "bias", "tokens"} and all(f'id="{name}"' in page for name in drawn)
+    assert "http://" not in page.partition("<script")[0]
 
 
 def test_the_figures_of_the_documentation_are_those_of_the_stored_record() -> None:

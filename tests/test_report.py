@@ -1,9 +1,13 @@
 """The report is one file that asks nobody for anything, says what the table says, and survives hostile names."""
 
+import base64
+import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +15,21 @@ from rlroute.errors import ComparisonError, StoreError
 from rlroute.experiments.comparison.entries import make_entries
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import columns
-from rlroute.experiments.report.figures import balance_figure, curves_figure, loads_figure, make_styles
-from rlroute.experiments.report.page import conclude, write_report
-from rlroute.experiments.statistics import t_interval
+from rlroute.experiments.report.figures import (
+    AXES,
+    balance_figure,
+    curves_figure,
+    forest_figure,
+    loads_figure,
+    make_styles,
+)
+from rlroute.experiments.report.page import FIRST, conclude, write_report
+from rlroute.experiments.report.style import COLOURS, GREY, style_of
+from rlroute.experiments.statistics import differences, t_interval
 from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs, sited
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
+MANY = ("switch", "dense", *(f"router_{i}" for i in range(12)))
 
 
 class Page(HTMLParser):
@@ -27,13 +40,29 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
         self.scripts: list[str] = []
+        self.data = ""
+        self.into = self.texts  # where text goes that comes next
         self.feed(text)
 
     def handle_starttag(self, tag, attrs) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.into = []
+
+    def handle_endtag(self, tag) -> None:
+        if tag == "script" and ("type", "application/json") in self.tags[-1][1].items():
+            self.data = "".join(self.into)
+        elif tag == "script":
+            self.scripts.append("".join(self.into))
+        self.into = self.texts
 
     def handle_data(self, data: str) -> None:
-        (self.scripts if self.tags and self.tags[-1][0] == "script" else self.texts).append(data)
+        self.into.append(data)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What the page's figures are drawn from."""
+        return dict(json.loads(self.data))
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +86,19 @@ def test_nothing_is_fetched(text: str) -> None:
         attrs for _, attrs in page.tags for name in attrs if name in ("src", "href", "srcset", "action", "poster")
     ]
     assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "base", "form")]
-    outside = own_scripts(page) + "".join(page.texts) + json.dumps(page.tags)
+    outside = own_scripts(page) + "".join(page.texts) + page.data + json.dumps(page.tags)
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", outside)
+    assert "showSendToCloud: false" in own_scripts(page)
+
+
+def test_policy_lets_the_pages_two_scripts_run_and_no_other(text: str) -> None:
+    page = Page(text)
     policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
-    assert policy and policy.startswith("default-src 'none'; script-src 'unsafe-inline';")
-    assert '"showSendToCloud": true' not in text and text.count('"showSendToCloud": false') == 3
+    rules = dict(rule.split(maxsplit=1) for rule in (policy or "").split(";"))
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
+    assert rules["default-src"] == "'none'" and len(page.scripts) == 2
+    assert rules["script-src"].split() == [f"'sha256-{digest}'" for digest in hashes]
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
 
 
 def test_page_says_what_the_table_says(text: str) -> None:
@@ -85,10 +122,9 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     assert not [tag for tag, _ in page.tags if tag == "img"] and not [a for _, a in page.tags if "onerror" in a]
     assert HOSTILE in "".join(page.texts)  # seen as it is, not as markup
-    assert "<img" not in own_scripts(page)
-    entries = make_entries(runs)
-    for trace in curves_figure(entries, make_styles(entries)).data:
-        assert "<" not in (trace.name or "") + (trace.legendgroup or "")
+    assert "<" not in page.data and len(page.scripts) == 2
+    drawn = json.dumps([[figure["data"], figure["layout"].get("annotations")] for figure in page.figures.values()])
+    assert "<img" not in drawn and "&lt;img" in drawn  # Plotly reads markup in its texts
 
 
 def test_conclusion_names_who_is_separated_and_who_is_not() -> None:
@@ -112,40 +148,123 @@ def test_conclusion_is_modest_about_one_seed_divergence_and_views_of_the_future(
     ]
 
 
+def curve(figure: Any, name: str) -> Any:
+    return next(trace for trace in figure.data if trace.name == name and trace.mode == "lines+markers")
+
+
 def test_curves_are_means_with_t_bands() -> None:
     runs = make_runs(("switch", "dense"))
     entries = make_entries(runs)
     figure = curves_figure(entries, make_styles(entries))
-    curve = next(trace for trace in figure.data if trace.name == "switch")
-    band = next(trace for trace in figure.data if trace.legendgroup == "switch" and trace.fill == "toself")
+    drawn = curve(figure, "switch")
+    band = next(trace for trace in figure.data if trace.name == "switch" and trace.fill == "toself")
     last = [run.evals[-1] for run in runs if run.config["router"] == "switch"]
     interval = t_interval([row["bits_per_byte"] for row in last])
-    assert (curve.x[-1], curve.y[-1]) == (last[0]["tokens"], interval.mean)
-    assert {interval.low, interval.high} == {y for x, y in zip(band.x, band.y, strict=True) if x == last[0]["tokens"]}
+    assert (drawn.x[-1], drawn.y[-1]) == (last[0]["tokens"], pytest.approx(interval.mean, abs=1e-5))
+    ends = sorted(y for x, y in zip(band.x, band.y, strict=True) if x == last[0]["tokens"])
+    assert ends == pytest.approx([interval.low, interval.high], abs=1e-5)
     single = make_entries(make_runs(("switch",), seeds=1))
-    assert [trace.fill for trace in curves_figure(single, make_styles(single)).data] == [None]
+    assert not [trace for trace in curves_figure(single, make_styles(single)).data if trace.fill == "toself"]
+
+
+def test_training_losses_are_drawn_in_the_unit_of_the_evaluations() -> None:
+    rows: Any = [{"step": s, "tokens": s * 2048, "seconds": s / 10, "loss": 5 / s} for s in (10, 20, 30)]
+    runs = [replace(run, train=list(rows)) for run in make_runs(("switch",))]
+    runs[1].train.pop()  # a step that not all seeds have is not drawn
+    entries = make_entries(runs)
+    (drawn,) = (t for t in curves_figure(entries, make_styles(entries)).data if t.meta["kind"] == "train")
+    bits = [run.evals[-1]["bits_per_byte"] / run.evals[-1]["loss"] for run in runs]
+    assert list(drawn.x) == [10 * 2048, 20 * 2048]
+    assert drawn.y == pytest.approx([5 / s * sum(bits) / len(bits) for s in (10, 20)], abs=1e-5)
+
+
+def test_curves_can_be_read_against_flops_and_time() -> None:
+    runs = make_runs(("switch", "dense"))
+    entries = make_entries(runs)
+    drawn = curve(curves_figure(entries, make_styles(entries)), "switch")
+    switch = [run for run in runs if run.config["router"] == "switch"]
+    model, last = switch[0].summary["model"], [run.evals[-1] for run in switch]
+    per_token = model["flops_per_token"] + model["training_only_flops_per_token"]
+    assert set(drawn.meta["x"]) == set(AXES) and list(drawn.x) == drawn.meta["x"]["tokens"]
+    assert drawn.meta["x"]["flops"][-1] == pytest.approx(3 * last[0]["tokens"] * per_token, rel=1e-5)
+    seconds = sum(row["seconds"] for row in last) / len(last)
+    assert drawn.meta["x"]["seconds"][-1] == pytest.approx(seconds, rel=1e-5)
+
+
+def test_forest_shows_the_paired_differences_of_the_table() -> None:
+    runs = make_runs()
+    entries, table = {e.label: e for e in make_entries(runs)}, build_table(runs)
+    figure = forest_figure(table, entries, make_styles(list(entries.values())))
+    assert figure is not None
+    means = {t.y[0]: t for t in figure.data if t.error_x.array is not None}
+    assert list(means) == [row.label for row in table.rows if row.label != table.reference]
+    for row in table.rows:
+        if row.difference is not None:
+            drawn, seeds = means[row.label], [t for t in figure.data if t.y[0] == row.label and len(t.x) > 1]
+            assert (drawn.x[0], drawn.error_x.array[0]) == (row.difference.mean, row.difference.half_width)
+            mine = entries[row.label].bits_by_seed
+            assert list(seeds[0].x) == differences(mine, entries[table.reference].bits_by_seed)
+            assert drawn.marker.symbol.endswith("-open") == (row.p_holm is None or row.p_holm >= 0.05)
+    alone = make_runs(("switch",))
+    assert forest_figure(build_table(alone), {e.label: e for e in make_entries(alone)}, {}) is None
 
 
 def test_every_entry_has_one_colour_in_all_figures() -> None:
     runs = make_runs()
     entries, table = make_entries(runs), build_table(runs)
     styles = make_styles(entries)
-    assert len({style["colour"] for style in styles.values()}) == len(EFFECT)
-    curves = {t.name: t.line.color for t in curves_figure(entries, styles).data if t.name}
+    assert len({style.colour for style in styles.values()}) == len(EFFECT)
+    curves = {t.name: t.line.color for t in curves_figure(entries, styles).data if t.mode == "lines+markers"}
     points = balance_figure(table, {e.label: e for e in entries}, styles)
     assert {t.name: t.marker.color for t in points.data if t.name} == {n: c for n, c in curves.items() if n != "dense"}
 
 
-def test_heatmaps_show_each_layer_of_each_entry_on_one_scale() -> None:
-    entries = make_entries(make_runs(("switch", "unbalanced"), seeds=2))
-    figure, drawn = loads_figure(entries)
-    assert drawn == [(0, 0), (0, 1), (1, 0), (1, 1)] and LAYERS == 2
-    assert [bool(trace.visible) for trace in figure.data] == [True, False, False, False]
-    assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
-    run = entries[1].runs[0]
-    assert run.config["seed"] == 0
-    last = [row[-1] for row in figure.data[3].z]
-    assert last == pytest.approx([f * EXPERTS for f in run.loads[-1]["load_LE"][1]], abs=1e-4)
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_styles_are_told_apart_without_colour_and_seen_on_both_papers(text: str) -> None:
+    assert len({(s.shape, s.filled, s.dash) for s in map(style_of, range(24))}) == 24
+    assert len({(s.shape, s.filled) for s in map(style_of, range(12))}) == 12
+    papers = [luminance(paper) for paper in re.findall(r"--page: (#\w{6})", text)]
+    assert len(papers) == 2
+    for colour in map(luminance, (*COLOURS, GREY)):
+        for paper in papers:
+            assert (max(colour, paper) + 0.05) / (min(colour, paper) + 0.05) > 3
+
+
+def test_eight_entries_are_shown_at_first_with_the_reference_and_the_yardstick(tmp_path: Path) -> None:
+    runs = make_runs(MANY)
+    write_report(runs, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    buttons = [attrs for tag, attrs in page.tags if tag == "button" and attrs.get("class") == "entry"]
+    first = [row.label for row, b in zip(build_table(runs).rows, buttons, strict=True) if b["aria-pressed"] == "true"]
+    assert len(buttons) == len(MANY) and len(first) == FIRST == 8 and {"switch", "dense"} < set(first)
+    curves = page.figures["curves"]["data"]
+    assert {trace["meta"]["entry"] for trace in curves} == set(range(len(MANY)))  # the others are there to be shown
+
+
+def test_heatmaps_show_every_seed_of_each_layer_of_each_entry_on_one_scale() -> None:
+    entries = make_entries(make_runs(("switch", "unbalanced"), seeds=3))
+    figure = loads_figure(entries)
+    loads = figure.layout.meta["loads"]
+    assert [[[drawn["seed"] for drawn in seeds] for seeds in sites] for sites in loads] == [[[0, 1, 2]] * LAYERS] * 2
+    assert {trace.coloraxis for trace in figure.data} == {"coloraxis"} and len(figure.data) == 3
+    assert [note.text for note in figure.layout.annotations] == ["seed 0", "seed 1", "seed 2"]
+    for seed, run in enumerate(entries[1].runs):
+        last = [row[-1] for row in loads[1][1][seed]["share"]]
+        assert last == pytest.approx([f * EXPERTS for f in run.loads[-1]["load_LE"][1]], abs=5.1e-3)
+    assert [list(map(list, trace.z)) for trace in figure.data] == [drawn["share"] for drawn in loads[0][0]]
+
+
+def test_a_seed_without_loads_is_an_empty_heatmap() -> None:
+    runs = make_runs(("switch",), seeds=2)
+    runs[1].loads.clear()
+    empty = loads_figure(make_entries(runs)).layout.meta["loads"][0][0][1]
+    assert empty == {"seed": 1, "steps": [], "share": []}
 
 
 @pytest.mark.parametrize("routers", [("dense",), ("switch",)])
@@ -167,9 +286,8 @@ def test_sites_are_named_by_their_keys_and_may_have_other_numbers_of_experts(tmp
     write_report(runs, tmp_path / "report.html")
     options = re.findall(r'<option value="(\d)">([^<]*)</option>', (tmp_path / "report.html").read_text())
     assert options == [("0", "switch"), ("0", "0.attention"), ("1", "0"), ("2", "1.attention"), ("3", "1")]
-    figure, drawn = loads_figure(make_entries(runs))
-    assert drawn == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    assert [len(trace.z) for trace in figure.data] == [4, EXPERTS, 4, EXPERTS]
+    (sites,) = loads_figure(make_entries(runs)).layout.meta["loads"]
+    assert [len(seeds[0]["share"]) for seeds in sites] == [4, EXPERTS, 4, EXPERTS]
 
 
 def test_a_run_that_chose_nothing_has_a_page(tmp_path: Path) -> None:

@@ -73,19 +73,27 @@ def test_p_value_is_scipys_and_agrees_with_the_interval() -> None:
     assert paired_p_value([0.0, 0.0]) == 1.0 and paired_p_value([0.5, 0.5]) == 0.0 and paired_p_value([1.0]) is None
 
 
-def test_smallest_resolvable_has_the_power_it_says() -> None:
-    diffs = [-1.0, 1.0, 0.5, -0.5, 0.0, 0.8, -0.8, 0.0]
-    s, n, delta = float(np.std(diffs, ddof=1)), len(diffs), smallest_resolvable(diffs)
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 50])
+def test_smallest_resolvable_has_the_power_it_says(n: int) -> None:
+    diffs = list(np.random.default_rng(n).normal(0.3, 1.5, n))
+    delta = smallest_resolvable(diffs)
     assert delta is not None
-    draw = np.random.default_rng(0).normal(delta, s, (4000, n))
+    draw = np.random.default_rng(0).normal(delta, np.std(diffs, ddof=1), (20_000, n))
     found = stats.ttest_1samp(draw, 0.0, axis=1).pvalue < 0.05
-    assert found.mean() == pytest.approx(0.8, abs=0.03)
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
 
 
-def test_smallest_resolvable_by_hand() -> None:
-    delta = smallest_resolvable([1.0, 2.0, 3.0])  # t_{0.975, 2} = 4.302653, t_{0.8, 2} = 1.060660
-    assert delta == pytest.approx((4.302653 + 1.060660) / math.sqrt(3), rel=1e-6)
+def test_half_a_standard_deviation_needs_34_pairs() -> None:
+    """As G*Power 3 says (Faul et al. 2007) of a paired test, two-sided at 5 % with power 80 %."""
+    for n, enough in ((33, False), (34, True)):
+        diffs = list(np.random.default_rng(n).normal(size=n))
+        delta = smallest_resolvable(diffs)
+        assert delta is not None and (delta <= 0.5 * np.std(diffs, ddof=1)) == enough
+
+
+def test_smallest_resolvable_of_few_or_equal_differences() -> None:
     assert smallest_resolvable([1.0]) is None and smallest_resolvable([]) is None
+    assert smallest_resolvable([0.2, 0.2]) == 0.0
 
 
 def test_holm_by_hand() -> None:

@@ -85,7 +85,7 @@ def _publish_gradients(sweep: Sweep, left_out: list[Unmeasured], out: Path) -> s
     """Measure, write the table, the figures and the page, and return the table's text."""
     from rlroute.experiments.gradients import page
     from rlroute.experiments.gradients.instrument import run
-    from rlroute.experiments.report.figures import new_figure
+    from rlroute.experiments.report.style import new_figure
     from rlroute.records import write_atomically
     from rlroute.training.data import load_corpus
 

@@ -7,15 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlroute.experiments.gradients.instrument import Row, Sweep, Unmeasured
 from rlroute.experiments.gradients.signal import over_seeds, over_seeds_by_factor, relative_bias
-from rlroute.experiments.report.figures import COLOURS, SYMBOLS, figure_html, new_figure
-from rlroute.experiments.report.page import STYLE
+from rlroute.experiments.report.html import render_page
+from rlroute.experiments.report.style import new_figure, style_of
 from rlroute.experiments.statistics import Interval
 from rlroute.experiments.text import NOTHING, markdown, plus_minus, two_digits
 from rlroute.kernels import resolve_backend
@@ -130,25 +129,21 @@ def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, 
     Raises:
         MissingDependencyError: Plotly is not installed.
     """
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in COLUMNS)
-    body = "".join(_row_html([cell(row) for cell in COLUMNS.values()]) for row in rows)
-    notes = asdict(sweep) | {"command": command}
-    return PAGE.substitute(
-        style=STYLE,
-        legend=escape(LEGEND),
+    return render_page(
+        "gradients.html",
+        "",
+        {
+            "cosine": figure(rows, _cosine, "cosine, one micro-batch"),
+            "bias": figure(rows, bias, "relative bias"),
+            "tokens": figure(rows, tokens_for_snr_1, "tokens for SNR 1", log=True),
+        },
+        legend=LEGEND,
         width=SETTING_WIDTH * len({_setting(row) for row in rows}),
-        cosine=figure_html(figure(rows, _cosine, "cosine, one micro-batch"), "cosine", plotlyjs=True),
-        bias=figure_html(figure(rows, bias, "relative bias"), "bias"),
-        tokens=figure_html(figure(rows, tokens_for_snr_1, "tokens for SNR 1", log=True), "tokens"),
-        table=f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        unmeasured="".join(f"<li>{escape(item.entry + item.place)}: {escape(item.reason)}</li>" for item in unmeasured),
-        notes="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in notes.items()),
+        columns=list(COLUMNS),
+        rows=[[cell(row).strip("`") for cell in COLUMNS.values()] for row in rows],
+        unmeasured=[f"{item.entry}{item.place}: {item.reason}" for item in unmeasured],
+        notes=asdict(sweep) | {"command": command},
     )
-
-
-def _row_html(cells: Sequence[str]) -> str:
-    entry, *others = (escape(cell.strip("`")) for cell in cells)
-    return f'<tr><th scope="row">{entry}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
 
 
 def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str, *, log: bool = False) -> Figure:
@@ -160,7 +155,7 @@ def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str
         found = [(_setting(row), of(row)) for row in rows if row.entry == entry]
         points = [(where, point) for where, point in found if point is not None and math.isfinite(point.mean)]
         ends = [(_distance(p.high, p.mean), _distance(p.low, p.mean)) for _, p in points]
-        colour = COLOURS[index % len(COLOURS)]
+        style = style_of(index)
         drawn.add_scatter(
             x=[where for where, _ in points],
             y=[point.mean for _, point in points],
@@ -172,7 +167,7 @@ def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str
             },
             name=escape(entry),
             mode="markers",
-            marker={"color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
+            marker={"color": style.colour, "symbol": style.symbol, "size": 8},
         )
     settings = list(dict.fromkeys(_setting(row) for row in rows))
     drawn.update_layout(scattermode="group", legend={"y": -0.2, "yanchor": "top", "x": 0})
@@ -227,44 +222,3 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
- form-action 'none'; base-uri 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>How good is a router's learning signal?</title>
-<style>
-$style
-td:nth-child(4) { min-width: 0; }
-tbody th { text-align: left; }
-.wide { min-width: ${width}px; }
-</style>
-</head>
-<body>
-<header><h1>How good is a router's learning signal?</h1></header>
-<main>
-<p class="small">$legend</p>
-<h2>Direction</h2>
-<div class="scroll"><div class="wide">$cosine</div></div>
-<h2>Bias</h2>
-<div class="scroll"><div class="wide">$bias</div></div>
-<h2>Price</h2>
-<p class="small">Deterministic signals have no noise and are not drawn; nor are entries in which no signal was
-found.</p>
-<div class="scroll"><div class="wide">$tokens</div></div>
-<h2>All figures</h2>
-<div class="scroll">$table</div>
-<h2>Not measured</h2>
-<ul>$unmeasured</ul>
-<h2>How this was made</h2>
-<dl>$notes</dl>
-</main>
-<noscript><p>The figures need JavaScript; the table and the notes do not.</p></noscript>
-</body>
-</html>
-""")

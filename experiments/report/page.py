@@ -1,26 +1,37 @@
-"""One self-contained HTML page about a comparison: it opens from a file, works offline and asks nobody for anything.
+"""The page about a comparison.
 
-Like the table it is a pure function of run records. Every text out of a record is escaped, in the page and inside the
-figures. A third of this file is the page's own template, kept beside the code that fills it.
+Like the table it is a pure function of run records.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.entries import Entry, make_entries
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, legend
-from rlroute.experiments.report.figures import balance_figure, curves_figure, figure_html, loads_figure, make_styles
+from rlroute.experiments.report.figures import (
+    AXES,
+    balance_figure,
+    curves_figure,
+    forest_figure,
+    loads_figure,
+    make_styles,
+)
+from rlroute.experiments.report.html import render_page
+from rlroute.experiments.report.style import Style
 from rlroute.experiments.text import listed, of_interval, short
 from rlroute.records import write_atomically
 from rlroute.schema import RunRecord
+
+FIRST = 8
+"""How many entries the curves show before the reader asks for more."""
+SECONDARY = ("gate", "parameters active / total", "FLOPs/token", "training-only FLOPs/token", "n", "resolvable")
+"""The columns that narrow pages hide until the reader asks for them."""
 
 
 def write_report(records: Sequence[RunRecord], path: Path, *, reference: str | None = None) -> None:
@@ -51,17 +62,50 @@ def render(table: Table, entries: Sequence[Entry]) -> str:
     by_label = {entry.label: entry for entry in entries}
     ordered = [by_label[row.label] for row in table.rows]
     routed = [entry for entry in ordered if entry.router != DENSE and entry.runs[0].loads]
-    return PAGE.substitute(
-        style=STYLE,
-        conclusion=_conclusion_html(*conclude(table)),
-        table=_table_html(table, styles),
-        legend=escape(legend(table)),
-        curves=figure_html(curves_figure(ordered, styles), "curves", plotlyjs=True),
-        balance=figure_html(balance_figure(table, by_label, styles), "balance"),
-        loads=_loads_html(routed) if routed else "<p>No entry has experts.</p>",
-        notes="".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in table.notes if text),
-        configs="".join(_config_html(entry) for entry in ordered),
+    figures = {
+        "forest": forest_figure(table, by_label, styles),
+        "curves": curves_figure(ordered, styles),
+        "balance": balance_figure(table, by_label, styles),
+        "loads": loads_figure(routed) if routed else None,
+    }
+    shown, first = columns(table), _first(table)
+    return render_page(
+        "comparison.html",
+        "comparison.js",
+        {name: figure for name, figure in figures.items() if figure is not None},
+        conclusion=list(conclude(table)),
+        columns=list(shown),
+        secondary=SECONDARY,
+        rows=[_row(row, table, [cell(row) for cell in shown.values()], styles) for row in table.rows],
+        legend=legend(table),
+        reference=table.reference,
+        forest=figures["forest"] is not None,
+        entries=[
+            {"label": e.label, "glyph": styles[e.label].glyph, "first": str(e.label in first).lower()} for e in ordered
+        ],
+        first=len(first),
+        axes=AXES,
+        routed=[entry.label for entry in routed],
+        sites=[str(site) for site in routed[0].sites] if routed else [],
+        notes=[(title, text) for title, text in table.notes if text],
+        configs=[_config(entry) for entry in ordered],
     )
+
+
+def _first(table: Table) -> set[str]:
+    """Return who is shown at first: the reference and the yardsticks, and the best of the others."""
+    always = [row.label for row in table.rows if row.router == DENSE or row.label == table.reference]
+    others = [row.label for row in table.rows if row.label not in always]
+    return {*always, *others[: max(FIRST - len(always), 0)]}
+
+
+def _row(row: TableRow, table: Table, cells: Sequence[str], styles: Mapping[str, Style]) -> dict[str, Any]:
+    return {"cells": cells, "glyph": styles[row.label].glyph, "reference": row.label == table.reference}
+
+
+def _config(entry: Entry) -> dict[str, str]:
+    text = json.dumps(entry.runs[0].config["config"], indent=1, sort_keys=True)
+    return {"label": entry.label, "runs": ", ".join(run.id for run in entry.runs), "text": text}
 
 
 # What the table says, in words
@@ -125,163 +169,3 @@ def _balance(ranked: Sequence[TableRow]) -> Iterable[str]:
 
 def _change(row: TableRow) -> str:
     return row.label if row.difference is None else f"{row.label} ({row.difference.mean:+.4f})"
-
-
-# HTML
-
-
-def _conclusion_html(first: str, *others: str) -> str:
-    return f"<p>{escape(first)}</p><ul>{''.join(f'<li>{escape(other)}</li>' for other in others)}</ul>"
-
-
-def _table_html(table: Table, styles: Mapping[str, Mapping[str, str]]) -> str:
-    shown = columns(table)
-    head = "".join(f'<th scope="col"><button type="button">{escape(title)}</button></th>' for title in shown)
-    body = "".join(
-        _row_html(row, table, [cell(row) for cell in shown.values()], styles[row.label]["colour"]) for row in table.rows
-    )
-    return f'<table id="results"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _row_html(row: TableRow, table: Table, cells: Sequence[str], colour: str) -> str:
-    name, *rest = (escape(cell).replace("not separated", "not&nbsp;separated") for cell in cells)
-    kind = ' class="reference"' if row.label == table.reference else ""
-    chip = f'<span class="chip" style="background:{colour}"></span>'
-    return f'<tr{kind}><th scope="row">{chip}{name}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-
-
-def _loads_html(entries: Sequence[Entry]) -> str:
-    figure, drawn = loads_figure(entries)
-    routers = "".join(f'<option value="{i}">{escape(entry.label)}</option>' for i, entry in enumerate(entries))
-    sites = "".join(f'<option value="{i}">{site}</option>' for i, site in enumerate(entries[0].sites))
-    seed = entries[0].runs[0].config["seed"]
-    picker = f'<label>Router <select id="router" autocomplete="off">{routers}</select></label>'
-    picker += f'<label>Layer <select id="layer" autocomplete="off">{sites}</select></label>'
-    shown = f'<p class="picker">{picker}<span>seed {seed}</span></p>'
-    return f"{shown}{figure_html(figure, 'loads')}<script>const DRAWN = {json.dumps(drawn)};</script>"
-
-
-def _config_html(entry: Entry) -> str:
-    config: Any = entry.runs[0].config["config"]
-    text = escape(json.dumps(config, indent=1, sort_keys=True))
-    ids = escape(", ".join(run.id for run in entry.runs))
-    return f"<details><summary>{escape(entry.label)}</summary><p>Runs: {ids}</p><pre>{text}</pre></details>"
-
-
-STYLE = """:root { color: #1c2330; background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-body { margin: 0 auto; max-width: 1200px; padding: 2.2rem 1.5rem 4rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .9rem; letter-spacing: -.015em; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
-p, li { max-width: 62rem; }
-p { margin: .5rem 0; }
-.lead { border-left: 3px solid #332288; padding-left: 1.1rem; }
-.lead p { font-size: 1.12rem; }
-.lead ul { margin: 0; padding-left: 1.1rem; }
-.small, dd, details { font-size: .86rem; color: #4a5364; }
-.small { max-width: none; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .81rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem .4rem; text-align: right; border-bottom: 1px solid #e3e7ed; vertical-align: top; }
-td { white-space: nowrap; }
-td:nth-child(4) { white-space: normal; min-width: 8.5rem; }
-th:first-child { text-align: left; min-width: 8.5rem; }
-thead th { border-bottom: 2px solid #1c2330; vertical-align: bottom; }
-tbody th { font-weight: 600; position: sticky; left: 0; background: #fff; }
-tr.reference > * { background: #f1f3f7; }
-th button { all: unset; cursor: pointer; font-weight: 600; line-height: 1.25; }
-th button:focus-visible { outline: 2px solid #332288; }
-th[aria-sort=ascending] button::after { content: " ↑"; }
-th[aria-sort=descending] button::after { content: " ↓"; }
-.chip { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; }
-.pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 2.5rem; }
-@media (min-width: 1100px) { .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } }
-.picker { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: baseline; font-size: .92rem; }
-select { font: inherit; padding: .15rem .3rem; max-width: 16rem; }
-dl { display: grid; grid-template-columns: minmax(9rem, 13rem) minmax(0, 1fr); gap: .35rem 1.2rem; margin: .6rem 0; }
-dt { font-weight: 600; font-size: .86rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-details { margin: .35rem 0; }
-summary { cursor: pointer; }
-pre { overflow-x: auto; background: #f6f7f9; padding: .7rem; }
-"""
-"""Of every page."""
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
- form-action 'none'; base-uri 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which expert for which token? A comparison of routers</title>
-<style>
-$style</style>
-</head>
-<body>
-<header>
-<h1>Which expert for which token?<br>Routers compared in identical transformers</h1>
-<div class="lead">$conclusion</div>
-</header>
-<main>
-<h2>Results</h2>
-<div class="scroll">$table</div>
-<p class="small">$legend</p>
-<h2>Loss while training</h2>
-<p class="small">Mean over seeds; bands are 95% Student-t intervals. Click a name to hide it, double-click to
-see it alone.</p>
-$curves
-<div class="pair">
-<section>
-<h2>Quality against balance</h2>
-<p class="small">Lower is better, further left is more even. Large: mean over seeds with its 95% interval; small:
-single seeds.</p>
-$balance
-</section>
-<section>
-<h2>What the experts did</h2>
-<p class="small">Share of the routed pairs in a training batch that each expert got, before drops,
-over the fair share 1/E.</p>
-$loads
-</section>
-</div>
-<h2>How this was made, and proof that only the router differs</h2>
-<dl>$notes</dl>
-<h3>Configurations</h3>
-$configs
-</main>
-<noscript><p>The figures need JavaScript; the table and the notes do not.</p></noscript>
-<script>
-const table = document.getElementById("results");
-const units = {k: 1e3, M: 1e6, G: 1e9, T: 1e12};
-function value(cell) {
-  const found = cell.textContent.replaceAll(",", "").match(/^([+-]?[\\d.]+)(?: ([kMGT])\\b)?/);
-  return found ? Number(found[1]) * (units[found[2]] ?? 1) : NaN;
-}
-function order(a, b, sign) {
-  const x = value(a), y = value(b);
-  if (isNaN(x) && isNaN(y)) return sign * a.textContent.localeCompare(b.textContent);
-  return isNaN(x) - isNaN(y) || sign * (x - y);
-}
-table.tHead.addEventListener("click", (event) => {
-  const head = event.target.closest("th");
-  if (!head) return;
-  const down = head.ariaSort === "ascending";
-  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const rows = [...table.tBodies[0].rows];
-  rows.sort((a, b) => order(a.cells[head.cellIndex], b.cells[head.cellIndex], down ? -1 : 1));
-  table.tBodies[0].append(...rows);
-});
-const pickers = ["router", "layer"].map((id) => document.getElementById(id)).filter(Boolean);
-for (const picker of pickers) {
-  picker.addEventListener("change", () => {
-    const wanted = pickers.map((p) => Number(p.value));
-    Plotly.restyle("loads", {visible: DRAWN.map(([router, layer]) => router === wanted[0] && layer === wanted[1])});
-  });
-}
-</script>
-</body>
-</html>
-""")

@@ -1,0 +1,63 @@
+"""Pages: one self-contained HTML file each, that opens from a disk, works offline and asks nobody for anything.
+
+The templates escape every text that is put into them. A page runs two scripts, Plotly's and its own, and its policy
+names both by their hashes: no other can run, whatever a text that was overlooked may hold.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from plotly.graph_objects import Figure
+
+
+def render_page(template: str, script: str, figures: Mapping[str, Figure], **values: Any) -> str:
+    """Return a page.
+
+    Args:
+        template: the name of its template, which extends ``base.html``.
+        script: the name of a script of its own, which runs after the figures are drawn; empty for none.
+        figures: by the ``id`` of the elements that the template has for them. Their texts are Plotly's markup: escape
+            what comes from outside.
+        values: what else the template shows.
+    """
+    from plotly.offline import get_plotlyjs
+
+    scripts = [get_plotlyjs(), "\n".join(map(_read, ["base.js", *filter(None, [script])]))]
+    data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in figures.items()) + "}"
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            scripts=scripts,
+            hashes=[_hash(text) for text in scripts],
+            figures=data.replace("<", "\\u003c"),
+            css=_read("base.css"),
+            **values,
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader(__package__, "templates")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _read(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
