@@ -5,6 +5,8 @@
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
 # make soak       twenty random kills over one sweep, which ends all the same
 # make mutants    small faults of the core, each of which some test must notice
+# make versions   the fast tests with torch 2.11, 2.13 and 2.14, each with its triton, in environments of their own (gigabytes)
+# make dist       the wheel and the source archive in dist/
 # make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
@@ -14,7 +16,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: soak compare test fast check slow mutants envs aot gpu clean
+.PHONY: soak compare test fast check slow mutants envs aot versions dist gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -72,10 +74,32 @@ aot: $(INSTALLED)
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.bench.soak
 
+# What each torch release for Linux names as its triton. All else is as in the usual environment.
+TORCH_AND_TRITON := 2.11.0/3.6.0 2.13.0/3.7.1 2.14.1/3.8.0
+
+versions:
+	for pair in $(TORCH_AND_TRITON); do \
+		torch=$${pair%/*}; triton=$${pair#*/}; home=.venv-versions/$$torch; \
+		$(PYTHON) -m venv $$home && pip="$$home/bin/python -m pip install -qq --disable-pip-version-check" || exit 1; \
+		$$pip torch==$$torch && $$pip --no-deps triton==$$triton || exit 1; \
+		$$home/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+			o = p['optional-dependencies']; \
+			print(*[r for r in p['dependencies'] + sum(map(o.get, ('cli', 'ray', 'report', 'envs', 'dev')), []) \
+			if not r.startswith(('torch', 'triton', 'rlroute'))], sep='\n')" > $$home/wanted.txt || exit 1; \
+		$$pip -r $$home/wanted.txt && $$pip --no-deps -e . || exit 1; \
+		$$home/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"; \
+		OMP_NUM_THREADS=1 $$home/bin/python -m pytest $(SPREAD) --fast || exit 1; \
+	done
+
+dist:
+	rm -rf build dist
+	$(PYTHON) -m pip wheel -q --no-deps -w dist .
+	$(PYTHON) -c "import setuptools.build_meta as b; b.build_sdist('dist')"
+
 # Nothing is installed: the machine's own Python has torch for its card.
 gpu:
 	PYTHONPATH=. $(PYTHON) -m rlroute.experiments.bench.gpu
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-versions build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,6 +29,7 @@ class DrawConfig(RouterConfig):
     final_temperature: Positive | None = None
     """Reached linearly after ``temperature_steps``; none: the temperature stays."""
     temperature_steps: Count = 1000
+    """Optimizer steps until ``final_temperature``."""
 
     def temperature_at(self, step: int) -> float:
         """Return the temperature of a step."""

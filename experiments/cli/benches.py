@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from rlroute.experiments import RESULTS
 from rlroute.experiments.cli.common import command_line, make_folder
 
 OUT = Path("results/bench.json")
@@ -116,9 +117,9 @@ class Sweep:
 class Scale:
     """What expert parallelism would cost at 8 to 512 devices, calculated from recorded loads."""
 
-    path: Path = Path("experiments/results/comparison.jsonl")
+    path: Path = RESULTS / "comparison.jsonl"
     """The run store or compact file whose loads are taken."""
-    measured: Path = Path("experiments/results/parallel-cpu.json")
+    measured: Path = RESULTS / "parallel-cpu.json"
     """The result of bench parallel that its times are held against, where there is one."""
     out: Path = OUT
     """All figures, as JSON; the same as tables beside it, as Markdown."""

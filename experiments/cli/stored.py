@@ -12,11 +12,16 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import make_folder, select
 
 
-def routers() -> None:
-    """List the routers: where each comes from, its paper, what it learns from and its fields."""
-    from rlroute.experiments.report.listing import routers_text
+def routers(markdown: bool = False) -> None:
+    """List the routers: where each comes from, its paper, what it learns from and its fields.
 
-    print(routers_text())
+    Args:
+        markdown: as a page, each field with its meaning: docs/routers.md.
+    """
+    from rlroute.experiments.report.listing import routers_text
+    from rlroute.experiments.report.router_page import routers_page
+
+    print(routers_page() if markdown else routers_text())
 
 
 def runs(path: tyro.conf.Positional[Path] = Path("runs"), run: tyro.conf.Positional[str] = "") -> None:

@@ -33,13 +33,13 @@ def _router_text(name: str) -> str:
     module = __import__(router.__module__, fromlist=["__doc__"])
     described = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
     needed = needed_fields(router.Config)
-    shown = router if needed else _default_instance(router)
+    shown = router if needed else default_instance(router)
     marks = [] if shown.causal else ["non-causal: a token's route depends on later tokens"]
     if needed:
         marks.append(f"needs {', '.join(needed)}: takes no part where no router is named")
     else:
-        marks += [f"refuses {reason}" for reason in _refusals(router)]
-    options = ", ".join(f"{f.name}={_default(f)}" for f in fields(router.Config))
+        marks += [f"refuses {reason}" for reason in refusals(router)]
+    options = ", ".join(f"{f.name}={default_text(f)}" for f in fields(router.Config))
     lines = [
         f"{name}  ({router.__module__})",
         *described,
@@ -50,7 +50,7 @@ def _router_text(name: str) -> str:
     return "\n    ".join(lines)
 
 
-def _default_instance(router: type[Router]) -> Router | type[Router]:
+def default_instance(router: type[Router]) -> Router | type[Router]:
     """Return the router of the default configuration, without weights, in the first shape it takes; or its class."""
     for shape in _shapes():
         if router.refuses(router.Config(), shape) is None:
@@ -59,7 +59,7 @@ def _default_instance(router: type[Router]) -> Router | type[Router]:
     return router
 
 
-def _refusals(router: type[Router]) -> list[str]:
+def refusals(router: type[Router]) -> list[str]:
     """Return why the router's default configuration refuses some of the shapes that are tried."""
     return list(dict.fromkeys(filter(None, (router.refuses(router.Config(), shape) for shape in _shapes()))))
 
@@ -72,7 +72,8 @@ def _shapes() -> list[RouterShape]:
     return [shape for model in models for shape in router_shapes(model, size)]
 
 
-def _default(field: Field[Any]) -> str:
+def default_text(field: Field[Any]) -> str:
+    """Return a field's default as Python writes it; ``?`` where there is none."""
     if field.default_factory is not MISSING:
         return repr(field.default_factory())
     return "?" if field.default is MISSING else repr(field.default)

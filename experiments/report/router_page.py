@@ -1,0 +1,83 @@
+"""docs/routers.md: every router with its paper, what it learns from and its fields, out of the routers themselves."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
+from textwrap import dedent
+
+from rlroute.config import RouterConfig, needed_fields
+from rlroute.experiments.report.listing import default_instance, default_text, refusals
+from rlroute.experiments.text import markdown
+from rlroute.registry import router_class, router_names
+from rlroute.routing import Router
+
+HEAD = """# Routers
+
+Made by `rlroute routers --markdown` from the routers' own files. In an entry a router is named with its fields,
+as in `reinforce:baseline=ema,balance_weight=2`; how to write one is in [CONTRIBUTING](../CONTRIBUTING.md).
+"""
+
+
+def routers_page() -> str:
+    """Return the page."""
+    names = [name for name in router_names() if router_class(name).__module__.startswith("rlroute.")]
+    return "\n".join([HEAD, *map(_section, names), _shared()])
+
+
+def _section(name: str) -> str:
+    router = router_class(name)
+    text = inspect.getdoc(sys.modules[router.__module__]) or ""
+    text = text.partition("\nShape suffixes:")[0]
+    return f"## {name}\n\n{text.replace('``', '`').strip()}\n\n{_facts(router)}\n{_fields_table(router.Config)}"
+
+
+def _facts(router: type[Router]) -> str:
+    needed = needed_fields(router.Config)
+    shown = router if needed else default_instance(router)
+    facts = {
+        "Learns from": ", ".join(sorted(shown.learns_from)) or "nothing",
+        "Gate": shown.gate_meaning,
+        "Sees later tokens": "" if shown.causal else "yes: its loss cannot be held against the others'",
+        "Needs": ", ".join(f"`{field}`" for field in needed),
+        "Refuses": "" if needed else "; ".join(refusals(router)),
+    }
+    return "".join(f"- {title}: {fact}\n" for title, fact in facts.items() if fact)
+
+
+def _fields_table(config: type[RouterConfig]) -> str:
+    own = [f for f in fields(config) if f.name not in {shared.name for shared in fields(RouterConfig)}]
+    return _table(config, [f.name for f in own]) if own else ""
+
+
+def _shared() -> str:
+    names = [f.name for f in fields(RouterConfig)]
+    return f"## Fields of every router with scores\n\n{_table(RouterConfig, names)}"
+
+
+def _table(config: type[RouterConfig], names: list[str]) -> str:
+    said = dict(field_texts(config))
+    by_name = {f.name: f for f in fields(config)}
+    lines = [[f"`{name}`", f"`{default_text(by_name[name])}`", said.get(name, "")] for name in names]
+    return markdown(["field", "default", "meaning"], lines, "<<<") + "\n"
+
+
+def field_texts(config: type[RouterConfig]) -> Iterator[tuple[str, str]]:
+    """Yield each field of a configuration with the text that stands beneath it in the source, base classes first."""
+    for part in reversed(config.__mro__):
+        if not issubclass(part, RouterConfig):
+            continue
+        (body,) = (
+            node.body for node in ast.parse(dedent(inspect.getsource(part))).body if isinstance(node, ast.ClassDef)
+        )
+        for node, following in pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(following, ast.Expr)
+            ):
+                yield node.target.id, " ".join(str(ast.literal_eval(following.value)).replace("``", "`").split())
