@@ -91,10 +91,9 @@ versions:
 		OMP_NUM_THREADS=1 $$home/bin/python -m pytest $(SPREAD) --fast || exit 1; \
 	done
 
-dist:
+dist: $(INSTALLED)
 	rm -rf build dist
-	$(PYTHON) -m pip wheel -q --no-deps -w dist .
-	$(PYTHON) -c "import setuptools.build_meta as b; b.build_sdist('dist')"
+	$(BIN)/python -c "import setuptools.build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
 
 # Nothing is installed: the machine's own Python has torch for its card.
 gpu:
