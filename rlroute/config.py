@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from rlroute.errors import ConfigError
@@ -18,6 +18,7 @@ from rlroute.limits import AtLeast, Count, NonNegative, Positive, check_fields, 
 
 SCHEMA = 1
 DENSE = "dense"
+DEFAULT_CORPUS = "package:sympy"
 
 _SITES = re.compile(r"(mlp|attention)?(?:(\d+)(?:-(\d+))?)?")
 
@@ -71,13 +72,15 @@ class RouterConfig:
 class DataConfig:
     """What is read, and how it is cut."""
 
-    spec: str = "package:sympy"
+    spec: str = DEFAULT_CORPUS
     """Corpus: package:NAME, stdlib, synth:..., file:GLOB or bin:GLOB."""
-    tokenizer: str | None = None
-    """A Hugging Face tokenizers JSON file; bytes without one."""
+    tokenizer: str | None = "auto"
+    """bytes; bpe, our own, 2,048 tokens; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else
+    bytes.
+    """
     seq_len: Count = 128
     """Tokens per sequence."""
-    eval_tokens: Count = 49_152
+    eval_tokens: Count = 12_288
     """Fixed validation tokens, the same for every run."""
 
     def check(self) -> None:
@@ -87,6 +90,15 @@ class DataConfig:
             ConfigError: a value is illegal.
         """
         check_fields(self, "data")
+        for name in ("spec", "tokenizer"):
+            value = getattr(self, name) or ""
+            if not value.isascii() and value.encode(errors="ignore").decode() != value:
+                raise ConfigError(f"data.{name} = {value!r}: legal is UTF-8; a ? in a glob stands for what is not")
+
+    def settled(self) -> DataConfig:
+        """Return the same with the tokenizer that ``auto`` stands for. (None, in older records, is bytes.)"""
+        auto = "bpe" if self.spec == DEFAULT_CORPUS else "bytes"
+        return replace(self, tokenizer=auto) if self.tokenizer == "auto" else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +106,14 @@ class ModelConfig:
     """The decoder-only transformer that every router is put into."""
 
     num_layers: Count = 2
-    d_model: Count = 96
+    d_model: Count = 64
     num_heads: Count = 4
     num_dense_layers: Annotated[int, AtLeast(0)] = 0
     """The first n layers keep a dense MLP of the same active width."""
     num_experts: Count = 16
     k: Count = 2
     """Experts per token."""
-    d_expert: Count = 96
+    d_expert: Count = 32
     """Hidden width of one expert."""
     num_shared_experts: Annotated[int, AtLeast(0)] = 0
     """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
@@ -172,19 +184,19 @@ class ModelConfig:
 class TrainConfig:
     """How one run is trained."""
 
-    steps: Count = 200
+    steps: Count = 320
     """Optimizer steps under budget tokens; the most steps under the others."""
-    batch_size: Count = 16
+    batch_size: Count = 8
     """Sequences per step."""
     micro_batches: Count = 1
     """A step's batch is cut into this many: gradient accumulation, or shares of the workers that train together."""
     balance_scope: Literal["micro_batch", "batch"] = "micro_batch"
     """What balance losses look at: a micro-batch, or the whole batch (which needs as many workers as micro-batches)."""
-    lr: Positive = 8e-3
+    lr: Positive = 1.2e-2
     """Peak learning rate of AdamW."""
     router_lr_scale: Positive = 1.0
     """The router's learning rate over ``lr``."""
-    warmup_steps: Annotated[int, AtLeast(0)] = 50
+    warmup_steps: Annotated[int, AtLeast(0)] = 40
     final_lr: NonNegative = 0.1
     """The learning rate at the end over its peak (cosine decay)."""
     weight_decay: NonNegative = 0.1
@@ -197,7 +209,7 @@ class TrainConfig:
     """What is equal between runs."""
     budget_amount: Positive | None = None
     """Training FLOPs (budget flops) or seconds (budget time)."""
-    eval_every: Count = 100
+    eval_every: Count = 25
     log_every: Count = 10
     checkpoint_every: Count = 100
     record_choices: bool = False
@@ -274,6 +286,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for part in (self.data, self.model, self.train):
             part.check()
+        object.__setattr__(self, "data", self.data.settled())  # what a record says does not hang on another default
         if self.others and self.router is None:
             raise ConfigError(f"routers at sites {self.others[0].sites}: the dense model has none elsewhere")
 

@@ -1,18 +1,26 @@
 """Corpora are the same bytes everywhere and split by document; a batch is a pure function of (corpus, seed, step)."""
 
 import dataclasses
+import glob
 import hashlib
+import itertools
+import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlroute.errors import DataError, MissingDependencyError
+from rlroute.config import DataConfig, RunConfig
+from rlroute.errors import ConfigError, DataError
 from rlroute.training import shards
-from rlroute.training.data import EVAL_SEQUENCES, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.data import EVAL_SEQUENCES, Corpus, _cut_options, eval_batches, load_corpus, sample_batch
 from rlroute.training.documents import Document, is_test, package_documents, split_documents
+from rlroute.training.files import find_files, listed, part_of
 from rlroute.training.synthetic import Mixture
 
 SYMPY_SHA256 = "4d6b5fb36310e3b8a40efa0032d6f1e65bf60da172e6ad74122637af81ac7a6d"
@@ -30,8 +38,9 @@ def corpus_of(train: np.ndarray, valid: np.ndarray | None = None) -> Corpus:
     return Corpus(train=train, valid=valid, vocab_size=257, token_bytes_V=np.ones(257), provenance={"spec": "file:x"})
 
 
-def texts_of(stream: np.ndarray) -> set[bytes]:
+def texts_of(stream: shards.Stream) -> set[bytes]:
     """Cut a byte stream at its BOS tokens."""
+    stream = stream[:]
     return {
         part[1:].astype(np.uint8).tobytes() for part in np.split(stream, np.flatnonzero(stream == BOS)) if len(part)
     }
@@ -173,7 +182,7 @@ def test_files_are_split_by_document(write_files) -> None:
     train, valid = texts_of(corpus.train), texts_of(corpus.valid)
     assert not train & valid and train | valid == set(texts.values())
     assert len(valid) == round(40 / 16)
-    assert corpus.train[0] == corpus.valid[0] == BOS
+    assert corpus.train[:1] == corpus.valid[:1] == BOS
     assert corpus.provenance["sha256"] == hashlib.sha256(b"".join(texts[name] for name in sorted(texts))).hexdigest()
 
 
@@ -186,15 +195,225 @@ def test_a_corpus_of_files_does_not_depend_on_where_they_lie(write_files, monkey
 
 
 def test_the_split_goes_by_name_and_both_parts_have_documents() -> None:
-    documents = [Document(str(i), b"x") for i in range(32)]
-    train, valid = split_documents("file:x", documents)
-    assert (len(train), len(valid)) == (30, 2)
-    assert split_documents("file:x", [d._replace(data=b"other") for d in documents])[1] == [
-        d._replace(data=b"other") for d in valid
-    ]
-    assert [len(part) for part in split_documents("file:x", documents[:2])] == [1, 1]
+    documents = [Document(str(i), b"%d" % i) for i in range(32)]
+    train, valid, notes = split_documents("file:x", documents)
+    assert (len(train), len(valid), notes) == (30, 2, [])
+    others = [d._replace(data=b"other" + d.data) for d in documents]
+    assert split_documents("file:x", others).valid == [d for d in others if d.name in {v.name for v in valid}]
+    assert [len(part) for part in split_documents("file:x", documents[:2])] == [1, 1, 0]
     with pytest.raises(DataError, match="'file:x' is too short: 1 non-empty documents"):
         split_documents("file:x", [Document("a", b"x"), Document("b", b"")])
+
+
+def test_no_text_that_is_held_out_is_trained_on_under_another_name() -> None:
+    documents = [Document(str(i), b"%d" % (i % 20)) for i in range(40)]
+    train, valid, notes = split_documents("file:x", documents)
+    assert not {d.data for d in train} & {d.data for d in valid}
+    dropped = [d.name for d in documents if d not in train and d not in valid]
+    assert dropped and len(train) + len(valid) + len(dropped) == 40
+    assert notes == [
+        f"corpus 'file:x': of its documents {len(dropped)} are held out too, and not trained on: {listed(dropped)}"
+    ]
+    with pytest.raises(DataError, match="every document is held out for validation"):
+        split_documents("file:x", [Document(str(i), b"same") for i in range(9)])
+
+
+# Files
+
+
+def texts(root: Path, corpus: Corpus) -> tuple[set[bytes], set[bytes]]:
+    """Return the texts of training and validation, each of which must be there once."""
+    parts = [texts_of(part) for part in (corpus.train, corpus.valid)]
+    assert not parts[0] & parts[1]
+    assert [len(part) for part in parts] == [int((s[:] == BOS).sum()) for s in (corpus.train, corpus.valid)]
+    return parts[0], parts[1]
+
+
+def links_to_the_parent(root: Path) -> None:
+    (root / "a/up").symlink_to("..")
+    (root / "b/up").symlink_to(root)
+
+
+def links_between_siblings(root: Path) -> None:
+    for one, other in itertools.permutations("abcde", 2):
+        (root / one / f"to_{other}").symlink_to(root / other)
+
+
+def links_to_themselves(root: Path) -> None:
+    (root / "a/me").symlink_to("me")
+    (root / "a/me.txt").symlink_to("me.txt")
+    (root / "gone.txt").symlink_to("/no/such")
+
+
+def links_to_files(root: Path) -> None:
+    for i, file in enumerate(sorted(root.rglob("*.txt"))):
+        (root / f"{i}.txt").symlink_to(file)
+
+
+def a_link_in_front(root: Path) -> None:
+    (root / "0first").symlink_to(root / "d")
+
+
+MESSES = [links_to_the_parent, links_between_siblings, links_to_themselves, links_to_files, a_link_in_front]
+
+
+@pytest.fixture
+def tree(write_files) -> Path:
+    return write_files({f"t/{folder}/{i}.txt": f"{folder}{i}".encode() for folder in "abcde" for i in range(8)}) / "t"
+
+
+@pytest.mark.parametrize("mess", [*MESSES, lambda root: [mess(root) for mess in MESSES]])
+def test_each_file_is_one_document_whatever_links_the_tree_holds(tree: Path, mess) -> None:
+    plain = load_corpus(f"file:{tree}/**/*.txt")
+    mess(tree)
+    for pattern in ("**/*.txt", "**/**/*.txt", "**"):
+        messy = load_corpus(f"file:{tree}/{pattern}")
+        texts(tree, messy)
+        assert messy.provenance == plain.provenance | {"spec": f"file:{tree}/{pattern}"}
+        np.testing.assert_array_equal(messy.train, plain.train)
+        np.testing.assert_array_equal(messy.valid, plain.valid)
+
+
+def test_a_file_of_several_names_is_one_document(tree: Path) -> None:
+    for i, file in enumerate(sorted(tree.rglob("*.txt"))):
+        (tree / f"hard{i}.txt").hardlink_to(file)
+        (tree / f"{file.parent.name}/copy{i}.txt").hardlink_to(file)
+    train, valid = texts(tree, load_corpus(f"file:{tree}/**/*.txt"))
+    assert len(train | valid) == 40
+
+
+def test_a_folder_is_reached_through_a_link(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link").symlink_to(tree)
+    for pattern in ("link/*/*.txt", "*/a/../*/*.txt", "**/*.txt"):
+        train, valid = texts(tree, load_corpus(f"file:{tmp_path}/elsewhere/{pattern}"))
+        assert len(train | valid) == 40
+
+
+def test_what_a_glob_is_matches_what_python_says(tree: Path) -> None:
+    (tree / ".hidden").mkdir()
+    (tree / ".hidden/x.txt").write_text("h")
+    (tree / "a/.y.txt").write_text("y")
+    for pattern in (
+        "*/*.txt",
+        "**/[0-3].txt",
+        "[!a]/?.txt",
+        "a/*",
+        "**/a/*.txt",
+        "*/.y*",
+        ".h*/*",
+        "a/0.txt",
+        "b/**/7*",
+    ):
+        expected = {Path(p) for p in glob.glob(f"{tree}/{pattern}", recursive=True) if Path(p).is_file()}
+        assert {found.path for found in find_files("file", f"{tree}/{pattern}")} == expected
+
+
+def test_a_path_that_is_there_is_no_glob(tree: Path) -> None:
+    for folder in ("c[13]", "c1", "x,y"):
+        (tree / folder).mkdir()
+        for i in range(2):
+            (tree / folder / f"{i}.txt").write_text(folder + str(i))
+    found = [f.path.parent.name for f in find_files("file", f"{tree}/c[13]/*.txt")]
+    assert found == ["c[13]", "c[13]"]
+    (tree / "odd*name?.txt").write_text("x")
+    assert [f.path.name for f in find_files("file", f"{tree}/odd*name?.txt")] == ["odd*name?.txt"]
+    train, valid = texts(tree, load_corpus(f"file:{tree}/x,y/*.txt"))
+    assert train | valid == {b"x,y0", b"x,y1"}
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "*", "a/", "nothing", "a/*/", "a\0b", "[", "**/nothing"])
+def test_a_glob_of_no_file_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.chdir(tree)
+    with pytest.raises(DataError, match="no file matches"):
+        load_corpus(f"file:{pattern}" if pattern != "/" else "file:/")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero")])
+def test_what_is_no_regular_file_is_refused(tree: Path, make) -> None:
+    make(tree / "a/odd.txt")
+    for pattern in ("file:{}/a/*.txt", "file:{}/a/odd.txt", "bin:{}/**/odd*,vocab=9,bytes_per_token=1"):
+        with pytest.raises(DataError, match=r"a/odd\.txt', which is no regular file"):
+            load_corpus(pattern.format(tree))
+
+
+def test_names_that_are_not_utf8(tree: Path) -> None:
+    folder = os.fsencode(tree) + b"/\xff\xfe"
+    os.mkdir(folder)
+    for i in range(3):
+        Path(os.fsdecode(folder), f"{i}.txt").write_text(f"odd{i}")
+    train, valid = texts(tree, load_corpus(f"file:{tree}/**/*.txt"))
+    assert len(train | valid) == 43
+    with pytest.raises(ConfigError, match=r"data.spec = 'file:.*udcff.*': legal is UTF-8") as caught:
+        RunConfig(data=DataConfig(spec=f"file:{os.fsdecode(folder)}/*.txt"))
+    str(caught.value).encode()
+    with pytest.raises(ConfigError, match=r"data.tokenizer = "):
+        RunConfig(data=DataConfig(tokenizer="\udcff"))
+
+
+# Parts by name
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("wiki.train.tokens", "train"),
+        ("wiki.valid.tokens", "valid"),
+        ("wiki.test.tokens", "test"),
+        ("fineweb_val_000000.bin", "valid"),
+        ("val1", "valid"),
+        ("Validation/a.txt", "valid"),
+        ("dev/train.txt", "valid"),
+        ("x/TEST-00/a.txt", "test"),
+        ("training/0.txt", "train"),
+        ("train_test_split.txt", None),
+        ("latest.txt", None),
+        ("devices/trainer/values.txt", None),
+    ],
+)
+def test_a_part_is_a_word_of_a_folder_or_file(name: str, part: str | None) -> None:
+    assert part_of(name) == part
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("train/0", "valid/0", "test/0"),
+        ("0", "dev/0", "tests/0"),
+        ("a/training-00", "a/validation-00", "b/test_00"),
+    ],
+)
+def test_names_of_parts_are_honoured_alike_by_files_and_shards(write_files, names) -> None:
+    files = {f"c/{name}": shard(np.full(20, i), False) for i, name in enumerate(names)}
+    root = write_files(files)
+    corpus = load_corpus(f"file:{root}/c/**")
+    assert texts(root, corpus) == ({files[f"c/{names[0]}"]}, {files[f"c/{names[1]}"]})
+    assert corpus.notes == [f"corpus 'file:{root}/c/**': of its documents 1 named test are left out: {names[2]!r}"]
+    corpus = load_corpus(f"bin:{root}/c/**,vocab=9,bytes_per_token=1")
+    assert (set(corpus.train[:]), set(corpus.valid[:])) == ({0}, {1})
+    assert corpus.notes == [f"corpus 'bin:{root}/c/**': 1 shards named test are left out: {names[2]!r}"]
+
+
+def test_without_a_named_validation_part_some_training_is_held_out_and_tests_are_not(write_files) -> None:
+    root = write_files({f"{part}/{i}.txt": f"{part}{i}".encode() for part in ("train", "test") for i in range(20)})
+    train, valid = texts(root, load_corpus(f"file:{root}/**/*.txt"))
+    assert len(valid) == 1 and len(train) == 19 and not any(text.startswith(b"test") for text in train | valid)
+    write_files({"testing/0.txt": b"x"})
+    with pytest.raises(DataError, match="is too short: 0 non-empty documents beside 21 named test"):
+        load_corpus(f"file:{root}/test*/*.txt")
+    train, valid = texts(root, load_corpus(f"file:{root}/test/*.txt"))  # the name is of all: it parts nothing
+    assert len(train | valid) == 20
+
+
+def test_names_of_packages_part_nothing(write_files, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["demo/train.py", "demo/valid.py", "demo/dev.py"]
+    files = {"METADATA": b"Name: rlroute-parts\nVersion: 1\n", "RECORD": "".join(f"{n},,\n" for n in names).encode()}
+    root = write_files(
+        {f"rlroute_parts-1.dist-info/{n}": data for n, data in files.items()} | {n: n.encode() for n in names}
+    )
+    monkeypatch.syspath_prepend(root)
+    assert texts_of(load_corpus("package:rlroute-parts").valid) != {b"demo/valid.py", b"demo/dev.py"}
 
 
 # Synthetic mixtures
@@ -279,8 +498,8 @@ def test_one_shard_is_mapped_and_cut_near_its_end(write_files, header: bool) -> 
 def test_named_or_last_shard_is_validation(write_files, names: tuple[str, ...], valid: int) -> None:
     root = write_files({f"{name}.bin": shard(np.arange(10) + 10 * i, True) for i, name in enumerate(names)})
     corpus = load_corpus(f"bin:{root}/*.bin,vocab=30,bytes_per_token=1")
-    assert corpus.valid.tolist() == list(range(10 * valid, 10 * valid + 10))
-    assert corpus.train.tolist() == [token for token in range(30) if token // 10 != valid]
+    assert corpus.valid[:].tolist() == list(range(10 * valid, 10 * valid + 10))
+    assert corpus.train[:].tolist() == [token for token in range(30) if token // 10 != valid]
     assert sample_batch(corpus, seed=0, step=0, batch_size=2, seq_len=4).tokens_BS.dtype == np.int64
 
 
@@ -300,72 +519,73 @@ def test_a_damaged_shard_is_refused(write_files, data: bytes, message: str) -> N
         load_corpus(f"bin:{root}/a.bin,vocab=30,bytes_per_token=1")
 
 
-def test_shards_that_do_not_make_a_corpus_are_refused(write_files, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write_files({name: shard(np.arange(10), False) for name in ("a.bin", "b.bin", "c.bin", "val1", "val2")})
-    with pytest.raises(DataError, match="every shard is named"):
+def test_shards_that_do_not_make_a_corpus_are_refused(write_files) -> None:
+    root = write_files({name: shard(np.arange(i, 10), False) for i, name in enumerate(("val1", "val2", "c/test"))})
+    with pytest.raises(DataError, match="0 shards are named test and 2 are for validation; legal is at least one"):
         load_corpus(f"bin:{root}/val*,vocab=30,bytes_per_token=1")
-    monkeypatch.setattr(shards, "MAX_COPIED_TOKENS", 19)
-    with pytest.raises(DataError, match="20 tokens in 2 shards; legal are 19"):
-        load_corpus(f"bin:{root}/*.bin,vocab=30,bytes_per_token=1")
 
 
-# Tokenizer files
+def test_a_shard_that_is_held_out_is_not_trained_on_under_another_name(write_files) -> None:
+    root = write_files({f"{n}.bin": shard(np.arange(10) + 10 * (i % 2), i > 1) for i, n in enumerate("abcd")})
+    (root / "e.bin").symlink_to(root / "a.bin")
+    corpus = load_corpus(f"bin:{root}/*.bin,vocab=30,bytes_per_token=1")
+    assert corpus.valid[:].tolist() == list(range(10, 20)) and corpus.train[:].tolist() == [*range(10), *range(10)]
+    assert corpus.notes == [f"corpus 'bin:{root}/*.bin': 1 shards are held out too, and not trained on: 'b.bin'"]
 
 
-def test_a_missing_tokenizer_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(MissingDependencyError, match=r"rlroute\[tokenizers\]"):
-        load_corpus("synth:documents=2", tokenizer="x.json")
+def test_a_shard_with_a_hole_is_named(write_files) -> None:
+    root = write_files({"a.bin": shard(np.arange(1, 30_000), False)})
+    with (root / "a.bin").open("r+b") as file:
+        file.truncate(2**22)
+    with pytest.raises(DataError, match=r"a\.bin' was never written from byte \d+ on \(of 4194304\)"):
+        load_corpus(f"bin:{root}/a.bin,vocab=65536,bytes_per_token=1")
 
 
-def train_tokenizer(path: Path, normalizer: object = None, byte_level: bool = True) -> str:
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    if byte_level:
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.normalizer = normalizer
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(["the theory of the thing, naïve"] * 5, trainer)
-    tokenizer.save(str(path))
-    return str(path)
+@pytest.mark.parametrize(
+    ("rest", "pattern", "pairs"),
+    [
+        ("a,b/*.bin,vocab=9,bytes_per_token=1.5", "a,b/*.bin", ["vocab=9", "bytes_per_token=1.5"]),
+        ("a,b.bin", "a,b.bin", []),
+        ("x=1,y.bin,vocab=9", "x=1,y.bin", ["vocab=9"]),
+        ("v=1,w=2/a.bin", "v=1,w=2/a.bin", []),
+        ("a[,]v=1", "a[,]v=1", []),
+        ("", "", []),
+    ],
+)
+def test_paths_may_hold_commas(rest: str, pattern: str, pairs: list[str]) -> None:
+    assert _cut_options(rest) == (pattern, pairs)
 
 
-def test_a_tokenizer_keeps_count_of_the_bytes(write_files, tmp_path: Path) -> None:
-    texts = {f"{i}.txt": f"the naïve theory <|end|> 数 {i}".encode() for i in range(4)}
-    path = train_tokenizer(tmp_path / "t.json")
-    corpus = load_corpus(f"file:{write_files(texts)}/*.txt", path)
-    stream = np.concatenate([corpus.train, corpus.valid])
-    bos = corpus.vocab_size - 1
-    assert corpus.train[0] == corpus.valid[0] == bos and (stream == bos).sum() == 4
-    assert corpus.token_bytes_V[bos] == corpus.token_bytes_V[0] == 0  # 0: <|end|>
-    assert corpus.token_bytes_V[stream].sum() == sum(map(len, texts.values())) > len(stream)
-    assert corpus.provenance["tokenizer_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def test_a_path_that_is_there_has_no_options(write_files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_files({"a,v=1": b"", "a": b""}))
+    assert _cut_options("a,v=1") == ("a,v=1", []) and _cut_options("a,v=1,w=2") == ("a,v=1", ["w=2"])
 
 
-def test_a_tokenizer_sizes_shards(write_files, tmp_path: Path) -> None:
-    path = train_tokenizer(tmp_path / "t.json")
-    spec = f"bin:{write_files({'a.bin': shard(np.arange(32), False)})}/*.bin"
-    assert load_corpus(spec, path).vocab_size == load_corpus("synth:documents=2", path).vocab_size
-    with pytest.raises(DataError, match="unknown option 'vocab', legal are none"):
-        load_corpus(spec + ",vocab=300", path)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
+def test_joined_shards_are_cut_like_one_array(lengths: list[int], data) -> None:
+    parts = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1])
+    joined, whole = shards.Joined(parts), np.arange(sum(lengths), dtype=np.uint16)
+    start, stop = (data.draw(st.none() | st.integers(-60, 60)) for _ in range(2))
+    cut = slice(start, stop, data.draw(st.sampled_from([None, 1, 2])))
+    np.testing.assert_array_equal(joined[cut], whole[cut])
+    assert joined[cut].dtype == np.uint16 and len(joined) == len(whole)
 
 
-def test_a_tokenizer_that_would_falsify_bits_per_byte_is_refused(write_files, tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    spec = f"file:{write_files({f'{i}.txt': 'naïve'.encode() for i in range(4)})}/*.txt"
-    with pytest.raises(DataError, match="turns the 6 bytes of document"):
-        load_corpus(spec, train_tokenizer(tmp_path / "strip.json", tokenizers.normalizers.NFD()))
-    with pytest.raises(DataError, match="byte-level"):
-        load_corpus(spec, train_tokenizer(tmp_path / "chars.json", byte_level=False))
-    with pytest.raises(DataError, match="cannot be read"):
-        load_corpus(spec, str(tmp_path / "none.json"))
-    (tmp_path / "0.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match=r"'0\.txt' is not UTF-8"):
-        load_corpus(spec, train_tokenizer(tmp_path / "t.json"))
+def test_shards_stay_on_disk(write_files) -> None:
+    """Reading, counting and cutting 48 MB of shards takes a fraction of them."""
+    rng = np.random.default_rng(0)
+    root = write_files({f"{i}.bin": shard(rng.integers(0, 999, 2**23, dtype=np.uint16), False) for i in range(3)})
+    tracemalloc.start()
+    try:
+        corpus = load_corpus(f"bin:{root}/*.bin,vocab=999,bytes_per_token=1")
+        counts = corpus.token_counts_V
+        sample_batch(corpus, seed=0, step=0, batch_size=8, seq_len=64)
+        eval_batches(corpus, num_tokens=4096, batch_size=8, seq_len=64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 9 * shards.BLOCK_TOKENS  # one block as int64, and little else
+    np.testing.assert_array_equal(counts, np.bincount(corpus.train[:], minlength=999))
 
 
 # Bad specs

@@ -143,7 +143,7 @@ def names_of_training_and_validation() -> tuple[str, str]:
     from rlroute.training.documents import Document, split_documents
 
     names = ("long", "brief")
-    (train,), (valid,) = split_documents("file:", [Document(name, b"text") for name in names])
+    (train,), (valid,), _ = split_documents("file:", [Document(name, name.encode()) for name in names])
     return train.name, valid.name
 
 

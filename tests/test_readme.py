@@ -12,8 +12,6 @@ import torch
 
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
-from rlroute.experiments.comparison.tune import best
-from rlroute.experiments.recipes.tuned import GRID, TUNED, TUNING_SEEDS
 from rlroute.records import read_runs
 from rlroute.registry import run_config
 from rlroute.routing import RouterShape, RoutingContext
@@ -34,27 +32,20 @@ def test_published_tables_are_what_the_stored_records_say(page, tables):
         assert text == "\n".join([*rows, "", *sampled, ""])
 
 
-def test_stored_comparison_used_seeds_that_tuning_did_not_and_the_tuned_settings():
+def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():
+    tuning = json.loads((RESULTS / "tuning.json").read_text())
+    found = {}
+    for row in tuning["trials"]:  # best first within an entry
+        found.setdefault(row["entry"], row["overrides"])
     records = read_runs(RESULTS / "comparison.jsonl")
-    assert not {record.config["seed"] for record in records} & set(TUNING_SEEDS)
+    assert not {record.config["seed"] for record in records} & set(tuning["seeds"])
     for record in records:
-        entry = record.config["router"]
-        if record.config["config"]["router"].get("table") == "position":
-            entry = "hash:table=position"
+        best = found[record.config["router"]]
         config = record.config["config"]
         now = run_config(config).to_dict()  # fields that are newer than the record take their defaults
         assert {part: {name: now[part][name] for name in config[part]} for part in config} == config
-        assert config["train"] | TUNED[entry]["train"] == config["train"]
-        assert config["router"] | TUNED[entry].get("router", {}) == config["router"]
-
-
-def test_every_entry_had_the_same_number_of_trials_and_the_best_was_taken():
-    stored = json.loads((RESULTS / "tuning.json").read_text())
-    assert len({len(choices) for choices in GRID.values()}) == 1
-    ran = {entry: [row["overrides"] for row in stored["trials"] if row["entry"] == entry] for entry in GRID}
-    for entry, choices in GRID.items():
-        assert sorted(map(str, ran[entry])) == sorted(map(str, choices))
-    assert best(stored["trials"]) == TUNED
+        assert config["train"] | best["train"] == config["train"]
+        assert config["router"] | best.get("router", {}) == config["router"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.gradients.instrument import default_entries as gradient_entries
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.experiments.recipes.presets import default_entries
+from rlroute.experiments.recipes.presets import all_entries
 from rlroute.model.accounting import costs
 from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import train
@@ -78,7 +78,7 @@ def test_another_file_of_the_same_name_is_another_run(path, tmp_path):
 
 def test_it_needs_its_field_and_takes_no_part_unasked(tmp_path, monkeypatch):
     assert set(router_names()) - set(default_names()) == {"replay", "sb3"}
-    assert "sb3" not in (*default_entries(), *gradient_entries())
+    assert "sb3" not in (*all_entries(), *gradient_entries())
     with pytest.raises(ConfigError, match="router sb3 needs policy: say policy=VALUE"):
         build_entry("sb3", DataConfig(), ModelConfig(), TrainConfig())
     monkeypatch.chdir(tmp_path)

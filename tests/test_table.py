@@ -19,6 +19,7 @@ from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_IN_TRAIN
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
+from rlroute.experiments.recipes.tuned import TUNED
 from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.schema import EvalRow, RunRecord
 
@@ -488,8 +489,10 @@ def test_routers_of_sites_are_in_the_label() -> None:
 
 
 def test_who_is_untuned_is_said() -> None:
-    runs = [make_run("switch", s, {"balance_weight": 0.03}, train__lr=0.008) for s in range(2)]
-    runs += [make_run("switch", s, {"balance_weight": 0.03, "z_weight": 0.1}, train__lr=0.008) for s in range(2)]
+    train = {f"train__{name}": value for name, value in TUNED["switch"]["train"].items()}
+    router = TUNED["switch"]["router"]
+    runs = [make_run("switch", s, router, **train) for s in range(2)]
+    runs += [make_run("switch", s, router | {"z_weight": 0.1}, **train) for s in range(2)]
     runs += make_runs(("bandit",), seeds=2)
     table = build_table(runs)
     assert {row.label: row.tuned for row in table.rows if row.router == "bandit"} == {"bandit": False}

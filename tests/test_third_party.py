@@ -115,10 +115,10 @@ def test_it_is_listed_with_its_paper_and_fields(site):
 
 
 def test_it_is_part_of_the_default_comparison(site):
-    from rlroute.experiments.recipes.presets import default_entries
+    from rlroute.experiments.recipes.presets import all_entries
 
     install(site)
-    assert "fragile" in default_entries()
+    assert "fragile" in all_entries()
 
 
 def test_it_learns_and_takes_its_fields_from_the_entry(site, tmp_path):

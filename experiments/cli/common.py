@@ -108,7 +108,8 @@ def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig
     from rlroute.training.data import load_corpus
     from rlroute.training.prepare import shapes
 
-    wanted = shapes(RunConfig(data=data, model=model), load_corpus(data.spec, data.tokenizer))
+    config = RunConfig(data=data, model=model)
+    wanted = shapes(config, load_corpus(config.data.spec, config.data.tokenizer))
     return tuple(fitting(entries, wanted, partial(print, file=sys.stderr)))
 
 

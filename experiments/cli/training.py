@@ -69,11 +69,12 @@ def compare(
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
-    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the dense model
-    and every router that takes the model's shapes.
+    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the entries that
+    have been tuned.
 
     Args:
-        entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`.
+        entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`; `all`:
+            the dense model and every router that takes the model's shapes.
         seeds: each entry is trained with seeds 0 to seeds - 1.
         task: text; or clusters: latent clusters whose best score is known, uniform and skewed, both gate forms, every
             router (of the other options it takes --seeds, --out and --concurrency).
@@ -90,11 +91,12 @@ def compare(
         return
     from rlroute.experiments.comparison.budget import find_reference, with_budget
     from rlroute.experiments.launch.runs import run_all
-    from rlroute.experiments.recipes.presets import build_comparison, default_entries
+    from rlroute.experiments.recipes.presets import ALL, all_entries, build_comparison, default_entries
 
     if budget != "tokens" and shared.train.budget != "tokens":
         raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
-    entries = entries or fitting_entries(default_entries(), shared.data, shared.model)
+    if not entries or entries == (ALL,):
+        entries = fitting_entries(all_entries() if entries else default_entries(), shared.data, shared.model)
     configs = build_comparison(entries, shared.data, shared.model, shared.train, tuned=tuned)
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     make_folder(out)
@@ -166,18 +168,21 @@ def tune(
 
     Args:
         entries: routers or `dense`, as named in the grid.
-        out: all trials, as JSON.
+        out: all trials, as JSON; experiments/recipes/tuning.json is the one that `compare` reads.
     """
     from rlroute.experiments.comparison import tune as tuning
+    from rlroute.experiments.recipes.grid import edges
     from rlroute.experiments.recipes.tuned import GRID
 
     make_folder(out.parent)
     entries = entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model)
-    rows = tuning.tune(entries, train, launch, command_line())
-    tuning.write_trials(rows, train, out, command_line())
-    for entry, overrides in tuning.best(rows).items():
-        print(f"{entry}: {overrides}")
-    print(f"{len(rows)} trials in {out}")
+    trials = tuning.tune(entries, train, launch, command_line())
+    tuning.write_trials(trials, train, out, command_line())
+    for entry, found in tuning.best_trials(trials).items():
+        print(f"{entry}: {found}")
+        for field in edges(GRID[entry], found):
+            print(f"{entry}: {field} is at the edge of its grid: a better value may lie beyond", file=sys.stderr)
+    print(f"{len(trials)} trials in {out}")
 
 
 def _score(summary: Summary) -> str:

@@ -2,68 +2,82 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
+from rlroute.experiments.recipes.grid import best, key, unscored
 from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, grid_entry
-from rlroute.records import write_json
-from rlroute.schema import Summary
+from rlroute.records import RunRecord, write_json
 
 
-def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) -> list[dict[str, Any]]:
-    """Run the grid of each entry and return all trials, best first within an entry.
+class Trial(NamedTuple):
+    """One point of an entry's grid.
 
-    A trial's score is the mean validation loss in bits per byte over the tuning seeds; None, and last, where a run
-    diverged.
+    Attributes:
+        entry: as named in the grid.
+        overrides: the point.
+        bits_per_byte: mean final validation loss over the tuning seeds; None where a run diverged.
+        by_seed: the same of each seed.
+        runs: their ids.
+    """
+
+    entry: str
+    overrides: Overrides
+    bits_per_byte: float | None
+    by_seed: dict[int, float | None]
+    runs: list[str]
+
+
+def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) -> list[Trial]:
+    """Walk the grid of each entry and return all trials, in the order in which they ran.
 
     Raises:
         ConfigError: an entry has no grid, or ``train`` a learning rate that every trial would overwrite.
     """
     if train.lr != TrainConfig().lr:
         raise ConfigError(f"train.lr = {train.lr}: each trial of the grid sets it")
-    entries = list(map(grid_entry, entries))
-    data, model = DataConfig(), ModelConfig()
-    trials = [(entry, choice) for entry in entries for choice in GRID[entry]]
-    configs = [_trial(entry, choice, data, model, train) for entry, choice in trials]
-    jobs = [Job(config, seed, command) for config in configs for seed in TUNING_SEEDS]
-    scores = {record.id: _score(record.summary) for record in run_all(jobs, how)}
-    rows = []
-    for (entry, choice), config in zip(trials, configs, strict=True):
-        runs = [config.run_id(seed) for seed in TUNING_SEEDS]
-        found = [score for run in runs if (score := scores[run]) is not None]
-        mean = sum(found) / len(found) if len(found) == len(runs) else None
-        rows.append({"entry": entry, "overrides": choice, "bits_per_byte": mean, "runs": runs})
-    return sorted(rows, key=lambda row: (entries.index(row["entry"]), _or_last(row["bits_per_byte"])))
+    entries = list(dict.fromkeys(map(grid_entry, entries)))
+    trials: list[Trial] = []
+    while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
+        configs = [_trial(entry, point, train) for entry, point in following]
+        records = run_all([Job(config, seed, command) for config in configs for seed in TUNING_SEEDS], how)
+        found = {record.id: record for record in records}
+        for (entry, point), config in zip(following, configs, strict=True):
+            trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in TUNING_SEEDS]))
+    return trials
 
 
-def _trial(entry: str, choice: Overrides, data: DataConfig, model: ModelConfig, train: TrainConfig) -> RunConfig:
-    return build_entry(entry, data, model, train, lambda router: choice)
+def _trial(entry: str, point: Overrides, train: TrainConfig) -> RunConfig:
+    return build_entry(entry, DataConfig(), ModelConfig(), train, lambda router: point)
 
 
-def _score(summary: Summary) -> float | None:
-    return summary["final"]["bits_per_byte"] if summary["final"] else None
+def _scored(entry: str, point: Overrides, records: Iterable[RunRecord]) -> Trial:
+    by_seed = {}
+    for record in records:
+        final = record.summary["final"]
+        by_seed[record.config["seed"]] = final["bits_per_byte"] if final else None
+    found = [score for score in by_seed.values() if score is not None]
+    mean = sum(found) / len(found) if len(found) == len(by_seed) else None
+    return Trial(entry, point, mean, by_seed, [record.id for record in records])
 
 
-def _or_last(score: float | None) -> float:
-    return math.inf if score is None else score
+def scores(trials: Sequence[Trial], entry: str) -> dict[str, float | None]:
+    """Return the bits per byte of an entry's trials, by point."""
+    return {key(trial.overrides): trial.bits_per_byte for trial in trials if trial.entry == entry}
 
 
-def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return each entry's best overrides: what ``TUNED`` holds."""
-    found: dict[str, Any] = {}
-    for row in rows:
-        found.setdefault(row["entry"], row["overrides"])
-    return found
+def best_trials(trials: Sequence[Trial]) -> dict[str, Overrides]:
+    """Return each entry's best point: what ``TUNED`` holds once the trials are stored."""
+    return {entry: best(GRID[entry], scores(trials, entry)) for entry in dict.fromkeys(t.entry for t in trials)}
 
 
-def write_trials(rows: Sequence[dict[str, Any]], train: TrainConfig, path: Path, command: str) -> None:
+def write_trials(trials: Sequence[Trial], train: TrainConfig, path: Path, command: str) -> None:
     """Write all trials with the command that ran them."""
-    result = {"command": command, "seeds": list(TUNING_SEEDS), "steps": train.steps, "trials": list(rows)}
-    write_json(path, result)
+    rows = [trial._asdict() for trial in trials]
+    write_json(path, {"command": command, "seeds": list(TUNING_SEEDS), "steps": train.steps, "trials": rows})

@@ -54,7 +54,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     seeds_of: dict[RunConfig, list[int]] = {}
     for job in jobs:
         seeds_of.setdefault(job.config, []).append(job.seed)
-    check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.address is not None)
+    for note in check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.address is not None):
+        print(note, file=sys.stderr)
     if how.uses_ray(len(jobs)):
         require()
         if not how.gpus and any(job.config.train.device == "cuda" for job in jobs):

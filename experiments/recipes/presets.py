@@ -7,15 +7,21 @@ from collections.abc import Callable, Iterable, Sequence
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import build_entry, parse_entry
-from rlroute.experiments.recipes.tuned import tuned_settings
+from rlroute.experiments.recipes.tuned import GRID, tuned_settings
 from rlroute.registry import default_names, refusals
 from rlroute.routing import RouterShape
 
+ALL = "all"
+"""In place of entries: every one that there is."""
+
 
 def default_entries() -> list[str]:
-    """Return the entries of the default comparison: routers that need no field, position hashing as a control, and the
-    dense model.
-    """
+    """Return the entries of the default comparison: those that have a tuning grid."""
+    return list(GRID)
+
+
+def all_entries() -> list[str]:
+    """Return the dense model, every router that needs no field, and position hashing as a control."""
     return [DENSE, *default_names(), "hash:table=position"]
 
 

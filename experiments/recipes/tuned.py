@@ -1,57 +1,83 @@
-"""What entries were tuned to, and the grid that they were tuned on.
+"""What the entries of the default comparison were tuned to, and the grids that they were tuned on.
 
-``TUNED`` holds the best trial of ``GRID`` for each entry, found by ``rlroute tune`` (400 steps, seeds that no table
-uses); every entry had the same number of trials. An entry is found by what it resolves to, however it is written.
+``TUNED`` is read from ``tuning.json`` beside this file, which ``rlroute tune`` writes: the best trial of each entry, by
+the mean over seeds that no table uses, at the steps of the default comparison. Every entry had the same number of
+trials. An entry is found by what it resolves to, however it is written.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlroute.config import DENSE
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, parse_entry, router_of
+from rlroute.experiments.recipes.grid import Axis, Grid, best, key
 
-TUNING_SEEDS = (1000,)
-RATES = (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
-NEAR_RATES = (4e-3, 6e-3, 8e-3)
+TUNING_SEEDS = (1000, 1001, 1002)
+TUNING = Path(__file__).with_name("tuning.json")
 
-
-def _rates_only() -> list[Overrides]:
-    return [{"train": {"lr": rate}} for rate in RATES]
-
-
-def _rates_and(*choices: dict[str, Any]) -> list[Overrides]:
-    return [{"train": {"lr": rate}, "router": choice} for rate in NEAR_RATES for choice in choices]
+_RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2))
+_FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2))
+_MORE_RATES = Axis(("train.lr",), (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2))
 
 
-GRID: dict[str, list[Overrides]] = {
-    "dense": _rates_only(),
-    "hash": _rates_only(),
-    "hash:table=position": _rates_only(),
-    "uniform": _rates_only(),
-    "unbalanced": _rates_only(),
-    "switch": _rates_and({"balance_weight": 0.01}, {"balance_weight": 0.03}),
-    "noisy_topk": _rates_and(
-        {"importance_weight": 0.1, "load_weight": 0.1}, {"importance_weight": 0.01, "load_weight": 0.01}
+def _scales(*values: float) -> Axis:
+    return Axis(("train.router_lr_scale",), values)
+
+
+def _learned(router: dict[str, Any], *axes: Axis, scale: float = 1.0) -> Grid:
+    return Grid({"train": {"lr": 1.6e-2, "router_lr_scale": scale}, "router": router}, axes)
+
+
+GRID: dict[str, Grid] = {
+    "dense": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
+    "hash": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
+    "unbalanced": _learned({}, _MORE_RATES, _scales(0.1, 0.3, 1.0, 3.0, 10.0)),
+    "switch": _learned(
+        {"balance_weight": 0.03},
+        _FEW_RATES,
+        Axis(("router.balance_weight",), (0.003, 0.01, 0.03, 0.1)),
+        _scales(0.3, 1.0, 3.0),
     ),
-    "bias_balanced": _rates_and({"update_rate": 0.003}, {"update_rate": 0.01}),
-    "reinforce": _rates_and({"balance_weight": 0.01}, {"balance_weight": 0.1}),
+    "noisy_topk": _learned(
+        {"importance_weight": 0.01, "load_weight": 0.01},
+        _FEW_RATES,
+        Axis(("router.importance_weight", "router.load_weight"), (0.001, 0.003, 0.01, 0.03)),
+        _scales(0.3, 1.0, 3.0),
+    ),
+    "bias_balanced": _learned(
+        {"update_rate": 0.01},
+        _FEW_RATES,
+        Axis(("router.update_rate",), (0.001, 0.003, 0.01, 0.03)),
+        _scales(0.3, 1.0, 3.0),
+    ),
+    "reinforce": _learned(
+        {"baseline": "batch", "balance_weight": 2.0, "policy_weight": 0.5},
+        _FEW_RATES,
+        Axis(("router.baseline",), ("batch", "ema")),
+        Axis(("router.balance_weight",), (0.5, 2.0, 8.0)),
+        _scales(3.0, 10.0, 30.0),
+        scale=10.0,
+    ),
 }
+"""For each entry of the default comparison, in its order."""
 
-TUNED: dict[str, Overrides] = {
-    "dense": {"train": {"lr": 0.006}},
-    "hash": {"train": {"lr": 0.006}},
-    "hash:table=position": {"train": {"lr": 0.008}},
-    "uniform": {"train": {"lr": 0.008}},
-    "unbalanced": {"train": {"lr": 0.006}},
-    "switch": {"train": {"lr": 0.008}, "router": {"balance_weight": 0.03}},
-    "noisy_topk": {"train": {"lr": 0.008}, "router": {"importance_weight": 0.01, "load_weight": 0.01}},
-    "bias_balanced": {"train": {"lr": 0.008}, "router": {"update_rate": 0.01}},
-    "reinforce": {"train": {"lr": 0.008}, "router": {"balance_weight": 0.1}},
-}
+
+def read_tuning(path: Path = TUNING) -> dict[str, dict[str, float | None]]:
+    """Return the scores of the trials that are stored, by entry and :func:`.grid.key`."""
+    scores: dict[str, dict[str, float | None]] = {entry: {} for entry in GRID}
+    for row in json.loads(path.read_text())["trials"]:
+        scores.setdefault(row["entry"], {})[key(row["overrides"])] = row["bits_per_byte"]
+    return scores
+
+
+TUNED: dict[str, Overrides] = {entry: best(GRID[entry], scores) for entry, scores in read_tuning().items()}
+"""Where the grid of an entry has not been run yet, its start."""
 
 
 class Tuning(NamedTuple):

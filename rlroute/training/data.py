@@ -8,7 +8,8 @@ A corpus is named by a spec string:
 - ``stdlib``: the sources of the interpreter's own library; they differ between Python versions.
 - ``synth:``, or ``synth:domains=8,vocab=64,length=256,documents=4000,order=1,seed=0`` (any of them): see
   :mod:`.synthetic`.
-- ``file:GLOB``: each matching file is a document.
+- ``file:GLOB``: each matching file is a document. What is named like a part (``wiki.valid.txt``, ``train/``) is it:
+  see :func:`.documents.split_documents`.
 - ``bin:GLOB,vocab=50257,bytes_per_token=4.2``: shards of uint16 tokens, see :mod:`.shards`; with a tokenizer file,
   ``bin:GLOB``.
 
@@ -17,7 +18,9 @@ Shape suffixes: B sequences, S sequence length, V vocabulary.
 
 import hashlib
 import math
+import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -28,9 +31,9 @@ import numpy as np
 from rlroute.errors import DataError
 from rlroute.seeding import derive_key
 from rlroute.training.documents import Document, file_documents, package_documents, split_documents, stdlib_documents
-from rlroute.training.shards import read_shards
+from rlroute.training.shards import Stream, blocks, read_shards
 from rlroute.training.synthetic import Mixture
-from rlroute.training.tokenizer import ByteEncoder, Encoder, TokenizerFile
+from rlroute.training.tokenizer import Encoder, open_encoder
 
 EVAL_SEQUENCES = 2**40
 """Evaluation windows carry sequence ids from here on, apart from every training window's."""
@@ -41,7 +44,7 @@ class Corpus:
     """Tokenised text, split by document.
 
     Attributes:
-        train: integer tokens, shape (tokens,), each document opened by BOS; may be memory-mapped.
+        train: integer tokens, shape (tokens,), each document opened by BOS; may lie on disk.
         valid: the same of the validation documents.
         vocab_size: 257 for bytes: 256 and BOS.
         token_bytes_V: bytes of text that each token stands for, float64; BOS: 0. For ``bin`` without a tokenizer a
@@ -51,20 +54,25 @@ class Corpus:
             floor_bits_per_byte (of the validation documents, ``synth`` only, see :meth:`.synthetic.Mixture.floor`).
         train_domains: hidden domain of each training token, BOS included; ``synth`` only.
         valid_domains: the same for validation.
+        notes: what is to be said of documents that were left out, a line each.
     """
 
-    train: np.ndarray
-    valid: np.ndarray
+    train: Stream
+    valid: Stream
     vocab_size: int
     token_bytes_V: np.ndarray
     provenance: dict[str, Any]
     train_domains: np.ndarray | None = None
     valid_domains: np.ndarray | None = None
+    notes: Sequence[str] = ()
 
     @cached_property
     def token_counts_V(self) -> np.ndarray:
         """How often each token occurs in training, int64."""
-        return np.bincount(self.train, minlength=self.vocab_size)
+        counts_V = np.zeros(self.vocab_size, dtype=np.int64)
+        for block in blocks(self.train):  # the stream may be larger than memory
+            counts_V += np.bincount(block, minlength=self.vocab_size)
+        return counts_V
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +98,22 @@ class Batch:
 
 
 def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
-    """Read the corpus that ``spec`` names (see the module), as bytes or through a Hugging Face ``tokenizers`` JSON
-    file.
+    """Read the corpus that ``spec`` names (see the module), through the tokenizer that ``tokenizer`` names
+    (:func:`.tokenizer.open_encoder`; None: bytes).
 
-    Nothing is cached: the default takes a fraction of a second. A tokenizer file takes seconds for 10 MB of text.
+    A tokenizer takes seconds for 10 MB of text, the first time (:mod:`.encoded`).
 
     Raises:
-        DataError: unknown scheme or option, no such package or file, or fewer than two documents.
+        DataError: unknown scheme or option, no such package or file, fewer than two documents, or a tokenizer that is
+            damaged or changes text.
         MissingDependencyError: a tokenizer is given and the package ``tokenizers`` is not installed.
     """
     scheme, _, rest = spec.partition(":")
-    encoder: Encoder | None = None if tokenizer is None else TokenizerFile(tokenizer)
+    encoder = open_encoder(tokenizer)
     if scheme == "bin":
-        return _load_shards(spec, rest, encoder)
-    encoder = encoder or ByteEncoder()
+        return _load_shards(spec, rest, None if encoder.sha256 is None else encoder)
     documents, version, mixture = _read(spec)
-    train, valid = split_documents(spec, documents)
+    train, valid, notes = split_documents(spec, documents, by_name=scheme == "file")
     train_tokens, train_domains = _stream(train, encoder)
     valid_tokens, valid_domains = _stream(valid, encoder)
     digest = hashlib.sha256()
@@ -128,13 +136,23 @@ def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
         ),
         train_domains=train_domains,
         valid_domains=valid_domains,
+        notes=notes,
     )
 
 
-def _provenance(spec: str, sha256: str, train: np.ndarray, valid: np.ndarray, **known: Any) -> dict[str, Any]:
+def _provenance(spec: str, sha256: str, train: Stream, valid: Stream, **known: Any) -> dict[str, Any]:
     unknown = {"distribution": None, "version": None, "tokenizer_sha256": None, "floor_bits_per_byte": None}
     counts = {"train_tokens": len(train), "valid_tokens": len(valid)}
     return {"spec": spec, "sha256": sha256} | unknown | counts | known
+
+
+def read_documents(spec: str) -> list[Document]:
+    """Return the documents that a spec names, but for shards, which hold none.
+
+    Raises:
+        DataError: unknown scheme or option, or no such package or file.
+    """
+    return _read(spec)[0]
 
 
 def _read(spec: str) -> tuple[list[Document], dict[str, str], Mixture | None]:
@@ -159,7 +177,7 @@ def _read(spec: str) -> tuple[list[Document], dict[str, str], Mixture | None]:
 
 def _stream(documents: Sequence[Document], encoder: Encoder) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the documents' tokens, each document after a BOS, and each token's domain where the documents have one."""
-    ids = [encoder.encode(document) for document in documents]
+    ids = encoder.encode(documents)
     bos = np.array([encoder.vocab_size - 1])
     dtype = np.min_scalar_type(encoder.vocab_size - 1)
     tokens = np.concatenate([piece for each in ids for piece in (bos, each)], dtype=dtype, casting="unsafe")
@@ -169,8 +187,12 @@ def _stream(documents: Sequence[Document], encoder: Encoder) -> tuple[np.ndarray
 
 
 def _load_shards(spec: str, rest: str, encoder: Encoder | None) -> Corpus:
-    pattern, *pairs = rest.split(",")
+    pattern, pairs = _cut_options(rest)
     options = _options(spec, pairs, {"vocab": int, "bytes_per_token": float} if encoder is None else {})
+    if encoder is not None and not encoder.exact:
+        raise DataError(
+            f"corpus {spec!r}: its tokenizer may change text, and shards hold none to compare; say vocab=..."
+        )
     if encoder is None:
         if len(options) < 2:
             raise DataError(f"corpus {spec!r}: needs vocab=... and bytes_per_token=..., or a tokenizer file")
@@ -180,10 +202,25 @@ def _load_shards(spec: str, rest: str, encoder: Encoder | None) -> Corpus:
         token_bytes_V = np.full(vocab_size, token_bytes)
     else:
         vocab_size, token_bytes_V = encoder.vocab_size, encoder.token_bytes_V
-    train, valid, sha256 = read_shards(pattern, vocab_size)
-    tokenizer_sha256 = None if encoder is None else encoder.sha256
-    provenance = _provenance(spec, sha256, train, valid, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
-    return Corpus(train=train, valid=valid, vocab_size=vocab_size, token_bytes_V=token_bytes_V, provenance=provenance)
+    train, valid, sha256, notes = read_shards(pattern, vocab_size)
+    return Corpus(
+        train=train,
+        valid=valid,
+        vocab_size=vocab_size,
+        token_bytes_V=token_bytes_V,
+        provenance=_provenance(
+            spec, sha256, train, valid, vocab_size=vocab_size, tokenizer_sha256=encoder.sha256 if encoder else None
+        ),
+        notes=notes,
+    )
+
+
+def _cut_options(rest: str) -> tuple[str, list[str]]:
+    """Cut ``GLOB,name=value,...``; a glob may hold commas, and what is there by its name has no options."""
+    pairs: list[str] = []
+    while (match := re.fullmatch(r"(.*),([a-z_]+=[^,/]*)", rest, re.DOTALL)) and not os.path.lexists(rest):
+        rest, pairs = match[1], [match[2], *pairs]
+    return rest, pairs
 
 
 def _options(spec: str, pairs: Sequence[str], legal: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -259,7 +296,7 @@ def _too_short(corpus: Corpus, found: str) -> DataError:
 
 
 def _windows(
-    stream: np.ndarray, domains: np.ndarray | None, offset_B: np.ndarray, sequence_B: np.ndarray, seq_len: int
+    stream: Stream, domains: np.ndarray | None, offset_B: np.ndarray, sequence_B: np.ndarray, seq_len: int
 ) -> Batch:
     starts = [int(offset) for offset in offset_B]
     windows = np.stack([stream[start : start + seq_len + 1] for start in starts]).astype(np.int64)

@@ -4,7 +4,6 @@ A document's name is the same on every machine, for the order of the documents a
 validation follow from the names alone.
 """
 
-import glob
 import hashlib
 import os
 import sysconfig
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from rlroute.errors import DataError
+from rlroute.training.files import find_files, listed, part_of
 
 VALID_SHARE = 16
 """One document in so many is held out for validation."""
@@ -69,54 +69,73 @@ def stdlib_documents() -> list[Document]:
     return [Document(name, _read(root / name)) for name in sorted(names) if not is_test(name)]
 
 
-def match_files(scheme: str, pattern: str) -> list[Path]:
-    """Return the files that a glob (``**`` included) matches, sorted by path.
-
-    Raises:
-        DataError: it matches none.
-    """
-    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-    if not paths:
-        raise DataError(
-            f"corpus '{scheme}:{pattern}': no file matches {pattern!r}; legal is a glob that matches at least one"
-        )
-    return paths
-
-
 def file_documents(pattern: str) -> list[Document]:
     """Return each matching file as a document, named by its path below the folder that all matches share.
 
     Raises:
         DataError: no file matches, or one cannot be read.
     """
-    paths = match_files("file", pattern)
-    root = os.path.commonpath([path.parent for path in paths])
-    named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-    return [Document(name, _read(path)) for name, path in named]
+    return [Document(found.name, _read(found.path)) for found in find_files("file", pattern)]
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"corpus file '{path}' cannot be read: {error.strerror}; legal is a readable file") from error
+        raise DataError(
+            f"corpus file {str(path)!r} cannot be read: {error.strerror}; legal is a readable file"
+        ) from error
 
 
-def split_documents(spec: str, documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Return (training, validation): one document in 16, at least one, is validation, those with the smallest SHA-256
-    of the name.
+class Split(NamedTuple):
+    """Documents for training and for validation, and what is to be said of those left out."""
 
-    Empty documents are dropped. Both parts keep the order of ``documents``.
+    train: list[Document]
+    valid: list[Document]
+    notes: list[str]
+
+
+def split_documents(spec: str, documents: Sequence[Document], by_name: bool = False) -> Split:
+    """Split documents into training and validation. Both keep their order.
+
+    One document in 16, at least one, is validation: those with the smallest SHA-256 of the name. Empty ones are
+    dropped, and of training those whose text is held out under another name.
+
+    Args:
+        spec: of the corpus, for messages.
+        documents: all of them.
+        by_name: what is named like a part (:attr:`.files.Found.part`) is that part: validation is what is named so,
+            where anything is, and tests are left out.
 
     Raises:
-        DataError: fewer than two documents.
+        DataError: fewer than two documents, or none is left for training.
     """
     full = [document for document in documents if document.data]
-    if len(full) < 2:
+    parts = [part_of(document.name) if by_name else None for document in full]
+    tests = [document.name for document, part in zip(full, parts, strict=True) if part == "test"]
+    kept = [document for document, part in zip(full, parts, strict=True) if part != "test"]
+    held = {document.name for document, part in zip(full, parts, strict=True) if part == "valid"}
+    if len(kept) < 2:
         raise DataError(
-            f"corpus {spec!r} is too short: {len(full)} non-empty documents, "
+            f"corpus {spec!r} is too short: {len(kept)} non-empty documents{_left_out(tests)}, "
             "at least 2 are needed, one of them for validation"
         )
-    ranked = sorted(full, key=lambda document: hashlib.sha256(document.name.encode()).digest())
-    held = {document.name for document in ranked[: max(1, round(len(full) / VALID_SHARE))]}
-    return [d for d in full if d.name not in held], [d for d in full if d.name in held]
+    held = held or _drawn(kept)
+    valid = [document for document in kept if document.name in held]
+    texts = {document.data for document in valid}
+    twice = [document.name for document in kept if document.name not in held and document.data in texts]
+    train = [document for document in kept if document.data not in texts]
+    if not train:
+        raise DataError(f"corpus {spec!r}: every document is held out for validation{_left_out(tests)}")
+    notes = [f"{len(tests)} named test are left out: {listed(tests)}"] if tests else []
+    notes += [f"{len(twice)} are held out too, and not trained on: {listed(twice)}"] if twice else []
+    return Split(train, valid, [f"corpus {spec!r}: of its documents {note}" for note in notes])
+
+
+def _drawn(documents: Sequence[Document]) -> set[str]:
+    ranked = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
+    return {document.name for document in ranked[: max(1, round(len(documents) / VALID_SHARE))]}
+
+
+def _left_out(tests: Sequence[str]) -> str:
+    return f" beside {len(tests)} named test" if tests else ""

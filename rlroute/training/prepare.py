@@ -87,8 +87,9 @@ def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
 
 def check(
     seeds_of: Mapping[RunConfig, Iterable[int]], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False
-) -> None:
+) -> list[str]:
     """Find out whether runs can be trained, without writing anything or building a model: only their corpora are read.
+    Return what is to be said of these.
 
     Args:
         seeds_of: the configurations of the runs, each with its seeds.
@@ -112,6 +113,7 @@ def check(
         validation_batches(config, corpora[config.data])
         for seed in seeds:
             planned_steps(config, expected_costs(config, corpora[config.data], seed))
+    return [note for corpus in corpora.values() for note in corpus.notes]
 
 
 def refuse_other_code(folder: RunFolder, config: RunConfig) -> None:

@@ -1,10 +1,12 @@
-"""From documents to tokens: bytes by default, a byte-level tokenizer file if one is given. The last id of each is BOS.
+"""From documents to tokens: by our own byte-level BPE, as bytes, or by a tokenizer file. The last id of each is BOS.
 
 Shape suffixes: V vocabulary.
 """
 
 import hashlib
-import json
+import os
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,12 @@ import numpy as np
 
 from rlroute.errors import DataError, MissingDependencyError
 from rlroute.training.documents import Document
+from rlroute.training.encoded import remembered
+from rlroute.training.tokenizer_file import TokenizerData, read_tokenizer
+
+BPE_FILE = Path(__file__).with_name("bpe.json")
+"""Our own tokenizer, made by :mod:`.train_tokenizer` from the training documents of the default corpus."""
+_BATCH = 64  # documents that the library encodes at once
 
 
 class Encoder(Protocol):
@@ -21,15 +29,28 @@ class Encoder(Protocol):
         vocab_size: number of ids, BOS (the last) included.
         token_bytes_V: bytes of text that each id stands for, float64.
         sha256: of the tokenizer's file, None for bytes.
+        exact: whether it leaves every text as it is, which is otherwise found out by comparing.
     """
 
     vocab_size: int
     token_bytes_V: np.ndarray
     sha256: str | None
+    exact: bool
 
-    def encode(self, document: Document) -> np.ndarray:
-        """Return a document's ids, without BOS."""
+    def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Return the ids of each document, without BOS."""
         ...
+
+
+def open_encoder(tokenizer: str | None) -> Encoder:
+    """Return the encoder that ``data.tokenizer`` names: ``bpe``, ``bytes`` (or None), or a file.
+
+    Raises:
+        DataError: the file is not what :func:`.tokenizer_file.read_tokenizer` takes.
+    """
+    if tokenizer in (None, "bytes"):
+        return ByteEncoder()
+    return TokenizerFile(str(BPE_FILE) if tokenizer == "bpe" else str(tokenizer))
 
 
 class ByteEncoder:
@@ -39,77 +60,97 @@ class ByteEncoder:
         self.vocab_size = 257
         self.token_bytes_V = np.append(np.ones(256), 0.0)
         self.sha256: str | None = None
+        self.exact = True
 
-    def encode(self, document: Document) -> np.ndarray:
-        """Return a document's bytes."""
-        return np.frombuffer(document.data, np.uint8)
+    def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Return each document's bytes."""
+        return [np.frombuffer(document.data, np.uint8) for document in documents]
 
 
 class TokenizerFile:
-    """A Hugging Face ``tokenizers`` JSON file with byte-level tokens; BOS is an id added after its last.
+    """A Hugging Face ``tokenizers`` JSON file of byte-level BPE; BOS is an id added after its last.
 
-    In a byte-level vocabulary every character of a token's name stands for one byte of text, hence ``token_bytes_V``.
-    Special tokens stand for none: they are never read out of a text, whose own "<|endoftext|>" is encoded like any
+    Special tokens stand for no text: they are never read out of one, whose own "<|endoftext|>" is encoded like any
     other characters.
 
     Raises:
-        MissingDependencyError: the package ``tokenizers`` is not installed.
-        DataError: the file cannot be read or is not byte-level.
+        DataError: the file is not what :func:`.tokenizer_file.read_tokenizer` takes.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._tokenizer = _load(path)
-        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 2
-        self.token_bytes_V = np.zeros(self.vocab_size)
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            self.token_bytes_V[index] = len(token)
-        for index, token in self._tokenizer.get_added_tokens_decoder().items():
-            self.token_bytes_V[index] = 0 if token.special else len(token.content.encode())
-        self.sha256: str | None = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self._said, raw = read_tokenizer(path)
+        self.vocab_size = len(self._said.bytes_V) + 1
+        self.token_bytes_V = np.array([*map(len, self._said.bytes_V), 0], dtype=np.float64)
+        self.sha256: str | None = hashlib.sha256(raw).hexdigest()
+        self.exact = self._said.exact
 
-    def encode(self, document: Document) -> np.ndarray:
-        """Return a document's ids.
+    def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Return each document's ids. What was encoded before is remembered (:mod:`.encoded`).
 
         Raises:
-            DataError: the document is not UTF-8, or the tokenizer changes its text, so that bits per byte would be
-                wrong.
+            DataError: a document is not UTF-8, or the tokenizer changes its text, so that bits per byte would be those
+                of another.
+            MissingDependencyError: the package ``tokenizers`` is not installed.
         """
-        try:
-            text = document.data.decode()
-        except UnicodeDecodeError as error:
+        library = _library(self.path)
+        maker = f"{self.sha256} tokenizers {library.__version__}"
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        return remembered(maker, documents, dtype, lambda: list(self._encode(library, documents, dtype)))
+
+    def _encode(self, library: Any, documents: Sequence[Document], dtype: np.dtype) -> Iterable[np.ndarray]:
+        tokenizer = _load(library, self.path, self._said)
+        remaining = iter(documents)
+        while batch := list(islice(remaining, _BATCH)):
+            encodings = tokenizer.encode_batch_fast([_text(document) for document in batch], add_special_tokens=False)
+            for document, encoding in zip(batch, encodings, strict=True):
+                self._compare(document, encoding.ids)
+                yield np.array(encoding.ids, dtype=dtype)
+
+    def _compare(self, document: Document, ids: Sequence[int]) -> None:
+        """Refuse ids that stand for another text than the document's."""
+        text = b"".join(map(self._said.bytes_V.__getitem__, ids))
+        if text != document.data:
+            at = next((i for i, (a, b) in enumerate(zip(text, document.data, strict=False)) if a != b), None)
+            at = min(len(text), len(document.data)) if at is None else at
             raise DataError(
-                f"document {document.name!r} is not UTF-8, which a tokenizer file needs; bytes (no tokenizer) take any"
-            ) from error
-        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        covered = int(self.token_bytes_V[ids].sum())
-        if covered != len(document.data):
-            raise DataError(
-                f"tokenizer {self.path!r} turns the {len(document.data)} bytes "
-                f"of document {document.name!r} into tokens of {covered}; "
-                "legal is one that loses and adds nothing: all 256 bytes, no normalizer, no added prefix space"
+                f"tokenizer {self.path!r} changes the text of document {document.name!r}: "
+                f"{document.data[at : at + 20]!r} became {text[at : at + 20]!r}; "
+                "legal is one that keeps every text: no normalizer, no added prefix space, nothing removed"
             )
-        return ids
 
 
-def _load(path: str) -> Any:
+def _text(document: Document) -> str:
     try:
-        from tokenizers import Tokenizer
+        return document.data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"document {document.name!r} is not UTF-8, which a tokenizer needs; --data.tokenizer bytes takes any"
+        ) from error
+
+
+def _library(path: str) -> Any:
+    # Its own threads would take other runs' cores, and warn at every later fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import tokenizers
     except ImportError as error:
         raise MissingDependencyError(
-            "a tokenizer file needs the package tokenizers: pip install 'rlroute[tokenizers]'"
+            f"tokenizer {path!r} needs the package tokenizers: pip install tokenizers; "
+            "--data.tokenizer bytes needs none"
         ) from error
+    return tokenizers
+
+
+def _load(library: Any, path: str, said: TokenizerData) -> Any:
     try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the package raises nothing narrower
+        tokenizer = library.Tokenizer.from_str(said.text)
+        others = [content for index, content in said.added.items() if tokenizer.token_to_id(content) != index]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
         raise DataError(f"tokenizer {path!r} cannot be read: {error}; legal is a tokenizers JSON file") from error
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-    if "ByteLevel" not in {decoder.get("type"), *(part["type"] for part in decoder.get("decoders", ()))}:
-        raise DataError(
-            f"tokenizer {path!r} has decoder {decoder.get('type')!r}; legal is a byte-level tokenizer ('ByteLevel')"
-        )
+    if others:
+        raise DataError(f"tokenizer {path!r}: the id of {others[0]!r} is another token's; legal is an id of its own")
     tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
