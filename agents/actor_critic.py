@@ -20,7 +20,6 @@ from rlroute.policies import (
     RewardConfig,
     RunningMean,
     critic,
-    matrix_flops,
     perturb,
     policy_decision,
     returns,
@@ -85,7 +84,3 @@ class ActorCriticRouter(Router):
     def adapt(self, sums: Sums, progress: float) -> None:
         """Move the running mean reward."""
         self.mean_reward.update(sums, "reward")
-
-    def training_flops_per_token(self) -> int:
-        """The critic runs in training only."""
-        return matrix_flops(self.value)

@@ -9,7 +9,7 @@ The models see a fixed random projection of the hidden state and a constant. Wit
 is credited with the token's reward.
 
 Shape suffixes: T tokens (rows of all routing samples), D model width, P features, M routing samples, E experts, K
-experts per token, R pairs.
+experts per token, R pairs, Q = P + 1 (features and reward).
 """
 
 from dataclasses import dataclass
@@ -109,17 +109,14 @@ class BanditRouter(Router):
         """
         reward_T, mask_T = reward(decision, feedback, self.config.charge_weight).reshape(-1), feedback.context.mask_T
         features_TP, experts = decision.memo["features_TP"].to(reward_T.dtype), self.shape.num_experts
-        centred_T = self.mean_reward.centre(reward_T)
-        counts_R = decision.kept_R & decision.used_R & mask_T[decision.token_ids_R]
-        counts_ET = reward_T.new_zeros(experts + 1, len(reward_T)).index_put_(
-            (decision.expert_ids_R, decision.token_ids_R), counts_R.to(reward_T.dtype)
-        )[:experts]
-        grams = [features_TP.t() @ (counts_T[:, None] * features_TP) for counts_T in counts_ET]
-        return {
-            "reward": reward_T.sum(),
-            "gram_EPP": torch.stack(grams),
-            "moment_EP": (counts_ET * centred_T) @ features_TP,
-        }
+        seen_TQ = torch.cat([features_TP, self.mean_reward.centre(reward_T)[:, None]], dim=1)
+        counts_R = decision.kept_R & mask_T[decision.token_ids_R]
+        expert_R, first_R = torch.where(counts_R, decision.expert_ids_R, experts).sort(stable=True)
+        rows_E = torch.bincount(expert_R, minlength=experts + 1)[:experts].tolist()
+        tokens_R = decision.token_ids_R[first_R[: sum(rows_E)]]  # of the pairs that count, by expert
+        products = [features_TP[tokens].t() @ seen_TQ[tokens] for tokens in torch.split(tokens_R, rows_E)]
+        sums_EPQ = torch.stack(products)
+        return {"reward": reward_T.sum(), "gram_EPP": sums_EPQ[..., :-1], "moment_EP": sums_EPQ[..., -1]}
 
     def adapt(self, sums: Sums, progress: float) -> None:
         """Forget a little, add what the step saw, and move the posterior."""
@@ -132,13 +129,3 @@ class BanditRouter(Router):
         moment_EP = self.moment_EP + config.ridge * self.prior_EP
         self.mean_EP.copy_(torch.cholesky_solve(moment_EP[..., None], factor_EPP).squeeze(2))
         self.mean_reward.update(sums, "reward")
-
-    def flops_per_token(self) -> int:
-        """The projection and the experts' means."""
-        size = self.config.features + 1
-        return 2 * (self.shape.d_model * self.config.features + self.shape.num_experts * size)
-
-    def training_flops_per_token(self) -> int:
-        """The posterior widths, and the sums of feature products over k pairs."""
-        size = self.config.features + 1
-        return 2 * size**2 * (self.shape.num_experts + self.shape.k)

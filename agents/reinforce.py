@@ -24,7 +24,6 @@ from rlroute.policies import (
     RewardConfig,
     RunningMean,
     critic,
-    matrix_flops,
     perturb,
     policy_decision,
     returns,
@@ -152,7 +151,3 @@ class ReinforceRouter(Router):
     def adapt(self, sums: Sums, progress: float) -> None:
         """Move the running mean of the return."""
         self.mean_return.update(sums, "return")
-
-    def training_flops_per_token(self) -> int:
-        """The value head runs in training only."""
-        return matrix_flops(self.value)

@@ -88,7 +88,3 @@ class NoisyTopKRouter(Router):
         threshold_TE = torch.where(inside_TE, ranked_TK[:, k, None], ranked_TK[:, k - 1, None])
         probability_TE: Tensor = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
         return probability_TE
-
-    def training_flops_per_token(self) -> int:
-        """The noise's weights are used in training only."""
-        return 2 * self.noise.weight.numel()

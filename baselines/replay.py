@@ -100,11 +100,3 @@ class ReplayRouter(Router):
     def adapt(self, sums: Sums, progress: float) -> None:
         """Let the recorded router adapt."""
         self.source.adapt(sums, progress)
-
-    def flops_per_token(self) -> int:
-        """As the recorded router's."""
-        return self.source.flops_per_token()
-
-    def training_flops_per_token(self) -> int:
-        """As the recorded router's."""
-        return self.source.training_flops_per_token()

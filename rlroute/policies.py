@@ -166,8 +166,3 @@ def critic(shape: RouterShape, hidden: int) -> nn.Sequential:
         starts_at_0 = parameter.dim() == 1 or parameter is outer.weight
         shape.init(parameter, f"value.{name}", 0.0 if starts_at_0 else (2 / parameter.shape[1]) ** 0.5)
     return head
-
-
-def matrix_flops(module: nn.Module | None) -> int:
-    """Return the forward FLOPs per token of a module's matrices."""
-    return 0 if module is None else 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)

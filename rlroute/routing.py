@@ -344,16 +344,6 @@ class Router(nn.Module):
             progress: the share of the budget spent before this step, 0 to 1.
         """
 
-    def flops_per_token(self) -> int:
-        """FLOPs per token of the greedy forward: two per weight of every matrix but those that only training needs."""
-        return 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.training_flops_per_token()
-
-    def training_flops_per_token(self) -> int:
-        """Forward FLOPs per token that only training needs (value heads; extra routing samples are counted by the
-        loop).
-        """
-        return 0
-
 
 class LinearScores(nn.Linear):
     """Scores of E experts (or of ``columns``) from D features, without bias, in the precision of its input; drawn from

@@ -128,13 +128,15 @@ class Data(TypedDict):
 
 
 class ModelCosts(TypedDict):
-    """Parameters, and forward FLOPs by the pairs that ran."""
+    """Parameters, and FLOPs by the pairs that ran: forward ones per token, and those that all steps took."""
 
     active_parameters: int
     total_parameters: int
     router_parameters: int
     flops_per_token: int
     training_only_flops_per_token: int
+    training_flops: NotRequired[int]
+    """Old records do not say."""
 
 
 class Gate(TypedDict):
@@ -165,6 +167,61 @@ class BudgetSpent(TypedDict):
     amount: float
 
 
+class Dependence(TypedDict):
+    """Which share of the tokens that should not have changed did, when others were."""
+
+    routes_L: list[float]
+    """Pairs chosen, or gates, by site."""
+    drops_L: list[float]
+    """Pairs dropped over capacity, by site."""
+    outputs: float
+
+
+class MeasuredMode(TypedDict):
+    """What a trained model showed in training (draws and all) or in evaluation."""
+
+    pairs_L: list[float]
+    """Pairs that ran per token, by site."""
+    repeats: bool
+    """Whether the same tokens are routed alike twice."""
+    later: Dependence
+    """Of a token on those behind it in its sequence."""
+    others: Dependence | None
+    """Of a token on other sequences of its micro-batch; None where there is no other."""
+
+
+class RouterFlops(TypedDict):
+    """FLOPs of a router per row: its greedy forward, and its part of a training step, backward included."""
+
+    greedy: int
+    training: int
+
+
+class MeasuredFlops(TypedDict):
+    """FLOPs of each site's router."""
+
+    booked_L: list[RouterFlops]
+    """What costs and budgets went by, measured before the first step."""
+    measured_L: list[RouterFlops]
+    declared_L: list[int | None]
+    """What a router says of its greedy forward; nobody is asked."""
+    elementwise_L: list[bool]
+    """Whether its elementwise work is more than is left out, and so counted in."""
+    foreign_L: list[list[str]]
+    """Operators that it ran and nobody can count."""
+
+
+class Measured(TypedDict):
+    """What was measured of a trained model on validation tokens (:mod:`rlroute.training.audit`)."""
+
+    tokens: int
+    causal_L: list[bool]
+    """What each site's router says of itself."""
+    training: MeasuredMode
+    evaluation: MeasuredMode
+    flops: MeasuredFlops
+
+
 class Summary(TypedDict):
     """summary.json: written last; a run that has one has ended."""
 
@@ -186,6 +243,8 @@ class Summary(TypedDict):
     gate: Gate
     learns_from: NotRequired[list[str]]
     causal: bool
+    measured: NotRequired[Measured | None]
+    """None of a run that diverged; old records do not say."""
     budget: BudgetSpent
     seconds: dict[str, float]
     tokens_per_second: float | None

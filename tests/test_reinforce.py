@@ -16,6 +16,7 @@ from torch import Tensor
 from rlroute import policies
 from rlroute.agents.reinforce import ReinforceRouter
 from rlroute.errors import ConfigError
+from rlroute.model.work import measure
 from rlroute.routing import Feedback, RouterShape, RoutingContext, Sums, Term
 from rlroute.sampling import plackett_luce_log_prob, top_k
 from rlroute.seeding import init_normal
@@ -375,9 +376,13 @@ def test_initial_weights_come_from_keys() -> None:
     assert not one["value.4.weight"].any() and one["value.0.weight"].any() and one["value.2.weight"].any()
 
 
-def test_flops_of_the_value_head_are_training_only() -> None:
-    assert [make_router(baseline=b).flops_per_token() for b in BASELINES] == [2 * D * E] * 3
-    assert [make_router(baseline=b).training_flops_per_token() for b in BASELINES] == [0, 0, 2 * (D * 6 + 6 * 6 + 6)]
+def test_flops_of_the_value_head_are_training_only_and_differentiated_where_they_are() -> None:
+    """Neither the scores nor the head's first layer pass a gradient on to the hidden states."""
+    scores, head = 2 * D * E, (2 * D * 6, 2 * 6 * 6, 2 * 6)
+    works = [measure(make_router(baseline=b)) for b in BASELINES]
+    assert [work.greedy for work in works] == [scores] * 3
+    assert [work.forward for work in works] == [scores, scores, scores + sum(head)]
+    assert [work.training for work in works] == [2 * scores, 2 * scores, 2 * scores + 3 * sum(head) - head[0]]
 
 
 @pytest.mark.parametrize(

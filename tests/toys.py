@@ -107,7 +107,8 @@ def toy_model(
 @contextmanager
 def installed(router: type[Router] = ToyRouter) -> Iterator[None]:
     """Let the registry know the router, as that of a distribution of its own."""
-    point = EntryPoint(name="toys", value=f"{__name__}:{router.__name__}", group=registry.GROUP)
+    value = f"{router.__module__}:{router.__name__}"
+    point = EntryPoint(name=router.Config.name, value=value, group=registry.GROUP)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "entry_points", lambda group: [point] if group == registry.GROUP else [])
         registry._sources.cache_clear()

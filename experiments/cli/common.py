@@ -57,6 +57,9 @@ def publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
     from rlroute.records import write_atomically
 
     built = build_table(records, reference)
+    for row in built.rows:
+        if row.marks:
+            print(f"rlroute: {row.label} is marked: {row.marks}", file=sys.stderr)
     text = to_markdown(built)
     write_atomically(out / "table.md", text)
     write_atomically(out / "table.csv", to_csv(built))

@@ -41,6 +41,7 @@ def train(
     With --workers, several processes train it together: as many micro-batches as there are workers, or
     --train.micro-batches, a multiple of it.
     """
+    from rlroute.experiments.comparison.marks import marks
     from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.entries import build_entry
     from rlroute.records import RunFolder
@@ -55,6 +56,8 @@ def train(
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
     (record,) = run_all([Job(config, seed, command_line())], launch)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
+    for mark, said in marks([record]).items():
+        print(f"measured: {mark} ({said})")
 
 
 def compare(

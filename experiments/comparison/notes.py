@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.entries import Entry, by_shape, flat_config, of_router, varying
+from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.recipes.tuned import tuning_of
 from rlroute.schema import Environment, RunRecord
 
@@ -20,6 +21,11 @@ def diverged(entry: Entry) -> str:
     stops = [(run.config["seed"], stop) for run in entry.runs if (stop := run.summary["diverged"])]
     said = ", ".join(f"seed {seed} at step {stop['step']} ({stop['what']})" for seed, stop in stops)
     return f"{entry.label}: {said}, left out of all figures"
+
+
+def measured(entries: Sequence[Entry]) -> list[str]:
+    """Return what the audit marked in each entry, and the figures behind it."""
+    return [f"{entry.label} {mark} ({said})" for entry in entries for mark, said in marks(entry.runs).items()]
 
 
 def deliberate(entries: Sequence[Entry]) -> list[str]:

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
-from rlroute.experiments.comparison.notes import budget, deliberate, diverged, gates, identity, provenance, tuning
+from rlroute.experiments.comparison.marks import marks
+from rlroute.experiments.comparison.notes import (
+    budget,
+    deliberate,
+    diverged,
+    gates,
+    identity,
+    measured,
+    provenance,
+    tuning,
+)
 from rlroute.experiments.recipes.tuned import tuning_of
 from rlroute.experiments.statistics import (
     Interval,
@@ -61,6 +71,8 @@ class TableRow:
     flops_per_token: int
     training_only_flops_per_token: int
     tuned: bool
+    marks: str
+    """What was measured of it that its figures do not tell."""
     config_hash: str
 
 
@@ -146,6 +158,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
         flops_per_token=first.summary["model"]["flops_per_token"],
         training_only_flops_per_token=first.summary["model"]["training_only_flops_per_token"],
         tuned=tuning_of(first.config["config"]).entry is not None,
+        marks=", ".join(marks(entry.runs)),
         config_hash=first.config["config_hash"],
     )
 
@@ -196,6 +209,7 @@ def _notes(
             if row.sampled_bits_per_byte
         ),
     )
+    yield "Measured", "; ".join(measured(entries))
     yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
     yield from tuning(entries)
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)

@@ -83,7 +83,8 @@ def _name(row: TableRow, table: Table) -> str:
         "non-causal": not row.causal,
         f"{row.diverged} of {row.n + row.diverged} diverged": row.diverged > 0,
     }
-    return ", ".join([row.label, *(mark for mark, holds in marks.items() if holds)])
+    holding = [mark for mark, holds in marks.items() if holds]
+    return ", ".join(dict.fromkeys([row.label, *holding, *filter(None, row.marks.split(", "))]))
 
 
 def _difference(row: TableRow, table: Table) -> str:

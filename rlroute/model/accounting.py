@@ -12,6 +12,7 @@ from torch import Tensor
 from rlroute.config import ModelConfig
 from rlroute.model.attention import Attention
 from rlroute.model.transformer import Transformer, sites
+from rlroute.model.work import Work, measure
 
 
 def is_router(name: str) -> bool:
@@ -56,14 +57,16 @@ class Costs:
     """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its
     site.
 
-    Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up.
+    Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up. A step
+    is charged three forwards of all that is differentiated; of the routers, what they were seen to run.
 
     Attributes:
-        total_parameters, router_parameters: all of them, and those of routers.
+        total_parameters, router_parameters: all of them, and those of routers; matrices that a greedy forward reads are
+            among them where they are not trained by gradients, too (a bandit's).
         fixed_parameters, fixed_flops: what a token's greedy forward uses whatever its route: the backbone and the
             routers' scores.
         pair_parameters_L, pair_flops_L: what each pair adds, by site.
-        training_flops: per token and routing sample, what only training needs of the routers (value heads).
+        work_L: what each router runs, by site.
         samples: M.
     """
 
@@ -73,8 +76,13 @@ class Costs:
     fixed_flops: int
     pair_parameters_L: tuple[int, ...]
     pair_flops_L: tuple[int, ...]
-    training_flops: int
+    work_L: tuple[Work, ...]
     samples: int
+
+    @property
+    def training_flops(self) -> int:
+        """Forward FLOPs per token and routing sample of what only training needs of the routers (value heads)."""
+        return sum(work.forward - work.greedy for work in self.work_L)
 
     def per_token(self, pairs_L: Sequence[float]) -> dict[str, int]:
         """Return active parameters and FLOPs per token of a greedy forward that runs so many pairs per token at each
@@ -88,34 +96,49 @@ class Costs:
         }
 
     def of_training(self, tokens: int, pairs_L: Sequence[int]) -> int:
-        """Return the FLOPs of training on so many tokens with so many pairs at each site, of all routing samples: three
-        forwards.
-        """
+        """Return the FLOPs of a step on so many tokens with so many pairs at each site, of all routing samples."""
         pairs = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
-        return 3 * (tokens * self.samples * (self.fixed_flops + self.training_flops) + pairs)
+        return 3 * pairs + self._beside_pairs(tokens, steps=1)
+
+    def forward_in_training(self, spent: int, tokens: int, steps: int) -> int:
+        """Return the FLOPs per token of so many steps on so many tokens that took ``spent`` in all, but for those of
+        backwards.
+        """
+        pairs = (spent - self._beside_pairs(tokens, steps)) / 3
+        adapting = steps * sum(work.adapt for work in self.work_L)
+        return self.samples * (self.fixed_flops + self.training_flops) + round((pairs + adapting) / tokens)
+
+    def _beside_pairs(self, tokens: int, steps: int) -> int:
+        """Return the FLOPs of steps but for those of pairs: three forwards of the backbone, and the routers."""
+        backbone = self.fixed_flops - sum(work.greedy for work in self.work_L)
+        routers = sum(work.training for work in self.work_L)
+        return tokens * self.samples * (3 * backbone + routers) + steps * sum(work.adapt for work in self.work_L)
 
 
 def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
-    """Count a model's parameters and FLOPs, whatever part of the experts is held here."""
+    """Count a model's parameters and FLOPs, whatever part of the experts is held here; copies of its routers run for
+    it.
+    """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if is_expert(name):
             sizes[name] = p.numel() // len(p) * config.num_experts
     routed = model.routed
     total, router = sum(sizes.values()), sum(size for name, size in sizes.items() if is_router(name))
+    work_L = tuple(measure(site.router) for site in routed)
+    buffers = sum(work.buffers for work in work_L)
     fixed = total - router - sum(site.pair_parameters * site.router.shape.num_experts for site in routed)
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and not is_router(name))
     plain_attention = sum(isinstance(block.attention, Attention) for block in model.blocks)
-    router_flops = sum(site.router.flops_per_token() for site in routed)
     return Costs(
-        total_parameters=total,
-        router_parameters=router,
-        fixed_parameters=fixed + router_flops // 2,
+        total_parameters=total + buffers,
+        router_parameters=router + buffers,
+        fixed_parameters=fixed + sum(work.active_parameters for work in work_L),
         fixed_flops=2 * (fixed - model.embed.weight.numel() - norms)
         + 2 * plain_attention * (seq_len + 1) * config.d_model
-        + router_flops,
+        + sum(work.greedy for work in work_L),
         pair_parameters_L=tuple(site.pair_parameters for site in routed),
         pair_flops_L=tuple(site.pair_flops(seq_len) for site in routed),
-        training_flops=sum(site.router.training_flops_per_token() for site in routed),
+        work_L=work_L,
         samples=max((site.router.num_samples for site in routed), default=1),
     )

@@ -18,6 +18,7 @@ from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
+from rlroute.model.checks import named
 from rlroute.routing import Router, RoutingContext
 
 
@@ -107,13 +108,13 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
     Routers are in float32 at least: one in bfloat16 diverges (Switch, arXiv 2101.03961, table 2).
     """
     with torch.autocast(x_TD.device.type, enabled=False):
-        decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
-        gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
-        if gates_TS is not None and gates_TS.shape[1] != shared:
-            raise DecisionError(
-                f"router {router.config.name}: shared_gates_TS has {gates_TS.shape[1]} columns: "
-                f"site {context.site} has {shared} shared experts"
-            )
+        with named(router, context.site):
+            decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
+            gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
+            if gates_TS is not None and gates_TS.shape[1] != shared:
+                raise DecisionError(
+                    f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts"
+                )
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
 

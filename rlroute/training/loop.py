@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ from rlroute.config import SCHEMA, RunConfig
 from rlroute.kernels import resolve_backend
 from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints
+from rlroute.model.checks import checked
 from rlroute.model.moe import MoELayer
 from rlroute.records import RunFolder, last_row
-from rlroute.schema import Summary
+from rlroute.schema import Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink
+from rlroute.training.audit import audit
 from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
 from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
@@ -131,6 +133,7 @@ class _Run:
         self.progress = Progress()
         self.saved: int | None = None  # the step of the newest checkpoint
         self.logged = 0.0  # seconds trained when the last row was written
+        self.unseen = {"train", "eval"}  # in which this process has not yet looked at the routers' decisions
 
     def train(self, on_step: Callable[[int], None]) -> dict[str, Any]:
         config = self.config.train
@@ -148,9 +151,10 @@ class _Run:
                 row = self._evaluate(final=True)
             if self.saved != self.progress.step:
                 self._checkpoint()
-            summary = self._summary("finished", row, None)
+            summary = self._summary("finished", row, None) | {"measured": self._audit()}
         except Diverged as stop:
-            summary = self._summary("diverged", None, {"step": self.progress.step, "what": stop.what})
+            stopped = {"step": self.progress.step, "what": stop.what}
+            summary = self._summary("diverged", None, stopped) | {"measured": None}  # of no use where numbers are not
         if self.group.rank == 0:
             self.folder.finish(summary)
             drop_trainer_state(self.folder.path)
@@ -169,18 +173,19 @@ class _Run:
         config, start = self.config.train, time.perf_counter()
         step = self.progress.step
         batch = sample_batch(self.corpus, seed=self.seed, step=step, **self.cut)
-        result = backward_batch(
-            self.model,
-            batch,
-            self.device,
-            seed=self.seed,
-            step=step,
-            micro_batches=config.micro_batches,
-            group=self.group,
-            scope=config.balance_scope,
-            progress=used,
-            on_choices=partial(self.choices.write, step) if config.record_choices else None,
-        )
+        with self._first("train"):
+            result = backward_batch(
+                self.model,
+                batch,
+                self.device,
+                seed=self.seed,
+                step=step,
+                micro_batches=config.micro_batches,
+                group=self.group,
+                scope=config.balance_scope,
+                progress=used,
+                on_choices=partial(self.choices.write, step) if config.record_choices else None,
+            )
         if not math.isfinite(result.loss):
             raise Diverged("the language-model loss is not finite")
         norms = self.optimizer.step(step, used)
@@ -232,7 +237,7 @@ class _Run:
 
     def _evaluate(self, final: bool) -> dict[str, Any]:
         start = time.perf_counter()
-        with self.group.uncounted():
+        with self.group.uncounted(), self._first("eval"):
             row = evaluate(
                 self.model,
                 self.eval_batches,
@@ -250,6 +255,24 @@ class _Run:
         row = self._row("eval") | row | {"chain": self.progress.chain}
         self._append("metrics", row)
         return row
+
+    def _first(self, kind: str) -> AbstractContextManager[None]:
+        """Return a context in which the decisions of this process's first step, or evaluation, are checked."""
+        first = kind in self.unseen
+        self.unseen.discard(kind)
+        return checked(self.model.routers) if first else nullcontext()
+
+    def _audit(self) -> Measured:
+        """Measure the trained model."""
+        config, step = self.config.train, max(0, self.progress.step - 1)
+        keys: dict[str, Any] = {"seed": self.seed, "step": step, "progress": self._budget_used()}
+        if config.balance_scope == "batch":
+            keys["sum_over_scope"] = self.group.sum_over_scope
+        sequences = config.batch_size // config.micro_batches
+        with self.group.uncounted():
+            return audit(
+                self.model, self.costs, self.eval_batches, sequences, self.device, agree=self.group.agree, **keys
+            )
 
     def _checkpoint(self) -> None:
         save_checkpoint(
@@ -295,11 +318,13 @@ class _Run:
         """
         pairs_L = final["pairs_L"] if final else [float(self.config.model.k)] * len(self.model.routers)
         greedy = self.costs.per_token(pairs_L)
-        trained = round(self.progress.flops / (3 * tokens)) if tokens else greedy["flops_per_token"]
+        spent, forward = self.progress.flops, greedy["flops_per_token"]
+        trained = self.costs.forward_in_training(spent, tokens, self.progress.step) if tokens else forward
         return greedy | {
             "total_parameters": self.costs.total_parameters,
             "router_parameters": self.costs.router_parameters,
-            "training_only_flops_per_token": trained - greedy["flops_per_token"],
+            "training_only_flops_per_token": trained - forward,
+            "training_flops": spent,
         }
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:

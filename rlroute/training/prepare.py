@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from rlroute.config import DataConfig, RunConfig
-from rlroute.errors import ConfigError
+from rlroute.errors import ConfigError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs
@@ -112,8 +112,21 @@ def check(
             corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
         validation_batches(config, corpora[config.data])
         for seed in seeds:
-            planned_steps(config, expected_costs(config, corpora[config.data], seed))
+            model = meta_model(config, corpora[config.data], seed)
+            if config.train.budget == "flops":
+                _check_budget(config, model)
     return [note for corpus in corpora.values() for note in corpus.notes]
+
+
+def _check_budget(config: RunConfig, model: Transformer) -> None:
+    """Refuse FLOPs that pay for nothing; a router that fails when it is asked to run will fail in its own run."""
+    try:
+        booked = costs(model, config.model, config.data.seq_len)
+    except RlrouteError:
+        raise
+    except Exception:  # any that foreign code may raise: its run says which, and takes no other run with it
+        return
+    planned_steps(config, booked)
 
 
 def refuse_other_code(folder: RunFolder, config: RunConfig) -> None:

@@ -1,0 +1,257 @@
+"""What a router runs, counted while it runs: nobody declares it.
+
+Matrix products are counted as they are, forward and backward, so that what carries no gradient is charged once and what
+does as often as it ran. Elementwise work is left out, as that of norms and activations is, as long as there is no more
+of it than normalising a token and drawing for its experts takes; beyond that all of it counts, one FLOP a number.
+
+Shape suffixes: T rows, D model width, R routed pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rlroute.balance import regularisers
+from rlroute.learning import adapt, count, weighted
+from rlroute.model.checks import check, named
+from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision
+
+ROWS = 256
+"""So many rows are routed where nobody hands in a batch."""
+SMALL = (4, 8)
+"""A greedy forward's elementwise numbers per token that are left out: so many times D and so many times E."""
+SMALL_STEP = 10
+"""In a step so many times that: it draws, and has terms and a backward."""
+OWN = ("aten", "prim", "prims", "c10d", "_c10d_functional")
+"""Whose operators are known: PyTorch's."""
+_MOVES = (
+    *("alias", "as_strided", "cat", "clone", "copy_", "_to_copy", "constant_pad_nd", "embedding", "expand", "fill_"),
+    *("flip", "gather", "index", "index_fill", "index_put_", "index_put", "index_select", "masked_fill"),
+    *("masked_fill_", "masked_select", "new_empty", "repeat", "repeat_interleave", "roll", "scatter"),
+    *("select_backward", "slice_backward", "stack", "tril", "triu", "unfold_backward", "where", "zero_"),
+)
+"""What only moves numbers, by the names of ATen."""
+_FACTORISATIONS = ("linalg_", "_linalg_", "cholesky", "triangular_solve", "lu_", "geqrf", "ormqr")
+"""How the names begin of what takes about n multiplications for each number of an n x n matrix."""
+
+
+def _vector_products(func: Any, args: tuple[Any, ...]) -> int | None:
+    """Return the FLOPs of products that PyTorch's own table leaves out; None for everything else."""
+    name, tensors = func._overloadpacket.__name__, [a for a in args if isinstance(a, Tensor)]
+    if name in ("mv", "dot", "vdot"):
+        return 2 * tensors[0].numel()
+    if name == "addmv":
+        return 2 * tensors[1].numel()
+    if name == "addr":
+        return 2 * tensors[0].numel()
+    if name in ("_cdist_forward", "_euclidean_dist", "_cdist_backward"):
+        return 3 * prod(tensors[0].shape[:-1]) * tensors[1].shape[-2] * tensors[0].shape[-1]
+    if name.startswith(_FACTORISATIONS) and name not in ("linalg_vector_norm", "linalg_cross") and tensors[0].dim() > 1:
+        return tensors[0].numel() * tensors[0].shape[-1]
+    return None
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is computed inside it, on this thread: FLOPs of matrix products, and numbers of elementwise work.
+
+    Attributes:
+        products: FLOPs of matrix products and factorisations.
+        elements: floating-point numbers that anything else made or read.
+        read: the storages that were read by more than a view.
+        foreign: operators that are not PyTorch's own, of which nothing can be known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products = self.elements = 0
+        self.read: set[int] = set()
+        self.foreign: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and count it; one that is made of others is counted by these."""
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in flop_registry:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if not func.is_view and packet.__name__ != "detach":
+            self._count(func, args, kwargs, out)
+        return out
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        inputs, packet = _tensors([*args, *kwargs.values()]), func._overloadpacket
+        self.read |= {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        if func.namespace not in OWN:
+            self.foreign.add(str(packet))
+        elif packet in flop_registry:
+            self.products += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif (products := _vector_products(func, args)) is not None:
+            self.products += products
+        elif packet.__name__ not in _MOVES:
+            made = _tensors([out])
+            looked = made if torch.Tag.pointwise in func.tags else [*made, *inputs]
+            self.elements += max((t.numel() for t in looked if t.is_floating_point()), default=0)
+
+    def per_row(self, rows: int) -> tuple[float, float]:
+        """Return FLOPs of products, and elementwise numbers, of each of so many rows."""
+        return self.products / rows, self.elements / rows
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here: the wrapper that keeps it so takes seconds to import."""
+        return False
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    flat = chain.from_iterable(v if isinstance(v, list | tuple) else [v] for v in values)
+    return [value for value in flat if isinstance(value, Tensor)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a router runs, in FLOPs per row.
+
+    Attributes:
+        greedy: the greedy forward.
+        forward: in training, all but the backward and ``adapt``: the forward, the terms, what is observed.
+        training: that and the backward.
+        adapt: FLOPs per step, whatever the number of rows.
+        active_parameters: numbers in the matrices, trained or not, that the greedy forward reads.
+        buffers: those of them that are no parameters.
+        elementwise: whether elementwise work is counted in: there is more than is left out.
+        foreign: operators that are not PyTorch's and could not be counted.
+    """
+
+    greedy: int
+    forward: int
+    training: int
+    adapt: int
+    active_parameters: int
+    buffers: int
+    elementwise: bool = False
+    foreign: tuple[str, ...] = ()
+
+
+def measure(router: Router, x_TD: Tensor | None = None, contexts: Mapping[bool, RoutingContext] | None = None) -> Work:
+    """Count what a router runs, on a copy of it: nothing that it holds is changed, nor any generator of PyTorch's.
+
+    Args:
+        router: any; of one on the meta device another is built from its configuration and shape.
+        x_TD: hidden states of all routing samples; where there are none, fixed draws for ``ROWS`` tokens.
+        contexts: those of the greedy forward (False), of the first sample's rows, and of training (True).
+    """
+    router = _copy(router)
+    if x_TD is None or contexts is None:
+        x_TD, contexts = _some_rows(router)
+    greedy, first_TD = Counter(), x_TD[: len(contexts[False].token_ids_T)].detach()
+    with torch.random.fork_rng(devices=[x_TD.device] if x_TD.is_cuda else []):
+        with torch.no_grad():
+            _decide(router, first_TD, contexts[False], greedy)
+        active, buffers = _matrices_read(router, greedy)
+        forward, back, last = _step(router, x_TD, contexts[True])
+    per_row = [greedy.per_row(len(first_TD)), forward.per_row(len(x_TD)), back.per_row(len(x_TD))]
+    small = SMALL[0] * router.shape.d_model + SMALL[1] * router.shape.num_experts
+    (_, alone), (_, stepping), (_, backing) = per_row
+    elementwise = alone > small or stepping + backing > SMALL_STEP * small
+    flops = [round(products + elementwise * elements) for products, elements in per_row]
+    return Work(
+        greedy=flops[0],
+        forward=flops[1],
+        training=flops[1] + flops[2],
+        adapt=last.products,
+        active_parameters=active,
+        buffers=buffers,
+        elementwise=elementwise,
+        foreign=tuple(sorted(greedy.foreign | forward.foreign | back.foreign | last.foreign)),
+    )
+
+
+def _copy(router: Router) -> Router:
+    if any(tensor.is_meta for tensor in [*router.parameters(), *router.buffers()]):
+        with torch.device("cpu"):
+            return type(router)(router.config, router.shape)
+    router = deepcopy(router)
+    router.zero_grad()
+    return router
+
+
+def _decide(router: Router, x_TD: Tensor, context: RoutingContext, counter: Counter) -> RoutingDecision:
+    """Return a router's decision, looked at, and count what it took."""
+    with named(router, context.site):
+        with counter:
+            decision: RoutingDecision = router(x_TD, context)
+        check(router, x_TD, decision)
+    return decision
+
+
+def _matrices_read(router: Router, counter: Counter) -> tuple[int, int]:
+    """Return the numbers in floating-point matrices that were read, of all and of buffers alone."""
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(t.numel() for t in tensors if t.dim() > 1 and t.untyped_storage().data_ptr() in counter.read)
+
+    buffers = size(b for b in router.buffers() if b.is_floating_point())
+    return size(router.parameters()) + buffers, buffers
+
+
+def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counter, Counter, Counter]:
+    """Run what a step runs at one site, and return what it took: all before and beside the backward, that, and
+    ``adapt``.
+    """
+    forward, back, last = Counter(), Counter(), Counter()
+    x_TD = x_TD.detach().clone().requires_grad_()
+    loss_MT = torch.linspace(1, 2, len(x_TD), dtype=x_TD.dtype, device=x_TD.device).view(context.num_samples, -1)
+    feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=loss_MT.shape[1])
+    with torch.enable_grad():
+        decision = _decide(router, x_TD * 1, context, forward)  # of no leaf, as in a model
+        with forward:
+            terms = regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
+        weights = (decision.gates_R, decision.self_T, decision.shared_gates_TS)
+        loss = weighted([terms]) + sum(part.sum() for part in weights if part is not None and part.requires_grad)
+        if decision.gates_R.requires_grad:
+            decision.gates_R.retain_grad()
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            with back:
+                torch.autograd.backward(loss)
+    with forward:
+        sums = count(decision, feedback) | router.observe(decision, feedback)
+    with last:
+        adapt([router], [sums], context.progress)
+    return forward, back, last
+
+
+def _some_rows(router: Router) -> tuple[Tensor, dict[bool, RoutingContext]]:
+    """Return fixed draws for a router that stands alone: hidden states, and the contexts of both modes."""
+    held = [*router.parameters(), *router.buffers()]
+    device = held[0].device if held else torch.device("cpu")
+    dtype = next((t.dtype for t in held if t.is_floating_point()), torch.float32)
+    row_T, length = torch.arange(ROWS, device=device), ROWS // 4
+    generator = torch.Generator().manual_seed(0)
+    context = RoutingContext(
+        seed=0,
+        site=router.shape.site,
+        step=0,
+        token_ids_T=row_T % router.shape.vocab_size,
+        position_T=row_T % length,
+        sequence_T=row_T // length,
+        mask_T=torch.ones_like(row_T, dtype=torch.bool),
+        explore=False,
+    ).at(router.shape, {})
+    samples = router.num_samples
+    rows = ("token_ids_T", "position_T", "sequence_T", "mask_T")
+    repeated = {name: getattr(context, name).repeat(samples) for name in rows}
+    x_TD = torch.randn(ROWS, router.shape.d_model, generator=generator).repeat(samples, 1).to(device, dtype)
+    return x_TD, {False: context, True: replace(context, explore=True, num_samples=samples, **repeated)}
