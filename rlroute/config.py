@@ -14,7 +14,23 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from rlroute.errors import ConfigError
-from rlroute.limits import AtLeast, Count, NonNegative, Positive, check_fields, checked
+from rlroute.limits import (
+    MOST_EXPERTS,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    Between,
+    Count,
+    Experts,
+    Layers,
+    NonNegative,
+    Positive,
+    Size,
+    Whole,
+    check_fields,
+    checked,
+    checked_seed,
+    refuse_product,
+)
 
 SCHEMA = 1
 DENSE = "dense"
@@ -78,7 +94,7 @@ class DataConfig:
     """bytes; bpe, our own, 2,048 tokens; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else
     bytes.
     """
-    seq_len: Count = 128
+    seq_len: Size = 128
     """Tokens per sequence."""
     eval_tokens: Count = 12_288
     """Fixed validation tokens, the same for every run."""
@@ -105,17 +121,17 @@ class DataConfig:
 class ModelConfig:
     """The decoder-only transformer that every router is put into."""
 
-    num_layers: Count = 2
-    d_model: Count = 64
-    num_heads: Count = 4
-    num_dense_layers: Annotated[int, AtLeast(0)] = 0
+    num_layers: Layers = 2
+    d_model: Size = 64
+    num_heads: Size = 4
+    num_dense_layers: Whole = 0
     """The first n layers keep a dense MLP of the same active width."""
-    num_experts: Count = 16
+    num_experts: Experts = 16
     k: Count = 2
     """Experts per token."""
-    d_expert: Count = 32
+    d_expert: Size = 32
     """Hidden width of one expert."""
-    num_shared_experts: Annotated[int, AtLeast(0)] = 0
+    num_shared_experts: Annotated[int, Between(0, 1024)] = 0
     """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
     """Between an expert's projections; swiglu is gated and has a third weight matrix."""
@@ -133,11 +149,11 @@ class ModelConfig:
     """
     capacity_of: Literal["expert", "device"] = "expert"
     """What has a capacity: each expert, or all experts of a device together (DeepSeek-V2, arXiv 2405.04434)."""
-    devices: Annotated[int, AtLeast(0)] = 0
+    devices: Whole = 0
     """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that
     hold them.
     """
-    attention_experts: Annotated[int, AtLeast(0)] = 0
+    attention_experts: Annotated[int, Between(0, 2**14)] = 0
     """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv
     2404.07413); 0: none.
     """
@@ -155,6 +171,8 @@ class ModelConfig:
             ConfigError: a value is illegal.
         """
         check_fields(self, "model")
+        sizes = {"model.num_layers": self.num_layers, "model.num_experts": self.num_experts}
+        refuse_product(sizes, MOST_EXPERTS, "experts in all")
         if self.k > self.num_experts:
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}")
         if self.d_model % (2 * self.num_heads):
@@ -186,7 +204,7 @@ class TrainConfig:
 
     steps: Count = 320
     """Optimizer steps under budget tokens; the most steps under the others."""
-    batch_size: Count = 8
+    batch_size: Size = 8
     """Sequences per step."""
     micro_batches: Count = 1
     """A step's batch is cut into this many: gradient accumulation, or shares of the workers that train together."""
@@ -196,7 +214,7 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     router_lr_scale: Positive = 1.0
     """The router's learning rate over ``lr``."""
-    warmup_steps: Annotated[int, AtLeast(0)] = 40
+    warmup_steps: Whole = 40
     final_lr: NonNegative = 0.1
     """The learning rate at the end over its peak (cosine decay)."""
     weight_decay: NonNegative = 0.1
@@ -218,7 +236,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute precision; router and residual loss stay in float32 at least."""
     kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
-    threads: Count = 1
+    threads: Annotated[int, Between(1, 1024)] = 1
     """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
 
     def check(self) -> None:
@@ -232,6 +250,8 @@ class TrainConfig:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"
             )
+        sizes = {"train.steps": self.steps, "train.batch_size": self.batch_size}
+        refuse_product(sizes, MOST_SEQUENCES, "sequences in all")
         if (self.budget == "tokens") != (self.budget_amount is None):
             raise ConfigError(
                 f"train.budget_amount = {self.budget_amount} with budget {self.budget!r}: "
@@ -252,6 +272,7 @@ class SitedRouter:
     router: RouterConfig
 
     def __post_init__(self) -> None:
+        _want("router", self.router, RouterConfig)
         if not (isinstance(self.sites, str) and self.sites and _SITES.fullmatch(self.sites)):
             raise ConfigError(
                 f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'"
@@ -284,9 +305,17 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for part in (self.data, self.model, self.train):
-            part.check()
+        for name, kind in {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}.items():
+            _want(name, getattr(self, name), kind)
+            getattr(self, name).check()
         object.__setattr__(self, "data", self.data.settled())  # what a record says does not hang on another default
+        sizes = {"train.batch_size": self.train.batch_size, "data.seq_len": self.data.seq_len}
+        refuse_product(sizes, MOST_TOKENS, "tokens a step")
+        _want("router", self.router, RouterConfig | None)
+        _want("others", self.others, list | tuple)
+        object.__setattr__(self, "others", tuple(self.others))
+        for other in self.others:
+            _want("others", other, SitedRouter)
         if self.others and self.router is None:
             raise ConfigError(f"routers at sites {self.others[0].sites}: the dense model has none elsewhere")
 
@@ -319,8 +348,17 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def run_id(self, seed: int) -> str:
-        """Return the name of the run with this seed: router, content hash, seed."""
-        return f"{self.router_name}-{self.content_hash()}-s{seed}"
+        """Return the name of the run with this seed: router, content hash, seed.
+
+        Raises:
+            ConfigError: no seed is like that.
+        """
+        return f"{self.router_name}-{self.content_hash()}-s{checked_seed(seed)}"
+
+
+def _want(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} = {value!r}: want {getattr(kind, '__name__', kind)}")
 
 
 def _router_dict(router: RouterConfig) -> dict[str, Any]:

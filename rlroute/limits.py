@@ -4,8 +4,10 @@
 """
 
 import math
+import numbers
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -55,46 +57,91 @@ class Between:
 
 Limit = Above | AtLeast | Between
 
-Count = Annotated[int, AtLeast(1)]
+Count = Annotated[int, Between(1, 2**31 - 1)]
+Whole = Annotated[int, Between(0, 2**31 - 1)]
+Seed = Annotated[int, Between(0, 2**63 - 1)]
+Size = Annotated[int, Between(1, 2**20)]
+Layers = Annotated[int, Between(1, 2**10)]
+Experts = Annotated[int, Between(1, 2**14)]
 Positive = Annotated[float, Above(0)]
 NonNegative = Annotated[float, AtLeast(0)]
 Share = Annotated[float, Between(0, 1)]
 BelowOne = Annotated[float, Between(0, 1, below=True)]
+MOST_EXPERTS = 2**18
+"""Of all layers together: each is initialised by itself."""
+MOST_TOKENS = 2**26
+"""Of a step: its batch is held whole."""
+MOST_SEQUENCES = 2**40
+"""Of a run: from there on ids are those of validation windows."""
 
 
-def check_fields(config: Any, where: str) -> None:
-    """Hold every field of a dataclass to its annotation.
+def refuse_product(sizes: Mapping[str, int], most: int, what: str) -> None:
+    """Refuse sizes that together are too many of something.
 
     Raises:
-        ConfigError: one is of another type, not among its literals, outside its limits or not a number; the message
-            starts with ``where`` and the field's name.
+        ConfigError: naming them, and what is legal.
+    """
+    if math.prod(sizes.values()) > most:
+        named = " with ".join(f"{name} = {size}" for name, size in sizes.items())
+        raise ConfigError(f"{named}: legal are up to {most} {what}")
+
+
+def option(name: str) -> str:
+    """Return how a field or an argument is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_fields(config: Any, where: str | None) -> None:
+    """Hold every field of a dataclass to its annotation, and turn each value into the annotated type: whatever it was
+    given as, 1, 1.0 or a NumPy number, the same value is the same text in every process.
+
+    Args:
+        config: the dataclass.
+        where: what messages start with before a field's name; None where the fields are options of the command line.
+
+    Raises:
+        ConfigError: one is of another type, not among its literals, outside its limits or not a finite number.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):
-        checked(getattr(config, field.name), hints[field.name], f"{where}.{field.name}")
+        name = option(field.name) if where is None else f"{where}.{field.name}"
+        value = checked(getattr(config, field.name), hints[field.name], name)
+        object.__setattr__(config, field.name, value)  # of a frozen one too: equal, and of the type that it says
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """Return ``value`` as the annotated type, turning whole floats and lists that JSON made of ints and tuples back.
+    """Return ``value`` as the annotated type: whole numbers where floats are wanted, numbers of NumPy and lists become
+    Python's floats, ints and tuples.
 
     Raises:
         ConfigError: the annotation does not allow it; the message starts with ``where``.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         for limit in arguments[1:]:
-            if isinstance(limit, Limit) and isinstance(value, int | float) and value not in limit:
-                raise ConfigError(f"{where} = {value!r}: legal are {limit}")
+            if isinstance(limit, Limit) and number and value not in limit:
+                raise ConfigError(f"{where} = {_shown(value)}: legal are {limit}")
         return checked(value, arguments[0], where)
     if origin in (types.UnionType, typing.Union):
         return _optional(value, arguments, where)
     if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where} = {value!r}: legal are {', '.join(map(repr, arguments))}")
-        return value
+        same = [argument for argument in arguments if isinstance(value, type(argument)) and value == argument]
+        if not same:
+            raise ConfigError(f"{where} = {_shown(value)}: legal are {', '.join(map(repr, arguments))}")
+        return same[0]
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(checked(item, arguments[0], where) for item in value)
     return _plain(value, hint, where)
+
+
+def checked_seed(seed: int) -> int:
+    """Return a seed as Python's int.
+
+    Raises:
+        ConfigError: it is none, or beyond 64 bits.
+    """
+    return int(checked(seed, Seed, "seed"))
 
 
 def _optional(value: Any, options: tuple[Any, ...], where: str) -> Any:
@@ -108,11 +155,30 @@ def _optional(value: Any, options: tuple[Any, ...], where: str) -> Any:
         raise ConfigError(f"{error}, or none") from None
 
 
-def _plain(value: Any, hint: type, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} = {value!r}: want {getattr(hint, '__name__', hint)}")
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{where} = {value!r}: legal are numbers")
-    return value
+def _plain(value: Any, hint: Any, where: str) -> Any:
+    if hint in (int, float):
+        wanted: Any = numbers.Integral if hint is int else numbers.Real  # NumPy's are registered there
+        if isinstance(value, wanted) and not isinstance(value, bool):
+            return _number(value, hint, where)
+    elif hint is Any or isinstance(value, typing.get_origin(hint) or hint):
+        return hint(value) if hint in (str, bool) else value
+    raise ConfigError(f"{where} = {_shown(value)}: want {getattr(hint, '__name__', hint)}")
+
+
+def _number(value: Any, hint: Any, where: str) -> Any:
+    try:
+        plain = hint(value) + 0  # of the two zeros of floats, one
+    except OverflowError:
+        plain = math.inf
+    if not -math.inf < plain < math.inf:
+        raise ConfigError(f"{where} = {_shown(value)}: legal are finite numbers")
+    return plain
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it, be it of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers that long
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."

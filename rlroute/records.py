@@ -162,8 +162,8 @@ class RunFolder:
             for name in ("metrics", "loads"):
                 (self.path / f"{name}.jsonl").touch()
 
-    def note_environment(self, config: RunConfig, backend: str, parallel: Row) -> None:
-        """Note in environment.json what has changed since the run was begun, as "before, then now".
+    def note_environment(self, config: RunConfig, backend: str, parallel: Row, notes: Sequence[str] = ()) -> None:
+        """Note in environment.json what has changed since the run was begun, as "before, then now", and what happened.
 
         A table that wants one environment for all its runs then sees that this run had two.
         """
@@ -172,7 +172,8 @@ class RunFolder:
         for name, value in now.items():
             if str(noted.get(name)).rpartition(", then ")[2] != str(value):
                 noted[name] = f"{noted.get(name)}, then {value}"
-        write_json(path, noted)
+        known = list(dict.fromkeys([*noted.get("notes", ()), *notes]))
+        write_json(path, noted | ({"notes": known} if known else {}))
 
     def append(self, name: str, row: Mapping[str, object]) -> None:
         """Append one line to ``name``.jsonl.

@@ -44,6 +44,7 @@ class Environment(TypedDict):
     routers: NotRequired[dict[str, dict[str, str]]]
     workers: NotRequired[int]
     expert_parallel: NotRequired[int]
+    notes: NotRequired[list[str]]
 
 
 class Sampled(TypedDict):

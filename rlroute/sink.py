@@ -58,8 +58,16 @@ def open_sink(mode: Mode, folder: Path) -> Sink:
     return OFF if mode == "off" else _Wandb(mode, folder)
 
 
+def warn(run: str, what: str) -> None:
+    """Print a warning about a run on stderr, in one line, whatever becomes of stderr."""
+    line = f"warning: run {run} {' '.join(what.split())}"
+    _said.append(line)
+    with suppress(Exception):
+        print(line, file=sys.stderr, flush=True)
+
+
 def take_warnings() -> list[str]:
-    """Return the warnings that the sinks of this process have printed on stderr since the last call.
+    """Return the warnings that this process has printed on stderr since the last call.
 
     A launcher prints them for its workers, whose stderr it does not show.
     """
@@ -69,7 +77,7 @@ def take_warnings() -> list[str]:
 
 
 def pass_on(warnings: list[str]) -> None:
-    """Add warnings from the sinks of another process to those of this one."""
+    """Add warnings of another process to those of this one."""
     _said.extend(warnings)
 
 
@@ -144,10 +152,7 @@ class _Wandb(Sink):
                 return
             self._stopped = True
         reason = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else why
-        line = f"warning: run {self._folder.name} goes on without wandb: {' '.join(reason.split())[:300]}"
-        _said.append(line)
-        with suppress(Exception):
-            print(line, file=sys.stderr, flush=True)
+        warn(self._folder.name, f"goes on without wandb: {' '.join(reason.split())[:300]}")
 
     def _work(self) -> None:
         try:

@@ -287,11 +287,11 @@ MUTANTS = [
     *faults(
         "rlroute/training/evaluate.py",
         "tests/test_evaluation.py",
-        ("the greedy policy is sampled", "progress, group, explore=False)", "progress, group, explore=True)"),
+        ("the greedy policy is sampled", "modes = [False, True]", "modes = [True, True]"),
         ("drop rate is always 0", "(used_L - ran_L).sum()", "(ran_L - ran_L).sum()"),
         ("bits are per token", "nats / math.log(2) / text_bytes", "nats / math.log(2) / tokens"),
         ("the last batch stands for all", "sums_L6[site] += _sums(decision)", "sums_L6[site] = _sums(decision)"),
-        ("load is counted after drops", "sum((d.demand_E() for d in made)", "sum((d.load_E() for d in made)"),
+        ("load is counted after drops", "+= decision.demand_E()", "+= decision.load_E()"),
         (
             "entropies of batches weigh alike",
             "tokens * metrics.router_entropy(probs_TE).double()",

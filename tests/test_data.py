@@ -610,6 +610,7 @@ def test_shards_stay_on_disk(write_files) -> None:
         ("synth:domains=three", r"domains = 'three', legal is int"),
         ("synth:vocab=257", r"vocab = 257, legal is 2 to 256"),
         ("synth:documents=1", r"documents = 1, legal is 2 to"),
+        ("synth:documents=1048576,length=1048576", "documents x length = 1099511627776, legal is at most 134217728"),
         ("synth:order=4", r"domains x vocab\^\(order \+ 1\) = 8589934592, legal is at most 4194304"),
     ],
 )

@@ -4,6 +4,7 @@ Shape suffixes: B sequences, S sequence length, V vocabulary, E experts, L layer
 """
 
 import math
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -14,11 +15,14 @@ from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
 from rlroute.training.data import Batch
 from rlroute.training.evaluate import evaluate
+from rlroute.training.step import forward
 from tests.tiny import CPU64, make_batch, make_model, run_batch, shake, small_config
 
 EXPERTS = 16
 BYTES_V = np.array([0.0, 1, 1, 2, 3, 5, 8, 4, 1, 2, 7])
 BATCHES = [make_batch(seed=seed) for seed in range(3)]
+UNEQUAL = [make_batch(sequences=4), make_batch(sequences=3, seed=1), make_batch(sequences=1, length=3, seed=2)]
+"""As at the end of a validation set: means over batches would be far off."""
 KEY: dict[str, Any] = {"seed": 3, "step": 7}
 """What draws are keyed by."""
 
@@ -50,6 +54,11 @@ def loads(decisions: list[RoutingDecision]) -> list[int]:
     return [chosen[e] for e in range(EXPERTS)]
 
 
+def running(decision: RoutingDecision) -> Counter[int]:
+    """Count the pairs of each token that run."""
+    return Counter(t for t, kept in zip(decision.token_ids_R.tolist(), decision.kept_R.tolist(), strict=True) if kept)
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -74,12 +83,15 @@ def test_loss_is_per_token_and_bits_are_per_byte_of_the_targets_text(
     assert abs(text_bytes - len(targets)) > 10, "a byte is not a token here"
 
 
+@pytest.mark.parametrize("batches", [BATCHES, UNEQUAL], ids=["equal", "unequal"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.9])
 @pytest.mark.parametrize("router", ["switch", "hash"])
-def test_balance_is_that_of_all_batches_together_before_drops(router: str, capacity_factor: float | None) -> None:
+def test_balance_is_that_of_all_batches_together_before_drops(
+    router: str, capacity_factor: float | None, batches: list[Batch]
+) -> None:
     model = many_experts(router, capacity_factor=capacity_factor)
-    _, decisions_L = run_all(model, BATCHES)
-    row = results(model, BATCHES)
+    _, decisions_L = run_all(model, batches)
+    row = results(model, batches)
     for layer, decisions in enumerate(decisions_L):
         counts = loads(decisions)
         fair = sum(counts) / EXPERTS
@@ -88,6 +100,10 @@ def test_balance_is_that_of_all_batches_together_before_drops(router: str, capac
         fractions = [n / sum(counts) for n in counts]
         assert row["load_LE"][layer] == pytest.approx(fractions, abs=1e-6)
         assert row["load_entropy_L"][layer] == pytest.approx(entropy(fractions) / math.log(EXPERTS), rel=1e-6)
+        rows, pairs = [d.num_tokens for d in decisions], [int(d.kept_R.sum()) for d in decisions]
+        assert row["pairs_L"][layer] == pytest.approx(sum(pairs) / sum(rows), rel=1e-9)
+        alone = [n for d in decisions for n in Counter({t: 0 for t in range(d.num_tokens)} | running(d)).values()]
+        assert row["without_L"][layer] == pytest.approx(alone.count(0) / sum(rows), rel=1e-9)
         dead = sum(n < 0.05 * fair for n in counts)
         assert row["dead_L"][layer] == dead
         assert 0 < dead < EXPERTS and counts != loads(decisions[:1]), (
@@ -95,29 +111,31 @@ def test_balance_is_that_of_all_batches_together_before_drops(router: str, capac
         )
 
 
-def test_router_entropy_is_the_mean_over_tokens() -> None:
+@pytest.mark.parametrize("batches", [BATCHES, UNEQUAL], ids=["equal", "unequal"])
+def test_router_entropy_is_the_mean_over_tokens(batches: list[Batch]) -> None:
     model = many_experts("switch")
-    _, decisions_L = run_all(model, BATCHES)
-    entropy_L = results(model, BATCHES)["router_entropy_L"]
+    _, decisions_L = run_all(model, batches)
+    entropy_L = results(model, batches)["router_entropy_L"]
     for found, decisions in zip(entropy_L, decisions_L, strict=True):
         rows = [row_E for d in decisions if d.probs_TE is not None for row_E in d.probs_TE.tolist()]
         assert found == pytest.approx(mean([entropy(row_E) for row_E in rows]) / math.log(EXPERTS), rel=1e-9)
         assert 0.1 < found < 0.99
 
 
+@pytest.mark.parametrize("batches", [BATCHES, UNEQUAL], ids=["equal", "unequal"])
 @pytest.mark.parametrize("router", ["switch", "hash"])
-def test_drop_rate_is_the_share_of_pairs_over_capacity(router: str) -> None:
+def test_drop_rate_is_the_share_of_pairs_over_capacity(router: str, batches: list[Batch]) -> None:
     model = many_experts(router, capacity_factor=0.9)
-    _, decisions_L = run_all(model, BATCHES)
+    _, decisions_L = run_all(model, batches)
     chosen = dropped = 0
     for decision in (d for decisions in decisions_L for d in decisions):
         most = math.ceil(0.9 * 2 * decision.num_tokens / EXPERTS)
         for demand in Counter(decision.expert_ids_R.tolist()).values():
             chosen += demand
             dropped += max(0, demand - most)
-    found = results(model, BATCHES)["drop_rate"]
+    found = results(model, batches)["drop_rate"]
     assert found == pytest.approx(dropped / chosen, rel=1e-9) and 0.05 < found < 0.95
-    assert results(many_experts(router), BATCHES)["drop_rate"] == 0
+    assert results(many_experts(router), batches)["drop_rate"] == 0
 
 
 def test_what_is_not_there_is_said() -> None:
@@ -127,12 +145,13 @@ def test_what_is_not_there_is_said() -> None:
     assert row["router_entropy_L"] is None and row["drop_rate"] == 0
 
 
-def test_the_sampled_policy_stands_beside_the_greedy_one() -> None:
+@pytest.mark.parametrize("batches", [BATCHES, UNEQUAL], ids=["equal", "unequal"])
+def test_the_sampled_policy_stands_beside_the_greedy_one(batches: list[Batch]) -> None:
     model = many_experts("reinforce")
-    greedy_nats, greedy_L = run_all(model, BATCHES)
-    sampled_nats, drawn_L = run_all(model, BATCHES, explore=True)
-    row = results(model, BATCHES, sampled=True)
-    tokens = sum(batch.targets_BS.size for batch in BATCHES)
+    greedy_nats, greedy_L = run_all(model, batches)
+    sampled_nats, drawn_L = run_all(model, batches, explore=True)
+    row = results(model, batches, sampled=True)
+    tokens = sum(batch.targets_BS.size for batch in batches)
     assert row["loss"] == pytest.approx(greedy_nats / tokens, rel=1e-9)
     assert row["sampled"]["loss"] == pytest.approx(sampled_nats / tokens, rel=1e-9)
     assert abs(row["sampled"]["loss"] - row["loss"]) > 1e-4
@@ -144,5 +163,29 @@ def test_the_sampled_policy_stands_beside_the_greedy_one() -> None:
             pairs = zip(one.expert_ids_R.view(-1, 2).tolist(), other.expert_ids_R.view(-1, 2).tolist(), strict=True)
             shares += [len({*a} & {*b}) / 2 for a, b in pairs]
         assert found == pytest.approx(mean(shares), rel=1e-9) and 0 < found < 1
-    assert results(model, BATCHES)["sampled"] is None
+    assert results(model, batches)["sampled"] is None
     assert results(many_experts("hash"), BATCHES, sampled=True)["sampled"] is None, "nothing is drawn"
+
+
+@pytest.mark.parametrize("router", ["switch", "reinforce"])
+def test_memory_does_not_grow_with_the_number_of_batches(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch's decisions are held at a time, and nothing that points to them afterwards."""
+    model, made, living = many_experts(router), weakref.WeakSet[Any](), []
+
+    def watched(*arguments: Any) -> Any:
+        loss_MT, decisions = forward(*arguments)
+        made.update(
+            tensor for d in decisions for tensor in (d, d.expert_ids_R, d.gates_R, d.logits_TE) if tensor is not None
+        )
+        made.add(loss_MT)
+        living.append(len(made))
+        return loss_MT, decisions
+
+    monkeypatch.setattr("rlroute.training.evaluate.forward", watched)
+    for count in (4, 40):
+        living.clear()
+        results(model, [make_batch(seed=seed) for seed in range(count)], sampled=True)
+        passes = 2 if router == "reinforce" else 1
+        assert len(living) == passes * count
+        assert max(living[passes:]) <= max(living[: 2 * passes]) <= 2 * passes * (1 + 2 * 4)
+        assert not made

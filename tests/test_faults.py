@@ -317,22 +317,6 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(ended, tmp_pat
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt"])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(name, tmp_path, undisturbed):
-    folder = interrupted(tmp_path)
-    file = folder / "checkpoint-00000004" / name
-    file.write_bytes(half(file.read_bytes()))
-    before = contents(tmp_path)
-    said = refused(rlroute(*TRAIN, "--store", tmp_path))
-    assert str(file.parent) in said
-    assert "remove it" in said
-    assert noted(folder) in said
-    assert contents(tmp_path) == before
-    shutil.rmtree(file.parent)
-    ran(*TRAIN, "--store", tmp_path)
-    assert figures(folder) == figures(undisturbed)
-
-
 # --- a full disk
 # ------------------------------------------------------------------------------------------------------------------
 

@@ -43,9 +43,9 @@ def test_a_limit_holds_its_bounds_and_says_them(
     ("values", "message"),
     [
         ({"form": "c"}, "form = 'c': legal are 'a', 'b'"),
-        ({"number": math.nan}, "number = nan: legal are numbers"),
+        ({"number": math.nan}, "number = nan: legal are finite numbers"),
         ({"number": "1"}, "number = '1': want float"),
-        ({"count": 0}, "count = 0: legal are numbers from 1"),
+        ({"count": 0}, "count = 0: legal are numbers from 1 to 2147483647"),
         ({"count": True}, "count = True: want int"),
         ({"decay": 1.0}, "decay = 1.0: legal are numbers from 0 to below 1"),
         ({"scale": 0.0}, "scale = 0.0: legal are numbers above 0, or none"),

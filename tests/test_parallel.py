@@ -8,7 +8,9 @@ Ranks are real processes over gloo, started without Ray; what Ray adds is in ``t
 Shape suffixes: T tokens, D model width, E experts, K experts per token, R pairs.
 """
 
+import contextlib
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from rlroute.config import DataConfig, ModelConfig, RouterConfig, TrainConfig
-from rlroute.errors import ComparisonError, ConfigError, StoreError
+from rlroute.errors import CheckpointError, ComparisonError, ConfigError, StoreError
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import ExpertWeights
@@ -30,7 +32,7 @@ from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder, read_runs
 from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision
-from rlroute.training import checkpoint, loop, prepare
+from rlroute.training import checkpoint, loop, manifest, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
@@ -358,7 +360,8 @@ def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_paral
     cut, whole = quarters
     shutil.copytree(cut, tmp_path / "cut")
     files = sorted(p.name for p in tmp_path.glob("cut/*/checkpoint-00000004/*"))
-    assert files == [f"{n}-{i}-of-4.{s}" for n, s in (("model", "safetensors"), ("trainer", "pt")) for i in range(1, 5)]
+    shards = [f"{n}-{i}-of-4.{s}" for n, s in (("model", "safetensors"), ("trainer", "pt")) for i in range(1, 5)]
+    assert files == ["manifest.json", *shards]
     arguments = (tmp_path / "cut", expert_parallel, "bias_balanced")
     summary = run(*arguments) if workers == 1 else run_ranks(run, workers, *arguments)[0]
     assert abs(summary["final"]["loss"] - whole["final"]["loss"]) < 1e-10
@@ -367,11 +370,67 @@ def test_a_checkpoint_of_four_shards_goes_on_at_any_number(workers, expert_paral
     assert rows == list(range(1, 9))
 
 
-def test_a_missing_shard_is_named(halves, tmp_path):
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SHARDS = {
+    "missing weights": lambda p: (p / "model-2-of-2.safetensors").unlink(),
+    "missing state": lambda p: (p / "trainer-2-of-2.pt").unlink(),
+    "truncated": lambda p: os.truncate(p / "trainer-2-of-2.pt", 1000),
+    "a bit of the second weights": lambda p: flipped(p / "model-2-of-2.safetensors"),
+    "a bit of the second state": lambda p: flipped(p / "trainer-2-of-2.pt"),
+    "a third": lambda p: shutil.copy(p / "model-2-of-2.safetensors", p / "model-3-of-3.safetensors"),
+    "the first twice": lambda p: shutil.copy(p / "model-1-of-2.safetensors", p / "model-2-of-2.safetensors"),
+    "other numbers": lambda p: [f.rename(p / f.name.replace("of-2", "of-4")) for f in p.glob("*-of-2.*")],
+}
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_shards_that_are_not_as_they_were_written_are_refused(case, halves, tmp_path):
     shutil.copytree(halves, tmp_path, dirs_exist_ok=True)
-    next(tmp_path.glob("*/checkpoint-*/model-2-of-2.safetensors")).unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="model-2-of-2"):
+    SHARDS[case](next(tmp_path.glob("*/checkpoint-*")))
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000004: .*(of-[234]|manifest)"):
         run(tmp_path, None, "switch")
+
+
+def resumed(store):
+    """Go on from two checkpoints, the newest of which only the second rank cannot read; return where both stand."""
+    read = manifest.Manifest.read
+
+    def fail(self, folder, name, most):
+        if dist.get_rank() == 1 and folder.name == "checkpoint-00000008":
+            raise OSError(5, "Input/output error")
+        return read(self, folder, name, most)
+
+    manifest.Manifest.read = fail
+    config = config_of("switch", steps=12, eval_every=4, log_every=1, checkpoint_every=4)
+    group = Mesh(2)
+    model = prepare.build_model(config, load_corpus(DATA.spec), 0, group)
+    optimizer = Optimizer(model, config.train, group)
+    found, damaged = checkpoint.load_checkpoint(store / config.run_id(0), model, optimizer, config.run_id(0), group)
+    return found.step, damaged
+
+
+def stopped(store):
+    """Train twelve steps, and stop after ten."""
+
+    def on_step(step):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    config = config_of("switch", steps=12, eval_every=4, log_every=1, checkpoint_every=4)
+    with contextlib.suppress(KeyboardInterrupt):
+        loop.train(config, 0, store, on_step=on_step, group=Mesh(2))
+
+
+def test_ranks_take_the_same_checkpoint_though_only_one_cannot_read_the_newest(tmp_path):
+    run_ranks(stopped, 2, tmp_path)
+    (one, said), (other, seen) = run_ranks(resumed, 2, tmp_path)
+    assert one == other == 4
+    assert "another worker" in said[0] and "Input/output error" in seen[0]
 
 
 def failing_checkpoint(store):
@@ -382,7 +441,7 @@ def failing_checkpoint(store):
         calls.append(1)
         if dist.get_rank() == 1 and len(calls) == 2:
             raise OSError(28, "No space left on device")
-        write(*arguments)
+        return write(*arguments)
 
     checkpoint._write_shard = fail
     try:

@@ -212,7 +212,7 @@ def test_what_cannot_play_is_refused_by_name(monkeypatch):
             play("TokenBandit-v0", (name,), 16, 0, QUICK)
     with pytest.raises(ConfigError, match="wants 2 outcomes of each token"):
         player_of("Dispatch-v0", baseline="leave_one_out")
-    with pytest.raises(ConfigError, match="rollout = 0: must be above 0"):
+    with pytest.raises(ConfigError, match="rollout = 0: legal are numbers from 1"):
         Learning(rollout=0)
     with pytest.raises(ConfigError, match="episodes = 1"):
         play("TokenBandit-v0", (), 1, 0, QUICK)

@@ -41,7 +41,10 @@ def test_a_model_without_weights_has_the_costs_of_the_real_one(name):
 def test_a_model_that_fits_no_machine_is_checked():
     huge = replace(MODEL, d_model=2**17, d_expert=2**17, num_experts=64)
     routers = (router_class(name).Config() for name in ("switch", "reinforce"))
-    check({RunConfig(data=DATA, model=huge, router=router, train=TRAIN): [0] for router in routers})
+    runs = {RunConfig(data=DATA, model=huge, router=router, train=TRAIN): [0] for router in routers}
+    check(runs, elsewhere=True)
+    with pytest.raises(ConfigError, match="GiB of memory"):
+        check(runs)
 
 
 def test_a_device_is_wanted_where_the_run_is_to_be(no_gpu):

@@ -129,7 +129,7 @@ GOOD = "entries = ['hash', 'switch']\n"
         ),
         (GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = { choice = [] }", r"choice = \[\]: want a list"),
         (GOOD + "[resources]\ncores = 2", r"\[resources\] has 'cores': legal are cpus, gpus, workers"),
-        (GOOD + "[resources]\nworkers = 0", "--workers 0: must be above 0"),
+        (GOOD + "[resources]\nworkers = 0", "workers = 0: legal are numbers from 1"),
         (GOOD + "[resources]\ncpus = 'two'", "cpus = 'two': want float"),
         (GOOD + "[asha]\nreduction = 2", r"\[asha\] grace = None: want a whole number"),
         (GOOD + "[asha]\ngrace = 2\nreduction = 1", r"\[asha\] reduction = 1: want a number above 1"),

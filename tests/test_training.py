@@ -5,17 +5,15 @@ once.
 """
 
 import json
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, TrainConfig
-from rlroute.errors import CheckpointError, ConfigError, StoreError
+from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints, is_router
@@ -342,9 +340,6 @@ def test_resumed_run_equals_undisturbed_one_bit_for_bit(entry, tmp_path, monkeyp
     timing = ("seconds", "tokens_per_second")
     final = [{k: v for k, v in s["final"].items() if k not in timing} for s in (undisturbed, resumed)]
     assert final[0] == final[1]
-    assert [p.name for p in folder.glob("checkpoint-*/*")] == [
-        "model.safetensors"
-    ]  # of the last step, the trainer's state gone
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_not_evaluated_twice(tmp_path, monkeypatch):
@@ -369,47 +364,6 @@ def test_an_ended_run_is_never_repeated(tmp_path):
     stamp = summary.stat().st_mtime_ns
     assert loop.train(config, 0, tmp_path) == json.loads(summary.read_text())
     assert summary.stat().st_mtime_ns == stamp
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
-    for name, lr in (("a", 1e-3), ("b", 2e-3)):
-        config = config_of("hash", lr=lr)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(config, 0, tmp_path / name, on_step=interrupt_at(5))
-    source = next((tmp_path / "a").glob("*/checkpoint-*"))
-    target = next((tmp_path / "b").glob("*/checkpoint-*"))
-    shutil.rmtree(target)
-    shutil.copytree(source, target)
-    with pytest.raises(CheckpointError, match=source.parent.name):
-        loop.train(config, 0, tmp_path / "b")
-
-
-def interrupt_at(stop):
-    def on_step(step):
-        if step == stop:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
-def test_a_damaged_checkpoint_is_named(file, tmp_path):
-    config = config_of("hash")
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, tmp_path, on_step=interrupt_at(5))
-    damaged = next(tmp_path.glob(f"*/checkpoint-*/{file}"))
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="is damaged"):
-        loop.train(config, 0, tmp_path)
-
-
-def test_checkpoint_holds_the_weights_and_says_whose_they_are(tmp_path):
-    config = config_of("bias_balanced")
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, tmp_path, on_step=interrupt_at(5))
-    state = load_file(next(tmp_path.glob("*/checkpoint-*/model.safetensors")))
-    assert state.keys() == prepare.build_model(config, CORPUS, 0).state_dict().keys()
-    assert any(name.endswith("bias_E") and bool(value.any()) for name, value in state.items())
 
 
 def test_two_processes_cannot_train_one_run(tmp_path):

@@ -16,6 +16,7 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.bench.peers import Problem, contenders
 from rlroute.experiments.bench.timing import Call, figures, measure, peak_bytes, reason
 from rlroute.kernels import ExpertWeights
+from rlroute.training.memory import memory_here
 
 OURS, BASE = "rlroute", "dense"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -182,12 +183,15 @@ def parse_shape(text: str) -> Shape:
     """Read a shape written as ``T,D,F,E,K``.
 
     Raises:
-        ConfigError: it is not five positive numbers, or K exceeds E.
+        ConfigError: it is not five positive numbers, K exceeds E, or no memory here holds the tokens and the experts.
     """
     parts = text.split(",")
-    if len(parts) != 5 or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"shape {text!r}: want T,D,F,E,K as five positive numbers")
+    if len(parts) != 5 or not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
+        raise ConfigError(f"shape {text[:100]!r}: want T,D,F,E,K as five positive numbers below 10^9")
     shape = Shape(*map(int, parts))
+    needed = 4 * (shape.T * (shape.D + shape.K * shape.F) + 3 * shape.E * shape.D * shape.F)
+    if needed > (there := memory_here("cpu")):
+        raise ConfigError(f"shape {text!r}: needs {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f}")
     if shape.K > shape.E:
         raise ConfigError(f"shape {text!r}: K = {shape.K} exceeds E = {shape.E}")
     return shape

@@ -10,17 +10,19 @@ import tyro
 
 from rlroute.experiments import RESULTS
 from rlroute.experiments.cli.common import command_line, make_folder
+from rlroute.limits import Between, Positive, check_fields
 
 OUT = Path("results/bench.json")
+Rounds = Annotated[int, Between(2, 10**6)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What every bench has that is measured in interleaved rounds and written."""
 
-    rounds: int = 15
+    rounds: Rounds = 15
     """Interleaved repetitions, after one that warms up."""
-    minutes: float = 60.0
+    minutes: Positive = 60.0
     """No new row is begun after so many."""
     shapes: tuple[str, ...] = ()
     """T,D,F,E,K each; the device's standard ones if none are given."""
@@ -88,7 +90,7 @@ class Parallel(Measured):
 class Envs:
     """How fast the environments step, beside Gymnasium's CartPole."""
 
-    rounds: int = 15
+    rounds: Rounds = 15
     """Interleaved repetitions."""
 
     def run(self) -> None:
@@ -158,6 +160,7 @@ def bench(
     """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on
     its machine.
     """
+    check_fields(what, None)
     what.run()
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Launch
+from rlroute.limits import checked, option
 
 if TYPE_CHECKING:
     from rlroute.records import RunRecord
@@ -29,6 +31,25 @@ class Shared:
 
 LAUNCH, SHARED = Launch(), Shared()
 """The defaults of commands that train."""
+
+
+def with_checked_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that refuses an option which its annotation does not allow, before any work.
+
+    Its dataclasses say themselves what they hold.
+    """
+    hints, signature = get_type_hints(command, include_extras=True), inspect.signature(command)
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        for name, value in signature.bind(*arguments, **options).arguments.items():
+            if isinstance(value, Launch):
+                value.check()
+            elif not is_dataclass(value):
+                checked(value, hints[name], option(name))
+        command(*arguments, **options)
+
+    return run
 
 
 def select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
@@ -102,7 +123,7 @@ def refuse_others(what: str, takes: str, given: object, default: object) -> None
     for name, value in mine.items():
         if value != plain[name]:
             said = f" {value}" if isinstance(value, str | int | float | Path) else ""
-            raise ConfigError(f"--{name.replace('_', '-')}{said} does not apply to {what}, which takes {takes}")
+            raise ConfigError(f"{option(name)}{said} does not apply to {what}, which takes {takes}")
 
 
 def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig) -> tuple[str, ...]:

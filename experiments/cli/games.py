@@ -5,23 +5,25 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import command_line, make_folder, refuse_others
+from rlroute.limits import Between, Count, Positive, Seed
 
 
 def play(
     environment: tyro.conf.Positional[str] = "rlroute/TokenBandit-v0",
     policies: tyro.conf.Positional[tuple[str, ...]] = (),
     table: Path | None = None,
-    episodes: int = 256,
-    seed: int = 0,
-    updates: int = 400,
-    copies: int = 32,
-    rollout: int = 8,
-    lr: float = 0.02,
+    episodes: Annotated[int, Between(2, 10**6)] = 256,
+    seed: Seed = 0,
+    updates: Count = 400,
+    copies: Annotated[int, Between(1, 10**5)] = 32,
+    rollout: Annotated[int, Between(1, 10**5)] = 8,
+    lr: Positive = 0.02,
 ) -> None:
     """Play an environment in which routing is the action; print scores (0 uniform, 1 oracle) and regrets with 95 %
     intervals.

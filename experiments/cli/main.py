@@ -28,6 +28,7 @@ def _run() -> None:
     except ImportError as error:
         raise MissingDependencyError("the command line needs the extra 'cli': pip install 'rlroute[cli]'") from error
     from rlroute.experiments.cli.benches import bench
+    from rlroute.experiments.cli.common import with_checked_options
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table
@@ -49,7 +50,7 @@ def _run() -> None:
         bench,
         gradients,
     ):
-        app.command(command)
+        app.command(with_checked_options(command))
     app.cli(
         prog="rlroute",
         description="Compare the routers of mixture-of-experts transformers inside identical models.",

@@ -10,6 +10,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import make_folder, select
+from rlroute.limits import Count
 
 
 def routers(markdown: bool = False) -> None:
@@ -94,7 +95,7 @@ def export_tokens(
     run: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path] = Path("results/tokens.npz"),
     path: Path = Path("runs"),
-    tokens: int = 16_384,
+    tokens: Count = 16_384,
 ) -> None:
     """Write the last MoE layer of a trained run as a table that TokenBandit-v0 plays: what each expert would cost each
     token.

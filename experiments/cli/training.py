@@ -25,6 +25,7 @@ from rlroute.experiments.cli.common import (
 )
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.limits import Between, Positive, Seed
 
 if TYPE_CHECKING:
     from rlroute.schema import Summary
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def train(
     entry: tyro.conf.Positional[str],
-    seed: int = 0,
+    seed: Seed = 0,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
@@ -62,11 +63,11 @@ def train(
 
 def compare(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
-    seeds: int = 3,
+    seeds: Annotated[int, Between(1, 10_000)] = 3,
     task: Literal["text", "clusters"] = "text",
     reference: str | None = None,
     budget: Budget = "tokens",
-    seconds: float | None = None,
+    seconds: Positive | None = None,
     tuned: bool = True,
     out: Path = Path("results"),
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
+from typing import Annotated
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
@@ -23,6 +24,7 @@ from rlroute.experiments.gradients.signal import Signal
 from rlroute.experiments.gradients.snapshots import Training, warmed_up
 from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.limits import Between, Experts, Layers, Positive, Size, Whole, check_fields, option
 from rlroute.model.transformer import sites
 from rlroute.registry import default_names, refusals, router_names
 from rlroute.routing import Site
@@ -51,39 +53,36 @@ class Sweep:
     """
 
     entries: tuple[str, ...]
-    experts: tuple[int, ...] = (4,)
-    k: tuple[int, ...] = (1,)
-    layers: tuple[int, ...] = (1, 2)
-    tokens: tuple[int, ...] = (3,)
+    experts: tuple[Experts, ...] = (4,)
+    k: tuple[Experts, ...] = (1,)
+    layers: tuple[Layers, ...] = (1, 2)
+    tokens: tuple[Annotated[int, Between(1, 4096)], ...] = (3,)
     one_at_a_time: bool = False
     """Vary one of the sizes above at a time, the others at their first value."""
-    train_steps: tuple[int, ...] = (0, 50)
-    draws: int = 1000
+    train_steps: tuple[Whole, ...] = (0, 50)
+    draws: Annotated[int, Between(3, 10**7)] = 1000
     """Estimates drawn where they cannot all be enumerated."""
-    samples: int = 32
+    samples: Annotated[int, Between(2, 10**6)] = 32
     """Sampled joint choices of a conditional gradient."""
-    warm_up: int = 20
+    warm_up: Annotated[int, Between(0, 10**6)] = 20
     """Steps for the routers' running means and value heads before each measurement; model and policy stay."""
-    seeds: int = 4
+    seeds: Annotated[int, Between(1, 10_000)] = 4
     gate_form: str = "own"
     attention: bool = False
     """Give each attention as many experts, and a router of its own."""
     corpus: str = "synth:documents=512,vocab=32,domains=4"
-    d_model: int = 32
-    batch_size: int = 32
+    d_model: Size = 32
+    batch_size: Size = 32
     """Sequences per training step; a sequence is as long as the measured micro-batch."""
-    lr: float = 8e-3
+    lr: Positive = 8e-3
 
     def __post_init__(self) -> None:
-        least = {"experts": 1, "k": 1, "layers": 1, "tokens": 1, "train_steps": 0}
-        for name, smallest in least.items():
+        check_fields(self, None)
+        for name in ("experts", "k", "layers", "tokens", "train_steps"):
             values = getattr(self, name)
-            if not values or min(values) < smallest or len(set(values)) < len(values):
+            if not values or len(set(values)) < len(values):
                 shown = ",".join(map(str, values))
-                raise ConfigError(f"{name} = {shown!r}: legal are different whole numbers from {smallest}")
-        for name, smallest in {"draws": 3, "samples": 2, "warm_up": 0, "seeds": 1}.items():
-            if getattr(self, name) < smallest:
-                raise ConfigError(f"{name} = {getattr(self, name)}: legal are whole numbers from {smallest}")
+                raise ConfigError(f"{option(name)} = {shown!r}: want different numbers, parted by commas")
         twice = [entry for entry in self.entries if self.entries.count(entry) > 1]
         if twice or not self.entries:
             raise ConfigError(f"entries = {' '.join(twice)!r}: want at least one entry, each once")
@@ -205,8 +204,8 @@ def parse_numbers(name: str, text: str) -> tuple[int, ...]:
         ConfigError: they are none.
     """
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ConfigError(f"{name} = {text!r}: want whole numbers parted by commas, as 2,4")
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+        raise ConfigError(f"{option(name)} = {text[:100]!r}: want whole numbers parted by commas, as 2,4")
     return tuple(map(int, parts))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
+from rlroute.limits import Between, check_fields, checked_seed
 from rlroute.sink import Mode
 
 Launcher = Literal["auto", "ray", "local"]
+Processes = Annotated[int, Between(1, 2**14)]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Job:
     label: str = ""
     """What it is called while it runs; the router's name if nothing is said."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", checked_seed(self.seed))
+
     @property
     def id(self) -> str:
         """The run's id."""
@@ -63,25 +68,25 @@ class Launch:
     """The run store's folder."""
     launcher: Launcher = "auto"
     """ray: Tune trials; local: one after the other in this process; auto: ray for more than one run or worker."""
-    concurrency: int | None = None
+    concurrency: Processes | None = None
     """Trials at a time under ray; none: as many as there is room for."""
     address: str | None = None
     """A running Ray cluster (host:port, or auto); none: a Ray of our own on this machine."""
-    cpus: float = 1.0
+    cpus: Annotated[float, Between(1e-4, 1e6)] = 1.0
     """Cores of a worker."""
-    gpus: float = 0.0
+    gpus: Annotated[float, Between(0, 1e6)] = 0.0
     """GPUs of a worker; a fraction shares one."""
-    workers: int = 1
+    workers: Processes = 1
     """Processes that train one run together."""
-    expert_parallel: int = 1
+    expert_parallel: Processes = 1
     """Shards into which they cut the experts."""
-    exchange_chunks: int = 1
+    exchange_chunks: Annotated[int, Between(0, 2**14)] = 1
     """Parts in which rows travel between shards; one is computed while the next is on its way. 0: nothing is computed
     meanwhile.
     """
-    retries: int = 2
+    retries: Annotated[int, Between(0, 1000)] = 2
     """How often a run is started again that failed, or whose process was lost or hung."""
-    patience: float = 10.0
+    patience: Annotated[float, Between(1e-3, 1e5)] = 10.0
     """Minutes without a step after which a run counts as hung; the first step has ten if that is more."""
     wandb: Mode = "off"
     """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
@@ -92,14 +97,7 @@ class Launch:
         Raises:
             ConfigError: a value is illegal, or does not go with another.
         """
-        for name in ("cpus", "workers", "expert_parallel", "patience"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        for name in ("gpus", "retries", "exchange_chunks"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: legal are numbers from 0")
-        if self.concurrency is not None and self.concurrency < 1:
-            raise ConfigError(f"--concurrency {self.concurrency}: legal are numbers from 1")
+        check_fields(self, None)
         if self.exchange_chunks != 1 and self.expert_parallel == 1:
             raise ConfigError(f"--exchange-chunks {self.exchange_chunks}: without --expert-parallel no rows travel")
         if self.gpus % 1 and self.workers > 1:

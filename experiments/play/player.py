@@ -13,7 +13,7 @@ D features, E experts, R pairs, M routing samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from rlroute.envs.vector import RoutingVectorEnv
 from rlroute.envs.world import Array
 from rlroute.errors import ConfigError
 from rlroute.learning import adapt, learn
+from rlroute.limits import Between, Count, Positive, check_fields
 from rlroute.model.moe import decide
 from rlroute.registry import make_router
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
@@ -36,19 +37,17 @@ from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, Routi
 class Learning:
     """How a router learns in an environment."""
 
-    updates: int = 400
+    updates: Count = 400
     """Rollouts, each one optimizer step."""
-    copies: int = 32
+    copies: Annotated[int, Between(1, 10**5)] = 32
     """Copies of the environment that are stepped together."""
-    rollout: int = 8
+    rollout: Annotated[int, Between(1, 10**5)] = 8
     """Steps of a rollout; returns end with it, so that a discount sees no further."""
-    lr: float = 0.02
+    lr: Positive = 0.02
     """Learning rate of Adam."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ConfigError(f"{name} = {value}: must be above 0")
+        check_fields(self, None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rlroute.config import RunConfig
 from rlroute.envs.tables import TokenTable
-from rlroute.errors import ConfigError, StoreError
+from rlroute.errors import CheckpointError, ConfigError, StoreError
 from rlroute.kernels import expert_mlp
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
@@ -53,8 +53,11 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
     corpus = load_corpus(config.data.spec, config.data.tokenizer)
     model = build_model(config, corpus, record.config["seed"])
-    if load_weights(store / record.id, model, record.id) is None:
+    step, ended = load_weights(store / record.id, model, record.id), record.summary["steps"]
+    if step is None:
         raise StoreError(f"{store / record.id} holds no checkpoint")
+    if step != ended and record.summary["status"] == "finished":
+        raise CheckpointError(f"{store / record.id} holds weights of step {step}: the run ended at step {ended}")
     device = Device(config.train.device, DTYPES[config.train.dtype])
     batches = eval_batches(corpus, num_tokens=tokens, batch_size=config.train.batch_size, seq_len=config.data.seq_len)
     parts = [_outcomes(model, config, batch, device) for batch in batches]

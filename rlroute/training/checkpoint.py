@@ -1,62 +1,70 @@
-"""Checkpoints: ``model.safetensors`` and ``trainer.pt`` in one folder that appears whole or not at all.
+"""Checkpoints: ``model.safetensors``, ``trainer.pt`` and their ``manifest.json`` in one folder that appears whole or
+not at all.
 
 Where the experts are cut into n shards there is a pair of files per shard, ``model-<i>-of-<n>.safetensors`` and
 ``trainer-<i>-of-<n>.pt``; the first holds everything that is not an expert's as well. Any number of shards loads into
 any other.
 
-The trainer's state is read with ``weights_only``: no file of ours can run code when it is loaded.
+Nothing is taken from a checkpoint before all of it has been looked at: the bytes that are used are those whose hash is
+checked, the trainer's state is read with ``weights_only``, which runs no code, and every tensor must be one that this
+run could have written. The newest two are kept, so that there is one before a damaged one.
 """
 
+import io
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rlroute.config import SCHEMA
-from rlroute.errors import CheckpointError
+from rlroute.errors import CheckpointError, RlrouteError
 from rlroute.model.accounting import is_expert
 from rlroute.records import storing
+from rlroute.training import manifest
 from rlroute.training.group import ALONE, Group
+from rlroute.training.manifest import Entry, HashedFile, Manifest, folder_name, own_checkpoints, shard_names
+from rlroute.training.optimizer import Optimizer
+from rlroute.training.progress import Progress
 
-PREFIX = "checkpoint-"
+KEPT = 2
+"""How many checkpoints of an unfinished run there are."""
+State = dict[str, dict[str, Tensor]]
 
 
 def save_checkpoint(
     folder: Path,
-    step: int,
     model: nn.Module,
-    optimizer: Mapping[str, Mapping[str, Tensor]],
-    progress: Mapping[str, Any],
-    metadata: dict[str, Any],
+    optimizer: Optimizer,
+    progress: Progress,
+    run_id: str,
     group: Group = ALONE,
 ) -> None:
-    """Write ``folder``/checkpoint-<step> and remove the older ones. All ranks of a group call it, and see the same
-    folder.
+    """Write the checkpoint of a step, and remove all but the one before it. All ranks of a group call this, and see the
+    same folder.
 
     Args:
         folder: the run's folder.
-        step: optimizer steps done.
         model: its parameters and persistent buffers are kept.
-        optimizer: the optimizer's state of each parameter, by name.
-        progress: numbers and strings: whatever else the run needs to go on.
-        metadata: what the weights are of (id, seed, configuration), readable from the safetensors header.
+        optimizer: of its parameters.
+        progress: where the run stands.
+        run_id: whose the weights are, readable from the safetensors header.
         group: the processes that train together.
 
     Raises:
         StoreError: the folder cannot be written, by any of them; the previous checkpoint stays.
     """
-    target, temporary = folder / f"{PREFIX}{step:08d}", folder / f".{PREFIX}{step:08d}.tmp"
-    header = {"schema": str(SCHEMA), "step": str(step), "run": json.dumps(metadata, sort_keys=True)}
+    target = folder / folder_name(progress.step)
+    temporary = folder / f".{target.name}.tmp"
+    shard, shards = group.placement.shard, group.placement.shards
     first = group.rank == 0
+    entries: list[Entry] = []
     try:
         with group.together(), _storing(target):
             if first:
@@ -64,17 +72,17 @@ def save_checkpoint(
                 temporary.mkdir()
         with group.together(), _storing(target):
             if group.writes_shard:
-                state = {"optimizer": optimizer, "progress": dict(progress)}
-                _write_shard(temporary, model, state, header, group.placement.shard, group.placement.shards)
+                entries = _write_shard(temporary, model, optimizer, progress, run_id, shard, shards)
+        files = _gather(entries, group, next(model.parameters()).device)
         with group.together(), _storing(target):
             if first:
-                temporary.replace(target)
+                _appear(temporary, target, Manifest(run_id, progress.step, files))
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
     if first:
-        for old in _checkpoints(folder)[:-1]:
-            shutil.rmtree(old, ignore_errors=True)
+        steps = [step for step in own_checkpoints(folder) if step <= progress.step]
+        _keep(folder, steps[-KEPT:])
 
 
 @contextmanager
@@ -87,121 +95,211 @@ def _storing(target: Path) -> Iterator[None]:
 
 
 def _write_shard(
-    folder: Path, model: nn.Module, state: dict[str, Any], header: dict[str, str], shard: int, shards: int
-) -> None:
+    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, run_id: str, shard: int, shards: int
+) -> list[Entry]:
+    """Write a shard's two files and return what the manifest says of them."""
     kept = {name: v.contiguous() for name, v in model.state_dict().items() if shard == 0 or is_expert(name)}
-    moments = {name: v for name, v in state["optimizer"].items() if shard == 0 or is_expert(name)}
-    end = f"-{shard + 1}-of-{shards}" if shards > 1 else ""
-    model_file, trainer_file = folder / f"model{end}.safetensors", folder / f"trainer{end}.pt"
-    save_file(kept, model_file, header)
-    torch.save(state | {"optimizer": moments}, trainer_file)
-    for file in (model_file, trainer_file):
-        with file.open("rb") as handle:
+    moments = {name: v for name, v in optimizer.state().items() if shard == 0 or is_expert(name)}
+    header = {"schema": str(SCHEMA), "step": str(progress.step), "run": run_id}
+    entries = []
+    for name in shard_names(shard, shards):
+        with (folder / name).open("wb") as handle:
+            file = HashedFile(handle)
+            if name.startswith("model"):
+                file.write(save(kept, header))
+            else:
+                torch.save({"optimizer": moments, "progress": vars(progress)}, file)  # type: ignore[arg-type]
+            handle.flush()
             os.fsync(handle.fileno())
+        entries.append(file.entry)
+    return entries
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+def _gather(entries: Sequence[Entry], group: Group, device: torch.device) -> dict[str, Entry]:
+    """Return what all ranks have written, by name; those that write nothing add nothing."""
+    placement = group.placement
+    numbers = torch.zeros(placement.shards, 2, 33, dtype=torch.int64, device=device)
+    for file, entry in enumerate(entries):
+        row = [entry["size"], *bytes.fromhex(entry["sha256"])]
+        numbers[placement.shard, file] = torch.tensor(row, dtype=torch.int64)
+    group.add_up([numbers])
+    names = [name for shard in range(placement.shards) for name in shard_names(shard, placement.shards)]
+    rows = numbers.flatten(0, 1).tolist()
+    return {name: {"sha256": bytes(row[1:]).hex(), "size": row[0]} for name, row in zip(names, rows, strict=True)}
+
+
+def _appear(temporary: Path, target: Path, whole: Manifest) -> None:
+    """Write the manifest and let the folder appear; what a rewound run left under its name goes."""
+    with (temporary / manifest.FILE).open("w", encoding="utf-8") as file:
+        file.write(whole.to_text())
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(temporary)
+    if own_checkpoints(target.parent).get(whole.step) == target:
+        shutil.rmtree(target)
+    temporary.replace(target)
+    _sync(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Let names in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _keep(folder: Path, steps: Iterable[int]) -> None:
+    for step, path in own_checkpoints(folder).items():
+        if step not in steps:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, run_id: str, group: Group = ALONE
+) -> tuple[Progress | None, list[str]]:
+    """Load the newest sound checkpoint of a run into its model and optimizer.
+
+    Returns:
+        Where the run stood, None where there is no checkpoint; and what is wrong with those that are newer.
+
+    Raises:
+        CheckpointError: there are some, and none is sound.
+    """
+    damaged: list[str] = []
+    found = own_checkpoints(folder)
+    newest = max(found, default=-1)
+    while (step := int(group.agree(newest))) >= 0:  # the ranks look at the same, whatever each one's disk shows
+        path = folder / folder_name(step)
+        try:
+            with group.together():
+                loaded = _read(path, model, optimizer, run_id, group)
+            model.load_state_dict(loaded[0])
+            optimizer.load_state(loaded[1])
+            return loaded[2], damaged
+        except RlrouteError as error:  # mine, or that another rank could not
+            damaged.append(f"{path}: {error}")
+        newest = max((other for other in found if other < step), default=-1)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of run {run_id} is sound, remove them to start it anew: {'; '.join(damaged)}"
+        )
+    return None, []
+
+
+def load_weights(folder: Path, model: nn.Module, run_id: str) -> int | None:
+    """Load the weights of the newest checkpoint of a run and return its step; None where there is none.
+
+    Raises:
+        CheckpointError: it is not sound: an older one is not what the run ended with.
+    """
+    found = own_checkpoints(folder)
+    if not found:
+        return None
+    step, path = max(found.items())
+    try:
+        with _reading():
+            state = _read_weights(path, manifest.read_manifest(path, run_id), model, ALONE)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}; remove {folder} to train run {run_id} anew") from error
+    model.load_state_dict(state)
+    return step
+
+
+def end_checkpoints(folder: Path) -> None:
+    """Keep the newest weights of an ended run and forget what only a resume needs."""
+    newest = max(own_checkpoints(folder), default=-1)
+    _keep(folder, [newest])
+    for file in (folder / folder_name(newest)).glob("trainer*.pt"):
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes a reader raise into a CheckpointError that says the way out."""
+def _reading() -> Iterator[None]:
+    """Turn whatever a foreign file makes a reader raise into a CheckpointError."""
     try:
         yield
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {error}; remove it to start this run anew") from error
+    except RlrouteError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        name = f"{Path(error.filename).name}: " if isinstance(error, OSError) and error.filename else ""
+        raise CheckpointError(f"{name}{reason or f'{type(error).__name__}: {error}'}") from error
 
 
-def load_checkpoint(folder: Path, model: nn.Module, run_id: str, group: Group = ALONE) -> dict[str, Any] | None:
-    """Load the newest checkpoint under ``folder`` into ``model`` and return the trainer's state; None where there is no
-    checkpoint.
-
-    Returns:
-        ``optimizer``, the state by parameter name, for the experts held here; and ``progress``.
+def _read(
+    path: Path, model: nn.Module, optimizer: Optimizer, run_id: str, group: Group
+) -> tuple[dict[str, Tensor], State, Progress]:
+    """Return the weights, the optimizer's state and the progress of a checkpoint; nothing is changed.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another run.
+        CheckpointError: the checkpoint is damaged, or of another run.
     """
-    path = load_weights(folder, model, run_id, group)
-    if path is None:
-        return None
-    with _reading(path):
-        shards = [torch.load(file, weights_only=True, map_location="cpu") for file in _shards(path, "trainer", ".pt")]
-        optimizer: dict[str, Any] = {}
-        for name, values in shards[0]["optimizer"].items():
-            parts = [shard["optimizer"][name] for shard in shards] if is_expert(name) else [values]
-            optimizer[name] = {key: _held(group, [part[key] for part in parts], is_expert(name)) for key in values}
-    return {"optimizer": optimizer, "progress": shards[0]["progress"]}
+    with _reading():
+        found = manifest.read_manifest(path, run_id)
+        state = _read_weights(path, found, model, group)
+        shards = []
+        for shard in range(found.shards):
+            data = found.read(path, shard_names(shard, found.shards)[1], _most_bytes(model, group))
+            shards.append(torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"))
+        progress = [Progress.read(shard["progress"], found.step) for shard in shards]
+        states, parameters = [shard["optimizer"] for shard in shards], dict(model.named_parameters())
+        moments: State = {}
+        for name, values in states[0].items():
+            parts = states if is_expert(name) else states[:1]
+            moments[name] = {key: _held([p[name][key] for p in parts], name, parameters[name], group) for key in values}
+        optimizer.check_state(moments, found.step)
+    return state, moments, progress[0]
 
 
-def load_weights(folder: Path, model: nn.Module, run_id: str, group: Group = ALONE) -> Path | None:
-    """Load the weights of the newest checkpoint under ``folder`` into ``model`` and return its path; None where there
-    is none.
+def _read_weights(path: Path, found: Manifest, model: nn.Module, group: Group) -> dict[str, Tensor]:
+    """Return the model's state from a checkpoint's shards, for the experts held here.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another run.
+        CheckpointError: it is not what the manifest says, or does not fit the model.
     """
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    path = found[-1]
-    with _reading(path):
-        shards = [_read_shard(file) for file in _shards(path, "model", ".safetensors")]
-        header = shards[0][0]
-        owner = json.loads(header["run"])["id"]
-        state = {
-            name: _held(group, [shard[name] for _, shard in shards] if is_expert(name) else [value], is_expert(name))
-            for name, value in shards[0][1].items()
-        }
-    if owner != run_id or header["schema"] != str(SCHEMA):
-        raise CheckpointError(
-            f"checkpoint {path} is of run {owner!r}, schema {header['schema']}: want {run_id!r}, schema {SCHEMA}"
-        )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {path} does not fit the model: {error}") from error
-    return path
+    shards, own = [], model.state_dict()
+    for shard in range(found.shards):
+        data = found.read(path, shard_names(shard, found.shards)[0], _most_bytes(model, group))
+        wanted = {"schema": str(SCHEMA), "step": str(found.step), "run": found.run}
+        if _header(data) != wanted:
+            raise CheckpointError(f"the header of shard {shard + 1} is {_header(data)}, want {wanted}")
+        shards.append(load(data))
+    if shards[0].keys() != own.keys():
+        raise CheckpointError(f"it does not fit the model: {min(shards[0].keys() ^ own.keys())}")
+    state = {}
+    for name in own:
+        parts = shards if is_expert(name) else shards[:1]
+        state[name] = value = _held([part[name] for part in parts], name, own[name], group)
+        if (value.shape, value.dtype) != (own[name].shape, own[name].dtype):
+            raise CheckpointError(f"it does not fit the model: {name} is {value.dtype} of {tuple(value.shape)}")
+    return state
 
 
-def _shards(path: Path, stem: str, suffix: str) -> list[Path]:
-    """Return the files of all shards in their order."""
-    one = path / f"{stem}{suffix}"
-    if one.exists():
-        return [one]
-    some = next(path.glob(f"{stem}-*-of-*{suffix}"), one)
-    shards = int(some.stem.rpartition("-")[2]) if some != one else 0
-    return [path / f"{stem}-{shard + 1}-of-{shards}{suffix}" for shard in range(shards)] or [one]
+def _header(data: bytes) -> Mapping[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    metadata: Mapping[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return metadata
 
 
-def _read_shard(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        return opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+def _most_bytes(model: nn.Module, group: Group) -> int:
+    """Return more bytes than any file of a model's checkpoint has: two moments, and room for names."""
+    held: int = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return 2**24 + 4 * held * group.placement.shards
 
 
-def _held(group: Group, parts: Sequence[Tensor], expert: bool) -> Tensor:
+def _held(parts: Sequence[Tensor], name: str, own: Tensor, group: Group) -> Tensor:
     """Return the rows of the experts that this process holds, from all shards; the value itself where it is none of
     theirs.
+
+    Raises:
+        CheckpointError: the shards do not hold all experts.
     """
-    if not expert or parts[0].dim() == 0:
+    if not is_expert(name) or parts[0].dim() == 0:
         return parts[0]
-    rows_E = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-    held = group.placement.held(len(rows_E))
-    return rows_E[held.start : held.stop]
-
-
-def drop_trainer_state(folder: Path) -> None:
-    """Keep the weights of an ended run and forget what only a resume needs."""
-    for path in _checkpoints(folder):
-        for file in path.glob("trainer*.pt"):
-            file.unlink(missing_ok=True)
+    experts = len(own) * group.placement.shards
+    if sum(map(len, parts)) != experts or any(part.shape[1:] != own.shape[1:] for part in parts):
+        raise CheckpointError(f"{name} has shapes {[tuple(part.shape) for part in parts]}, want {experts} experts")
+    held = group.placement.held(experts)
+    return torch.cat(list(parts))[held.start : held.stop]

@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 
 from rlroute.errors import DataError
+from rlroute.limits import MOST_SEQUENCES
 from rlroute.seeding import derive_key
 from rlroute.training.documents import Document, file_documents, package_documents, split_documents, stdlib_documents
 from rlroute.training.shards import Stream, blocks, read_shards
 from rlroute.training.synthetic import Mixture
 from rlroute.training.tokenizer import Encoder, open_encoder
 
-EVAL_SEQUENCES = 2**40
+EVAL_SEQUENCES = MOST_SEQUENCES
 """Evaluation windows carry sequence ids from here on, apart from every training window's."""
 
 

@@ -21,8 +21,8 @@ from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
 from rlroute.training.step import Device, defined, forward, load_fractions, make_context, max_vio_L
 
-Decisions = list[list[RoutingDecision]]
-"""By batch and site."""
+Decisions = Sequence[RoutingDecision]
+"""By site."""
 
 
 @torch.no_grad()
@@ -42,79 +42,95 @@ def evaluate(
     meaningful.
 
     Loads are counted over the whole of ``batches``, by site, before capacity drops; pairs per token after them, as they
-    ran.
-    """
-    loss, decisions = _pass(model, batches, token_bytes_V, device, seed, step, progress, group, explore=False)
-    balance = _balance(model, decisions, group)
-    sampled_row = None
-    if sampled and any(router.stochastic for router in model.routers):
-        sampled_loss, drawn = _pass(model, batches, token_bytes_V, device, seed, step, progress, group, explore=True)
-        sampled_row = sampled_loss | {"overlap_L": _overlap_L(model, decisions, drawn, group)}
-    return loss | balance | {"sampled": sampled_row}
-
-
-def _pass(
-    model: Transformer,
-    batches: Sequence[Batch],
-    token_bytes_V: np.ndarray,
-    device: Device,
-    seed: int,
-    step: int,
-    progress: float,
-    group: Group,
-    explore: bool,
-) -> tuple[dict[str, float], Decisions]:
-    """Run all batches once and return the losses over all of them, and the decisions of this rank's.
+    ran. Every mean is over tokens or pairs, so that a shorter batch weighs less. One batch's decisions are held at a
+    time: memory does not grow with the number of batches.
 
     Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep
     their draws apart from training's.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    decisions = []
+    totals = _Totals(model)
+    modes = [False, True] if sampled and any(router.stochastic for router in model.routers) else [False]
     for turn in range(-(-len(batches) // group.size)):
         index = turn * group.size + group.rank
         batch = batches[min(index, len(batches) - 1)]
-        context = make_context(batch, device, seed=seed, step=step, progress=progress, explore=explore)
-        loss_MT, made = forward(model, batch, context, device)
-        if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
-            nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
-            sums += torch.tensor([nats, batch.targets_BS.size, text_bytes], dtype=torch.float64)
-            decisions.append(made)
-    sums = sums.to(device.name)
-    group.add_up([sums])
-    nats, tokens, text_bytes = sums.tolist()
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes}, decisions
+        made: list[Decisions] = []
+        for explore in modes:
+            context = make_context(batch, device, seed=seed, step=step, progress=progress, explore=explore)
+            loss_MT, decisions = forward(model, batch, context, device)
+            made.append(decisions)
+            if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
+                totals.add_loss(explore, loss_MT, batch, token_bytes_V)
+        if index < len(batches):
+            totals.add_decisions(*made)
+    totals.add_up(group, device)
+    sampled_row = totals.losses(True) | {"overlap_L": totals.overlaps()} if True in modes else None
+    return totals.losses(False) | totals.balance() | {"sampled": sampled_row}
 
 
-def _balance(model: Transformer, decisions: Decisions, group: Group) -> dict[str, Any]:
-    """Return the balance of all ranks' decisions, and what they ran, by site."""
-    made_L = list(zip(*decisions, strict=True)) if decisions else [() for _ in model.routers]
-    device = model.embed.weight.device
-    demand_L = [
-        sum((d.demand_E() for d in made), start=torch.zeros(router.shape.num_experts, dtype=torch.long, device=device))
-        for router, made in zip(model.routers, made_L, strict=True)
-    ]
-    sums_L6 = torch.zeros(len(made_L), 6, dtype=torch.float64, device=device)
-    for site, made in enumerate(made_L):
-        for decision in made:
-            sums_L6[site] += _sums(decision)
-    group.add_up([*demand_L, sums_L6])
-    tokens_L, used_L, ran_L, without_L, scored_L, entropy_L = sums_L6.t()
-    return {
-        "max_vio_L": max_vio_L(demand_L),
-        "cv_L": [defined(metrics.coefficient_of_variation(d)) for d in demand_L],
-        "load_entropy_L": [defined(metrics.load_entropy(d)) for d in demand_L],
-        "router_entropy_L": [defined(entropy) for entropy in entropy_L / scored_L] if scored_L.any() else None,
-        "dead_L": [int(metrics.dead_experts(d)) for d in demand_L],
-        "drop_rate": float((used_L - ran_L).sum() / used_L.sum().clamp(min=1)),
-        "pairs_L": (ran_L / tokens_L).tolist(),
-        "without_L": (without_L / tokens_L).tolist(),
-        "load_LE": load_fractions(demand_L),
-    }
+class _Totals:
+    """What the batches add up to.
+
+    Attributes:
+        losses_23: of the greedy and of the sampled policy: nats, tokens and bytes of text.
+        demand_L: the pairs that chose each expert, by site.
+        sums_L6: what :func:`_sums` returns, by site.
+        overlap_L2: by site, drawn pairs that are greedy ones too, and drawn pairs.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        device = model.embed.weight.device
+        self.losses_23 = torch.zeros(2, 3, dtype=torch.float64)
+        self.demand_L = [
+            torch.zeros(router.shape.num_experts, dtype=torch.long, device=device) for router in model.routers
+        ]
+        self.sums_L6 = torch.zeros(len(self.demand_L), 6, dtype=torch.float64, device=device)
+        self.overlap_L2 = torch.zeros(len(self.demand_L), 2, dtype=torch.float64, device=device)
+
+    def add_loss(self, explore: bool, loss_MT: Tensor, batch: Batch, token_bytes_V: np.ndarray) -> None:
+        nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
+        self.losses_23[int(explore)] += torch.tensor([nats, batch.targets_BS.size, text_bytes], dtype=torch.float64)
+
+    def add_decisions(self, greedy: Decisions, drawn: Decisions | None = None) -> None:
+        for site, decision in enumerate(greedy):
+            self.demand_L[site] += decision.demand_E()
+            self.sums_L6[site] += _sums(decision)
+        for site, (a, b) in enumerate(zip(greedy, drawn or [], strict=drawn is not None)):
+            pairs = b.used_R.sum().double()
+            self.overlap_L2[site] += torch.stack([pairs * metrics.overlap(b, a).nan_to_num(), pairs])
+
+    def add_up(self, group: Group, device: Device) -> None:
+        """Sum over the ranks of a group."""
+        self.losses_23 = self.losses_23.to(device.name)
+        for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*self.demand_L, self.sums_L6], [self.overlap_L2]):
+            group.add_up(tensors)  # apart: the order in which ranks are summed depends on what travels together
+
+    def losses(self, explore: bool) -> dict[str, float]:
+        nats, tokens, text_bytes = self.losses_23[int(explore)].tolist()
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes}
+
+    def balance(self) -> dict[str, Any]:
+        """Return the balance of the greedy decisions, and what they ran, by site."""
+        demand_L = self.demand_L
+        tokens_L, used_L, ran_L, without_L, scored_L, entropy_L = self.sums_L6.t()
+        return {
+            "max_vio_L": max_vio_L(demand_L),
+            "cv_L": [defined(metrics.coefficient_of_variation(d)) for d in demand_L],
+            "load_entropy_L": [defined(metrics.load_entropy(d)) for d in demand_L],
+            "router_entropy_L": [defined(entropy) for entropy in entropy_L / scored_L] if scored_L.any() else None,
+            "dead_L": [int(metrics.dead_experts(d)) for d in demand_L],
+            "drop_rate": float((used_L - ran_L).sum() / used_L.sum().clamp(min=1)),
+            "pairs_L": (ran_L / tokens_L).tolist(),
+            "without_L": (without_L / tokens_L).tolist(),
+            "load_LE": load_fractions(demand_L),
+        }
+
+    def overlaps(self) -> list[float | None]:
+        """Return the share of the drawn pairs that are greedy ones too, by site; None where no pair was drawn."""
+        return [shared / count if count else None for shared, count in self.overlap_L2.tolist()]
 
 
 def _sums(decision: RoutingDecision) -> Tensor:
-    """Return what :func:`_balance` adds up of one batch at one site, float64 of shape (6,).
+    """Return what is added up of one batch at one site, float64 of shape (6,).
 
     These are: tokens, pairs, pairs that ran, tokens without any, tokens with probabilities, and the entropies of these.
     """
@@ -124,14 +140,3 @@ def _sums(decision: RoutingDecision) -> Tensor:
     entropy = 0 * tokens if probs_TE is None else tokens * metrics.router_entropy(probs_TE).double()
     used = decision.used_R.sum().double()
     return torch.stack([tokens, used, ran_T.sum(), (ran_T == 0).sum().double(), scored, entropy])
-
-
-def _overlap_L(model: Transformer, greedy: Decisions, drawn: Decisions, group: Group) -> list[float | None]:
-    """Return the share of the drawn pairs that are greedy ones too, by site; None where no pair was drawn."""
-    sums_L2 = torch.zeros(len(model.routers), 2, dtype=torch.float64, device=model.embed.weight.device)
-    for made, other in zip(greedy, drawn, strict=True):
-        for site, (a, b) in enumerate(zip(made, other, strict=True)):
-            pairs = b.used_R.sum().double()
-            sums_L2[site] += torch.stack([pairs * metrics.overlap(b, a).nan_to_num(), pairs])
-    group.add_up([sums_L2])
-    return [shared / count if count else None for shared, count in sums_L2.tolist()]

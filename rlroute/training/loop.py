@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,17 +16,19 @@ from rlroute.choices import ChoiceLog
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.kernels import resolve_backend
 from rlroute.learning import adapt
+from rlroute.limits import checked_seed
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.checks import checked
 from rlroute.model.moe import MoELayer
 from rlroute.records import RunFolder, last_row
 from rlroute.schema import Measured, Summary
-from rlroute.sink import OFF, Mode, Sink, open_sink
+from rlroute.sink import OFF, Mode, Sink, open_sink, warn
 from rlroute.training.audit import audit
-from rlroute.training.checkpoint import drop_trainer_state, load_checkpoint, save_checkpoint
+from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
 from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
+from rlroute.training.memory import check_memory
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import (
     build_model,
@@ -37,21 +38,10 @@ from rlroute.training.prepare import (
     refuse_other_code,
     validation_batches,
 )
+from rlroute.training.progress import Progress
 from rlroute.training.step import Device, StepResult, backward_batch, defined, load_fractions, max_vio_L
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@dataclass
-class Progress:
-    """Where a run stands; with the weights and the optimizer's state, all that a resume needs."""
-
-    step: int = 0
-    chain: str = ""
-    """Hash chain of the batches seen, hex."""
-    flops: int = 0
-    """Training FLOPs spent, by the pairs that ran."""
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
 
 
 class Diverged(Exception):
@@ -89,13 +79,16 @@ def train(
         ConfigError, DataError: bad input, before anything is written.
         StoreError, CheckpointError: the store cannot be used; nothing in it is lost.
     """
+    seed = checked_seed(seed)
     folder = RunFolder(store, config, seed)
     refuse_other_code(folder, config)
     if group.agree(folder.ended):
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
     check_shares(config, group.size)
-    run = _Run(config, seed, folder, load_corpus(config.data.spec, config.data.tokenizer), command, group, wandb)
+    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    check_memory(config, corpus.vocab_size, group.placement.shards)
+    run = _Run(config, seed, folder, corpus, command, group, wandb)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
@@ -157,7 +150,7 @@ class _Run:
             summary = self._summary("diverged", None, stopped) | {"measured": None}  # of no use where numbers are not
         if self.group.rank == 0:
             self.folder.finish(summary)
-            drop_trainer_state(self.folder.path)
+            end_checkpoints(self.folder.path)
             self.sink.close(summary)
         return summary
 
@@ -275,40 +268,34 @@ class _Run:
             )
 
     def _checkpoint(self) -> None:
-        save_checkpoint(
-            self.folder.path,
-            self.progress.step,
-            self.model,
-            self.optimizer.state(),
-            vars(self.progress),
-            {"id": self.folder.id, "seed": self.seed},
-            self.group,
-        )
+        save_checkpoint(self.folder.path, self.model, self.optimizer, self.progress, self.folder.id, self.group)
         self.saved = self.progress.step
 
     def _resume(self) -> dict[str, Any] | None:
         """Take the run up where its checkpoint left it; return that step's evaluation if it was made."""
         with self.group.together():
-            trainer = load_checkpoint(self.folder.path, self.model, self.folder.id, self.group)
-            if trainer is not None:
-                self.optimizer.load_state(trainer["optimizer"])
-                self.progress = Progress(**trainer["progress"])
+            found, damaged = load_checkpoint(self.folder.path, self.model, self.optimizer, self.folder.id, self.group)
+            if found is not None:
+                self.progress = found
                 self.steps = planned_steps(self.config, self.costs, self.progress.flops, self.progress.step)
                 self.saved = self.progress.step
                 self.logged = self.progress.seconds["train"]
         with self.group.together():
             if self.group.rank == 0:
-                self._open_records(new=trainer is None)
+                self._open_records(new=found is None, damaged=damaged)
         row = last_row(self.folder.path)
         return row if row and row["kind"] == "eval" and row["step"] == self.progress.step else None
 
-    def _open_records(self, new: bool) -> None:
+    def _open_records(self, new: bool, damaged: Sequence[str]) -> None:
         backend = resolve_backend(self.config.train.kernel, self.config.train.device)
         parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
         if new:
             self.folder.describe(self.config, self.seed, backend, self.command, parallel)
         else:
-            self.folder.note_environment(self.config, backend, parallel)
+            notes = [f"damaged checkpoint {what}" for what in damaged]
+            self.folder.note_environment(self.config, backend, parallel, notes)
+        for what in damaged:
+            warn(self.folder.id, f"goes on from step {self.progress.step}, a newer checkpoint is damaged: {what}")
         self.folder.rewind(self.progress.step)
         self.sink = open_sink(self.wandb, self.folder.path)
 

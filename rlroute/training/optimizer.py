@@ -16,6 +16,9 @@ from rlroute.config import TrainConfig
 from rlroute.model.accounting import is_expert, is_router
 from rlroute.training.group import ALONE, Group
 
+MOST_UPDATES = 2**24
+"""Of a parameter, as AdamW counts them in float32: there it stands still."""
+
 
 class Optimizer:
     """AdamW with the schedule and the clips of a :class:`TrainConfig`, over the parameters that this process of a group
@@ -63,15 +66,56 @@ class Optimizer:
         return float(norm)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state of each parameter by its name: tensors of the parameter's shape, and scalars."""
-        return {name: dict(self.adamw.state[p]) for p, name in self.names.items() if p in self.adamw.state}
+        """Return the state of each parameter by its name: its updates (a scalar), and two moments of its shape.
+
+        A router's parameter that has had no gradient yet has had none.
+        """
+        return {name: dict(self.adamw.state.get(p) or _unmoved(p)) for p, name in self.names.items()}
+
+    def check_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Find out whether a state can be taken over. The fused update looks at nothing: it would write beyond a moment
+        that is too small.
+
+        Args:
+            state: as :meth:`state` returns it.
+            steps: optimizer steps done.
+
+        Raises:
+            ValueError: it is not that of this model after so many steps.
+        """
+        names = set(self.names.values())
+        if state.keys() != names:
+            raise ValueError(f"the optimizer's state is not of the model's parameters: {min(state.keys() ^ names)}")
+        updates = min(steps, MOST_UPDATES)
+        for parameter, name in self.names.items():
+            if state[name].keys() != _unmoved(parameter, "meta").keys():
+                raise ValueError(f"the optimizer's state of {name} is {', '.join(state[name])}")
+            for key, wanted in _unmoved(parameter, "meta").items():
+                value = state[name][key]
+                if (value.shape, value.dtype, value.layout) != (wanted.shape, wanted.dtype, wanted.layout):
+                    raise ValueError(f"{key} of {name} is {value.dtype} of {tuple(value.shape)}")
+                if not value.isfinite().all() or (key != "exp_avg" and (value < 0).any()):
+                    raise ValueError(f"{key} of {name} holds a value that no update leaves")
+            done = state[name]["step"]
+            if done > updates or done % 1 or (done != updates and not is_router(name)):
+                raise ValueError(f"{name} has had {done:g} updates at step {steps}")
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what :meth:`state` returned."""
+        """Take over a state that :meth:`check_state` let pass: copies, each laid out as its parameter."""
         plain: dict[str, Any] = self.adamw.state_dict()
-        ordered = [self.names[p] for group in self.adamw.param_groups for p in group["params"]]
-        plain["state"] = {index: dict(state[name]) for index, name in enumerate(ordered) if name in state}
+        ordered = [p for group in self.adamw.param_groups for p in group["params"]]
+        plain["state"] = {
+            index: {key: empty.copy_(state[self.names[p]][key]) for key, empty in _unmoved(p, p.device).items()}
+            for index, p in enumerate(ordered)
+        }
         self.adamw.load_state_dict(plain)
+
+
+def _unmoved(parameter: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return the state of a parameter before its first update, on its own or another device."""
+    step = torch.zeros((), device=device)
+    like = torch.zeros_like
+    return {"step": step, "exp_avg": like(parameter, device=device), "exp_avg_sq": like(parameter, device=device)}
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

@@ -20,6 +20,7 @@ from rlroute.registry import make_router, router_code
 from rlroute.routing import Router, RouterShape
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.group import ALONE, Group
+from rlroute.training.memory import check_memory
 
 
 def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
@@ -110,6 +111,8 @@ def check(
             _find_device(config)
         if config.data not in corpora:
             corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
+        if not elsewhere:
+            check_memory(config, corpora[config.data].vocab_size, expert_shards)
         validation_batches(config, corpora[config.data])
         for seed in seeds:
             model = meta_model(config, corpora[config.data], seed)

@@ -23,6 +23,7 @@ from rlroute.seeding import numpy_generator
 from rlroute.training.documents import Document
 
 MAX_CELLS = 2**22
+MAX_BYTES = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,10 @@ class Mixture:
         cells = self.domains * self.vocab ** (self.order + 1)
         if cells > MAX_CELLS:
             raise DataError(f"corpus 'synth:': domains x vocab^(order + 1) = {cells}, legal is at most {MAX_CELLS}")
+        if self.documents * self.length > MAX_BYTES:
+            raise DataError(
+                f"corpus 'synth:': documents x length = {self.documents * self.length}, legal is at most {MAX_BYTES}"
+            )
 
     def weights(self, domain: int) -> np.ndarray:
         """Return the integer weight of each rank, shape (V,); divided by their sum they are the next byte's
