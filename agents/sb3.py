@@ -76,6 +76,10 @@ class Sb3Router(Router):
                 raise self.refusal(f"has SHA-256 {found}, want {self.sha256}: another policy needs another run")
             return content
 
+        def reads(self) -> dict[str, str]:
+            """Return the SHA-256 of the policy's file as it lies there."""
+            return {"policy": hashlib.sha256(self.read()).hexdigest()}
+
         def refusal(self, reason: str) -> ConfigError:
             """Return an error that names the file."""
             return ConfigError(f"router sb3.policy = {self.policy!r} {reason}")

@@ -8,16 +8,17 @@ which puts the whole seam to the test. Replaying routes between two policies is 
 Scores, gates and terms are those of the recorded run's router, which learns as it did there; evaluation asks it freely.
 """
 
+import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from rlroute.choices import ChoiceLog
-from rlroute.config import RouterConfig
+from rlroute.config import RouterConfig, RunConfig
 from rlroute.errors import ConfigError, StoreError
-from rlroute.registry import make_router, router_class, run_config
+from rlroute.registry import make_router, router_class, router_code, run_config
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
 
@@ -40,24 +41,36 @@ class ReplayRouter(Router):
             if not self.sha256:
                 object.__setattr__(self, "sha256", ChoiceLog(Path(self.run)).sha256())
 
-        def recorded(self, shape: RouterShape) -> tuple[RouterConfig, int]:
-            """Return the recorded run's router at a site, and its seed.
+        def recorded(self) -> tuple[RunConfig, int]:
+            """Return the recorded run's configuration, and its seed.
 
             Raises:
                 StoreError: it is no run with routers.
             """
             try:
                 described = json.loads((Path(self.run) / "config.json").read_text())
-                return run_config(described["config"]).router_at(shape.site), int(described["seed"])
-            except (OSError, ValueError, KeyError) as error:
+                return run_config(described["config"]), int(described["seed"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"router replay.run = {self.run!r} is no run: {error}") from error
+
+        def reads(self) -> dict[str, str]:
+            """Return the SHA-256 of the choices, and of the recorded routers: their configurations, code and files."""
+            config, seed = self.recorded()
+            routers = {at: asdict(router) for at, router in config.by_place.items()}
+            code = {name: router_code(name) for name in config.router_names}
+            files = {
+                f"{at}.{name}": sha for at, router in config.by_place.items() for name, sha in router.reads().items()
+            }
+            told = json.dumps([seed, routers, code], sort_keys=True)
+            choices = {"choices": ChoiceLog(Path(self.run)).sha256()}
+            return choices | {"routers": hashlib.sha256(told.encode()).hexdigest()} | files
 
     gate_meaning = "the recorded router's"
     config: Config
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.terms, _ = config.recorded(shape)
+        self.terms = config.recorded()[0].router_at(shape.site)
         self.source = source = make_router(self.terms, shape)
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
@@ -69,7 +82,8 @@ class ReplayRouter(Router):
         refuses.
         """
         assert isinstance(config, cls.Config)
-        recorded, seed = config.recorded(shape)
+        run, seed = config.recorded()
+        recorded = run.router_at(shape.site)
         if seed != shape.seed:
             return f"run = {config.run!r} has seed {seed}: legal is that, not {shape.seed}"
         if (found := ChoiceLog(Path(config.run)).sha256()) != config.sha256:

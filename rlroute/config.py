@@ -32,7 +32,8 @@ from rlroute.limits import (
     refuse_product,
 )
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of records. 1 did not say from which code and data a run was made; it can still be read."""
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
@@ -70,6 +71,16 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, f"router {self.name}")
+
+    def reads(self) -> dict[str, str]:
+        """Return the SHA-256 of what the router reads besides its own code, by a name for each; nothing by default.
+
+        It belongs to what a run is: a run is neither handed out nor continued where it has changed.
+
+        Raises:
+            ConfigError, StoreError: it cannot be read.
+        """
+        return {}
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -344,16 +355,32 @@ class RunConfig:
 
     def content_hash(self) -> str:
         """Return 12 hex digits of the SHA-256 of the configuration and the schema version."""
-        text = json.dumps({"schema": SCHEMA} | self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return content_hash(self.to_dict())
 
     def run_id(self, seed: int) -> str:
-        """Return the name of the run with this seed: router, content hash, seed.
+        """Return the name of the run with this seed.
 
         Raises:
             ConfigError: no seed is like that.
         """
-        return f"{self.router_name}-{self.content_hash()}-s{checked_seed(seed)}"
+        return run_id(self.router_name, self.content_hash(), checked_seed(seed))
+
+    @property
+    def by_place(self) -> dict[str, RouterConfig]:
+        """The configurations of the run's routers: ``router``, and ``router@0-1`` of some sites."""
+        first = {} if self.router is None else {"router": self.router}
+        return first | {f"router@{other.sites}": other.router for other in self.others}
+
+
+def content_hash(values: Mapping[str, Any], schema: int = SCHEMA) -> str:
+    """Return 12 hex digits of the SHA-256 of a plain configuration and the schema of its record."""
+    text = json.dumps({"schema": schema} | dict(values), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_id(router: str, config_hash: str, seed: int) -> str:
+    """Return the name of a run: its routers' names, its configuration's hash, its seed."""
+    return f"{router}-{config_hash}-s{seed}"
 
 
 def _want(name: str, value: Any, kind: Any) -> None:

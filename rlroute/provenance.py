@@ -1,17 +1,22 @@
-"""Where something was computed, as far as it can change the result."""
+"""Where something was computed, and what it was made from, as far as they can change the result."""
 
 import platform
-import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlroute import __version__
+from rlroute.commit import commit_of
+from rlroute.config import RunConfig
 from rlroute.kernels.tiles import table_hash
-from rlroute.schema import Environment
+from rlroute.registry import router_code
+from rlroute.schema import Environment, MadeFrom
+from rlroute.sources import core_sha256
 
 
 def environment(device: str, backend: str, threads: int) -> Environment:
@@ -22,7 +27,7 @@ def environment(device: str, backend: str, threads: int) -> Environment:
         backend: the expert engine.
         threads: CPU threads that it computes with.
     """
-    commit, dirty = _commit()
+    commit, dirty = _of_this_process()[1]
     return Environment(
         rlroute=__version__,
         commit=commit,
@@ -40,20 +45,31 @@ def environment(device: str, backend: str, threads: int) -> Environment:
     )
 
 
+def made_from(config: RunConfig, data: Mapping[str, Any]) -> MadeFrom:
+    """Return what a run is made from besides its configuration: two runs of one id are one run only if this is equal.
+
+    Args:
+        config: the run's.
+        data: the provenance of its corpus (:class:`rlroute.training.data.Corpus`).
+
+    Raises:
+        ConfigError, StoreError: a router, or a file that it reads, cannot be read.
+    """
+    return {
+        "core": _of_this_process()[0],
+        "routers": {name: router_code(name) for name in config.router_names},
+        "reads": {
+            f"{at}.{name}": sha for at, router in config.by_place.items() for name, sha in router.reads().items()
+        },
+        "data": {name: data[name] for name in ("sha256", "train_sha256", "valid_sha256")},
+        "tokenizer": data["tokenizer_sha256"],
+    }
+
+
 @cache
-def _commit() -> tuple[str | None, bool | None]:
-    """Return the commit of the code, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        return subprocess.run(
-            ("git", "--no-optional-locks", "-C", str(folder), *arguments), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):  # an installed wheel has no repository
-        return None, None
+def _of_this_process() -> tuple[str, tuple[str | None, bool | None]]:
+    """Return the SHA-256 of rlroute's core, which is loaded once, and its commit."""
+    return core_sha256(), commit_of()
 
 
 @cache

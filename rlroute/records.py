@@ -20,9 +20,9 @@ from typing import IO, Any, Literal, get_args
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
 from rlroute.provenance import environment
-from rlroute.registry import router_code
 from rlroute.schema import EvalRow, LoadRow, TrainRow
 from rlroute.schema import RunRecord as RunRecord
+from rlroute.seal import seal
 from rlroute.sink import flatten
 
 Row = dict[str, Any]
@@ -33,6 +33,7 @@ ENDED: frozenset[State] = frozenset({"finished", "diverged", "damaged"})
 COMPACT_ROWS = 100
 """How many load and training rows of a run a compact file keeps at most."""
 LOCK_SECONDS = 60.0
+READ = (1, SCHEMA)  # the schemas of records that this version reads
 
 
 @contextmanager
@@ -147,17 +148,19 @@ class RunFolder:
         return state(self.path) in ENDED
 
     @property
-    def begun_in(self) -> Row:
-        """Where and with which code the run was begun; empty where it was not."""
-        path = self.path / "environment.json"
-        return _read_json(path) if path.exists() else {}
+    def made_from(self) -> Row | None:
+        """What the run was made from when it was begun; None where nothing says so."""
+        path = self.path / "config.json"
+        described = _read_json(path) if path.exists() else {}
+        return described.get("made_from") if isinstance(described, dict) else None
 
-    def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, parallel: Row) -> None:
-        """Write config.json and environment.json; ``parallel`` says how many processes train together."""
+    def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, group: Row, made: Row) -> None:
+        """Write config.json and environment.json; ``group`` says how many processes train together."""
         identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
-        described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict()}
+        described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict(), "made_from": made}
         write_json(self.path / "config.json", described)
-        write_json(self.path / "environment.json", _surroundings(config, backend, parallel))
+        here = environment(config.train.device, backend, config.train.threads)
+        write_json(self.path / "environment.json", {**here, **group})
         with storing(self.path):
             for name in ("metrics", "loads"):
                 (self.path / f"{name}.jsonl").touch()
@@ -168,8 +171,8 @@ class RunFolder:
         A table that wants one environment for all its runs then sees that this run had two.
         """
         path = self.path / "environment.json"
-        noted, now = _read_json(path), _surroundings(config, backend, parallel)
-        for name, value in now.items():
+        noted = _read_json(path)
+        for name, value in {**environment(config.train.device, backend, config.train.threads), **parallel}.items():
             if str(noted.get(name)).rpartition(", then ")[2] != str(value):
                 noted[name] = f"{noted.get(name)}, then {value}"
         known = list(dict.fromkeys([*noted.get("notes", ()), *notes]))
@@ -203,12 +206,14 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """Write summary.json: from now on the run counts as ended."""
+        """Write the record's seal and summary.json: from now on the run counts as ended."""
+        parts = _parts(self.path, ("config", "environment"))
+        write_json(self.path / "seal.json", seal(parts | {"summary": dict(summary)}))
         write_json(self.path / "summary.json", summary)
 
     def read(self) -> RunRecord:
         """Return the ended run's record."""
-        return _read_folder(self.path)
+        return read_run(self.path)
 
 
 def state(folder: Path) -> State:
@@ -255,11 +260,6 @@ def stop_early(folder: Path) -> None:
     (folder / "stopped").touch()
 
 
-def _surroundings(config: RunConfig, backend: str, parallel: Row) -> Row:
-    code = {"routers": {name: router_code(name) for name in config.router_names}}
-    return {**environment(config.train.device, backend, config.train.threads), **code, **parallel}
-
-
 def failure(path: Path) -> str | None:
     """Return why the run of a folder was set aside, None if it was not.
 
@@ -299,7 +299,7 @@ def read_runs(path: Path) -> list[RunRecord]:
     if path.is_file():
         records = [_to_record(row, path) for row in read_rows(path)]
     elif path.is_dir():
-        records = [_read_folder(summary.parent) for summary in path.glob("*/summary.json")]
+        records = [read_run(summary.parent) for summary in path.glob("*/summary.json")]
     else:
         raise StoreError(f"no run store or compact file at {path}")
     return sorted(records, key=lambda record: record.id)
@@ -309,12 +309,8 @@ def write_compact(records: Iterable[RunRecord], path: Path) -> None:
     """Write runs as a compact file, with their load and training rows thinned."""
     lines = []
     for record in records:
-        parts: Row = {
-            "config": record.config,
-            "environment": record.environment,
-            "summary": record.summary,
-            "evals": record.evals,
-        }
+        whole = ("config", "environment", "summary", "evals", *(["seal"] if record.seal else []))
+        parts: Row = {name: getattr(record, name) for name in whole}
         lines.append(_to_json(parts | {"loads": _thin(record.loads), "train": _thin(record.train)}, path))
     write_atomically(path, "".join(line + "\n" for line in lines))
 
@@ -363,12 +359,19 @@ def _read_json(path: Path) -> Row:
     return value
 
 
-def _read_folder(path: Path) -> RunRecord:
-    parts: Row = {name: _read_json(path / f"{name}.json") for name in ("config", "environment", "summary")}
+def read_run(path: Path) -> RunRecord:
+    """Return the record of an ended run's folder; a StoreError says why there is none."""
+    files = ("config", "environment", "summary", *(["seal"] if (path / "seal.json").exists() else []))
+    return _to_record(_parts(path, files), path)
+
+
+def _parts(path: Path, files: Sequence[str]) -> Row:
+    """Return the parts of a run's record: some JSON files, and all rows."""
+    parts: Row = {name: _read_json(path / f"{name}.json") for name in files}
     metrics = read_rows(path / "metrics.jsonl")
     parts["evals"] = [row for row in metrics if row.get("kind") == "eval"]
     parts["train"] = [row for row in metrics if row.get("kind") == "train"]
-    return _to_record(parts | {"loads": read_rows(path / "loads.jsonl")}, path)
+    return parts | {"loads": read_rows(path / "loads.jsonl")}
 
 
 def _to_record(parts: Row, path: Path) -> RunRecord:
@@ -378,9 +381,9 @@ def _to_record(parts: Row, path: Path) -> RunRecord:
         raise StoreError(f"{path} is not a run record: it lacks {', '.join(missing)}")
     for name in ("config", "summary"):
         schema = parts[name].get("schema") if isinstance(parts[name], dict) else None
-        if schema != SCHEMA:
-            raise StoreError(f"{path}: {name} has schema {schema!r}, this version reads {SCHEMA}")
-    record = RunRecord(parts["summary"]["id"], *(parts[name] for name in names))
+        if schema not in READ:
+            raise StoreError(f"{path}: {name} has schema {schema!r}, this version reads {' and '.join(map(str, READ))}")
+    record = RunRecord(parts["summary"]["id"], **{name: parts[name] for name in names}, seal=parts.get("seal"))
     _refuse_truncated(record, path)
     return record
 

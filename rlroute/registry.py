@@ -4,10 +4,10 @@ Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third partie
 group ``rlroute.routers`` whose name is the router's and whose value is its class.
 """
 
-import hashlib
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -15,7 +15,6 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from rlroute import __version__
 from rlroute.config import (
     DENSE,
     DataConfig,
@@ -30,6 +29,7 @@ from rlroute.config import (
 )
 from rlroute.errors import ConfigError
 from rlroute.routing import Router, RouterShape
+from rlroute.sources import digest, router_files
 
 WINGS = ("rlroute.agents", "rlroute.baselines")
 GROUP = "rlroute.routers"
@@ -82,16 +82,22 @@ def router_class(name: str) -> type[Router]:
 
 
 def router_code(name: str) -> dict[str, str]:
-    """Return what a router's code is: the SHA-256 of its file, and the distribution that ships it, with its version.
+    """Return what a router's code is, but for rlroute's core: the SHA-256 of its file, and of the others that belong to
+    it (:func:`rlroute.sources.router_files`); of another distribution its name and version.
 
     Raises:
-        ConfigError: there is no such router.
+        ConfigError: there is no such router, or its file cannot be read.
     """
-    file, point = inspect.getsourcefile(router_class(name)), _sources().get(name)
-    sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "unknown"
+    module, point = sys.modules[router_class(name).__module__], _sources().get(name)
     shipped = point.dist if isinstance(point, EntryPoint) else None
-    distribution, version = (shipped.name, shipped.version) if shipped else ("rlroute", __version__)
-    return {"sha256": sha256, "distribution": distribution, "version": version}
+    listed = {str(file): Path(str(file.locate())) for file in shipped.files or ()} if shipped else {}
+    try:
+        files = {part: path.read_bytes() for part, path in router_files(module, listed).items()}
+    except OSError as error:
+        raise ConfigError(f"router {name!r}: {error.filename} cannot be read: {error.strerror}") from error
+    of_file = digest({name: files.pop(module.__name__)})
+    code = {"sha256": of_file, "others_sha256": digest(files), "distribution": shipped.name if shipped else "rlroute"}
+    return code | ({"version": shipped.version} if shipped else {})
 
 
 def make_router(config: RouterConfig, shape: RouterShape) -> Router:

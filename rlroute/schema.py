@@ -1,4 +1,4 @@
-"""What the files of a run's record hold, by name. Schema 1 only ever grows: fields that old records lack are marked.
+"""What the files of a run's record hold, by name. A schema only ever grows: fields that old records lack are marked.
 
 Figures by site are lists in the order of the model's routed sites; their keys follow from the configuration
 (:func:`rlroute.model.transformer.sites`). None stands for what is not defined; there is no NaN and no infinity.
@@ -8,6 +8,21 @@ Shape suffixes: L routed sites, E experts.
 
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
+
+
+class MadeFrom(TypedDict):
+    """What a run is made from besides its configuration, by SHA-256: see :func:`rlroute.provenance.made_from`."""
+
+    core: str
+    """rlroute's own sources without its wings, and the tile table."""
+    routers: dict[str, dict[str, str]]
+    """Each router's code: its file, the others that belong to it, its distribution and that one's version."""
+    reads: dict[str, str]
+    """What routers read: a policy's file, the choices of a replayed run."""
+    data: dict[str, str]
+    """The documents, the training stream and the validation stream, domains included."""
+    tokenizer: str | None
+    """The tokenizer's file."""
 
 
 class Described(TypedDict):
@@ -23,6 +38,8 @@ class Described(TypedDict):
     """The command line behind it."""
     config: dict[str, Any]
     """Its configuration: :meth:`rlroute.config.RunConfig.to_dict`."""
+    made_from: NotRequired[MadeFrom]
+    """Records of schema 1 do not say."""
 
 
 class Environment(TypedDict):
@@ -42,6 +59,7 @@ class Environment(TypedDict):
     kernel_backend: str
     kernel_tiles: NotRequired[str | None]
     routers: NotRequired[dict[str, dict[str, str]]]
+    """In late records of schema 1, what ``made_from`` says now."""
     workers: NotRequired[int]
     expert_parallel: NotRequired[int]
     notes: NotRequired[list[str]]
@@ -120,6 +138,9 @@ class Data(TypedDict):
 
     spec: str
     sha256: str
+    train_sha256: NotRequired[str]
+    valid_sha256: NotRequired[str]
+    """Of each stream as it is read; records of schema 1 do not say."""
     distribution: str | None
     version: str | None
     vocab_size: int
@@ -262,3 +283,5 @@ class RunRecord:
     evals: list[EvalRow]
     loads: list[LoadRow]
     train: list[TrainRow]
+    seal: dict[str, str] | None = None
+    """SHA-256 of the parts as they were when the run ended: :mod:`rlroute.seal`. Records of schema 1 have none."""

@@ -217,7 +217,7 @@ BROKEN = {
     "summary cut": ("summary.json", half),
     "summary empty": ("summary.json", lambda data: b""),
     "summary of another thing": ("summary.json", lambda data: b"[]"),
-    "summary of another schema": ("summary.json", lambda data: data.replace(b'"schema": 1', b'"schema": 99')),
+    "summary of another schema": ("summary.json", lambda data: data.replace(b'"schema": 2', b'"schema": 99')),
     "summary overwritten": ("summary.json", lambda data: b"\xff\x00" * 40),
     "config cut": ("config.json", half),
     "environment cut": ("environment.json", half),
@@ -340,7 +340,7 @@ def test_a_run_stopped_by_a_full_disk_goes_on_when_there_is_room(first, here, un
     size = {path.name: path.stat().st_size for path in undisturbed.rglob("*")}
     room = {
         "config.json": 600,
-        "metrics.jsonl": size["metrics.jsonl"] // 2,
+        "metrics.jsonl": size["metrics.jsonl"] * 9 // 10,
         "model.safetensors": size["model.safetensors"] - 1,
         "trainer.pt": size["model.safetensors"] + 100,
     }

@@ -1,6 +1,7 @@
 """What has become of a run is asked in one place, and no record holds what strict JSON does not."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from rlroute.records import ENDED, RunFolder, state, stop_early, write_compact, 
 from tests.test_table import changed, make_run
 
 CONFIG = build_entry("hash", DataConfig(), ModelConfig(), TrainConfig())
+MADE: Any = {"core": "0", "routers": {}, "reads": {}, "data": {}, "tokenizer": None}
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def folder(tmp_path):
 
 def begin(folder):
     folder.create()
-    folder.describe(CONFIG, 0, "cpu", None, {"workers": 1, "expert_parallel": 1})
+    folder.describe(CONFIG, 0, "cpu", None, {"workers": 1, "expert_parallel": 1}, MADE)
 
 
 def test_a_run_goes_through_its_states(folder):

@@ -128,7 +128,9 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
         "cpu_capability": "AVX512",
     }
     environment |= {"threads": 1, "kernel_backend": "cpu"}
-    config_json: Any = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config}
+    made: Any = {"core": digest("core"), "routers": {router: {"sha256": digest(router)}} if moe else {}, "reads": {}}
+    made |= {"data": {"sha256": digest("sympy"), "train_sha256": digest("train")}, "tokenizer": None}
+    config_json: Any = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config, "made_from": made}
     return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, [])
 
 
@@ -321,6 +323,9 @@ def test_sampled_loss_of_a_stochastic_router_is_said() -> None:
 
 ALL_SHARE = [
     "config.schema",
+    "config.made_from.core",
+    "config.made_from.data",
+    "config.made_from.tokenizer",
     "summary.data.sha256",
     "summary.eval_tokens_sha256",
     "summary.budget.kind",

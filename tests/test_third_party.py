@@ -223,7 +223,7 @@ def test_a_run_of_changed_code_is_neither_handed_out_nor_continued_nor_pooled(si
     ran(*command, "--store", tmp_path / "other", "--seed", 1)
     (fresh,) = (tmp_path / "other").iterdir()
     shutil.copytree(fresh, tmp_path / "runs" / fresh.name)
-    assert "environment.routers differs" in refused(rlroute("table", tmp_path / "runs"))
+    assert "config.made_from.routers.fragile." in refused(rlroute("table", tmp_path / "runs"))
     (folder / "summary.json").unlink()
     assert said in refused(rlroute(*command, "--store", tmp_path / "runs"))
     assert (folder / "metrics.jsonl").read_bytes() == before

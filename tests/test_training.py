@@ -21,7 +21,7 @@ from rlroute.records import RunFolder, read_runs, write_compact
 from rlroute.registry import default_names, router_class, run_config
 from rlroute.routing import Feedback, Router
 from rlroute.training import loop, prepare
-from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.data import load_corpus, next_link, sample_batch
 from rlroute.training.optimizer import Optimizer, learning_rate
 from rlroute.training.step import Device, backward_batch, forward, make_context
 from tests.conftest import sums_of
@@ -87,7 +87,7 @@ def test_first_ten_batches_and_their_chain_are_the_same_for_every_entry(tmp_path
     assert len(chains) == 1
     expected = ""
     for step in range(10):
-        expected = loop._link(expected, batch_of(step))
+        expected = next_link(expected, batch_of(step))
     assert chains == {expected}
 
 

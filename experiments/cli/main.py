@@ -31,7 +31,7 @@ def _run() -> None:
     from rlroute.experiments.cli.common import with_checked_options
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
-    from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table
+    from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table, verify
     from rlroute.experiments.cli.training import compare, sweep, train, tune
 
     app = tyro.extras.SubcommandApp()
@@ -43,6 +43,7 @@ def _run() -> None:
         runs,
         table,
         report,
+        verify,
         export,
         export_tokens,
         tune,

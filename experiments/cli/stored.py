@@ -1,9 +1,11 @@
-"""The commands that read what is there: ``routers``, ``runs``, ``table``, ``report``, ``export`` and
+"""The commands that read what is there: ``routers``, ``runs``, ``table``, ``report``, ``verify``, ``export`` and
 ``export-tokens``.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 
 import tyro
@@ -74,6 +76,30 @@ def report(
 
     write_report(select(path, only), out, reference=reference)
     print(f"report in {out}")
+
+
+def verify(
+    path: tyro.conf.Positional[Path] = Path("runs"), rerun: int = 0, seed: int = 0, evaluate: bool = False
+) -> None:
+    """Compute again what stored runs say, from their configurations, the code and the data at hand; say what differs.
+
+    Silent where all is as it says; else a line for each finding, and exit code 1.
+
+    Args:
+        path: a run store or a compact file.
+        rerun: so many runs are trained once more as well, and every figure is held against the record bit for bit.
+        seed: which runs these are; those that say they diverged come first.
+        evaluate: stored weights are evaluated once more as well.
+    """
+    from rlroute.experiments.cli.training import compare
+    from rlroute.experiments.verify.store import verify as verified
+
+    default = inspect.signature(compare).parameters["seeds"].default
+    findings = verified(path, seeds=default, reruns=rerun, draw=seed, evaluate=evaluate)
+    for finding in findings:
+        print(finding)
+    if findings:
+        sys.exit(1)
 
 
 def export(out: tyro.conf.Positional[Path], path: Path = Path("runs"), only: tuple[str, ...] = ()) -> None:

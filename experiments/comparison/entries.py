@@ -21,6 +21,9 @@ from rlroute.schema import EvalRow, RunRecord
 SAME = {
     "config.schema": "records of another schema mean other things by the same names",
     "summary.data.sha256": "another corpus is another task",
+    "config.made_from.core": "other sources of rlroute are another experiment",
+    "config.made_from.data": "another corpus, or the same one split otherwise, is another task",
+    "config.made_from.tokenizer": "another tokenizer is another task",
     "summary.eval_tokens_sha256": "losses on other validation tokens cannot be subtracted",
     "summary.budget.kind": "the budget is what a comparison holds equal",
     "summary.budget.amount": "the budget is what a comparison holds equal",
@@ -103,10 +106,9 @@ def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
         for one, other in pairwise(runs):
             if one.config["seed"] == other.config["seed"]:
                 raise ComparisonError(f"run {one.id} is there twice")
-            if one.environment.get("routers") != other.environment.get("routers"):
-                raise ComparisonError(
-                    f"environment.routers differs between {one.id} and {other.id}: one entry is one router's code"
-                )
+        for name in varying(list(map(_made, runs))):
+            values = [(run.id, _made(run).get(name)) for run in runs]
+            _require_equal(f"config.made_from.{name}", values, "one entry is one code and one corpus")
     labels = _labels({name: runs[0] for name, runs in groups.items()})
     return sorted((Entry(labels[name], tuple(runs)) for name, runs in groups.items()), key=lambda entry: entry.label)
 
@@ -180,6 +182,9 @@ def check_comparable(entries: Sequence[Entry]) -> None:
         _require_equal(
             f"config.{name}", values, "one comparison trains every router on the same data in the same model"
         )
+    for name in sorted(name for name in set().union(*map(_made, runs)) if name.startswith("routers.")):
+        values = [(run.id, _made(run)[name]) for run in runs if name in _made(run)]
+        _require_equal(f"config.made_from.{name}", values, "a router is one code")
     # Diverged runs count here: their seeds were trained too.
     seeds = [(entry.label, [run.config["seed"] for run in entry.runs]) for entry in entries]
     _require_equal("seeds", seeds, "differences are taken seed by seed")
@@ -191,8 +196,13 @@ def _at(record: RunRecord, path: str) -> Any:
     head, *rest = path.split(".")
     value = getattr(record, head)
     for name in rest:
-        value = value.get(name)  # of a record older than the field, None
+        value = None if value is None else value.get(name)  # of a record older than the field, None
     return value
+
+
+def _made(run: RunRecord) -> dict[str, Any]:
+    """Return what a run was made from as one level, ``routers.hash.sha256``; of schema 1, its routers where it says."""
+    return flatten(run.config.get("made_from") or {"routers": run.environment.get("routers", {})})
 
 
 def _shared_in_config(name: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 
-from rlroute.config import DENSE
+from rlroute.config import DENSE, SCHEMA
 from rlroute.experiments.comparison.entries import Entry, by_shape, flat_config, of_router, varying
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.recipes.tuned import tuning_of
@@ -116,6 +116,7 @@ def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     yield "Seeds", ", ".join(map(str, sorted({run.config["seed"] for run in runs})))
     yield "Command", "; ".join(sorted({command for run in runs if (command := run.config.get("command"))}))
     yield "Commit", ", ".join(sorted({_commit(run.environment) for run in runs}))
+    yield "Made from", _made_from(runs)
     versions = [f"{name} {_all(runs, name)}" for name in ("rlroute", "python", "torch", "numpy")]
     yield "Versions", ", ".join(versions)
     device = f"{_all(runs, 'device')} ({_all(runs, 'device_name')}), CPU capability {_all(runs, 'cpu_capability')}"
@@ -124,7 +125,17 @@ def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
 
 
 def _commit(environment: Environment) -> str:
-    return f"{environment['commit'] or 'unknown'}{' with uncommitted changes' if environment['dirty'] else ''}"
+    commit = environment["commit"] or f"none, release {environment['rlroute']}"
+    return f"{commit}{' with uncommitted changes' if environment['dirty'] else ''}"
+
+
+def _made_from(runs: Sequence[RunRecord]) -> str:
+    """Say which sources, equal over all runs; or that records are too old to say."""
+    made = runs[0].config.get("made_from")
+    if made is None:
+        return f"recorded before schema {SCHEMA}: whether all runs had the same sources and data cannot be told"
+    tokenizer = f", tokenizer sha256 {made['tokenizer']}" if made["tokenizer"] else ""
+    return f"rlroute's core sha256 {made['core']}, equal over all runs{tokenizer}"
 
 
 def _all(runs: Sequence[RunRecord], name: str) -> str:

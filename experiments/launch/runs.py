@@ -42,7 +42,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
             work.
         MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
-    from rlroute.training.prepare import check, refuse_other_code
+    from rlroute.provenance import made_from
+    from rlroute.training.prepare import check, refuse_changed
 
     how.check()
     ids = [job.id for job in jobs]
@@ -54,7 +55,8 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     seeds_of: dict[RunConfig, list[int]] = {}
     for job in jobs:
         seeds_of.setdefault(job.config, []).append(job.seed)
-    for note in check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.address is not None):
+    corpora = check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.address is not None)
+    for note in (note for corpus in corpora.values() for note in corpus.notes):
         print(note, file=sys.stderr)
     if how.uses_ray(len(jobs)):
         require()
@@ -63,8 +65,9 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     if how.wandb != "off":
         require_wandb()
     folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
+    made = {config: made_from(config, corpora[config.data].provenance) for config in seeds_of}
     for job in jobs:
-        refuse_other_code(folders[job.id], job.config)
+        refuse_changed(folders[job.id], made[job.config])
     for folder in folders.values():
         folder.create()
         folder.set_aside(None)

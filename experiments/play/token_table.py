@@ -25,13 +25,14 @@ from rlroute.errors import CheckpointError, ConfigError, StoreError
 from rlroute.kernels import expert_mlp
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
-from rlroute.records import RunRecord
+from rlroute.provenance import made_from
+from rlroute.records import RunFolder, RunRecord
 from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import Batch, eval_batches, load_corpus
 from rlroute.training.loop import DTYPES
-from rlroute.training.prepare import build_model
+from rlroute.training.prepare import build_model, refuse_changed
 from rlroute.training.step import Device, make_context
 
 
@@ -44,7 +45,7 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         tokens: about how many; whole batches.
 
     Raises:
-        ConfigError: the run has no MoE layer.
+        ConfigError: the run has no MoE layer, or was made from other code or data.
         StoreError: its checkpoint is not there.
         CheckpointError, DataError: its checkpoint or its corpus cannot be read.
     """
@@ -52,6 +53,7 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
     if config.router is None or config.model.num_dense_layers == config.model.num_layers:
         raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
     corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    refuse_changed(RunFolder(store, config, record.config["seed"]), made_from(config, corpus.provenance))
     model = build_model(config, corpus, record.config["seed"])
     step, ended = load_weights(store / record.id, model, record.id), record.summary["steps"]
     if step is None:

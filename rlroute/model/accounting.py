@@ -95,10 +95,28 @@ class Costs:
             "flops_per_token": self.fixed_flops + round(flops),
         }
 
-    def of_training(self, tokens: int, pairs_L: Sequence[int]) -> int:
-        """Return the FLOPs of a step on so many tokens with so many pairs at each site, of all routing samples."""
+    def recorded(self, pairs_L: Sequence[float], spent: int, tokens: int, steps: int) -> dict[str, int]:
+        """Return what a run records: parameters, FLOPs per token of the greedy forward, what training took beyond
+        that, and what it took in all.
+
+        Args:
+            pairs_L: pairs per token of the greedy forward, by site.
+            spent: training FLOPs, of so many ``steps`` on so many ``tokens``.
+        """
+        greedy = self.per_token(pairs_L)
+        forward = greedy["flops_per_token"]
+        trained = self.forward_in_training(spent, tokens, steps) if tokens else forward
+        return greedy | {
+            "total_parameters": self.total_parameters,
+            "router_parameters": self.router_parameters,
+            "training_only_flops_per_token": trained - forward,
+            "training_flops": spent,
+        }
+
+    def of_training(self, tokens: int, pairs_L: Sequence[int], steps: int = 1) -> int:
+        """Return the FLOPs of steps on so many tokens with so many pairs at each site, of all routing samples."""
         pairs = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
-        return 3 * pairs + self._beside_pairs(tokens, steps=1)
+        return 3 * pairs + self._beside_pairs(tokens, steps)
 
     def forward_in_training(self, spent: int, tokens: int, steps: int) -> int:
         """Return the FLOPs per token of so many steps on so many tokens that took ``spent`` in all, but for those of

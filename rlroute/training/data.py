@@ -17,11 +17,12 @@ Shape suffixes: B sequences, S sequence length, V vocabulary.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,10 @@ from rlroute.training.tokenizer import Encoder, open_encoder
 
 EVAL_SEQUENCES = MOST_SEQUENCES
 """Evaluation windows carry sequence ids from here on, apart from every training window's."""
+_TOKENS = 2**17
+"""Tokens of the steps whose windows a chain cuts at once."""
+_Labelled = tuple[Stream, np.ndarray | None]
+"""Tokens, and their domains."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,9 +55,11 @@ class Corpus:
         vocab_size: 257 for bytes: 256 and BOS.
         token_bytes_V: bytes of text that each token stands for, float64; BOS: 0. For ``bin`` without a tokenizer a
             constant.
-        provenance: spec, sha256 (of all documents' bytes in order; for ``bin`` of the tokens'), distribution and
-            version (None where there is none), tokenizer_sha256, vocab_size, train_tokens, valid_tokens,
-            floor_bits_per_byte (of the validation documents, ``synth`` only, see :meth:`.synthetic.Mixture.floor`).
+        provenance: spec, sha256 (of all documents' bytes in order; for ``bin`` of the tokens'), train_sha256 and
+            valid_sha256 (of each stream, its domains included: how the documents are split and tokenised too),
+            distribution and version (None where there is none), tokenizer_sha256, vocab_size, train_tokens,
+            valid_tokens, floor_bits_per_byte (of the validation documents, ``synth`` only, see
+            :meth:`.synthetic.Mixture.floor`).
         train_domains: hidden domain of each training token, BOS included; ``synth`` only.
         valid_domains: the same for validation.
         notes: what is to be said of documents that were left out, a line each.
@@ -128,8 +135,8 @@ def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
         provenance=_provenance(
             spec,
             digest.hexdigest(),
-            train_tokens,
-            valid_tokens,
+            (train_tokens, train_domains),
+            (valid_tokens, valid_domains),
             vocab_size=encoder.vocab_size,
             tokenizer_sha256=encoder.sha256,
             floor_bits_per_byte=None if mixture is None else mixture.floor(valid),
@@ -141,10 +148,24 @@ def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
     )
 
 
-def _provenance(spec: str, sha256: str, train: Stream, valid: Stream, **known: Any) -> dict[str, Any]:
+def _provenance(spec: str, sha256: str, train: _Labelled, valid: _Labelled, **known: Any) -> dict[str, Any]:
     unknown = {"distribution": None, "version": None, "tokenizer_sha256": None, "floor_bits_per_byte": None}
-    counts = {"train_tokens": len(train), "valid_tokens": len(valid)}
-    return {"spec": spec, "sha256": sha256} | unknown | counts | known
+    hashes = {"sha256": sha256, "train_sha256": _stream_sha256(*train), "valid_sha256": _stream_sha256(*valid)}
+    counts = {"train_tokens": len(train[0]), "valid_tokens": len(valid[0])}
+    return {"spec": spec} | hashes | unknown | counts | known
+
+
+def _stream_sha256(tokens: Stream, domains: np.ndarray | None) -> str:
+    """Return the SHA-256 of a stream's tokens and, where it has them, their domains; what lies on disk is read in
+    parts.
+    """
+    digest = hashlib.sha256()
+    for values in (tokens,) if domains is None else (tokens, domains):
+        little = values.dtype.newbyteorder("<")
+        digest.update(f"{little.str}:{len(values)};".encode())
+        for block in blocks(values):
+            digest.update(block.astype(little).data)
+    return digest.hexdigest()
 
 
 def read_documents(spec: str) -> list[Document]:
@@ -204,13 +225,14 @@ def _load_shards(spec: str, rest: str, encoder: Encoder | None) -> Corpus:
     else:
         vocab_size, token_bytes_V = encoder.vocab_size, encoder.token_bytes_V
     train, valid, sha256, notes = read_shards(pattern, vocab_size)
+    tokenizer_sha256 = encoder.sha256 if encoder else None
     return Corpus(
         train=train,
         valid=valid,
         vocab_size=vocab_size,
         token_bytes_V=token_bytes_V,
         provenance=_provenance(
-            spec, sha256, train, valid, vocab_size=vocab_size, tokenizer_sha256=encoder.sha256 if encoder else None
+            spec, sha256, (train, None), (valid, None), vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256
         ),
         notes=notes,
     )
@@ -290,6 +312,31 @@ def eval_batches(corpus: Corpus, *, num_tokens: int, batch_size: int, seq_len: i
         )
         for i in range(0, windows, batch_size)
     ]
+
+
+def next_link(chain: str, batch: Batch) -> str:
+    """Return the hash chain over batches, hex, with one more batch."""
+    return hashlib.sha256(bytes.fromhex(chain) + batch.digest()).hexdigest()
+
+
+def batch_chain(corpus: Corpus, seed: int, batch_size: int, seq_len: int) -> Iterator[str]:
+    """Yield the hash chain of training after each step, without end; windows are cut for many steps at once."""
+    chain, steps = "", max(1, _TOKENS // (batch_size * seq_len))
+    for block in itertools.count():
+        many = sample_batch(corpus, seed=seed, step=block, batch_size=steps * batch_size, seq_len=seq_len)
+        for start in range(0, steps * batch_size, batch_size):
+            rows = slice(start, start + batch_size)
+            batch = Batch(many.tokens_BS[rows], many.targets_BS[rows], many.sequence_B[rows], None)
+            chain = next_link(chain, batch)
+            yield chain
+
+
+def tokens_sha256(batches: Sequence[Batch]) -> str:
+    """Return the SHA-256 of the tokens and targets of batches, however they are cut."""
+    digest = hashlib.sha256()
+    for part in ("tokens_BS", "targets_BS"):
+        digest.update(b"".join(getattr(batch, part).tobytes() for batch in batches))
+    return digest.hexdigest()
 
 
 def _too_short(corpus: Corpus, found: str) -> DataError:

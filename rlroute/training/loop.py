@@ -1,6 +1,5 @@
 """Train one run from its configuration to its summary, resuming from its checkpoint if there is one."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,12 +19,14 @@ from rlroute.limits import checked_seed
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.checks import checked
 from rlroute.model.moe import MoELayer
+from rlroute.provenance import made_from
 from rlroute.records import RunFolder, last_row
-from rlroute.schema import Measured, Summary
+from rlroute.routing import Router
+from rlroute.schema import MadeFrom, Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink, warn
 from rlroute.training.audit import audit
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
-from rlroute.training.data import Batch, Corpus, load_corpus, sample_batch
+from rlroute.training.data import Corpus, load_corpus, next_link, sample_batch, tokens_sha256
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.memory import check_memory
@@ -35,7 +36,8 @@ from rlroute.training.prepare import (
     check_shares,
     cut,
     planned_steps,
-    refuse_other_code,
+    refuse_changed,
+    refuse_other_ranks,
     validation_batches,
 )
 from rlroute.training.progress import Progress
@@ -81,14 +83,16 @@ def train(
     """
     seed = checked_seed(seed)
     folder = RunFolder(store, config, seed)
-    refuse_other_code(folder, config)
+    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    made = made_from(config, corpus.provenance)
+    refuse_changed(folder, made)
+    refuse_other_ranks(group, made)
     if group.agree(folder.ended):
         return folder.read().summary
     torch.set_num_threads(config.train.threads)
     check_shares(config, group.size)
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
     check_memory(config, corpus.vocab_size, group.placement.shards)
-    run = _Run(config, seed, folder, corpus, command, group, wandb)
+    run = _Run(config, seed, folder, corpus, made, command, group, wandb)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
@@ -107,12 +111,13 @@ class _Run:
         seed: int,
         folder: RunFolder,
         corpus: Corpus,
+        made: MadeFrom,
         command: str | None = None,
         group: Group = ALONE,
         wandb: Mode = "off",
     ) -> None:
         self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
-        self.group, self.wandb = group, wandb
+        self.made, self.group, self.wandb = made, group, wandb
         self.sink: Sink = OFF  # opened with the records
         self.cut = cut(config)
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
@@ -188,7 +193,7 @@ class _Run:
         self.progress.step += 1
         self.progress.flops += self.costs.of_training(batch.tokens_BS.size, result.pairs_L)
         self.steps = planned_steps(self.config, self.costs, self.progress.flops, self.progress.step)
-        self.progress.chain = _link(self.progress.chain, batch)
+        self.progress.chain = next_link(self.progress.chain, batch)
         seconds = time.perf_counter() - start
         if config.budget == "time":  # which all ranks read off one clock
             seconds = self.group.agree(seconds)
@@ -290,7 +295,7 @@ class _Run:
         backend = resolve_backend(self.config.train.kernel, self.config.train.device)
         parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
         if new:
-            self.folder.describe(self.config, self.seed, backend, self.command, parallel)
+            self.folder.describe(self.config, self.seed, backend, self.command, parallel, dict(self.made))
         else:
             notes = [f"damaged checkpoint {what}" for what in damaged]
             self.folder.note_environment(self.config, backend, parallel, notes)
@@ -300,25 +305,14 @@ class _Run:
         self.sink = open_sink(self.wandb, self.folder.path)
 
     def _costs(self, final: dict[str, Any] | None, tokens: int) -> dict[str, int]:
-        """Return parameters, and FLOPs by the pairs that ran: greedy in the last evaluation, and what training took
-        beyond that.
-        """
+        """Return parameters, and FLOPs by the pairs that ran: greedy in the last evaluation."""
         pairs_L = final["pairs_L"] if final else [float(self.config.model.k)] * len(self.model.routers)
-        greedy = self.costs.per_token(pairs_L)
-        spent, forward = self.progress.flops, greedy["flops_per_token"]
-        trained = self.costs.forward_in_training(spent, tokens, self.progress.step) if tokens else forward
-        return greedy | {
-            "total_parameters": self.costs.total_parameters,
-            "router_parameters": self.costs.router_parameters,
-            "training_only_flops_per_token": trained - forward,
-            "training_flops": spent,
-        }
+        return self.costs.recorded(pairs_L, self.progress.flops, tokens, self.progress.step)
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress
         per_step = config.train.batch_size * config.data.seq_len
         tokens = progress.step * per_step
-        routers = self.model.routers
         return {
             "schema": SCHEMA,
             "id": self.folder.id,
@@ -332,30 +326,27 @@ class _Run:
             "final": final,
             "fingerprint": self.identity,
             "batches": {"chain": progress.chain, "steps": progress.step},
-            "eval_tokens_sha256": _tokens_sha256(self.eval_batches),
+            "eval_tokens_sha256": tokens_sha256(self.eval_batches),
             "data": self.corpus.provenance,
             "model": self._costs(final, tokens),
-            "gate": {"form": config.model.gate_form, "meaning": _listed(r.gate_meaning for r in routers)},
-            "learns_from": sorted({signal for router in routers for signal in router.learns_from}),
-            "causal": all(router.causal for router in routers),
+            **claims(self.model.routers, config.model.gate_form),
             "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or self.steps * per_step},
             "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
             "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
         }
 
 
+def claims(routers: Sequence[Router], gate_form: str) -> dict[str, Any]:
+    """Return what routers say of themselves: the meaning of their gates, what they learn from, whether they are
+    causal.
+    """
+    return {
+        "gate": {"form": gate_form, "meaning": _listed(router.gate_meaning for router in routers)},
+        "learns_from": sorted({signal for router in routers for signal in router.learns_from}),
+        "causal": all(router.causal for router in routers),
+    }
+
+
 def _listed(meanings: Iterable[str]) -> str:
     """Return different texts once each, in their order; ``none`` where there is none."""
     return "; ".join(dict.fromkeys(meanings)) or "none"
-
-
-def _tokens_sha256(batches: Sequence[Batch]) -> str:
-    """Return the SHA-256 of the tokens and targets of batches, however they are cut."""
-    digest = hashlib.sha256()
-    for part in ("tokens_BS", "targets_BS"):
-        digest.update(b"".join(getattr(batch, part).tobytes() for batch in batches))
-    return digest.hexdigest()
-
-
-def _link(chain: str, batch: Batch) -> str:
-    return hashlib.sha256(bytes.fromhex(chain) + batch.digest()).hexdigest()

@@ -4,7 +4,10 @@ The machine that launches runs need not be one that trains them: :func:`check` a
 weights, and the latter needs no device.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -15,9 +18,12 @@ from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs
 from rlroute.model.moe import HERE, Placement
 from rlroute.model.transformer import router_shapes, sites
-from rlroute.records import RunFolder
-from rlroute.registry import make_router, router_code
+from rlroute.records import RunFolder, state
+from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
+from rlroute.schema import MadeFrom
+from rlroute.sink import flatten
+from rlroute.training.checkpoint import PREFIX
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.group import ALONE, Group
 from rlroute.training.memory import check_memory
@@ -88,9 +94,9 @@ def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
 
 def check(
     seeds_of: Mapping[RunConfig, Iterable[int]], workers: int = 1, expert_shards: int = 1, elsewhere: bool = False
-) -> list[str]:
-    """Find out whether runs can be trained, without writing anything or building a model: only their corpora are read.
-    Return what is to be said of these.
+) -> dict[DataConfig, Corpus]:
+    """Find out whether runs can be trained, without writing anything or building a model: only their corpora are read,
+    and returned.
 
     Args:
         seeds_of: the configurations of the runs, each with its seeds.
@@ -118,7 +124,7 @@ def check(
             model = meta_model(config, corpora[config.data], seed)
             if config.train.budget == "flops":
                 _check_budget(config, model)
-    return [note for corpus in corpora.values() for note in corpus.notes]
+    return corpora
 
 
 def _check_budget(config: RunConfig, model: Transformer) -> None:
@@ -132,24 +138,57 @@ def _check_budget(config: RunConfig, model: Transformer) -> None:
     planned_steps(config, booked)
 
 
-def refuse_other_code(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to go on with a run, or to hand it out, that other code has made: a router's file, or another release.
+def refuse_changed(folder: RunFolder, made: MadeFrom) -> None:
+    """Refuse to go on with a run, or to hand it out, that was made from something else than now.
 
-    Runs from before this was recorded pass.
+    A run that has neither ended nor left a checkpoint begins anew, and passes.
 
     Raises:
-        ConfigError: a router's code is not what the run was begun with; the message names both.
+        ConfigError: the message names the part, what it was and is, and the way out; or the run does not say.
     """
-    made = folder.begun_in.get("routers")
-    if made is None:
+    if not (folder.ended or state(folder.path) == "stopped early" or any(folder.path.glob(f"{PREFIX}*"))):
         return
-    for name in config.router_names:
-        then, now = made.get(name, {}), router_code(name)
-        if changed := [part for part in now if now[part] != then.get(part)]:
-            raise ConfigError(
-                f"run {folder.id} was made by another router {name}: its {changed[0]} was {then.get(changed[0])}, "
-                f"now it is {now[changed[0]]}; use another store, or remove {folder.path}"
-            )
+    way_out = f"use another store, or remove {folder.path}"
+    if (then := folder.made_from) is None:
+        raise ConfigError(f"run {folder.id} does not say from which code and data it was made; {way_out}")
+    if changed := differing(then, made):
+        part, was, now = changed[0]
+        what, field = _said(part)
+        raise ConfigError(f"run {folder.id} was made {what}: its {field} was {was}, now it is {now}; {way_out}")
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the parts in which what two runs were made from differs, as ``data/sha256``, with both values."""
+    one, other = dict(flatten(dict(then))), dict(flatten(dict(now)))
+    return [(part, one.get(part), other.get(part)) for part in [*other, *one] if one.get(part) != other.get(part)]
+
+
+def _said(part: str) -> tuple[str, str]:
+    """Return what a part of ``made_from`` is, and the name of its field."""
+    head, *names = part.split("/")
+    field = names[-1] if names else head
+    if head == "routers":
+        return f"by another router {names[0]}" if len(names) > 1 else "by another router", field
+    what = {
+        "core": "by other sources of rlroute",
+        "reads": "from another file that its router reads",
+        "data": "from another corpus",
+        "tokenizer": "with another tokenizer",
+    }
+    return what.get(head, "from something else"), field
+
+
+def refuse_other_ranks(group: Group, made: MadeFrom) -> None:
+    """Refuse workers that train one run from different code or data.
+
+    Raises:
+        ConfigError: this worker's are not the first one's.
+    """
+    mine = int(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12], 16)
+    if group.agree(mine) != mine:
+        raise ConfigError(
+            f"worker {group.rank} of a run has other code or data than worker 0: want the same everywhere"
+        )
 
 
 def check_shares(config: RunConfig, workers: int) -> None:

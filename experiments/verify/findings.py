@@ -1,0 +1,75 @@
+"""What is wrong with a record: which run, file and field, what it says, and what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlroute.sink import flatten
+
+LONGEST = 60
+"""Characters of a value in a line."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        run: the run's id.
+        file: the file of its record, or what else holds the field.
+        field: the field's path, as ``summary.json`` and ``final/loss``.
+        recorded: what it says.
+        found: what comes out.
+        why: more about it.
+    """
+
+    run: str
+    file: str
+    field: str
+    recorded: Any
+    found: Any
+    why: str = ""
+
+    def __str__(self) -> str:
+        said = f"{self.run}: {self.file}: {self.field} is {_short(self.recorded)}, want {_short(self.found)}"
+        return said + (f" ({self.why})" if self.why else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+class Ledger:
+    """Collects what is wrong with one run."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.findings: list[Finding] = []
+
+    def add(self, file: str, field: str, recorded: Any, found: Any, why: str = "") -> None:
+        """Note a finding."""
+        self.findings.append(Finding(self.run, file, field, recorded, found, why))
+
+    def same(self, file: str, field: str, recorded: Any, found: Any, why: str = "") -> None:
+        """Hold a value against the one that comes out; of nested ones, name the first leaf that differs."""
+        if recorded != found:
+            path, one, other = next(differing(recorded, found), ("", recorded, found))
+            self.add(file, f"{field}/{path}" if path else field, one, other, why)
+
+    def near(self, file: str, field: str, recorded: float | None, found: float | None, tolerance: float) -> None:
+        """Hold a number against the one that comes out, up to rounding."""
+        known = isinstance(recorded, int | float) and isinstance(found, int | float)
+        if recorded != found and not (known and math.isclose(recorded, found, rel_tol=0, abs_tol=tolerance)):  # type: ignore[arg-type]
+            self.add(file, field, recorded, found)
+
+
+def differing(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the paths of the leaves in which two values differ, with both."""
+    left, right = dict(flatten(one)), dict(flatten(other))
+    for path in [*left, *(path for path in right if path not in left)]:
+        if left.get(path) != right.get(path) or (path in left) != (path in right):
+            yield path, left.get(path), right.get(path)

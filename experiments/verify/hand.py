@@ -1,0 +1,53 @@
+"""The code and the data at hand, as far as several runs need them: read and computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+
+from rlroute.commit import core_sha256_at
+from rlroute.config import DataConfig, RunConfig
+from rlroute.model import Transformer
+from rlroute.provenance import made_from
+from rlroute.schema import MadeFrom
+from rlroute.training.data import Batch, Corpus, batch_chain, load_corpus
+from rlroute.training.prepare import build_model, cut, validation_batches
+
+
+class AtHand:
+    """What is computed from a run's configuration and seed alone."""
+
+    def __init__(self) -> None:
+        self.corpus = cache(self._corpus)
+        self.made_from = cache(self._made_from)
+        self.core_at = cache(core_sha256_at)
+        self._chains: dict[tuple[DataConfig, int, int], tuple[Iterator[str], list[str]]] = {}
+
+    def _corpus(self, data: DataConfig) -> Corpus:
+        return load_corpus(data.spec, data.tokenizer)
+
+    def _made_from(self, config: RunConfig) -> MadeFrom:
+        return made_from(config, self.corpus(config.data).provenance)
+
+    def model(self, config: RunConfig, seed: int) -> Transformer:
+        """Return a run's model at its initial weights, on the CPU."""
+        here = replace(config, train=replace(config.train, device="cpu", kernel="auto"))
+        return build_model(here, self.corpus(config.data), seed)
+
+    def validation(self, config: RunConfig) -> Sequence[Batch]:
+        """Return a run's validation batches."""
+        return validation_batches(config, self.corpus(config.data))
+
+    def chain(self, config: RunConfig, seed: int, steps: int) -> str:
+        """Return the hash chain over the batches of so many steps; runs that see the same batches share it."""
+        steps = min(steps, config.train.steps)  # no run has more, whatever its record says
+        if steps < 1:
+            return ""
+        key = (config.data, seed, config.train.batch_size)
+        if key not in self._chains:
+            self._chains[key] = batch_chain(self.corpus(config.data), seed, **cut(config)), []
+        links, known = self._chains[key]
+        while len(known) < steps:
+            known.append(next(links))
+        return known[steps - 1]

@@ -1,0 +1,132 @@
+"""A record held against the code and the data at hand: what it was made from, its batches, weights and costs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from rlroute.config import RunConfig
+from rlroute.experiments.verify.findings import Ledger, differing
+from rlroute.experiments.verify.hand import AtHand
+from rlroute.kernels import choose_backend
+from rlroute.model import Transformer
+from rlroute.model.accounting import Costs, costs, fingerprints
+from rlroute.schema import EvalRow, RunRecord
+from rlroute.training.data import tokens_sha256
+from rlroute.training.loop import claims
+from rlroute.training.prepare import planned_steps
+
+ROUNDING = 1e-12
+"""Relative: bits are nats of a float64 sum over two constants."""
+LOGGED = 0.25
+"""Relative: how far the pairs of the logged steps may be from those of all steps where they vary."""
+
+
+def check_made(run: RunRecord, config: RunConfig, hand: AtHand, ledger: Ledger) -> None:
+    """Hold what a run was made from against the code and data at hand, and its commit against its sources."""
+    if run.config["schema"] < 2:
+        return
+    made = run.config.get("made_from")
+    if made is None:
+        ledger.add("config.json", "made_from", None, "the code and data", "a record of schema 2 says it")
+        return
+    for path, recorded, now in differing(made, hand.made_from(config)):
+        ledger.add("config.json", f"made_from/{path}", recorded, now, "at hand")
+    commit, dirty = run.environment["commit"], run.environment["dirty"]
+    if isinstance(commit, str) and dirty is False and (core := hand.core_at(commit)) is not None:
+        ledger.same("environment.json", f"commit {commit[:12]}, whose core", core, made["core"], "as made_from says")
+
+
+def check_environment(run: RunRecord, config: RunConfig, ledger: Ledger) -> None:
+    """Hold what the environment repeats of the configuration against it."""
+    wanted = {
+        "device": config.train.device,
+        "threads": config.train.threads,
+        "kernel_backend": choose_backend(config.train.kernel, config.train.device),
+    }
+    for field, value in wanted.items():
+        ledger.same("environment.json", field, run.environment.get(field), value, "by the configuration")
+
+
+def check_data(run: RunRecord, config: RunConfig, hand: AtHand, ledger: Ledger) -> bool:
+    """Hold the corpus against the one at hand; return whether it is the same."""
+    recorded: dict[str, Any] = dict(run.summary["data"])
+    now = hand.corpus(config.data).provenance
+    known = now if run.config["schema"] > 1 else {name: now[name] for name in now if name in recorded}
+    before = len(ledger.findings)
+    for field, value in known.items():
+        ledger.same("summary.json", f"data/{field}", recorded.get(field), value, "at hand")
+    return len(ledger.findings) == before
+
+
+def check_batches(run: RunRecord, config: RunConfig, hand: AtHand, ledger: Ledger) -> None:
+    """Hold the hash chains, at each evaluation and at the end, and the validation tokens against the corpus."""
+    seed, batches = run.config["seed"], run.summary["batches"]
+    for row in run.evals:
+        chain = hand.chain(config, seed, row["step"])
+        ledger.same("metrics.jsonl", f"eval row of step {row['step']}: chain", row["chain"], chain, "of the corpus")
+    ledger.same("summary.json", "batches/chain", batches["chain"], hand.chain(config, seed, batches["steps"]))
+    if run.config["schema"] < 2:  # in which this was the hash of each batch, for a while
+        return
+    tokens = tokens_sha256(hand.validation(config))
+    ledger.same("summary.json", "eval_tokens_sha256", run.summary["eval_tokens_sha256"], tokens, "of the corpus")
+
+
+def check_bits(run: RunRecord, config: RunConfig, hand: AtHand, ledger: Ledger) -> None:
+    """Bits per byte are nats per token over ln 2 and over the bytes that the validation tokens stand for."""
+    batches, bytes_V = hand.validation(config), hand.corpus(config.data).token_bytes_V
+    tokens = sum(batch.targets_BS.size for batch in batches)
+    text = math.fsum(float(np.sum(bytes_V[batch.targets_BS])) for batch in batches)
+    final = [("summary.json", "final: ", run.summary["final"])] if run.summary["final"] else []
+    rows: list[tuple[str, str, EvalRow]] = [
+        *(("metrics.jsonl", f"eval row of step {row['step']}: ", row) for row in run.evals),
+        *final,
+    ]
+    for file, where, row in rows:
+        for part, loss in (("", row), ("sampled/", row["sampled"])):
+            if loss is not None:
+                bits = loss["loss"] * tokens / math.log(2) / text
+                ledger.near(file, f"{where}{part}bits_per_byte", loss["bits_per_byte"], bits, ROUNDING * abs(bits))
+
+
+def check_model(run: RunRecord, config: RunConfig, model: Transformer, ledger: Ledger) -> None:
+    """Hold initial weights, parameters, FLOPs, steps and the routers' claims against the model at hand."""
+    counted = costs(model, config.model, config.data.seq_len)
+    now = fingerprints(model, config.model)
+    for name, value in now.items():
+        recorded = run.summary["fingerprint"].get(name)
+        ledger.same("summary.json", f"fingerprint/{name}", recorded, value, "of the configuration and the seed")
+    said = claims(model.routers, config.model.gate_form) if run.config["schema"] > 1 else {}
+    for field, value in said.items():
+        ledger.same("summary.json", field, run.summary.get(field), value, "as the routers say")
+    _check_costs(run, config, counted, ledger)
+
+
+def _check_costs(run: RunRecord, config: RunConfig, counted: Costs, ledger: Ledger) -> None:
+    final, tokens, recorded = run.summary["final"], run.summary["tokens"], dict[str, Any](run.summary["model"])
+    pairs_L = final["pairs_L"] if final and "pairs_L" in final else [float(config.model.k)] * len(counted.pair_flops_L)
+    spent, exact = _spent(run, config, counted)
+    old = run.config["schema"] < 2  # when nothing said what training took in all
+    rough = {"training_flops": LOGGED * spent, "training_only_flops_per_token": LOGGED * spent / (3 * tokens or 1)}
+    for field, value in counted.recorded(pairs_L, spent, tokens, run.summary["steps"]).items():
+        if field == "training_flops" and old:
+            continue
+        if field in rough and not exact:
+            ledger.near("summary.json", f"model/{field}", recorded.get(field), value, rough[field])
+        else:
+            ledger.same("summary.json", f"model/{field}", recorded.get(field), value, "by the pairs that ran")
+    if config.train.budget == "flops" and run.summary["status"] == "finished":
+        steps = planned_steps(config, counted, spent, run.summary["steps"])
+        ledger.near("summary.json", "steps", run.summary["steps"], steps, 0 if exact else 1 + LOGGED * steps)
+
+
+def _spent(run: RunRecord, config: RunConfig, counted: Costs) -> tuple[int, bool]:
+    """Return the training FLOPs by the pairs per token of the logged steps, and whether all tokens ran k of them."""
+    tokens, sites = run.summary["tokens"], len(counted.pair_flops_L)
+    logged = [row["pairs_L"] for row in run.train if "pairs_L" in row] or [[float(config.model.k)] * sites]
+    mean_L = [math.fsum(pairs) / len(logged) for pairs in zip(*logged, strict=True)]
+    exact = config.model.capacity_factor is None and all(each == config.model.k for pairs in logged for each in pairs)
+    pairs_L = [round(pairs * counted.samples * tokens) for pairs in mean_L]
+    return counted.of_training(tokens, pairs_L, run.summary["steps"]), exact

@@ -1,0 +1,107 @@
+"""Runs trained once more, and stored weights evaluated once more: what cannot be computed from a record alone."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlroute.config import RunConfig
+from rlroute.errors import RlrouteError
+from rlroute.experiments.verify.findings import Ledger, differing
+from rlroute.experiments.verify.hand import AtHand
+from rlroute.model import Transformer
+from rlroute.provenance import environment
+from rlroute.records import read_run
+from rlroute.registry import run_config
+from rlroute.schema import RunRecord
+from rlroute.training.checkpoint import load_weights
+from rlroute.training.evaluate import evaluate
+from rlroute.training.loop import DTYPES, train
+from rlroute.training.prepare import build_model
+from rlroute.training.step import Device
+
+TIMED = ("seconds", "tokens_per_second", "traffic")
+"""What differs when the same run is trained again."""
+BITS = ("torch", "numpy", "cpu_capability", "device_name")
+"""What of the environment bits depend on."""
+
+
+def chosen(runs: Sequence[RunRecord], count: int, seed: int) -> list[RunRecord]:
+    """Return the runs to train again: diverged ones first, since nothing else tells whether they did; then at random.
+
+    Those that several processes trained, or whose budget is time, are left out: they cannot be repeated here.
+    """
+    able = [run for run in runs if run.environment.get("workers", 1) == 1 and run.summary["budget"]["kind"] != "time"]
+    drawn = random.Random(seed).sample(able, len(able))
+    return sorted(drawn, key=lambda run: run.summary["status"] != "diverged")[:count]
+
+
+def rerun(run: RunRecord, ledger: Ledger) -> None:
+    """Train a run once more in a store of its own, and hold every figure against the record, bit for bit."""
+    config, seed = run_config(run.config["config"]), run.config["seed"]
+    with tempfile.TemporaryDirectory(prefix="rlroute-verify-") as scratch:
+        try:
+            train(config, seed, Path(scratch))
+        except RlrouteError as error:
+            ledger.add("summary.json", "status", run.summary["status"], f"not to be trained: {error}", "trained again")
+            return
+        again = read_run(Path(scratch) / config.run_id(seed))
+    why = _elsewhere(run, config)
+    pairs = {"summary.json": (run.summary, again.summary)}
+    for name, file in (("evals", "metrics.jsonl"), ("train", "metrics.jsonl"), ("loads", "loads.jsonl")):
+        new = {row["step"]: row for row in getattr(again, name)}
+        pairs |= {f"{file}, {name} {r['step']}": (r, new.get(r["step"], {})) for r in getattr(run, name)}
+    for where, (old, now) in pairs.items():
+        different = list(differing(_untimed(old), _untimed(now)))
+        for field, recorded, found in different[:1]:
+            ledger.add(where, field, recorded, found, f"trained again; {len(different)} figures differ{why}")
+
+
+def _elsewhere(run: RunRecord, config: RunConfig) -> str:
+    here: Mapping[str, Any] = environment(config.train.device, "", config.train.threads)
+    said = [
+        f"{name} {run.environment.get(name)}, here {here[name]}"
+        for name in BITS
+        if run.environment.get(name) != here[name]
+    ]
+    return f"; recorded with {', '.join(said)}" if said else ""
+
+
+def _untimed(values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    return {name: _untimed(value) for name, value in values.items() if name not in TIMED}
+
+
+def check_weights(
+    run: RunRecord, folder: Path, config: RunConfig, model: Transformer, hand: AtHand, again: bool, ledger: Ledger
+) -> None:
+    """Load a run's stored weights, where it has any, into its model; ``again``: evaluate them on the run's device."""
+    corpus, seed, final = hand.corpus(config.data), run.config["seed"], run.summary["final"]
+    model = build_model(config, corpus, seed) if again else model
+    torch.set_num_threads(config.train.threads)
+    try:
+        if load_weights(folder, model, run.id) is None or final is None or not again:
+            return
+    except RlrouteError as error:
+        ledger.add("checkpoint", "weights", "damaged", "the run's", str(error))
+        return
+    now = evaluate(
+        model,
+        hand.validation(config),
+        corpus.token_bytes_V,
+        Device(config.train.device, DTYPES[config.train.dtype]),
+        seed=seed,
+        step=run.summary["steps"],
+        progress=1.0,
+        sampled=True,
+    )
+    different = list(differing({name: final.get(name) for name in now}, now))
+    for field, recorded, found in different[:1]:
+        why = f"weights evaluated again; {len(different)} figures differ{_elsewhere(run, config)}"
+        ledger.add("summary.json", f"final/{field}", recorded, found, why)
