@@ -3,7 +3,7 @@
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
-# make soak       twenty random kills over one sweep, which ends all the same
+# make soak       sixty random kills over sweeps (driver, runs, workers, Ray itself, nodes), which end all the same
 # make mutants    small faults of the core, each of which some test must notice
 # make versions   the fast tests with torch 2.11, 2.13 and 2.14, each with its triton, in environments of their own (gigabytes)
 # make dist       the wheel and the source archive in dist/
@@ -70,9 +70,9 @@ $(INSTALLED): setup.py pyproject.toml
 aot: $(INSTALLED)
 	for chip in 80 90 100; do $(BIN)/python -m rlroute.kernels.aot $$chip || exit 1; done
 
-# Twenty random kills over one sweep, and its record.
+# Sixty random kills and their record; a part: make soak SOAK='--kills 6 --victims raylet,GCS'
 soak: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.bench.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.bench.soak $(SOAK)
 
 # What each torch release for Linux names as its triton. All else is as in the usual environment.
 TORCH_AND_TRITON := 2.11.0/3.6.0 2.13.0/3.7.1 2.14.1/3.8.0

@@ -23,6 +23,10 @@ class StoreError(RlrouteError, OSError):
     """Raised when a run store or one of its records cannot be read or written."""
 
 
+class HeldError(StoreError):
+    """Raised when another process trains the run that is asked for."""
+
+
 class CheckpointError(RlrouteError, ValueError):
     """Raised when a checkpoint is damaged or belongs to another configuration."""
 

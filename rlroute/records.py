@@ -7,16 +7,15 @@ from there. A *compact* file holds many ended runs, one JSON object a line, for 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+from rlroute import lock
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
 from rlroute.provenance import environment
@@ -91,14 +90,6 @@ def _to_json(value: Mapping[str, object], path: Path, indent: int | None = None)
         raise
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class RunFolder:
     """The folder of one run, held by one process at a time.
 
@@ -120,7 +111,7 @@ class RunFolder:
         """
         with storing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".lock").touch()
+            lock.make(self.path)
 
     @contextmanager
     def lock(self, patience: float = LOCK_SECONDS) -> Iterator[None]:
@@ -130,17 +121,25 @@ class RunFolder:
             patience: seconds to wait for another process, such as the dying worker of a launcher that was killed.
 
         Raises:
-            StoreError: another process still holds it, or the folder cannot be written.
+            HeldError: another process still holds it.
+            StoreError: the folder cannot be written.
         """
         self.create()
-        path = self.path / ".lock"
-        with storing(path), path.open("w") as file:
-            deadline = time.monotonic() + patience
-            while not _try_lock(file):
-                if time.monotonic() > deadline:
-                    raise StoreError(f"run {self.id} is being trained by another process (waited {patience:.0f} s)")
-                time.sleep(0.2)
+        with storing(self.path / lock.FILE):
+            file = lock.take(self.path, self.id, patience)
+        try:
             yield
+        finally:
+            lock.let_go(file)
+
+    def wait(self, say: Callable[[str], None], patience: float) -> None:
+        """Wait for as long as another process trains the run, and say so.
+
+        Args:
+            say: told which process that is, and again whenever its records have stood still for so long.
+            patience: seconds.
+        """
+        lock.wait(self.path, self.id, lambda: state(self.path) == "running", say, patience)
 
     @property
     def ended(self) -> bool:
@@ -197,11 +196,14 @@ class RunFolder:
                 write_atomically(path, "".join(_to_json(row, path) + "\n" for row in kept))
 
     def set_aside(self, reason: str | None) -> None:
-        """Note why the run failed, for whoever looks at the store; None forgets it. Training it again is the way on."""
+        """Note why the run failed, for whoever looks at the store; None forgets it. Training it again is the way on.
+
+        A run that has ended stays as it is, whoever has ended it in the meantime.
+        """
         path = self.path / "failed.json"
-        if reason is not None:
+        if reason is not None and not self.ended:
             write_json(path, {"id": self.id, "reason": reason})
-        else:
+        if reason is None or self.ended:
             with storing(path):
                 path.unlink(missing_ok=True)
 
@@ -210,6 +212,7 @@ class RunFolder:
         parts = _parts(self.path, ("config", "environment"))
         write_json(self.path / "seal.json", seal(parts | {"summary": dict(summary)}))
         write_json(self.path / "summary.json", summary)
+        self.set_aside(None)
 
     def read(self) -> RunRecord:
         """Return the ended run's record."""
@@ -225,7 +228,7 @@ def state(folder: Path) -> State:
     """
     if (folder / "summary.json").exists():
         return _outcome(folder / "summary.json")
-    if _held(folder / ".lock"):
+    if lock.held(folder):
         return "running"
     marks: tuple[tuple[str, State], ...] = (
         ("failed.json", "set aside"),
@@ -241,18 +244,6 @@ def _outcome(summary: Path) -> State:
     except (StoreError, LookupError, TypeError):
         return "damaged"
     return status if status in get_args(State) else "damaged"
-
-
-def _held(lock: Path) -> bool:
-    """Whether a process holds a lock: this asks for a share of it; whoever wants all of it meanwhile tries again."""
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is none, or the file system has no locks
-        return False
-    return False
 
 
 def stop_early(folder: Path) -> None:

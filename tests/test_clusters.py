@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -296,3 +297,19 @@ def test_a_run_that_diverges_is_named_and_ranks_last():
     lines = [line for line in to_markdown(rows).splitlines() if line.startswith(("| lost", "| poor", "| good"))]
     assert [line.split()[1] for line in lines] == ["good", "poor", "lost"]
     assert "1 of 2 diverged" in lines[-1]
+
+
+def test_what_has_not_begun_is_left_out_after_ctrl_c(monkeypatch):
+    begun, over = [], threading.Event()
+
+    def train(*given):
+        begun.append(given)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        over.wait(1.0)  # long enough for the driver to hear of the first
+
+    monkeypatch.setattr(clusters, "train", train)
+    monkeypatch.setattr(clusters, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    with pytest.raises(KeyboardInterrupt):
+        clusters.compare(("hash",), range(100), SHORT, 1, print)
+    assert len(begun) < 100

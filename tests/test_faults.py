@@ -516,7 +516,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(site, tmp_path):
 
 
 @pytest.mark.parametrize(("error", "tries"), [(RuntimeError("out of memory"), 2), (StoreError("a full disk"), 3)])
-def test_what_may_pass_is_tried_again_and_what_would_come_again_is_not(error, tries, monkeypatch):
+def test_what_may_pass_is_tried_again_and_what_would_come_again_is_not(error, tries, monkeypatch, tmp_path):
     raised = []
 
     def train(*arguments, **options):
@@ -526,7 +526,7 @@ def test_what_may_pass_is_tried_again_and_what_would_come_again_is_not(error, tr
 
     monkeypatch.setattr(loop, "train", train)
     job = Job(build_entry("hash", DATA, MODEL, SETTINGS), 0)
-    outcomes = [launcher._train(job, Launch(retries=1)) for _ in range(tries)]
+    outcomes = [launcher.train_job(job, Launch(store=tmp_path, retries=1), print) for _ in range(tries)]
     wanted = {2: ["RuntimeError: out of memory", ""], 3: ["a full disk", "a full disk", ""]}
     assert outcomes == wanted[tries]
 
@@ -535,8 +535,7 @@ def test_the_one_run_that_is_left_of_several_goes_through_ray_as_they_did(finish
     """In the driver it could hang for ever, or take the driver with it."""
     configs = [build_entry(entry, DATA, MODEL, SETTINGS) for entry in ("uniform", "unbalanced")]
     asked = []
-    monkeypatch.setattr(launcher, "session", lambda how: contextlib.nullcontext((None, None)))
-    monkeypatch.setattr(launcher, "_tune", lambda tune, jobs, *rest: asked.extend(jobs) or {})
+    monkeypatch.setattr(launcher, "through_ray", lambda jobs, *rest: asked.extend(jobs) or {})
     jobs = [Job(config, 0) for config in configs]
     monkeypatch.setattr(records, "state", lambda folder: "finished" if folder.name == jobs[0].id else "empty")
     launcher.launch(jobs, Launch(store=finished / "runs"))

@@ -7,7 +7,7 @@ import pytest
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Launch
-from rlroute.experiments.launch.spec import SEARCH, apart, read_spec
+from rlroute.experiments.launch.spec import SEARCH, apart, ranking, read_spec
 from tests.test_cli import refused, rlroute
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,17 @@ def test_documented_example_is_what_the_page_says(tmp_path):
     assert len(jobs) == (2 * 8 + 2 * 4) * 3 == len({job.id for job in jobs})
     assert {job.config.train.steps for job in jobs} == {400}
     assert read.launch(Launch()).cpus == 1 and read.search(jobs) is None
+
+
+def test_a_ranking_leaves_out_what_was_lost_before_its_first_row(tmp_path):
+    jobs = spec(tmp_path, "entries = ['hash', 'switch']\nseeds = 2\n").jobs("command")
+    evaluated = '{"kind": "eval", "step": 4, "bits_per_byte": 2.5}\n'
+    for job, rows in zip(jobs, (None, "", '{"kind": "train", "step": 1}\n', evaluated), strict=True):
+        (tmp_path / job.id).mkdir()
+        if rows is not None:
+            (tmp_path / job.id / "metrics.jsonl").write_text(rows)
+    (row,) = ranking(jobs, tmp_path).splitlines()[2:]
+    assert row.split("|")[1:4] == [" 2.5000 ", " 4 ", f" {jobs[3].label} "]
 
 
 def test_a_grid_is_all_combinations_for_all_seeds(tmp_path):

@@ -1,7 +1,6 @@
 """What Ray adds to expert parallelism: workers that are placed, lost, and started anew, without a figure changing."""
 
 import contextlib
-import inspect
 import os
 import signal
 import threading
@@ -12,14 +11,15 @@ import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, DataError
-from rlroute.experiments.bench import soak
+from rlroute.experiments.bench import victims
 from rlroute.experiments.launch import ray_session
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
 from rlroute.records import RunFolder
 from rlroute.training import loop
-from tests.conftest import until
+from tests.conftest import HANG, until
+from tests.test_cli import TINY, start
 
 pytestmark = pytest.mark.processes
 
@@ -51,7 +51,7 @@ def session():
 def workers():
     """Return the process ids of this session's workers."""
     found = []
-    for pid in soak.marked(MARK):
+    for pid in victims.marked(MARK):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_Worker"):
                 found.append(pid)
@@ -176,6 +176,11 @@ def test_a_ray_of_our_own_has_a_loopback_address_alone():
     assert ray.util.get_node_ip_address() == "127.0.0.2"
 
 
+def test_what_a_ray_of_our_own_writes_is_for_nobody_else():
+    (folder,) = Path(ray_session._temporary_folder()).glob(f"{ray_session.SCRATCH}{os.getpid()}-*")
+    assert folder.stat().st_mode & 0o777 == 0o700 and any((folder / "ray").iterdir())
+
+
 def test_the_interface_is_that_of_the_address():
     assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
     with pytest.raises(LostWorkersError, match=r"203\.0\.113\.9"):
@@ -192,32 +197,21 @@ def test_a_run_that_no_node_could_hold_is_refused():
             ray_session._require_room(nodes, how)
 
 
-def test_the_method_of_ray_that_is_replaced_takes_what_the_replacement_hands_on(monkeypatch):
-    """A new Ray that moves what is replaced of its inside must fail here, not in a sweep."""
-    from ray.air.execution._internal.actor_manager import RayActorManager
-    from ray.exceptions import OutOfMemoryError, RayActorError
+@pytest.mark.parametrize(("token", "said"), [
+    (None, "token"),
+    pytest.param("0" * 64, "", marks=pytest.mark.slow),  # Ray asks again and again first
+])  # fmt: skip
+def test_a_cluster_that_wants_another_token_costs_one_line(token, said, tmp_path, monkeypatch):
+    import ray
 
-    assert list(inspect.signature(RayActorManager._actor_task_failed).parameters)[1:] == [
-        "tracked_actor_task",
-        "exception",
-    ]
-    seen = []
-    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda manager, task, error: seen.append(error))
-    ray_session._make_tune_survive_want_of_memory()
-    RayActorManager._actor_task_failed(None, None, OutOfMemoryError("a run"))
-    RayActorManager._actor_task_failed(None, None, ValueError("another"))
-    assert [type(error) for error in seen] == [RayActorError, ValueError]
-    replaced = RayActorManager._actor_task_failed
-    ray_session._make_tune_survive_want_of_memory()
-    assert RayActorManager._actor_task_failed is replaced, "once is enough"
-
-
-def test_ray_calls_the_method_that_is_replaced():
-    from ray.air.execution._internal.actor_manager import RayActorManager
-
-    callers = [
-        name
-        for name, function in inspect.getmembers(RayActorManager, inspect.isfunction)
-        if "._actor_task_failed(" in inspect.getsource(function)
-    ]
-    assert callers, "whoever reports a failed task now, the replacement is not asked"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    if token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    address = ray.get_runtime_context().gcs_address
+    process = start(tmp_path, "compare", "hash", "switch", *TINY, "--address", address)
+    _, err = process.communicate(timeout=HANG)
+    assert process.returncode == 2 and "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: --address {address}: ") and said in line
+    assert not list(tmp_path.glob("runs/*/failed.json")) and not (tmp_path / ".ray").exists()

@@ -5,21 +5,38 @@ Heavy packages are imported inside the commands, so that ``rlroute --help`` answ
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import suppress
 
 from rlroute.errors import MissingDependencyError, RlrouteError
 
 
 def main() -> None:
     """Run the command line."""
+    with suppress(ValueError):  # not of a thread
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has had it ignored
+                signal.signal(signum, _stop)
     try:
         _run()
     except RlrouteError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.signum if isinstance(stop, _Stopped) else signal.SIGINT))
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends a process, taken for Ctrl-C: what was started is ended."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise _Stopped(signum)
 
 
 def _run() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rlroute.config import Budget, TrainConfig
+from rlroute.cores import cores
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import (
     LAUNCH,
@@ -91,7 +91,7 @@ def compare(
     """
     if task == "clusters":
         _refuse_of_text({"reference": reference, "budget": budget, "seconds": seconds, "tuned": tuned}, launch, shared)
-        compare_clusters(entries, seeds, out, launch.concurrency or len(os.sched_getaffinity(0)))
+        compare_clusters(entries, seeds, out, launch.concurrency or cores())
         return
     from rlroute.experiments.comparison.budget import find_reference, with_budget
     from rlroute.experiments.launch.runs import run_all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,7 +72,7 @@ class Launch:
     concurrency: Processes | None = None
     """Trials at a time under ray; none: as many as there is room for."""
     address: str | None = None
-    """A running Ray cluster (host:port, or auto); none: a Ray of our own on this machine."""
+    """A running Ray cluster (host:port, or auto); none, or local: a Ray of our own on this machine."""
     cpus: Annotated[float, Between(1e-4, 1e6)] = 1.0
     """Cores of a worker."""
     gpus: Annotated[float, Between(0, 1e6)] = 0.0
@@ -91,6 +92,11 @@ class Launch:
     wandb: Mode = "off"
     """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
 
+    @property
+    def cluster(self) -> str | None:
+        """The cluster that is joined, None for a Ray of our own."""
+        return None if self.address == "local" else self.address
+
     def check(self) -> None:
         """Refuse illegal values by name.
 
@@ -98,6 +104,8 @@ class Launch:
             ConfigError: a value is illegal, or does not go with another.
         """
         check_fields(self, None)
+        if self.cluster not in (None, "auto") and not re.fullmatch(r"[^/]+:[0-9]{1,5}", self.cluster):
+            raise ConfigError(f"--address {self.address}: legal are HOST:PORT, auto and local")
         if self.exchange_chunks != 1 and self.expert_parallel == 1:
             raise ConfigError(f"--exchange-chunks {self.exchange_chunks}: without --expert-parallel no rows travel")
         if self.gpus % 1 and self.workers > 1:

@@ -11,9 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rlroute.cores import cores
 from rlroute.errors import ConfigError, MissingDependencyError
 from rlroute.experiments.launch.jobs import Launch
 
@@ -27,18 +29,31 @@ RAY_ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path (file:GLOB, a policy's file) means what it means here
 }
+LOOPBACK = "127.0.0.2"
 SCRATCH = "rlroute-"
 LONGEST_TEMPORARY = 14  # a socket's name may have 107 characters; with Ray's part and ours 14 are left
 TOKEN = secrets.token_hex(32)
 """Of the Ray sessions of this process and its children; Ray reads it once in a process."""
 WANT_OF_MEMORY = "for want of memory"
+MISSING = "--launcher ray needs the extra 'ray' (ray[tune]); --launcher local needs none"
+
+
+def require_installed() -> None:
+    """Refuse to go on without Ray, without importing it.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    spec = find_spec("ray")
+    if spec is None or spec.origin is None:  # a folder ./ray is a package without origin
+        raise MissingDependencyError(MISSING)
 
 
 def require() -> tuple[Any, Any]:
     """Return Ray and Tune, set up to be quiet and to ask every caller for its token.
 
     Raises:
-        MissingDependencyError: Ray is not installed.
+        MissingDependencyError: they are not installed.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -46,9 +61,7 @@ def require() -> tuple[Any, Any]:
         import ray
         from ray import tune
     except ImportError as error:
-        raise MissingDependencyError(
-            "--launcher ray needs the extra 'ray' (ray[tune]); --launcher local needs none"
-        ) from error
+        raise MissingDependencyError(MISSING) from error
     _make_tune_survive_want_of_memory()
     return ray, tune
 
@@ -87,10 +100,10 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
         MissingDependencyError: Ray is not installed.
     """
     before = os.environ.copy()
-    if how.address is None:  # whatever is set for another cluster
+    if how.cluster is None:  # whatever is set for another cluster
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     ray, tune = require()
-    _remove_orphans()
+    remove_orphans()
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=_temporary_folder()))
     try:
         (scratch / "host").write_text(_host())
@@ -110,23 +123,23 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
 
 def _connect(ray: Any, how: Launch, scratch: Path) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if how.address is None:
+    if how.cluster is None:
         wanted = how.cpus * how.workers * (how.concurrency or 1)
         ray.init(
             address="local",
-            num_cpus=max(len(os.sched_getaffinity(0)), math.ceil(wanted)),
+            num_cpus=max(cores(), math.ceil(wanted)),
             include_dashboard=False,
             object_store_memory=80 * 2**20,
             _temp_dir=str(scratch / "ray"),
             # 127.0.0.1 is "this machine" to Ray, which then takes its address in the network.
-            _node_ip_address="127.0.0.2",
+            _node_ip_address=LOOPBACK,
             **quiet,
         )
         return
     try:
-        ray.init(address=how.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"--address {how.address}: {' '.join(str(error).split())[:300]}") from error
+        ray.init(address=how.cluster, **quiet)
+    except Exception as error:  # also authentication errors, which are of classes of Ray's own
+        raise ConfigError(f"--address {how.cluster}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _require_room(nodes: Sequence[dict[str, float]], how: Launch) -> None:
@@ -166,7 +179,7 @@ def _host() -> str:
     return ""
 
 
-def _remove_orphans() -> None:
+def remove_orphans() -> None:
     """Remove the private folders of processes of this host that were killed."""
     for folder in Path(_temporary_folder()).glob(f"{SCRATCH}[0-9]*-*"):
         owner = folder.name.removeprefix(SCRATCH).partition("-")[0]

@@ -11,7 +11,8 @@ from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import launch
 from rlroute.experiments.launch.progress import Monitor
-from rlroute.experiments.launch.ray_session import require
+from rlroute.experiments.launch.ray_session import require_installed
+from rlroute.experiments.launch.supervisor import require_reach
 from rlroute.records import RunFolder, RunRecord
 from rlroute.sink import require as require_wandb
 
@@ -55,16 +56,18 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     seeds_of: dict[RunConfig, list[int]] = {}
     for job in jobs:
         seeds_of.setdefault(job.config, []).append(job.seed)
-    corpora = check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.address is not None)
+    folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
+    if how.uses_ray(len(jobs)):
+        require_installed()
+        if not all(folder.ended for folder in folders.values()):
+            require_reach(how)
+    corpora = check(seeds_of, how.workers, how.expert_parallel, elsewhere=how.cluster is not None)
     for note in (note for corpus in corpora.values() for note in corpus.notes):
         print(note, file=sys.stderr)
-    if how.uses_ray(len(jobs)):
-        require()
-        if not how.gpus and any(job.config.train.device == "cuda" for job in jobs):
-            raise ConfigError("--gpus 0 with train.device = 'cuda': say how much of a GPU a worker gets")
+    if how.uses_ray(len(jobs)) and not how.gpus and any(job.config.train.device == "cuda" for job in jobs):
+        raise ConfigError("--gpus 0 with train.device = 'cuda': say how much of a GPU a worker gets")
     if how.wandb != "off":
         require_wandb()
-    folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
     made = {config: made_from(config, corpora[config.data].provenance) for config in seeds_of}
     for job in jobs:
         refuse_changed(folders[job.id], made[job.config])
@@ -75,8 +78,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
 
     def say(run: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
-            if not folders[run].ended:  # an ended run whose record is broken stays as it is
-                folders[run].set_aside(reason)
+            folders[run].set_aside(reason)
 
     with Monitor(jobs, how.store):
         failed = launch(jobs, how, search, say)

@@ -166,8 +166,9 @@ def ranking(jobs: Sequence[Job], store: Path) -> str:
     """
     rows = []
     for job in jobs:
-        evals = [row for row in read_rows(store / job.id / "metrics.jsonl", torn_ok=True) if row["kind"] == "eval"]
-        if evals:
+        file = store / job.id / "metrics.jsonl"  # not there of a trial that was lost before its first row
+        rows_of_run = read_rows(file, torn_ok=True) if file.exists() else []
+        if evals := [row for row in rows_of_run if row["kind"] == "eval"]:
             rows.append((evals[-1]["bits_per_byte"], evals[-1]["step"], job))
     rows.sort(key=lambda row: row[:2])
     lines = [(f"{bits:.4f}", step, job.label, job.seed) for bits, step, job in rows]

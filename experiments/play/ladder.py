@@ -16,6 +16,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal, get_args
@@ -227,7 +228,8 @@ def compare(
 
     spawn = multiprocessing.get_context("spawn")  # a forked torch may hang
     rows = []
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, ExitStack() as stopped:
+        stopped.callback(pool.shutdown, wait=False, cancel_futures=True)  # what has not begun need not, after Ctrl-C
         futures = {
             (name, form, entry): [pool.submit(train, entry, TASKS[name], form, seed, how) for seed in seeds]
             for name, form, entry in cells

@@ -6,7 +6,8 @@ weights, and the latter needs no device.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,21 +122,21 @@ def check(
             check_memory(config, corpora[config.data].vocab_size, expert_shards)
         validation_batches(config, corpora[config.data])
         for seed in seeds:
-            model = meta_model(config, corpora[config.data], seed)
-            if config.train.budget == "flops":
-                _check_budget(config, model)
+            with _defects_left_to_the_run():
+                model = meta_model(config, corpora[config.data], seed)
+                if config.train.budget == "flops":
+                    planned_steps(config, costs(model, config.model, config.data.seq_len))
     return corpora
 
 
-def _check_budget(config: RunConfig, model: Transformer) -> None:
-    """Refuse FLOPs that pay for nothing; a router that fails when it is asked to run will fail in its own run."""
+@contextmanager
+def _defects_left_to_the_run() -> Iterator[None]:
+    """Let a router with a defect pass: its own runs will say so, and the others go on."""
     try:
-        booked = costs(model, config.model, config.data.seq_len)
-    except RlrouteError:
-        raise
-    except Exception:  # any that foreign code may raise: its run says which, and takes no other run with it
-        return
-    planned_steps(config, booked)
+        yield
+    except BaseException as error:
+        if isinstance(error, RlrouteError | KeyboardInterrupt):
+            raise
 
 
 def refuse_changed(folder: RunFolder, made: MadeFrom) -> None:
