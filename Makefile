@@ -3,6 +3,7 @@
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
+# make fuzz       ten minutes of damaged and hostile files for every reader, each of which answers or refuses in one line
 # make soak       sixty random kills over sweeps (driver, runs, workers, Ray itself, nodes), which end all the same
 # make mutants    small faults of the core, each of which some test must notice
 # make versions   the fast tests with torch 2.11, 2.13 and 2.14, each with its triton, in environments of their own (gigabytes)
@@ -16,7 +17,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: soak compare test fast check slow mutants envs aot versions dist gpu clean
+.PHONY: soak compare test fast check slow mutants fuzz envs aot versions dist gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -43,6 +44,11 @@ slow: $(INSTALLED)
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants
+
+# Another seed, other cases: make fuzz SEED=1.
+SEED ?= 0
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes 10 --seed $(SEED)
 
 # The older Gymnasium lies in a folder of its own, before the newest one on the path.
 envs: $(INSTALLED)

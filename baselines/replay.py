@@ -18,6 +18,7 @@ from torch import Tensor
 from rlroute.choices import ChoiceLog
 from rlroute.config import RouterConfig, RunConfig
 from rlroute.errors import ConfigError, StoreError
+from rlroute.reading import read_described
 from rlroute.registry import make_router, router_class, router_code, run_config
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
@@ -48,10 +49,13 @@ class ReplayRouter(Router):
                 StoreError: it is no run with routers.
             """
             try:
-                described = json.loads((Path(self.run) / "config.json").read_text())
-                return run_config(described["config"]), int(described["seed"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                described = read_described(Path(self.run))
+                config = run_config(described["config"])
+            except (StoreError, ConfigError) as error:
                 raise StoreError(f"router replay.run = {self.run!r} is no run: {error}") from error
+            if config.router is None:
+                raise StoreError(f"router replay.run = {self.run!r} is a run of the dense model: want one of a router")
+            return config, described["seed"]
 
         def reads(self) -> dict[str, str]:
             """Return the SHA-256 of the choices, and of the recorded routers: their configurations, code and files."""

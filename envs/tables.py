@@ -15,12 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlroute.errors import DataError
+from rlroute.foreign import reading, why
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 SHAPES = {"x_ND": "ND", "losses_NE": "NE", "skip_N": "N", "token_ids_N": "N", "labels_N": "N"}
 DTYPES = {"x_ND": "float32", "losses_NE": "float32", "skip_N": "float32", "token_ids_N": "int64", "labels_N": "int64"}
+LIMITS = {
+    **dict.fromkeys(("x_ND", "losses_NE", "skip_N"), (-1e30, 1e30)),  # whose squares and sums are numbers too
+    "token_ids_N": (0, 2**31 - 1),
+    "labels_N": (-1, 2**31 - 1),
+}
+MOST = 1 << 34
+"""Bytes of the largest file."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,7 +46,7 @@ class TokenTable:
     The arrays become read-only, because environments share them.
 
     Raises:
-        DataError: an array of another shape or dtype, or a number that is not finite.
+        DataError: an array of another shape or dtype, or a number that is not finite or too large.
     """
 
     x_ND: Floats
@@ -48,7 +56,7 @@ class TokenTable:
     labels_N: Ints
 
     def __post_init__(self) -> None:
-        sizes = {"N": len(self.x_ND)}
+        sizes: dict[str, int] = {}
         for name, letters in SHAPES.items():
             array = getattr(self, name)
             if array.ndim != len(letters) or array.dtype != DTYPES[name] or not array.size:
@@ -59,6 +67,9 @@ class TokenTable:
                     raise DataError(f"token table: {name} has {letter} = {size}, x_ND has {sizes[letter]}")
             if not np.isfinite(array).all():
                 raise DataError(f"token table: {name} holds numbers that are not finite")
+            low, high = LIMITS[name]
+            if array.min() < low or array.max() > high:
+                raise DataError(f"token table: {name} holds numbers outside of {low:g} to {high:g}")
             array.flags.writeable = False  # environments share it
 
     @property
@@ -95,19 +106,35 @@ def load_table(path: str) -> TokenTable:
     """
     try:
         written = Path(path).stat().st_mtime_ns
-    except OSError as error:
-        raise DataError(f"token table {path!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"token table {path!r}: {why(error)}") from error
     return _load(path, written)
 
 
 @lru_cache(maxsize=4)
 def _load(path: str, written: int) -> TokenTable:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in SHAPES if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"token table {path!r}: {error}") from error
-    missing = sorted(set(SHAPES) - set(arrays))
-    if missing:
-        raise DataError(f"token table {path!r}: no array {', '.join(missing)}; want {', '.join(SHAPES)}")
+        with reading(Path(path), MOST, follow=True) as file, zipfile.ZipFile(file) as archive:
+            arrays = _arrays(archive)
+    except Exception as error:  # a damaged archive makes its readers raise nearly anything
+        raise DataError(f"token table {path!r}: {why(error)}") from error
     return TokenTable(**arrays)
+
+
+def _arrays(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """Return an archive's arrays; what is packed is refused, for it may be a thousand times as large as its file.
+
+    Raises:
+        DataError: one is missing or packed.
+    """
+    members = {name: f"{name}.npy" for name in SHAPES}
+    missing = sorted(name for name, member in members.items() if member not in archive.namelist())
+    if missing:
+        raise DataError(f"no array {', '.join(missing)}; want {', '.join(SHAPES)}")
+    if packed := [name for name, member in members.items() if archive.getinfo(member).compress_type]:
+        raise DataError(f"{packed[0]} is compressed: want a file as numpy.savez writes it")
+    arrays = {}
+    for name, member in members.items():
+        with archive.open(member) as file:
+            arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays

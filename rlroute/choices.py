@@ -9,6 +9,8 @@ Shape suffixes: N rows and K columns of a choice: (T, K) experts of tokens, or (
 
 import hashlib
 import json
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,14 @@ import torch
 from torch import Tensor
 
 from rlroute.errors import ConfigError, StoreError
+from rlroute.foreign import Unfit, open_regular, parse_json, read_bytes, reading, shown, why
 from rlroute.routing import Site
 
 FOLDER = "choices"
 WRITTEN = 1
 """Stands before each step's row; a step that was never written has a 0 there."""
+MOST = 1 << 40
+"""Bytes of the largest file."""
 
 
 class ChoiceLog:
@@ -41,22 +46,23 @@ class ChoiceLog:
             StoreError: the folder cannot be written.
         """
         try:
+            self._refuse_link()
             self.folder.mkdir(exist_ok=True)
             for site, ids_NK in choices.items():
                 path = self._path(site, micro_batch)
                 if not path.with_suffix(".json").exists():
-                    path.with_suffix(".json").write_text(json.dumps(list(ids_NK.shape)))
-                    path.touch()
+                    with os.fdopen(open_regular(path.with_suffix(".json"), os.O_WRONLY | os.O_CREAT), "w") as file:
+                        file.write(json.dumps(list(ids_NK.shape)))
                 if (shape := _shape(path)) != tuple(ids_NK.shape):
                     raise ConfigError(
                         f"site {site} chose {tuple(ids_NK.shape)} in step {step}, {shape} before: no log keeps both"
                     )
                 row = np.concatenate([[WRITTEN], ids_NK.reshape(-1).cpu().numpy()]).astype(np.int32)
-                with path.open("r+b") as file:
+                with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
                     file.seek(step * row.nbytes)
                     file.write(row.tobytes())
-        except OSError as error:
-            raise StoreError(f"{self.folder} cannot be written: {error.strerror}") from error
+        except (OSError, Unfit) as error:
+            raise StoreError(f"{self.folder} cannot be written: {why(error)}") from error
 
     def read(self, step: int, micro_batch: int, site: Site) -> Tensor:
         """Return what a site chose for a micro-batch of a step, int64 of shape (N, K).
@@ -66,11 +72,14 @@ class ChoiceLog:
         """
         path = self._path(site, micro_batch)
         try:
+            self._refuse_link()
             shape = _shape(path)
             size = 1 + shape[0] * shape[1]
-            row = np.fromfile(path, dtype=np.int32, count=size, offset=4 * step * size)
-        except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{path} cannot be read: {error}") from error
+            with reading(path, MOST) as file:
+                file.seek(4 * step * size)
+                row = np.frombuffer(file.read(4 * size), dtype=np.int32)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read: {why(error)}") from error
         if len(row) < size or row[0] != WRITTEN:
             raise StoreError(f"{path} holds no step {step}: the run did not record it")
         return torch.from_numpy(row[1:].astype(np.int64)).view(shape)
@@ -81,18 +90,32 @@ class ChoiceLog:
         Raises:
             StoreError: there is none.
         """
+        self._refuse_link()
         digest, paths = hashlib.sha256(), sorted(self.folder.glob("*"))
         if not paths:
             raise StoreError(f"{self.folder} is not there: the run was not trained with --train.record-choices")
         for path in paths:
-            digest.update(f"{path.name}:{path.stat().st_size};".encode())
-            digest.update(path.read_bytes())
+            try:
+                with reading(path, MOST) as file:
+                    digest.update(f"{path.name}:{file.seek(0, os.SEEK_END)};".encode(errors="surrogateescape"))
+                    file.seek(0)
+                    while part := file.read(1 << 20):
+                        digest.update(part)
+            except OSError as error:
+                raise StoreError(f"{path} cannot be read: {why(error)}") from error
         return digest.hexdigest()
+
+    def _refuse_link(self) -> None:
+        if self.folder.is_symlink():
+            raise StoreError(f"{self.folder} is a link: a run's choices lie in its folder")
 
     def _path(self, site: Site, micro_batch: int) -> Path:
         return self.folder / f"site-{site}-micro-{micro_batch}.int32"
 
 
 def _shape(path: Path) -> tuple[int, int]:
-    rows, columns = json.loads(path.with_suffix(".json").read_text())
-    return rows, columns
+    shape = parse_json(read_bytes(path.with_suffix(".json")))
+    sizes = [size for size in shape if type(size) is int and 0 <= size < 2**31] if isinstance(shape, list) else []
+    if len(sizes) != 2 or sizes != shape or math.prod(sizes) >= 2**31:
+        raise Unfit(f"its shape is {shown(shape)}: want two sizes")
+    return sizes[0], sizes[1]

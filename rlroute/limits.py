@@ -1,4 +1,5 @@
-"""What a configuration's field may hold, said in its annotation and checked in one place.
+"""What a field may hold, said in its annotation and checked in one place: here for configurations, by pydantic for what
+comes from outside (:mod:`rlroute.foreign`).
 
 ``steps: Count`` or ``width: Annotated[float, Between(1, 4)]`` is all it takes for a value to be refused by name.
 """
@@ -7,18 +8,34 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from rlroute.errors import ConfigError
 
 
+class ForPydantic:
+    """A limit that pydantic knows by ``rules`` of its own; nothing of it is imported for that."""
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What pydantic calls the limit."""
+        raise NotImplementedError
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(source), **self.rules}
+
+
 @dataclass(frozen=True)
-class Above:
+class Above(ForPydantic):
     """All numbers above a bound."""
 
     bound: float
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        return {"gt": self.bound}
 
     def __contains__(self, value: float) -> bool:
         return value > self.bound
@@ -28,10 +45,14 @@ class Above:
 
 
 @dataclass(frozen=True)
-class AtLeast:
+class AtLeast(ForPydantic):
     """All numbers from a bound."""
 
     bound: float
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        return {"ge": self.bound}
 
     def __contains__(self, value: float) -> bool:
         return value >= self.bound
@@ -41,18 +62,34 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(ForPydantic):
     """All numbers from ``low`` to ``high``; ``below`` leaves ``high`` itself out."""
 
     low: float
     high: float
     below: bool = False
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        return {"ge": self.low, "lt" if self.below else "le": self.high}
+
     def __contains__(self, value: float) -> bool:
         return self.low <= value < self.high or (value == self.high and not self.below)
 
     def __str__(self) -> str:
         return f"numbers from {self.low} to {'below ' if self.below else ''}{self.high}"
+
+
+@dataclass(frozen=True)
+class Matches(ForPydantic):
+    """All texts of so many characters at most that a regular expression matches from end to end."""
+
+    pattern: str
+    longest: int = 1 << 20
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        return {"pattern": rf"^(?:{self.pattern})$", "max_length": self.longest}
 
 
 Limit = Above | AtLeast | Between

@@ -13,26 +13,30 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Literal
 
 from rlroute import lock
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
+from rlroute.foreign import open_regular
 from rlroute.provenance import environment
-from rlroute.schema import EvalRow, LoadRow, TrainRow
+from rlroute.reading import Row, read_described, read_environment, read_json, read_rows, read_run, refuse_link
+from rlroute.reading import failure as failure
+from rlroute.reading import last_row as last_row
+from rlroute.reading import read_runs as read_runs
+from rlroute.schema import LoadRow, TrainRow
 from rlroute.schema import RunRecord as RunRecord
 from rlroute.seal import seal
 from rlroute.sink import flatten
 
-Row = dict[str, Any]
 State = Literal["empty", "running", "interrupted", "stopped early", "set aside", "finished", "diverged", "damaged"]
 """What has become of a run: see :func:`state`."""
 ENDED: frozenset[State] = frozenset({"finished", "diverged", "damaged"})
 """The states of a run that has a summary, and is not trained again."""
+_PARTS = {"evals": "eval", "train": "train"}
 COMPACT_ROWS = 100
 """How many load and training rows of a run a compact file keeps at most."""
 LOCK_SECONDS = 60.0
-READ = (1, SCHEMA)  # the schemas of records that this version reads
 
 
 @contextmanager
@@ -54,8 +58,9 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storing(path):
+        temporary.unlink(missing_ok=True)  # of a process that was killed, whose number this one has got
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with _open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -90,6 +95,11 @@ def _to_json(value: Mapping[str, object], path: Path, indent: int | None = None)
         raise
 
 
+def _open(path: Path, flags: int) -> IO[str]:
+    """Open a regular file as text to write to, which is no link and keeps what it holds."""
+    return os.fdopen(open_regular(path, flags), "w", encoding="utf-8")
+
+
 class RunFolder:
     """The folder of one run, held by one process at a time.
 
@@ -110,6 +120,7 @@ class RunFolder:
             StoreError: it cannot.
         """
         with storing(self.path):
+            refuse_link(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             lock.make(self.path)
 
@@ -149,9 +160,10 @@ class RunFolder:
     @property
     def made_from(self) -> Row | None:
         """What the run was made from when it was begun; None where nothing says so."""
-        path = self.path / "config.json"
-        described = _read_json(path) if path.exists() else {}
-        return described.get("made_from") if isinstance(described, dict) else None
+        if not (self.path / "config.json").exists():
+            return None
+        made = read_described(self.path).get("made_from")
+        return None if made is None else dict(made)
 
     def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, group: Row, made: Row) -> None:
         """Write config.json and environment.json; ``group`` says how many processes train together."""
@@ -162,7 +174,7 @@ class RunFolder:
         write_json(self.path / "environment.json", {**here, **group})
         with storing(self.path):
             for name in ("metrics", "loads"):
-                (self.path / f"{name}.jsonl").touch()
+                _open(self.path / f"{name}.jsonl", os.O_WRONLY | os.O_CREAT).close()
 
     def note_environment(self, config: RunConfig, backend: str, parallel: Row, notes: Sequence[str] = ()) -> None:
         """Note in environment.json what has changed since the run was begun, as "before, then now", and what happened.
@@ -170,7 +182,7 @@ class RunFolder:
         A table that wants one environment for all its runs then sees that this run had two.
         """
         path = self.path / "environment.json"
-        noted = _read_json(path)
+        noted = read_environment(self.path)
         for name, value in {**environment(config.train.device, backend, config.train.threads), **parallel}.items():
             if str(noted.get(name)).rpartition(", then ")[2] != str(value):
                 noted[name] = f"{noted.get(name)}, then {value}"
@@ -185,7 +197,7 @@ class RunFolder:
         """
         path = self.path / f"{name}.jsonl"
         line = _to_json(row, path) + "\n"
-        with storing(path), path.open("a", encoding="utf-8") as file:
+        with storing(path), _open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
             file.write(line)
 
     def rewind(self, step: int) -> None:
@@ -209,10 +221,17 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write the record's seal and summary.json: from now on the run counts as ended."""
-        parts = _parts(self.path, ("config", "environment"))
-        write_json(self.path / "seal.json", seal(parts | {"summary": dict(summary)}))
+        write_json(self.path / "seal.json", seal(self._written() | {"summary": dict(summary)}))
         write_json(self.path / "summary.json", summary)
         self.set_aside(None)
+
+    def _written(self) -> Row:
+        """Return the parts of the record that this run has written: they are its own, and held to no schema."""
+        texts = {name: (self.path / f"{name}.json").read_text(encoding="utf-8") for name in ("config", "environment")}
+        lines = {name: (self.path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("metrics", "loads")}
+        rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in lines.items()}
+        by_kind = {part: [r for r in rows["metrics"] if r["kind"] == kind] for part, kind in _PARTS.items()}
+        return {name: json.loads(text) for name, text in texts.items()} | by_kind | {"loads": rows["loads"]}
 
     def read(self) -> RunRecord:
         """Return the ended run's record."""
@@ -240,60 +259,15 @@ def state(folder: Path) -> State:
 
 def _outcome(summary: Path) -> State:
     try:
-        status = _read_json(summary)["status"]
-    except (StoreError, LookupError, TypeError):
+        status = read_json(summary).get("status")
+    except StoreError:
         return "damaged"
-    return status if status in get_args(State) else "damaged"
+    return next((end for end in ENDED if end == status), "damaged")
 
 
 def stop_early(folder: Path) -> None:
     """Note that a search has stopped a run."""
-    (folder / "stopped").touch()
-
-
-def failure(path: Path) -> str | None:
-    """Return why the run of a folder was set aside, None if it was not.
-
-    Raises:
-        StoreError: the note is not JSON.
-    """
-    file = path / "failed.json"
-    return str(_read_json(file)["reason"]) if file.exists() else None
-
-
-def last_row(path: Path) -> Row | None:
-    """Return the last complete row of a run folder's metrics, None before the first.
-
-    Raises:
-        StoreError: it is not JSON.
-    """
-    file = path / "metrics.jsonl"
-    if not file.exists():
-        return None
-    size, window = file.stat().st_size, 4096
-    with file.open("rb") as handle:
-        while True:  # from the end, twice as far back until a whole line is in sight
-            handle.seek(max(0, size - window))
-            lines = handle.read().split(b"\n")[:-1]
-            if len(lines) > 1 or window >= size:
-                break
-            window *= 2
-    return _parse(lines[-1], file) if lines else None
-
-
-def read_runs(path: Path) -> list[RunRecord]:
-    """Return the ended runs of a store folder or of a compact file, sorted by id.
-
-    Raises:
-        StoreError: there is nothing there, or a record is truncated, foreign or of another schema.
-    """
-    if path.is_file():
-        records = [_to_record(row, path) for row in read_rows(path)]
-    elif path.is_dir():
-        records = [read_run(summary.parent) for summary in path.glob("*/summary.json")]
-    else:
-        raise StoreError(f"no run store or compact file at {path}")
-    return sorted(records, key=lambda record: record.id)
+    _open(folder / "stopped", os.O_WRONLY | os.O_CREAT).close()
 
 
 def write_compact(records: Iterable[RunRecord], path: Path) -> None:
@@ -309,84 +283,3 @@ def write_compact(records: Iterable[RunRecord], path: Path) -> None:
 def _thin(rows: Sequence[LoadRow | TrainRow]) -> list[LoadRow | TrainRow]:
     stride = -(-len(rows) // COMPACT_ROWS) or 1
     return [row for index, row in enumerate(rows, start=1) if index % stride == 0 or index == len(rows)]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-
-
-def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
-    """Return the rows of a file of JSON objects, one a line; ``torn_ok`` leaves out a last line whose writing was cut
-    off.
-
-    Raises:
-        StoreError: it cannot be read, or a line is no record.
-    """
-    lines = _read_text(path).split("\n")
-    torn = lines.pop()  # what follows the last newline: empty unless a write was cut off
-    if torn and not torn_ok:
-        raise StoreError(f"{path} is truncated: its last line has no end")
-    return [_parse(line, path) for line in lines]
-
-
-def _parse(line: str | bytes, path: Path) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise StoreError(f"{path} holds a line that is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise StoreError(f"{path} holds a line that is not a record: {row!r}")
-    return row
-
-
-def _read_json(path: Path) -> Row:
-    try:
-        value: Row = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-    return value
-
-
-def read_run(path: Path) -> RunRecord:
-    """Return the record of an ended run's folder; a StoreError says why there is none."""
-    files = ("config", "environment", "summary", *(["seal"] if (path / "seal.json").exists() else []))
-    return _to_record(_parts(path, files), path)
-
-
-def _parts(path: Path, files: Sequence[str]) -> Row:
-    """Return the parts of a run's record: some JSON files, and all rows."""
-    parts: Row = {name: _read_json(path / f"{name}.json") for name in files}
-    metrics = read_rows(path / "metrics.jsonl")
-    parts["evals"] = [row for row in metrics if row.get("kind") == "eval"]
-    parts["train"] = [row for row in metrics if row.get("kind") == "train"]
-    return parts | {"loads": read_rows(path / "loads.jsonl")}
-
-
-def _to_record(parts: Row, path: Path) -> RunRecord:
-    names = ("config", "environment", "summary", "evals", "loads", "train")
-    missing = [name for name in names if name not in parts]
-    if missing:
-        raise StoreError(f"{path} is not a run record: it lacks {', '.join(missing)}")
-    for name in ("config", "summary"):
-        schema = parts[name].get("schema") if isinstance(parts[name], dict) else None
-        if schema not in READ:
-            raise StoreError(f"{path}: {name} has schema {schema!r}, this version reads {' and '.join(map(str, READ))}")
-    record = RunRecord(parts["summary"]["id"], **{name: parts[name] for name in names}, seal=parts.get("seal"))
-    _refuse_truncated(record, path)
-    return record
-
-
-def _refuse_truncated(record: RunRecord, path: Path) -> None:
-    """Hold the rows against the summary, which was written last."""
-    final: EvalRow | None = record.summary["final"]
-    steps, every = record.summary["steps"], record.config["config"]["train"]["log_every"]
-    if final is not None and record.evals[-1:] != [final]:
-        raise StoreError(f"{path} is truncated: its evaluations do not end with the summary's")
-    rows: Sequence[LoadRow | TrainRow]
-    for name, rows in (("loads", record.loads), ("training rows", record.train)):
-        last = rows[-1]["step"] if rows else 0
-        if last != steps // every * every:
-            raise StoreError(f"{path} is truncated: its {name} end at step {last}, the run at step {steps}")

@@ -142,9 +142,11 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _router_config(values: Mapping[str, Any]) -> RouterConfig | None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"router = {values!r}: want a mapping of fields")
     fields = dict(values)
     name = fields.pop("name", None)
-    if name is None:
+    if not isinstance(name, str):
         raise ConfigError("router has no 'name'")
     if name == DENSE:
         refuse_unknown("router dense", fields, ())

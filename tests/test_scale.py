@@ -179,8 +179,9 @@ def test_planned_bytes_and_imbalance_are_close_to_those_of_the_run(trained):
 
 
 def bench_row(name, independent, together, share):
-    figures = {"seconds": together, "all_to_all_share": share, "time_over_base": {"mean": 2, "low": 1, "high": 3}}
-    contenders = {"alone": {"seconds": independent}, "both": figures}
+    ratios = {name: {"mean": 2, "low": 1, "high": 3} for name in ("time_over_base", "speed_of_ours")}
+    figures = {"seconds": together, "all_to_all_share": share} | ratios
+    contenders = {"alone": {"seconds": independent} | ratios, "both": figures}
     return {"what": f"{name}, experts", "work": "experts", "base": "alone", "ours": "both", "contenders": contenders}
 
 
@@ -214,7 +215,8 @@ def test_command_writes_what_it_prints(trained, tmp_path):
 def test_what_is_predicted_stands_beside_what_was_measured(trained, tmp_path):
     write_compact([trained[1]], tmp_path / "runs.jsonl")
     rows = [bench_row("T=64 D=16 F=32 E=8 K=2", 3.0, 4.0, 0.25), bench_row("T=64 D=16 F=16 E=8 K=2", 1.5, 2.5, 0.5)]
-    result = {"command": "rlroute bench parallel", "environment": {"commit": "abc"}, "rows": rows}
+    where = {"device_name": "Xeon", "torch": "2.13", "triton": None, "threads": 1, "tile_table": "0", "commit": "abc"}
+    result = {"bench": "parallel", "command": "rlroute bench parallel", "rounds": 3, "environment": where, "rows": rows}
     (tmp_path / "parallel.json").write_text(json.dumps(result))
     text = scale_page.to_markdown(
         scale_page.calculate(tmp_path / "runs.jsonl", tmp_path / "parallel.json") | {"command": ""}
@@ -227,7 +229,9 @@ def test_what_is_predicted_stands_beside_what_was_measured(trained, tmp_path):
 def test_foreign_files_are_refused(tmp_path, trained):
     runs = RESULTS / "comparison.jsonl"
     (tmp_path / "foreign.json").write_text('{"rows": []}')
-    with pytest.raises(StoreError, match=r"foreign\.json is not a result of bench parallel: KeyError"):
+    with pytest.raises(
+        StoreError, match=r"foreign\.json is not a result of bench parallel: bench: this field is missing"
+    ):
         scale_page.calculate(runs, tmp_path / "foreign.json")
     dense = [record for record in read_runs(runs) if record.config["router"] == "dense"]
     with pytest.raises(StoreError, match="loads of no experts: want runs of one number"):

@@ -51,10 +51,29 @@ def eval_row(router: str, seed: int, step: int, noise: float) -> dict[str, Any]:
         "loss": bits * 0.693,
         "bits_per_byte": bits,
         "max_vio_L": [max(load) * EXPERTS - 1 for load in loads],
+        "cv_L": [0.5] * layers,
+        "load_entropy_L": [0.9] * layers,
+        "router_entropy_L": [0.8] * layers,
+        "drop_rate": 0.0,
         "dead_L": [sum(f < 0.05 / EXPERTS for f in load) for load in loads],
         "load_LE": loads,
         "sampled": sampled if router == "reinforce" else None,
         "chain": digest("chain", seed, step),
+    }
+
+
+def train_row(router: str, seed: int, step: int) -> dict[str, Any]:
+    evaluated = eval_row(router, seed, step, 0.0)
+    layers = len(evaluated["load_LE"])
+    terms = {"balance": [1.1] * layers} if layers else {}
+    return {
+        "kind": "train",
+        **{name: evaluated[name] for name in ("step", "tokens", "seconds", "loss", "max_vio_L")},
+        "terms": terms,
+        "weights": {name: [0.01] * layers for name in terms},
+        "lr": 0.004,
+        "grad_norm": 0.8,
+        "router_grad_norm": 0.1,
     }
 
 
@@ -131,7 +150,8 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
     made: Any = {"core": digest("core"), "routers": {router: {"sha256": digest(router)}} if moe else {}, "reads": {}}
     made |= {"data": {"sha256": digest("sympy"), "train_sha256": digest("train")}, "tokenizer": None}
     config_json: Any = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config, "made_from": made}
-    return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, [])
+    train_rows: Any = [train_row(router, seed, step) for step in range(10, STEPS + 1, 10)]
+    return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, train_rows)
 
 
 def make_runs(routers: tuple[str, ...] = tuple(EFFECT), seeds: int = 3) -> list[RunRecord]:

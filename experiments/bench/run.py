@@ -4,7 +4,6 @@ print.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from typing import Any
 
 import torch
 
-from rlroute.errors import ConfigError, StoreError
+from rlroute.errors import ConfigError
 from rlroute.experiments.bench import kernels as bench_kernels
 from rlroute.experiments.bench import layer as bench_layer
 from rlroute.experiments.bench import parallel as bench_parallel
 from rlroute.experiments.bench.kernels import Shape, parse_shape
 from rlroute.experiments.bench.peers import contenders
+from rlroute.experiments.bench.results import read_result
 from rlroute.experiments.bench.timing import choose, run_bench, to_markdown
 from rlroute.experiments.recipes.presets import routers_for
 from rlroute.kernels import resolve_backend, tiles
@@ -140,15 +140,12 @@ def read_table(path: Path) -> str:
     Raises:
         StoreError: it is none.
     """
-    try:
-        result = json.loads(path.read_text())
-        if result["bench"] == "scale":
-            from rlroute.experiments.bench import scale_page  # SciPy is not there on every machine
+    result = read_result(path, "a bench's result")
+    if result["bench"] == "scale":
+        from rlroute.experiments.bench import scale_page  # SciPy is not there on every machine
 
-            return scale_page.to_markdown(result)
-        return to_markdown(result)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a bench's result: {type(error).__name__}: {error}") from error
+        return scale_page.to_markdown(result)
+    return to_markdown(result)
 
 
 def _check(device: str, rounds: int) -> None:

@@ -4,13 +4,12 @@ result.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlroute.errors import StoreError
+from rlroute.experiments.bench.results import read_result, refusing
 from rlroute.experiments.bench.scale import H100, MODELS, bench_scale, breaks_at, hold_against, recorded_loads
 from rlroute.experiments.text import markdown, three_digits, with_ends
 from rlroute.records import read_runs, storing, write_atomically, write_json
@@ -59,11 +58,10 @@ def calculate(path: Path, measured: Path) -> dict[str, Any]:
 
 
 def _check(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text())
+    what = "a result of bench parallel"
+    result = read_result(path, what)
+    with refusing(path, what):
         return {"command": result["command"], "commit": result["environment"]["commit"], "rows": hold_against(result)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a result of bench parallel: {type(error).__name__}: {error}") from error
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:

@@ -101,16 +101,18 @@ def _cuda_seconds(call: Call) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float | None]:
     """Return the geometric mean over the rounds that both have of seconds over the base's, with its 95 % Student-t
-    interval.
+    interval; one round has none.
     """
     from scipy.stats import t
 
     logs = [math.log(a / b) for a, b in zip(seconds, base, strict=False)]
     mean, n = sum(logs) / len(logs), len(logs)
     spread = math.sqrt(sum((x - mean) ** 2 for x in logs) / max(n - 1, 1) / n)
-    half = float(t.ppf(0.975, n - 1)) * spread if n > 1 else math.nan
+    if n < 2:
+        return {"mean": math.exp(mean), "low": None, "high": None}
+    half = float(t.ppf(0.975, n - 1)) * spread
     return {"mean": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ def select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
     from rlroute.experiments.launch.spec import SEARCH
     from rlroute.records import read_runs
 
-    if (path / SEARCH).exists():
+    if os.path.exists(path / SEARCH):
         raise StoreError(f"{path} holds trials of a search, which stopped some of them early: they make no comparison")
     records = [r for r in read_runs(path) if not only or r.id.startswith(only)]
     if not records:

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 
 from rlroute.errors import MissingDependencyError, RlrouteError
+from rlroute.foreign import printable
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     try:
         _run()
     except RlrouteError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -12,6 +13,7 @@ from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.statistics import CONFIDENCE
 from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, short, si
 
+FORMULA = ("=", "+", "-", "@", "|")
 TIMINGS = ("tokens_per_second",)
 """The columns that differ when the same command runs again."""
 
@@ -71,10 +73,17 @@ def to_csv(table: Table, timings: bool = True) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([f"{name}_{part}" if part else name for name, part in parts])
     for row in table.rows:
-        writer.writerow(
-            [getattr(getattr(row, name), part, None) if part else getattr(row, name) for name, part in parts]
-        )
+        cells = (getattr(getattr(row, name), part, None) if part else getattr(row, name) for name, part in parts)
+        writer.writerow(map(no_formula, cells))
     return text.getvalue()
+
+
+def no_formula(cell: object) -> object:
+    """Return a cell that no spreadsheet computes: an apostrophe stands before a text that begins as a formula does."""
+    if not isinstance(cell, str):
+        return cell
+    begins = unicodedata.normalize("NFKC", cell).lstrip()[:1]
+    return f"'{cell}" if begins in FORMULA or cell[:1] in ("\t", "\r", "\n") else cell
 
 
 def _name(row: TableRow, table: Table) -> str:

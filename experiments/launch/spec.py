@@ -2,7 +2,7 @@
 
 A file names entries and seeds, what all runs share (``[base]``), and what varies: ``[grid]`` takes all combinations,
 ``[random]`` draws. A field is named by its path, ``train.lr`` or ``model.k``; ``router.balance_weight`` goes to the
-entries whose router has that field.
+entries whose router has that field. TOML has no word for nothing: ``"none"`` stands for it where a field may be none.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from rlroute import seeding
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
-from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.recipes.entries import build_entry, none_where_legal
 from rlroute.experiments.text import markdown
+from rlroute.foreign import DEPTH, Unfit, plain, read_bytes, why
 from rlroute.records import read_rows, storing
 from rlroute.registry import router_class, run_config
 
@@ -29,6 +30,9 @@ SEARCH = "SEARCH"
 """The file that marks a store of trials, some of which were stopped early."""
 RESOURCES = ("cpus", "gpus", "workers", "expert_parallel", "exchange_chunks")
 LIMITS = ("low", "high", "log", "choice")
+MOST_RUNS = 10_000
+"""Runs of a sweep, seeds included."""
+INT64 = 2**63
 Choice = dict[str, Any]
 """Values by dotted path."""
 
@@ -109,12 +113,7 @@ def read_spec(path: Path) -> Spec:
         ConfigError: it is not there, not TOML, or says something that means nothing; the message names it and what is
             legal.
     """
-    try:
-        text = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sweep {path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"sweep {path}: not TOML: {error}") from error
+    text = _parse(path)
     _only(text, SECTIONS, f"sweep {path}")
     sections = {name: _table(text, name) for name in ("base", "grid", "random", "resources", "asha")}
     _only(sections["resources"], RESOURCES, "[resources]")
@@ -132,7 +131,30 @@ def read_spec(path: Path) -> Spec:
         reduction=_number(sections["asha"].get("reduction", 3), "[asha] reduction", above=1),
     )
     from_dict(Launch, spec.resources, "[resources]").check()
+    _refuse_many({"entries": len(spec.entries), "choices": len(spec.choices), "seeds": len(spec.seeds)})
     return spec
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        text = read_bytes(path, follow=True).decode("utf-8-sig")  # some editors begin a file with a mark
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"sweep {path}: cannot be read: {why(error)}") from error
+    try:
+        values: dict[str, Any] = plain(tomllib.loads(text))
+    except RecursionError:
+        raise ConfigError(f"sweep {path}: nested deeper than {DEPTH} levels") from None
+    except Unfit as error:
+        raise ConfigError(f"sweep {path}: {why(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"sweep {path}: not TOML: {why(error)}") from error
+    return values
+
+
+def _refuse_many(counts: Mapping[str, int]) -> None:
+    if math.prod(counts.values()) > MOST_RUNS:
+        told = " x ".join(f"{count:,} {name}" for name, count in counts.items())
+        raise ConfigError(f"{told} are {math.prod(counts.values()):,} runs: legal are {MOST_RUNS:,}")
 
 
 def _refuse_twice(sections: Mapping[str, Choice]) -> None:
@@ -176,13 +198,17 @@ def ranking(jobs: Sequence[Job], store: Path) -> str:
 
 
 def _with(config: RunConfig, values: Choice) -> RunConfig:
-    plain = config.to_dict()
+    values_of = config.to_dict()
     for path, value in values.items():
         part, _, name = path.partition(".")
         if part not in ("data", "model", "train", "router") or not name:
             raise ConfigError(f"{path}: legal are data.FIELD, model.FIELD, train.FIELD and router.FIELD")
-        plain[part] |= {name: value}
-    return run_config(plain)
+        values_of[part] |= none_where_legal(_class_of(part, config), {name: value})
+    return run_config(values_of)
+
+
+def _class_of(part: str, config: RunConfig) -> type:
+    return {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}.get(part) or type(config.router)
 
 
 def _applies(path: str, config: RunConfig) -> bool:
@@ -210,6 +236,7 @@ def _grid(section: Mapping[str, Any]) -> list[Choice]:
     for path, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"[grid] {path} = {values!r}: want a list of values")
+    _refuse_many({path: len(values) for path, values in axes.items()})
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -219,6 +246,7 @@ def _random(section: Mapping[str, Any]) -> list[Choice]:
         return [{}]
     _only(section, ("trials", "seed", "fields"), "[random]")
     trials = _whole(section.get("trials"), "[random] trials")
+    _refuse_many({"trials": trials})
     named = _flat(_table(section, "fields"), leaves=LIMITS)
     ranges = {path: _range(path, value) for path, value in named.items()}
     seed = _whole(section.get("seed", 0), "[random] seed", least=0)
@@ -244,6 +272,8 @@ def _range(path: str, limits: Any) -> dict[str, Any]:
     low, high = (_number(limits[name], f"{where} {name}") for name in ("low", "high"))
     if not low < high or (limits.get("log") and low <= 0):
         raise ConfigError(f"{where} = {low:g} to {high:g}: want low below high, and above 0 where log = true")
+    if not math.isfinite(high - low) or not -INT64 <= min(limits["low"], limits["high"] - 1) < INT64 - 1:
+        raise ConfigError(f"{where} = {low:g} to {high:g}: want a range that 64 bits hold")
     return limits
 
 
@@ -265,7 +295,9 @@ def _entries(value: Any) -> tuple[str, ...]:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
-    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    count = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    _refuse_many({"seeds": count})
+    seeds = list(range(count)) or value
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ConfigError(f"seeds = {value!r}: want a number of seeds or a list of them")
     return tuple(seeds)

@@ -52,7 +52,7 @@ def _literal(text: str) -> Any:
             return convert(text)
         except ValueError:
             continue
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def split_sites(entry: str) -> tuple[str, dict[str, str]]:
@@ -95,7 +95,7 @@ def router_of(entry: str, overrides: Mapping[str, Any] | None = None) -> RouterC
             raise ConfigError(f"entry {entry!r}: the dense model has no fields")
         return None
     config = router_class(name).Config
-    return from_dict(config, dict(overrides or {}) | _choices(config, fields), f"router {name}")
+    return from_dict(config, dict(overrides or {}) | none_where_legal(config, fields), f"router {name}")
 
 
 def build_entry(
@@ -131,10 +131,16 @@ def _at_sites(entry: str, router: str, settings: Callable[[str], Overrides]) -> 
     return config
 
 
-def _choices(config: type[RouterConfig], fields: dict[str, Any]) -> dict[str, Any]:
-    """Take ``none`` for the word where a field has it among its choices, as ``reinforce:baseline=none``."""
+def none_where_legal(config: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with nothing in place of the word ``none``, where a field may be None and has no choice of that
+    name, as ``reinforce:baseline=none`` has.
+    """
     hints = get_type_hints(config)
-    return {
-        name: "none" if value is None and "none" in get_args(hints.get(name)) else value
-        for name, value in fields.items()
-    }
+
+    def of(name: str, value: Any) -> Any:
+        legal = get_args(hints.get(name))
+        if not isinstance(value, str) or value.lower() != "none":
+            return value
+        return "none" if "none" in legal else None if type(None) in legal else value
+
+    return {name: of(name, value) for name, value in fields.items()}

@@ -14,6 +14,7 @@ from rlroute.config import ModelConfig, needed_fields
 from rlroute.errors import StoreError
 from rlroute.experiments.report.figures import worst
 from rlroute.experiments.text import NOTHING
+from rlroute.foreign import printable
 from rlroute.model.transformer import ModelShape, router_shapes
 from rlroute.records import ENDED, failure, last_row, read_runs, state
 from rlroute.registry import router_class, router_names
@@ -25,7 +26,7 @@ def routers_text() -> str:
     """Describe every router: what it does, its paper, its fields and their defaults, and what holds for these: what it
     learns from, its gate, the shapes that it refuses.
     """
-    return "\n\n".join(_router_text(name) for name in router_names())
+    return printable("\n\n".join(_router_text(name) for name in router_names()))
 
 
 def _router_text(name: str) -> str:
@@ -87,7 +88,7 @@ def runs_text(path: Path) -> str:
         if now != "empty" and now not in ENDED:
             row, reason = last_row(folder), failure(folder)
             why = f"  {reason}" if now == "set aside" else ""
-            lines.append(f"{folder.name:48} {now:13} {row['step'] if row else 0:7} {'-':>9}{why}")
+            lines.append(f"{printable(folder.name):48} {now:13} {row['step'] if row else 0:7} {'-':>9}{why}")
     return "\n".join(lines)
 
 

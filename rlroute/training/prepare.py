@@ -24,9 +24,9 @@ from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import MadeFrom
 from rlroute.sink import flatten
-from rlroute.training.checkpoint import PREFIX
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.group import ALONE, Group
+from rlroute.training.manifest import own_checkpoints
 from rlroute.training.memory import check_memory
 
 
@@ -147,7 +147,7 @@ def refuse_changed(folder: RunFolder, made: MadeFrom) -> None:
     Raises:
         ConfigError: the message names the part, what it was and is, and the way out; or the run does not say.
     """
-    if not (folder.ended or state(folder.path) == "stopped early" or any(folder.path.glob(f"{PREFIX}*"))):
+    if not (folder.ended or state(folder.path) == "stopped early" or own_checkpoints(folder.path)):
         return
     way_out = f"use another store, or remove {folder.path}"
     if (then := folder.made_from) is None:

@@ -1,0 +1,71 @@
+"""What the audit at the end of a run measured (:mod:`rlroute.training.audit`).
+
+Shape suffixes: L routed sites.
+"""
+
+from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
+
+from rlroute.schema.values import Amount, Part, Signed, Whole
+
+
+class Dependence(TypedDict):
+    """Which share of the tokens that should not have changed did, when others were."""
+
+    routes_L: list[Part]
+    """Pairs chosen, or gates, by site."""
+    drops_L: list[Part]
+    """Pairs dropped over capacity, by site."""
+    outputs: Part
+    """The model's outputs."""
+
+
+class MeasuredMode(TypedDict):
+    """What a trained model showed in training (draws and all) or in evaluation."""
+
+    pairs_L: list[Amount]
+    """Pairs that ran per token, by site."""
+    repeats: bool
+    """Whether the same tokens are routed alike twice."""
+    later: Dependence
+    """Of a token on those behind it in its sequence."""
+    others: Dependence | None
+    """Of a token on other sequences of its micro-batch; None where there is no other."""
+
+
+class RouterFlops(TypedDict):
+    """FLOPs of a router per row."""
+
+    greedy: Whole
+    """Its greedy forward."""
+    training: Whole
+    """Its part of a training step, backward included."""
+
+
+class MeasuredFlops(TypedDict):
+    """FLOPs of each site's router."""
+
+    booked_L: list[RouterFlops]
+    """What costs and budgets went by, measured before the first step."""
+    measured_L: list[RouterFlops]
+    """What the trained router runs."""
+    declared_L: list[Signed | None]
+    """What a router says of its greedy forward; nobody is asked."""
+    elementwise_L: list[bool]
+    """Whether its elementwise work is more than is left out, and so counted in."""
+    foreign_L: list[list[str]]
+    """Operators that it ran and nobody can count."""
+
+
+class Measured(TypedDict):
+    """What was measured of a trained model on validation tokens (:mod:`rlroute.training.audit`)."""
+
+    tokens: Whole
+    """How many."""
+    causal_L: list[bool]
+    """What each site's router says of itself."""
+    training: MeasuredMode
+    """With exploration."""
+    evaluation: MeasuredMode
+    """Without."""
+    flops: MeasuredFlops
+    """What the routers run."""
