@@ -6,12 +6,12 @@ native vector environment. docs/environments.md describes each.
 
 from __future__ import annotations
 
-from rlroute.errors import MissingDependencyError
+from rlroute.extras import missing
 
 try:
     import gymnasium
 except ImportError as error:
-    raise MissingDependencyError("environments need the package gymnasium (extra 'envs')") from error
+    raise missing("the package rlroute.envs", "gymnasium") from error
 
 IDS = {
     "rlroute/TokenBandit-v0": "token_bandit:TokenBandit",

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from rlroute.errors import ConfigError
+from rlroute.errors import ConfigError, RlrouteError
+from rlroute.faults import explain
 from rlroute.limits import (
     MOST_EXPERTS,
     MOST_SEQUENCES,
@@ -406,7 +407,13 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     if missing:
         raise ConfigError(f"{where} needs {' and '.join(missing)}: say {missing[0]}=VALUE")
     hints = get_type_hints(cls, include_extras=True)
-    return cls(**{name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()})
+    made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**made)
+    except RlrouteError:
+        raise
+    except Exception as error:  # a check of the router's own
+        raise ConfigError(f"{where}: {explain(error)}") from error
 
 
 def needed_fields(cls: type) -> list[str]:

@@ -35,5 +35,11 @@ class ComparisonError(RlrouteError, ValueError):
     """Raised when runs that are to stand in one table are not comparable; the message names the field."""
 
 
+class DefectError(RlrouteError, RuntimeError):
+    """Raised in place of an error that is none of these: a defect in code, mostly a router's. It names the exception,
+    file and line.
+    """
+
+
 class MissingDependencyError(RlrouteError, ImportError):
     """Raised when an optional package is needed for what was asked and is not installed."""

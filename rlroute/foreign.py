@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlroute.errors import MissingDependencyError
+from rlroute.extras import missing
 
 DEPTH = 32
 """Levels of brackets that a value may have."""
@@ -203,7 +203,7 @@ def _adapter(kind: Any) -> tuple[Any, Any]:
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
-        raise MissingDependencyError("reading stored files needs the package pydantic, 2.10 or newer") from error
+        raise missing("reading stored files", "pydantic") from error
     return TypeAdapter(kind), ValidationError
 
 

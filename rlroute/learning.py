@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlroute.balance import regularisers
 from rlroute.errors import DecisionError
+from rlroute.faults import noted
 from rlroute.routing import Feedback, Router, RoutingDecision, Site, Sums, Term
 
 
@@ -45,7 +46,7 @@ def learn(
         DecisionError: a router claims to have observed what is counted here.
     """
     told = list(zip(routers, decisions, _by_site(routers, decisions, feedback), strict=True))
-    terms_L = [regularisers(router.terms, d, f) | router.objective(d, f) for router, d, f in told]
+    terms_L = [_terms(router, d, f) for router, d, f in told]
     for decision in decisions:
         if decision.gates_R.requires_grad:
             decision.gates_R.retain_grad()  # a gate's gradient is its pair's credit, for whoever reads it in observe()
@@ -83,8 +84,14 @@ def count(decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
     }
 
 
+def _terms(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+    with noted(router.config.name, router.shape.site):
+        return regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
+
+
 def _sums(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
-    counted, observed = count(decision, feedback), router.observe(decision, feedback)
+    with noted(router.config.name, router.shape.site):
+        counted, observed = count(decision, feedback), router.observe(decision, feedback)
     if taken := sorted(counted.keys() & observed.keys()):
         raise DecisionError(f"router {router.config.name} observes {taken[0]!r}, which is counted from its decision")
     return counted | observed
@@ -102,4 +109,5 @@ def adapt(routers: Sequence[Router], sums_L: Sequence[dict[str, Tensor]], progre
     kinds = [(type(r), r.config, r.shape.num_experts) for r in routers]
     for router, kind, sums in zip(routers, kinds, sums_L, strict=True):
         peers = [other for other, its_kind in zip(sums_L, kinds, strict=True) if its_kind == kind]
-        router.adapt(Sums(sums, peers), progress)
+        with noted(router.config.name, router.shape.site):
+            router.adapt(Sums(sums, peers), progress)

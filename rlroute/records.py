@@ -34,6 +34,8 @@ State = Literal["empty", "running", "interrupted", "stopped early", "set aside",
 ENDED: frozenset[State] = frozenset({"finished", "diverged", "damaged"})
 """The states of a run that has a summary, and is not trained again."""
 _PARTS = {"evals": "eval", "train": "train"}
+TRACEBACK = "traceback.txt"
+"""In the folder of a run that failed by a defect: see :mod:`rlroute.training.defects`."""
 COMPACT_ROWS = 100
 """How many load and training rows of a run a compact file keeps at most."""
 LOCK_SECONDS = 60.0
@@ -218,6 +220,7 @@ class RunFolder:
         if reason is None or self.ended:
             with storing(path):
                 path.unlink(missing_ok=True)
+                (self.path / TRACEBACK).unlink(missing_ok=True)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write the record's seal and summary.json: from now on the run counts as ended."""

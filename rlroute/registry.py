@@ -1,11 +1,13 @@
 """Which routers there are: a router's name is its file's name, and there is nothing to register by hand.
 
 Ours are the files of ``rlroute.agents`` and ``rlroute.baselines``. Third parties plug in with an entry point of the
-group ``rlroute.routers`` whose name is the router's and whose value is its class.
+group ``rlroute.routers`` whose name is the router's and whose value is its class; and a file from anywhere comes in by
+:func:`include`. A router that cannot be loaded costs those who do not name it nothing.
 """
 
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,18 +29,22 @@ from rlroute.config import (
     needed_fields,
     refuse_unknown,
 )
-from rlroute.errors import ConfigError
+from rlroute.errors import ConfigError, RlrouteError
+from rlroute.faults import explain, noted
+from rlroute.loading import Source, checked_path, file_of, load
 from rlroute.routing import Router, RouterShape
 from rlroute.sources import digest, router_files
 
 WINGS = ("rlroute.agents", "rlroute.baselines")
 GROUP = "rlroute.routers"
+INCLUDE = "RLROUTE_INCLUDE"
+"""The environment variable that names router files from anywhere, as PATH does folders."""
 
 
 @cache
-def _sources() -> dict[str, str | EntryPoint]:
-    """Map each router's name to its module's path, or to the entry point that a third party declares."""
-    found: dict[str, str | EntryPoint] = {}
+def _sources() -> dict[str, Source]:
+    """Map each router's name to its module's path, to the entry point that a third party declares, or to its file."""
+    found: dict[str, Source] = {}
     for wing in WINGS:
         for module in pkgutil.iter_modules(importlib.import_module(wing).__path__):
             found[module.name] = f"{wing}.{module.name}"
@@ -46,7 +52,29 @@ def _sources() -> dict[str, str | EntryPoint]:
         if point.name in found or point.name == DENSE:
             raise ConfigError(f"entry point {point.value!r} names its router {point.name!r}, which is taken")
         found[point.name] = point
+    for file in map(checked_path, included()):
+        other = found.setdefault(file.stem, file)
+        ours = file_of(other)
+        if file.stem == DENSE or not (ours and ours.samefile(file)):
+            raise ConfigError(f"router file {file}: the name {file.stem!r} is taken by {ours or other}")
     return found
+
+
+def include(*files: str | Path) -> None:
+    """Bring in routers from files anywhere, for this process and those that it starts; each is called as its file.
+
+    Raises:
+        ConfigError: there is no such file, or its name cannot be a router's.
+    """
+    paths = [str(checked_path(file)) for file in (*included(), *files)]
+    if paths:
+        os.environ[INCLUDE] = os.pathsep.join(dict.fromkeys(paths))
+        _sources.cache_clear()
+
+
+def included() -> list[Path]:
+    """Return the files that were brought in, as absolute paths."""
+    return [Path(file).expanduser().absolute() for file in os.environ.get(INCLUDE, "").split(os.pathsep) if file]
 
 
 def router_names() -> list[str]:
@@ -54,31 +82,48 @@ def router_names() -> list[str]:
     return sorted(_sources())
 
 
+def broken() -> dict[str, str]:
+    """Return which routers cannot be loaded, each with the reason, which has file and line."""
+    reasons = {}
+    for name in router_names():
+        try:
+            router_class(name)
+        except RlrouteError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
 def default_names() -> list[str]:
     """Return the names of the routers that need no field: those that take part where nobody is named."""
-    return [name for name in router_names() if not needed_fields(router_class(name).Config)]
+    left_out = broken()
+    whole = [name for name in router_names() if name not in left_out]
+    return [name for name in whole if not needed_fields(router_class(name).Config)]
 
 
 def router_class(name: str) -> type[Router]:
     """Return the router class called ``name``.
 
     Raises:
-        ConfigError: there is none, or its file or entry point does not define exactly one.
+        ConfigError: there is none, or it cannot be loaded: see :func:`rlroute.loading.load`.
+        MissingDependencyError: its file imports a package that is not installed.
     """
     sources = _sources()
     if name not in sources:
         near = get_close_matches(name, [*sources, DENSE], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"unknown router {name!r}{hint}: legal are {', '.join(router_names())}")
-    source = sources[name]
-    router = _only_router(source) if isinstance(source, str) else _load(source)
-    if not (inspect.isclass(router) and issubclass(router, Router)):
         raise ConfigError(
-            f"entry point {name!r} of group {GROUP} is {router!r}: want a subclass of rlroute.routing.Router"
+            f"unknown router {name!r}{hint}: legal are {', '.join(router_names())}, and those of --include FILE"
         )
-    if router.Config.name != name:
-        raise ConfigError(f"router {name!r} is defined in a file called {router.Config.name!r}: the names must agree")
-    return router
+    return load(name, sources[name])
+
+
+def router_file(name: str) -> str | None:
+    """Return the file that a router is written in.
+
+    Raises:
+        ConfigError: there is no such router.
+    """
+    return inspect.getsourcefile(router_class(name))
 
 
 def router_code(name: str) -> dict[str, str]:
@@ -88,15 +133,16 @@ def router_code(name: str) -> dict[str, str]:
     Raises:
         ConfigError: there is no such router, or its file cannot be read.
     """
-    module, point = sys.modules[router_class(name).__module__], _sources().get(name)
-    shipped = point.dist if isinstance(point, EntryPoint) else None
+    module, source = sys.modules[router_class(name).__module__], _sources().get(name)
+    shipped = source.dist if isinstance(source, EntryPoint) else None
     listed = {str(file): Path(str(file.locate())) for file in shipped.files or ()} if shipped else {}
     try:
         files = {part: path.read_bytes() for part, path in router_files(module, listed).items()}
     except OSError as error:
         raise ConfigError(f"router {name!r}: {error.filename} cannot be read: {error.strerror}") from error
     of_file = digest({name: files.pop(module.__name__)})
-    code = {"sha256": of_file, "others_sha256": digest(files), "distribution": shipped.name if shipped else "rlroute"}
+    distribution = shipped.name if shipped else "none" if isinstance(source, Path) else "rlroute"
+    code = {"sha256": of_file, "others_sha256": digest(files), "distribution": distribution}
     return code | ({"version": shipped.version} if shipped else {})
 
 
@@ -106,7 +152,8 @@ def make_router(config: RouterConfig, shape: RouterShape) -> Router:
     Raises:
         ConfigError: the router refuses the shape.
     """
-    return router_class(config.name)(config, shape)
+    with noted(config.name, shape.site):
+        return router_class(config.name)(config, shape)
 
 
 def refusals(shapes: Sequence[RouterShape]) -> dict[str, str]:
@@ -116,7 +163,10 @@ def refusals(shapes: Sequence[RouterShape]) -> dict[str, str]:
     reasons = {}
     for name in default_names():
         router = router_class(name)
-        reason = next(filter(None, (router.refuses(router.Config(), shape) for shape in shapes)), None)
+        try:
+            reason = next(filter(None, (router.refuses(router.Config(), shape) for shape in shapes)), None)
+        except Exception as error:  # nobody asked for it: it holds no one up
+            reason = explain(error, {router_file(name) or ""})
         if reason:
             reasons[name] = reason
     return reasons
@@ -161,22 +211,3 @@ def _sited_router(values: Mapping[str, Any]) -> SitedRouter:
     if router is None:
         raise ConfigError("the dense model is no router for some sites: say model.num_dense_layers")
     return SitedRouter(sites=values.get("sites", ""), router=router)
-
-
-def _load(point: EntryPoint) -> Any:
-    try:
-        return point.load()
-    except Exception as error:  # another distribution's import may fail in any way
-        raise ConfigError(f"router {point.name!r}: {point.value} cannot be imported: {error}") from error
-
-
-def _only_router(path: str) -> type[Router]:
-    module = importlib.import_module(path)
-    routers = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Router) and value.__module__ == module.__name__
-    ]
-    if len(routers) != 1:
-        raise ConfigError(f"{path} defines {len(routers)} routers: a file holds exactly one")
-    return routers[0]

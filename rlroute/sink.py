@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from rlroute.errors import MissingDependencyError
+from rlroute.extras import missing
 
 Mode = Literal["off", "offline", "online"]
 PATIENCE = 30.0
@@ -50,7 +50,7 @@ def require() -> None:
     """
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder ./wandb, which wandb leaves behind, is a package without origin
-        raise MissingDependencyError("--wandb needs the extra 'wandb'; --wandb off needs none")
+        raise missing("--wandb", "wandb", "--wandb off does without")
 
 
 def open_sink(mode: Mode, folder: Path) -> Sink:

@@ -1,10 +1,8 @@
-"""How the tests run, and small factories shared by the tests of routers and of what routers are made of.
-
-Shape suffixes: T tokens (rows of all routing samples), D model width, V vocabulary, M routing samples.
-"""
+"""How the tests run, and what several of them share."""
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
 from multiprocessing.process import BaseProcess
@@ -14,19 +12,18 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from rlroute import learning
-from rlroute.balance import regularisers
+from rlroute import loading, registry
+from rlroute.experiments.laws.steps import D, V, draw, make_context, make_feedback, make_shape, sums_of, terms_of
 from rlroute.model.capacity import drop_over_capacity
-from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
+from rlroute.routing import RoutingDecision
 
-pytest.register_assert_rewrite("tests.router_laws")
+__all__ = ["D", "V", "draw", "make_context", "make_feedback", "make_shape", "sums_of", "terms_of"]  # also for tests
+pytest.register_assert_rewrite("rlroute.experiments.laws.contract")
 
-D, V = 6, 11
 HANG = 900
 """Seconds: the bound of every wait, which only a hang reaches, however slow the machine is."""
 for bound in ("gcs_server_port_wait_time_s", "gcs_server_request_timeout_seconds", "worker_register_timeout_seconds"):
@@ -83,47 +80,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
         return (yield)
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Return fixed standard normal draws in float64."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def make_shape(experts: int = 8, k: int = 2, **fields: Any) -> RouterShape:
-    """Return a layer of 6 features and 11 tokens whose counts are known and skewed."""
-    counts_V = torch.arange(1, V + 1) ** 2
-    defaults: dict[str, Any] = {"d_model": D, "site": 1, "vocab_size": V, "seed": 0, "token_counts_V": counts_V}
-    return RouterShape(num_experts=experts, k=k, **(defaults | fields))
-
-
-def make_context(tokens: int = 12, length: int = 4, samples: int = 1, **fields: Any) -> RoutingContext:
-    """Return the context of ``tokens`` tokens in sequences of ``length``, in training, repeated for each routing
-    sample.
-    """
-    rows_T = torch.arange(tokens).repeat(samples)
-    defaults: dict[str, Any] = {
-        "seed": 0,
-        "site": 1,
-        "step": 0,
-        "token_ids_T": 7 * rows_T % V,
-        "position_T": rows_T % length,
-        "sequence_T": 100 + rows_T // length,
-        "mask_T": torch.ones_like(rows_T, dtype=torch.bool),
-        "explore": True,
-        "num_samples": samples,
-    }
-    return RoutingContext(**(defaults | fields))
-
-
-def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_valid: int | None = None) -> Feedback:
-    """Return feedback on all rows of a context; losses are 2 nats and the step is this micro-batch unless said
-    otherwise.
-    """
-    rows, samples = len(context.mask_T), context.num_samples
-    loss_T = torch.full((rows,), 2.0, dtype=torch.float64) if loss_T is None else loss_T
-    valid = int(context.mask_T.sum()) // samples if num_valid is None else num_valid
-    return Feedback(context=context, loss_MT=loss_T.view(samples, -1), num_valid=valid)
-
-
 def capped(
     decision: RoutingDecision, capacity: int, order: Literal["position", "gate"] = "position"
 ) -> RoutingDecision:
@@ -131,12 +87,14 @@ def capped(
     return drop_over_capacity(decision, capacity, decision.num_tokens, order=order)
 
 
-def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-    """Return the terms of a router's configuration, and its own."""
-    return regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
-
-
-def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:
-    """Return a micro-batch's sums, as a step of one micro-batch and one site hands them to ``adapt``."""
-    sums = learning.count(decision, feedback) | router.observe(decision, feedback)
-    return Sums(sums, [sums])
+@pytest.fixture
+def routers(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Forget the router files that a test brings in."""
+    monkeypatch.delenv(registry.INCLUDE, raising=False)
+    registry._sources.cache_clear()
+    yield
+    monkeypatch.undo()
+    os.environ.pop(registry.INCLUDE, None)
+    registry._sources.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(f"{loading.PREFIX}.")]:
+        del sys.modules[name]

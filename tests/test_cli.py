@@ -395,4 +395,7 @@ def test_without_the_extra_cli_there_is_one_line(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ImportError('no tyro here')\n")
     done = start(tmp_path, "routers", path=f"{tmp_path}:{ROOT}")
     _, err = done.communicate(timeout=60)
-    assert (done.returncode, err) == (2, "error: the command line needs the extra 'cli': pip install 'rlroute[cli]'\n")
+    assert (done.returncode, err) == (
+        2,
+        "error: the command line needs the package tyro: pip install 'tyro<2,>=1.0' 'rich<16,>=14' 'scipy<2,>=1.15'\n",
+    )

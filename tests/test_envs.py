@@ -194,7 +194,7 @@ def test_without_gymnasium_rlroute_imports_and_says_what_is_missing():
         "try:\n"
         "    import rlroute.envs\n"
         "except MissingDependencyError as error:\n"
-        "    assert \"extra 'envs'\" in str(error)\n"
+        "    assert \"pip install 'gymnasium<2,>=1.1'\" in str(error)\n"
         "else:\n"
         "    raise AssertionError\n"
     )

@@ -1,20 +1,23 @@
-"""What the README shows is what the repository does: its table comes from the stored records, its example is a working
+"""What the README shows is what the repository does: its table comes from the stored records, its sample is a working
 router.
 """
 
 import json
+import os
 import re
-import types
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
+from rlroute.experiments.laws.contract import LAWS
 from rlroute.records import read_runs
 from rlroute.registry import run_config
-from rlroute.routing import RouterShape, RoutingContext
+from tests.test_cli import TINY, ran
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -49,34 +52,35 @@ def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():
 
 
 @pytest.fixture
-def example():
-    """The README's router, executed as a module of its own."""
+def sample(tmp_path, routers):
+    """The README's router, saved as it stands there."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    module = types.ModuleType("cosine")
-    exec(
-        "import torch.nn.functional as F\n"
-        "from rlroute.config import RouterConfig\n"
-        "from rlroute.routing import LinearScores, Router, RoutingDecision\n" + code,
-        module.__dict__,
-    )
-    return module.CosineRouter
+    path = tmp_path / "cosine.py"
+    path.write_text(code)
+    return path
 
 
-def test_readme_example_is_a_working_router(example):
-    assert example.Config.name == "cosine"
-    router = example(example.Config(), RouterShape(d_model=8, num_experts=4, k=2, site=0, vocab_size=9, seed=0))
-    rows = torch.arange(6)
-    context = RoutingContext(
-        seed=0,
-        site=0,
-        step=0,
-        token_ids_T=rows,
-        position_T=rows,
-        sequence_T=torch.zeros_like(rows),
-        mask_T=torch.ones(6, dtype=torch.bool),
-        explore=True,
-    )
-    decision = router(torch.randn(6, 8), context)
-    assert int(decision.demand_E().sum()) == 12
-    (decision.gates_R * torch.randn(12)).sum().backward()
-    assert float(router.scores.weight.grad.abs().max()) > 0
+def test_readme_sample_keeps_every_law_and_trains(sample, tmp_path):
+    lines = ran("check", sample).splitlines()
+    assert len(lines) == len(LAWS) + 2 and all(line.startswith("pass ") for line in lines[1:-1]), lines
+    ran("compare", "cosine", "switch", "--include", sample, *TINY, "--launcher", "local", "--out", tmp_path / "out",
+        "--store", tmp_path / "runs", "--seeds", "1", "--no-tuned")  # fmt: skip
+
+
+@pytest.mark.processes
+def test_readme_sample_passes_the_checks_of_the_repository_as_pasted(sample, tmp_path):
+    copy, tools = tmp_path / "copy", Path(sys.executable).parent
+    left_out = shutil.ignore_patterns(".*", "results", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=left_out)
+    pasted = shutil.copy(sample, copy / "baselines" / "cosine.py")
+    for command in (
+        ("ruff", "format", "--check", pasted),
+        ("ruff", "check", pasted),
+        ("lint-imports",),
+        ("mypy", "--cache-dir", tmp_path / "cache", "-m", "rlroute.baselines.cosine"),
+        (sys.executable, "-m", "rlroute.experiments.cli", "check", "cosine"),
+    ):
+        tool, *words = command
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([tools / tool, *words], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)

@@ -7,8 +7,9 @@ Shape suffixes: T tokens, D model width, E experts, K experts per token, R route
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,45 +18,20 @@ from torch import Tensor
 from rlroute.balance import load_balance, router_z
 from rlroute.config import ModelConfig, RouterConfig, RunConfig
 from rlroute.errors import ConfigError, DecisionError
+from rlroute.experiments.laws import contract as laws
+from rlroute.experiments.laws.cases import Case, cases
+from rlroute.experiments.laws.contract import LAWS
+from rlroute.experiments.laws.steps import with_a_past
 from rlroute.registry import router_class, run_config
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
-from tests import router_laws as laws
 from tests.conftest import D, make_shape
-from tests.policies import any_router_names, default_config
-from tests.router_laws import LAWS, Case
+from tests.policies import any_router_names, default_config, needs
 
-TERMS = {field.name: 0.5 for field in fields(RouterConfig)}
-
-
-def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
-    """The default; each other value of a choice, each switch turned, each number of its own that is 0 set to 1/2; all
-    terms that any router with scores can have; and no weight at all."""
-    found: list[dict[str, Any]] = [{}]
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            found += [{name: other} for other in get_args(hint) if other != value]
-        elif isinstance(value, bool):
-            found.append({name: not value})
-        elif isinstance(value, float) and value == 0 and name not in TERMS:
-            found.append({name: 0.5})
-    weights = {field.name: 0.0 for field in fields(config) if field.name.endswith("_weight")}
-    terms = {name: weight for name, weight in TERMS.items() if router.carries(name)}
-    found += [terms] if terms else []
-    return found + ([weights] if any(getattr(config, name) for name in weights) else [])
-
-
-def cases() -> dict[str, Case]:
-    found = {}
-    for name in any_router_names():
-        router = router_class(name)
-        for change in changes(router, default := default_config(name)):
-            label = ",".join(f"{field}={value}" for field, value in change.items())
-            found[f"{name}:{label}" if label else name] = Case(router, replace(default, **change), tuple(change))
-    return found
-
-
-CASES = cases()
+CASES = {
+    case.label: case
+    for name in any_router_names()
+    for case in cases(router_class(name), default_config(name), partial(needs, name, D))
+}
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
@@ -292,7 +268,7 @@ class ObservesWhatIsCounted(Sound):
 
 def test_a_router_cannot_claim_what_is_counted() -> None:
     with pytest.raises(DecisionError, match="observes 'demand_E', which is counted"):
-        laws.with_a_past(Case(ObservesWhatIsCounted, Sound.Config()).make())
+        with_a_past(Case(ObservesWhatIsCounted, Sound.Config()).make())
 
 
 BROKEN: list[tuple[type[Router], Callable[[Case], None]]] = [

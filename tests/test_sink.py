@@ -322,7 +322,9 @@ def test_the_command_line_takes_it_to_every_run(fake, tmp_path, monkeypatch):
 def test_asking_for_a_wandb_that_is_not_installed_is_bad_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "--wandb needs the extra 'wandb'" in refused(rlroute("train", "hash", *TINY, "--wandb", "offline"))
+    assert "--wandb needs the package wandb: pip install 'wandb<1,>=0.31'" in refused(
+        rlroute("train", "hash", *TINY, "--wandb", "offline")
+    )
     assert contents(tmp_path) == {}
 
 

@@ -115,7 +115,7 @@ def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, 
     reasons = {}
     for folder in (tmp_path / "runs").glob("mishap-*"):
         if reason := failure(folder):
-            reasons.setdefault(reason.partition(" in ")[0], []).append(folder)
+            reasons.setdefault(reason.partition(" (")[0].partition(" in ")[0], []).append(folder)
             assert f"set aside: {folder.name}: {reason}" in err
             assert not (folder / "summary.json").exists()
     assert {reason: len(folders) for reason, folders in reasons.items()} == {

@@ -10,6 +10,7 @@ import tyro
 
 from rlroute.experiments import RESULTS
 from rlroute.experiments.cli.common import command_line, make_folder
+from rlroute.experiments.cli.include import name_broken
 from rlroute.limits import Between, Positive, check_fields
 
 OUT = Path("results/bench.json")
@@ -71,6 +72,7 @@ class Layer(Measured):
         """Measure, and print the tables."""
         from rlroute.experiments.bench import run as benches
 
+        name_broken(*self.contenders)
         wanted = benches.Wanted(device=self.device, names=self.contenders, **self.how())
         _say(benches.layer(wanted), self.out)
 

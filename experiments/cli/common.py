@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from rlroute.errors import ComparisonError, ConfigError, StoreError
+from rlroute.errors import ComparisonError, ConfigError, MissingDependencyError, StoreError
 from rlroute.experiments.launch.jobs import Launch
+from rlroute.extras import missing
 from rlroute.limits import checked, option
 
 if TYPE_CHECKING:
@@ -71,8 +72,10 @@ def select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
     return records
 
 
-def publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
-    """Write table and report, and return the table's text."""
+def publish(records: list[RunRecord], out: Path, reference: str | None) -> tuple[str, str]:
+    """Write table and report; return the table's text, and what is where. The table does not wait for what the report
+    needs.
+    """
     from rlroute.experiments.comparison.table import build_table
     from rlroute.experiments.comparison.text import to_csv, to_markdown
     from rlroute.experiments.report.page import write_report
@@ -85,8 +88,14 @@ def publish(records: list[RunRecord], out: Path, reference: str | None) -> str:
     text = to_markdown(built)
     write_atomically(out / "table.md", text)
     write_atomically(out / "table.csv", to_csv(built))
-    write_report(records, out / "report.html", reference=reference)
-    return text
+    where = f"table in {out}/table.md and table.csv"
+    try:
+        write_report(records, out / "report.html", reference=reference)
+    except ImportError as error:
+        (out / "report.html").unlink(missing_ok=True)  # that of another table
+        known = isinstance(error, MissingDependencyError)
+        return text, f"{where}, no report: {error if known else missing('the report', error.name or 'it')}"
+    return text, f"{where}, report in {out}/report.html"
 
 
 def publish_if_comparable(records: list[RunRecord], out: Path, reference: str | None) -> None:
@@ -94,8 +103,7 @@ def publish_if_comparable(records: list[RunRecord], out: Path, reference: str | 
     from rlroute.experiments.report.listing import records_text
 
     try:
-        print(publish(records, out, reference))
-        print(f"table in {out}/table.md and table.csv, report in {out}/report.html")
+        print("\n".join(publish(records, out, reference)))
     except ComparisonError as error:
         print(f"{records_text(records)}\nno table: {error}")
 

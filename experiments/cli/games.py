@@ -11,6 +11,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import command_line, make_folder, refuse_others
+from rlroute.experiments.cli.include import name_broken
 from rlroute.limits import Between, Count, Positive, Seed
 
 
@@ -41,6 +42,7 @@ def play(
         rollout: steps of a rollout.
         lr: learning rate of Adam.
     """
+    name_broken(*policies)
     if environment == "CartPole-v1":
         from rlroute.experiments.play import cartpole
 
@@ -67,6 +69,7 @@ def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: i
     from rlroute.records import write_atomically, write_json
 
     say = partial(print, file=sys.stderr)
+    name_broken(*entries)
     entries = entries or tuple(routers_for([ladder.router_shape(task, 0) for task in ladder.TASKS.values()], say))
     make_folder(out)
     how = ladder.Ladder()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from rlroute.experiments.cli.common import command_line, make_folder
+from rlroute.experiments.cli.include import name_broken
 
 if TYPE_CHECKING:
     from rlroute.experiments.gradients.instrument import Sweep, Unmeasured
@@ -57,6 +58,7 @@ def gradients(
 
     from rlroute.experiments.gradients import instrument
 
+    name_broken(*entries)
     numbers = instrument.parse_numbers
     sweep = instrument.Sweep(
         entries=entries or instrument.default_entries(),

@@ -9,7 +9,8 @@ import signal
 import sys
 from contextlib import suppress
 
-from rlroute.errors import MissingDependencyError, RlrouteError
+from rlroute.errors import RlrouteError
+from rlroute.extras import missing, needed_beside
 from rlroute.foreign import printable
 
 
@@ -23,6 +24,12 @@ def main() -> None:
         _run()
     except RlrouteError as error:
         print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not needed_beside(package):  # none of the packages that commands may do without
+            raise
+        print("error:", missing("this command", package), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
@@ -44,11 +51,13 @@ def _run() -> None:
     try:
         import tyro
     except ImportError as error:
-        raise MissingDependencyError("the command line needs the extra 'cli': pip install 'rlroute[cli]'") from error
+        raise missing("the command line", "tyro") from error
     from rlroute.experiments.cli.benches import bench
+    from rlroute.experiments.cli.check import check
     from rlroute.experiments.cli.common import with_checked_options
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
+    from rlroute.experiments.cli.include import without_includes
     from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table, verify
     from rlroute.experiments.cli.training import compare, sweep, train, tune
 
@@ -58,6 +67,7 @@ def _run() -> None:
         compare,
         sweep,
         routers,
+        check,
         runs,
         table,
         report,
@@ -72,5 +82,7 @@ def _run() -> None:
         app.command(with_checked_options(command))
     app.cli(
         prog="rlroute",
-        description="Compare the routers of mixture-of-experts transformers inside identical models.",
+        description="Compare the routers of mixture-of-experts transformers inside identical models. "
+        "--include FILE, of every command and as often as needed, brings in a router from a file anywhere.",
+        args=without_includes(sys.argv[1:]),
     )

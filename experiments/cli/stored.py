@@ -12,6 +12,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import make_folder, select
+from rlroute.experiments.cli.include import name_broken
 from rlroute.limits import Count
 
 
@@ -24,6 +25,7 @@ def routers(markdown: bool = False) -> None:
     from rlroute.experiments.report.listing import routers_text
     from rlroute.experiments.report.router_page import routers_page
 
+    name_broken()
     print(routers_page() if markdown else routers_text())
 
 

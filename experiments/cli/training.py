@@ -24,6 +24,7 @@ from rlroute.experiments.cli.common import (
     refuse_others,
 )
 from rlroute.experiments.cli.games import compare_clusters
+from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.limits import Between, Positive, Seed
 
@@ -53,6 +54,7 @@ def train(
     steps = shared.train
     if steps.micro_batches == 1:
         steps = replace(steps, micro_batches=launch.workers)
+    name_broken(entry)
     config = build_entry(entry, shared.data, shared.model, steps)
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
     (record,) = run_all([Job(config, seed, command_line())], launch)
@@ -99,6 +101,7 @@ def compare(
 
     if budget != "tokens" and shared.train.budget != "tokens":
         raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
+    name_broken(*entries)
     if not entries or entries == (ALL,):
         entries = fitting_entries(all_entries() if entries else default_entries(), shared.data, shared.model)
     configs = build_comparison(entries, shared.data, shared.model, shared.train, tuned=tuned)
@@ -106,8 +109,9 @@ def compare(
     make_folder(out)
     jobs = [Job(config, seed, command_line()) for seed in range(seeds) for config in configs]
     records = run_all(jobs, launch)
-    print(publish(records, out, reference))
-    print(f"runs in {launch.store}/, table in {out}/table.md and table.csv, report in {out}/report.html")
+    text, where = publish(records, out, reference)
+    print(text)
+    print(f"runs in {launch.store}/, {where}")
 
 
 def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> None:
@@ -143,6 +147,7 @@ def sweep(
     from rlroute.experiments.launch.runs import run_jobs
 
     read = sweeping.read_spec(spec)
+    name_broken(*read.entries)
     said = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv if word.startswith("--")}
     jobs, how = read.jobs(command_line()), read.launch(launch, said)
     search = read.search(jobs)
@@ -179,6 +184,7 @@ def tune(
     from rlroute.experiments.recipes.tuned import GRID
 
     make_folder(out.parent)
+    name_broken(*entries)
     entries = entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model)
     trials = tuning.tune(entries, train, launch, command_line())
     tuning.write_trials(trials, train, out, command_line())

@@ -86,7 +86,7 @@ class Launch:
     meanwhile.
     """
     retries: Annotated[int, Between(0, 1000)] = 2
-    """How often a run is started again that failed, or whose process was lost or hung."""
+    """How often a run is started again whose process was lost or hung."""
     patience: Annotated[float, Between(1e-3, 1e5)] = 10.0
     """Minutes without a step after which a run counts as hung; the first step has ten if that is more."""
     wandb: Mode = "off"

@@ -14,6 +14,7 @@ from functools import partial
 from rlroute.errors import HeldError, RlrouteError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.supervisor import through_ray
+from rlroute.faults import notes
 
 
 def launch(
@@ -62,25 +63,22 @@ def train_job(
 ) -> str:
     """Train a job in this process, or with workers; return why it failed, or an empty string.
 
-    What bad input or the store brings about would come again. Anything else is tried again from the last checkpoint.
+    Whatever is raised would come again, and must not take the other runs with it.
 
     Args:
         job: the run.
-        how: with how many workers, and how often it is tried again.
+        how: with how many workers.
         say: told of another process that is waited for.
-        watched: called for each try, it yields what to call after each step.
+        watched: it yields what to call after each step.
     """
-    for _ in range(how.retries + 1):
-        try:
+    from rlroute.training.defects import Defects
+
+    try:
+        with Defects(job.config, how.store / job.id):
             _train_alone(job, how, say, watched)
-            return ""
-        except RlrouteError as error:
-            return str(error)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a router that exits is one with a defect: it must not take the others with it
-            reason = f"{type(error).__name__}: {error}"
-    return reason
+    except RlrouteError as error:
+        return "; ".join((str(error), *notes(error)))
+    return ""
 
 
 def _train_alone(

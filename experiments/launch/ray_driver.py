@@ -48,14 +48,14 @@ def main(descriptor: int) -> None:
     """Train what comes through the pipe of this descriptor, and tell it what happens: see ``supervisor``."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pipe = Connection(descriptor)
-    jobs, how, search = pipe.recv()
+    jobs, routers, how, search = pipe.recv()
     tell, over = Line(pipe), threading.Event()
     threading.Thread(target=_end_with, args=(pipe, over), daemon=True).start()
     try:
         with session(how) as (tune, scratch):
             tell("ready")
             threading.Thread(target=_look, args=(tell,), daemon=True).start()
-            run_trials(tune, jobs, how, scratch, search, tell)
+            run_trials(tune, jobs, routers, how, scratch, search, tell)
             over.set()
             tell("done")
     except RlrouteError as error:

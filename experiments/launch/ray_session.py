@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rlroute.cores import cores
-from rlroute.errors import ConfigError, MissingDependencyError
+from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Launch
+from rlroute.extras import missing
 
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
@@ -35,7 +36,6 @@ LONGEST_TEMPORARY = 14  # a socket's name may have 107 characters; with Ray's pa
 TOKEN = secrets.token_hex(32)
 """Of the Ray sessions of this process and its children; Ray reads it once in a process."""
 WANT_OF_MEMORY = "for want of memory"
-MISSING = "--launcher ray needs the extra 'ray' (ray[tune]); --launcher local needs none"
 
 
 def require_installed() -> None:
@@ -46,7 +46,7 @@ def require_installed() -> None:
     """
     spec = find_spec("ray")
     if spec is None or spec.origin is None:  # a folder ./ray is a package without origin
-        raise MissingDependencyError(MISSING)
+        raise missing("--launcher ray", "ray", "--launcher local does without")
 
 
 def require() -> tuple[Any, Any]:
@@ -61,7 +61,7 @@ def require() -> tuple[Any, Any]:
         import ray
         from ray import tune
     except ImportError as error:
-        raise MissingDependencyError(MISSING) from error
+        raise missing("--launcher ray", "ray", "--launcher local does without") from error
     _make_tune_survive_want_of_memory()
     return ray, tune
 

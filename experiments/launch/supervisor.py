@@ -80,6 +80,8 @@ def through_ray(
         LostRayError: Ray was lost.
         MissingDependencyError: Ray is not installed.
     """
+    from rlroute.registry import included  # and with it torch
+
     theirs = _ray_of_the_caller() if how.address is None else None
     how = replace(how, store=how.store.absolute(), address=how.address or theirs)
     plain = [(job.id, job.config.to_dict(), job.seed, job.command) for job in jobs]
@@ -90,7 +92,7 @@ def through_ray(
     surroundings = {"RAY_AUTH_MODE": "disabled"} | os.environ if theirs else dict(os.environ)
     with _driver(surroundings) as driver:
         with contextlib.suppress(BrokenPipeError):  # it has ended: what is heard next says how
-            driver.pipe.send((plain, how, search))
+            driver.pipe.send((plain, list(map(str, included())), how, search))
         driver.hear(start, ConfigError(f"{late} within {start:.0f} s"))
         silence = LostRayError(f"it has not answered for {SILENCE_SECONDS:.0f} s")
         while (message := driver.hear(SILENCE_SECONDS, silence))[0] != "done":

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rlroute.errors import RlrouteError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import train_job
 from rlroute.experiments.launch.ray_session import WANT_OF_MEMORY
@@ -26,13 +27,20 @@ Plain = tuple[str, dict[str, Any], int, str | None]
 
 
 def run_trials(
-    tune: Any, jobs: Sequence[Plain], how: Launch, scratch: Path, search: Search | None, tell: Callable[..., None]
+    tune: Any,
+    jobs: Sequence[Plain],
+    routers: Sequence[str],
+    how: Launch,
+    scratch: Path,
+    search: Search | None,
+    tell: Callable[..., None],
 ) -> None:
     """Train all jobs to their ends.
 
     Args:
         tune: Ray Tune.
         jobs: what to train.
+        routers: files of routers that were brought in.
         how: with how much, and how many at a time.
         scratch: a private folder, for Tune's own files.
         search: stops trials early.
@@ -43,7 +51,7 @@ def run_trials(
     bundles = room if how.workers == 1 else [{}, *room]  # the process that looks after a group needs no core
     over: set[str] = set()
     tuner = tune.Tuner(
-        tune.with_resources(_trial(tune, jobs, how, search), tune.PlacementGroupFactory(bundles)),
+        tune.with_resources(_trial(tune, jobs, routers, how, search), tune.PlacementGroupFactory(bundles)),
         param_space={"job": tune.grid_search(list(range(len(jobs))))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=how.concurrency, reuse_actors=True, **(search.tune_options() if search else {})
@@ -61,21 +69,30 @@ def run_trials(
         tell("set aside", run, "Ray ended before it was trained")
 
 
-def _trial(tune: Any, jobs: Sequence[Plain], how: Launch, search: Search | None) -> Callable[[dict[str, int]], None]:
+def _trial(
+    tune: Any, jobs: Sequence[Plain], routers: Sequence[str], how: Launch, search: Search | None
+) -> Callable[[dict[str, int]], None]:
     """Return what a trial does, in a process of Ray's."""
 
     def trial(parameters: dict[str, int]) -> None:
-        from rlroute.registry import run_config  # and with it torch
+        from rlroute.registry import include, run_config  # and with it torch
 
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"  # else it gives up one that has not ended in 2 s
         run, values, seed, command = jobs[parameters["job"]]
-        job, folder = Job(run_config(values), seed, command), how.store / run
+        folder = how.store / run
 
         def report(values: dict[str, Any]) -> None:
             try:
                 tune.report(values | (_score(folder) if search else {}))
             except SystemExit as end:  # Tune's way to stop a trial; raised by a router, it would be a defect
                 raise _Stopped from end
+
+        try:
+            include(*routers)
+            job = Job(run_config(values), seed, command)
+        except RlrouteError as error:  # a router's file is not on this machine, or is another one
+            report({"reason": str(error), "lines": []})
+            return
 
         @contextmanager
         def watched() -> Iterator[Callable[[int], None]]:

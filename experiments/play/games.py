@@ -18,10 +18,11 @@ from rlroute.envs import IDS
 from rlroute.envs.references import Policy, reference_policies, score_interval
 from rlroute.envs.references import play as play_episode
 from rlroute.envs.vector import RoutingVectorEnv
-from rlroute.errors import ConfigError, MissingDependencyError, StoreError
+from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.play.player import Learning, RouterPlayer, Spec
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.text import markdown, plus_minus
+from rlroute.extras import missing
 from rlroute.registry import router_names
 
 SB3 = "sb3:"
@@ -133,7 +134,7 @@ def _stable_baselines(path: Path, envs: RoutingVectorEnv) -> Policy:
     try:
         import stable_baselines3
     except ImportError as error:
-        raise MissingDependencyError("sb3:FILE needs the package stable_baselines3") from error
+        raise missing("sb3:FILE", "stable_baselines3") from error
     algorithm = path.name.partition("-")[0].upper()
     if not hasattr(stable_baselines3, algorithm):
         raise ConfigError(f"policy {path}: want the algorithm's name, a hyphen and more, as in ppo-bandit.zip")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,21 @@ from rlroute.config import ModelConfig, needed_fields
 from rlroute.errors import StoreError
 from rlroute.experiments.report.figures import worst
 from rlroute.experiments.text import NOTHING
+from rlroute.faults import explain
 from rlroute.foreign import printable
 from rlroute.model.transformer import ModelShape, router_shapes
-from rlroute.records import ENDED, failure, last_row, read_runs, state
-from rlroute.registry import router_class, router_names
+from rlroute.records import ENDED, TRACEBACK, failure, last_row, read_runs, state
+from rlroute.registry import broken, router_class, router_file, router_names
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import EvalRow, RunRecord
 
 
 def routers_text() -> str:
-    """Describe every router: what it does, its paper, its fields and their defaults, and what holds for these: what it
-    learns from, its gate, the shapes that it refuses.
+    """Describe every router that can be loaded: what it does, its paper, its fields and their defaults, and what holds
+    for these: what it learns from, its gate, the shapes that it refuses.
     """
-    return printable("\n\n".join(_router_text(name) for name in router_names()))
+    left_out = broken()
+    return printable("\n\n".join(_router_text(name) for name in router_names() if name not in left_out))
 
 
 def _router_text(name: str) -> str:
@@ -34,17 +37,22 @@ def _router_text(name: str) -> str:
     module = __import__(router.__module__, fromlist=["__doc__"])
     described = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
     needed = needed_fields(router.Config)
-    shown = router if needed else default_instance(router)
+    try:
+        shown = router if needed else default_instance(router)
+        refused = [] if needed else refusals(router)
+    except Exception as error:  # one router of many
+        return f"{name}  ({router.__module__})\n    cannot be made: {explain(error, {router_file(name) or ''})}"
     marks = [] if shown.causal else ["non-causal: a token's route depends on later tokens"]
     if needed:
         marks.append(f"needs {', '.join(needed)}: takes no part where no router is named")
     else:
-        marks += [f"refuses {reason}" for reason in refusals(router)]
+        marks += [f"refuses {reason}" for reason in refused]
+    gate = getattr(shown, "gate_meaning", "unknown")
     options = ", ".join(f"{f.name}={default_text(f)}" for f in fields(router.Config))
     lines = [
         f"{name}  ({router.__module__})",
         *described,
-        f"learns from: {', '.join(sorted(shown.learns_from)) or 'nothing'}; gate: {shown.gate_meaning}",
+        f"learns from: {', '.join(sorted(shown.learns_from)) or 'nothing'}; gate: {gate}",
         *marks,
         f"fields: {options or 'none'}",
     ]
@@ -103,11 +111,16 @@ def records_text(records: Sequence[RunRecord]) -> str:
 
 
 def run_text(path: Path, start: str) -> str:
-    """Show one ended run: its summary and the table of its evaluations.
+    """Show one run: its summary and the table of its evaluations; of one that failed the reason, and its traceback's
+    place.
 
     Raises:
         StoreError: no run, or more than one, starts so.
     """
+    failed = [f for f in path.glob(f"{escape(start)}*") if state(f) == "set aside"] if path.is_dir() else []
+    if len(failed) == 1:
+        where = f"\ntraceback in {failed[0] / TRACEBACK}" if (failed[0] / TRACEBACK).exists() else ""
+        return f"{failed[0].name}\nset aside: {failure(failed[0])}{where}"
     found = [record for record in read_runs(path) if record.id.startswith(start)]
     if len(found) != 1:
         ids = ", ".join(record.id for record in found or read_runs(path)) or "none"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlroute.errors import MissingDependencyError
+from rlroute.extras import missing
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -85,7 +85,7 @@ def new_figure(x_title: str, y_title: str, height: int) -> Figure:
     try:
         from plotly import graph_objects
     except ImportError as error:
-        raise MissingDependencyError("the report needs Plotly: pip install 'rlroute[report]'") from error
+        raise missing("the report", "plotly") from error
     figure = graph_objects.Figure()
     font = {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13}
     clear = "rgba(0,0,0,0)"

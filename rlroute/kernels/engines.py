@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rlroute.decision import RoutingDecision
-from rlroute.errors import ConfigError, DecisionError, MissingDependencyError
+from rlroute.errors import ConfigError, DecisionError
+from rlroute.extras import missing
 from rlroute.kernels.activations import hidden_rows
 from rlroute.kernels.cpu import sorted_expert_mlp
 from rlroute.kernels.reference import reference_expert_mlp
@@ -62,7 +63,7 @@ def resolve_backend(requested: str, device: str) -> str:
     """
     backend = choose_backend(requested, device)
     if backend == "triton" and importlib.util.find_spec("triton") is None:
-        raise MissingDependencyError("kernel 'triton' needs the package triton (extra 'triton')")
+        raise missing("kernel 'triton'", "triton")
     return backend
 
 

@@ -15,6 +15,7 @@ from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
+from rlroute.faults import noted
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
@@ -108,7 +109,7 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
     Routers are in float32 at least: one in bfloat16 diverges (Switch, arXiv 2101.03961, table 2).
     """
     with torch.autocast(x_TD.device.type, enabled=False):
-        with named(router, context.site):
+        with named(router, context.site), noted(router.config.name, context.site):
             decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
             gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
             if gates_TS is not None and gates_TS.shape[1] != shared:

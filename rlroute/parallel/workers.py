@@ -27,8 +27,9 @@ from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
-from rlroute.registry import run_config
+from rlroute.registry import include, included, run_config
 from rlroute.sink import Mode, pass_on, take_warnings
+from rlroute.training.defects import Defects
 from rlroute.training.loop import train
 from rlroute.training.prepare import check_shares
 from rlroute.watchdog import START_SECONDS, watchdog
@@ -85,14 +86,16 @@ def train_group(
     Raises:
         ConfigError: the workers cannot share the experts or the step, found before any starts.
         LostWorkersError: they could not be started in time, or were lost too often; the checkpoint is kept.
-        Exception: whatever the training raises.
+        DefectError: a worker failed by a defect, mostly of the router; its traceback is in the run's folder.
+        RlrouteError: whatever else the training raises.
     """
     import ray
 
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
     waits = max(patience, START_SECONDS) + 60 if timeout is None else timeout
-    job = (config.to_dict(), seed, str(store.absolute()), command, expert_parallel, chunks, patience, waits, wandb)
+    what = (config.to_dict(), list(map(str, included())), seed, str(store.absolute()), command)
+    job = (*what, expert_parallel, chunks, patience, waits, wandb)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
@@ -157,6 +160,7 @@ class _Worker:
         attempt: int,
         workers: int,
         config: dict[str, Any],
+        routers: list[str],
         seed: int,
         store: str,
         command: str | None,
@@ -168,6 +172,7 @@ class _Worker:
     ) -> tuple[dict[str, Any], list[str]]:
         import ray
 
+        include(*routers)
         run = run_config(config)
         interface = interface_of(ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
@@ -184,7 +189,10 @@ class _Worker:
         group = Mesh(expert_parallel, run.train.device, chunks)
         folder = RunFolder(Path(store), run, seed)
         folder.create()
-        with watchdog(patience, folder.path, rank) as alive:
+        with (
+            watchdog(patience, folder.path, rank) as alive,
+            Defects(run, folder.path, lambda e: not _follows_a_loss(e)),
+        ):
             summary = dict(train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb))
         return summary, take_warnings()
 

@@ -99,6 +99,8 @@ def check(
     """Find out whether runs can be trained, without writing anything or building a model: only their corpora are read,
     and returned.
 
+    Bad input is refused. A defect in a router is none: it is found again in its run, which keeps the traceback.
+
     Args:
         seeds_of: the configurations of the runs, each with its seeds.
         workers: how many processes are to train each.

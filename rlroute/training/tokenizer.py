@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlroute.errors import DataError, MissingDependencyError
+from rlroute.errors import DataError
+from rlroute.extras import missing
 from rlroute.training.documents import Document
 from rlroute.training.encoded import remembered
 from rlroute.training.tokenizer_file import TokenizerData, read_tokenizer
@@ -135,10 +136,7 @@ def _library(path: str) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise MissingDependencyError(
-            f"tokenizer {path!r} needs the package tokenizers: pip install tokenizers; "
-            "--data.tokenizer bytes needs none"
-        ) from error
+        raise missing(f"tokenizer {path!r}", "tokenizers", "--data.tokenizer bytes needs none") from error
     return tokenizers
 
 

@@ -1,0 +1,255 @@
+"""A defect in a router: its traceback is in the run's folder, its place in one line, it is not tried again, and the
+other runs go on.
+"""
+
+import json
+import sys
+
+import pytest
+
+from rlroute.errors import DefectError, StoreError
+from rlroute.faults import explain, place
+from rlroute.training import defects
+from tests.conftest import HANG
+from tests.test_cli import TINY, ran, refused, rlroute, start
+
+ROUTER = '''
+"""Top-k that fails where it is told to.
+
+No paper."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rlroute.config import RouterConfig
+from rlroute.routing import LinearScores, Router, RoutingDecision
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        fail("zero", True)
+
+
+def fail(error, sure=False):
+    with Path(COUNT).open("a") as file:
+        file.write("failed\\n")
+    if error == "key":
+        raise KeyError("expert 7")  # key
+    if error == "bare":
+        assert 1 == 2  # bare
+    if error == "lines":
+        raise RuntimeError("two lines\\nof trouble")  # lines
+    if error == "pair":
+        raise Unpicklable("one", "two")  # pair
+    if error == "mute":
+        raise Mute  # mute
+    if error == "exit":
+        raise SystemExit(3)  # exit
+    if error == "endless":
+        fail.__call__("endless", {}["deep"])  # endless
+    if error == "stop":
+        next(iter(()))  # stop
+    if error == "surrogate":
+        raise ValueError("\\udcff")  # surrogate
+    if error == "syntax":
+        eval("1 +")  # syntax
+    if error == "torch":
+        torch.zeros(2) @ torch.zeros(3)  # torch
+    return 1 / 0  # zero
+
+
+class FaultyRouter(Router):
+    learns_from = frozenset({"gate"})
+    gate_meaning = "softmax"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RouterConfig):
+        where: Literal["init", "forward", "evaluation", "objective", "backward", "observe", "adapt"] = "forward"
+        error: str = "zero"
+
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        self.scores = LinearScores(shape, "scores", 0.02)
+        self.at("init")
+
+    def at(self, where):
+        if self.config.where == where:
+            fail(self.config.error)
+
+    def forward(self, x_TD, context):
+        self.at("forward" if context.explore else "evaluation")
+        logits_TE = self.scores(x_TD)
+        if self.config.where == "backward":
+            logits_TE = Backward.apply(logits_TE)
+        probs_TE, ids_TK = logits_TE.softmax(1), context.choose(logits_TE, self.shape.k)
+        return RoutingDecision.token_choice(
+            ids_TK, probs_TE.gather(1, ids_TK), self.shape.num_experts, logits_TE=logits_TE, probs_TE=probs_TE
+        )
+
+    def objective(self, decision, feedback):
+        self.at("objective")
+        return {}
+
+    def observe(self, decision, feedback):
+        self.at("observe")
+        return {}
+
+    def adapt(self, sums, progress):
+        self.at("adapt")
+'''
+GROUP = ("--workers", "2", "--cpus", "0.5")
+PLACES = ("init", "forward", "evaluation", "objective", "backward", "observe", "adapt")
+SAID = {
+    "key": "KeyError: 'expert 7'",
+    "bare": "AssertionError (",
+    "lines": "RuntimeError: two lines of trouble",
+    "pair": "Unpicklable: one and two",
+    "mute": "Mute: its message cannot be had: ValueError",
+    "exit": "RuntimeError: sys.exit(3)",
+    "endless": "KeyError: 'deep'",
+    "stop": "StopIteration",
+    "surrogate": "ValueError: ",
+    "syntax": "SyntaxError: ",
+    "torch": "RuntimeError: ",
+}
+
+
+@pytest.fixture
+def faulty(tmp_path, routers):
+    """The file of a router that notes in ``count`` how often it failed."""
+    file = tmp_path / "faulty.py"
+    file.write_text(ROUTER.replace("COUNT", repr(str(tmp_path / "count"))))
+    return file
+
+
+def line_of(file, error):
+    (number,) = (n for n, text in enumerate(file.read_text().splitlines(), 1) if text.endswith(f"# {error}"))
+    return f"{file}, line {number}"
+
+
+def failed_run(store, start="faulty-"):
+    """Return the folder of the run that failed, and the reason in it."""
+    (folder,) = (path for path in store.iterdir() if path.name.startswith(start))
+    return folder, json.loads((folder / "failed.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize(
+    ("where", "error"), [*((where, "zero") for where in PLACES), *(("forward", error) for error in SAID)]
+)
+def test_it_is_named_with_its_place_and_the_others_go_on(where, error, faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entries = (f"faulty:where={where},error={error}", "hash")
+    how = ("--launcher", "local", "--seeds", "1", "--no-tuned")
+    said = refused(rlroute("compare", *entries, "--include", faulty, *TINY, *how))
+    assert "1 of 2 runs failed" in said
+    folder, reason = failed_run(tmp_path / "runs")
+    assert reason in said and reason.startswith(SAID.get(error, "ZeroDivisionError: division by zero"))
+    assert line_of(faulty, error) in reason
+    assert ("router faulty at site 0" in reason) == (where != "backward")
+    kept = (folder / "traceback.txt").read_text()
+    assert "traceback.txt" in reason and kept.startswith("Traceback") and str(faulty) in kept
+    tries = (tmp_path / "count").read_text().count("failed")
+    assert tries == (2 if where == "init" else 1), "once, and in __init__ when the driver checks the configuration"
+    assert [path.parent.name[:5] for path in (tmp_path / "runs").glob("*/summary.json")] == ["hash-"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ((), "zero"),
+        ((), "pair"),
+        (("--workers", "2", "--cpus", "0.5"), "zero"),
+        (("--workers", "2", "--cpus", "0.5"), "pair"),
+    ],
+    ids=["tune, zero", "tune, pair", "workers, zero", "workers, pair"],
+)
+def test_it_is_named_where_other_processes_train(how, error, faulty, tmp_path):
+    """Whatever its class: a worker's error crosses processes."""
+    micro = ("--train.micro-batches", "2")
+    entry = f"faulty:where=objective,error={error}"
+    process = start(tmp_path, "train", entry, f"--include={faulty}", *TINY, *micro, "--launcher", "ray", *how)
+    _, err = process.communicate(timeout=HANG)
+    assert process.returncode == 2, err
+    folder, reason = failed_run(tmp_path / "runs")
+    assert reason in " ".join(err.split()) and "router faulty at site 0" in reason
+    assert reason.startswith(SAID.get(error, "ZeroDivisionError")) and line_of(faulty, error) in reason
+    assert str(faulty) in (folder / "traceback.txt").read_text()
+    assert (tmp_path / "count").read_text().count("failed") <= (2 if how else 1)
+
+
+def test_the_place_is_that_of_the_sites_router(faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entry = "hash+faulty:where=adapt@1-1"
+    refused(rlroute("--include", faulty, "train", entry, *TINY, "--model.num-layers", "2"))
+    _, reason = failed_run(tmp_path / "runs", "hash+faulty-")
+    assert "router faulty at site 1" in reason
+
+
+def test_a_mended_router_leaves_no_traceback(faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ("train", "faulty:where=init", "--include", faulty, *TINY)
+    refused(rlroute(*command))
+    folder, _ = failed_run(tmp_path / "runs")
+    faulty.write_text(faulty.read_text().replace("    if error ==", "    return\n    if error =="))
+    del sys.modules["rlroute_included.faulty"]
+    ran(*command)
+    assert not (folder / "traceback.txt").exists() and not (folder / "failed.json").exists()
+
+
+def test_runs_shows_the_reason_and_where_the_traceback_is(faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(rlroute("train", "faulty", "--include", faulty, *TINY))
+    folder, reason = failed_run(tmp_path / "runs")
+    shown = ran("runs", "runs", folder.name)
+    assert reason in shown and f"runs/{folder.name}" in shown and "traceback.txt" in shown
+
+
+def test_a_disk_that_is_full_costs_the_traceback_and_not_the_reason(tmp_path, monkeypatch):
+    def refuse(path, text):
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(defects, "write_atomically", refuse)
+    with pytest.raises(DefectError, match=r"ValueError: x \(.*, line \d+\)$"), defects.Defects(config(), tmp_path):
+        raise ValueError("x")
+
+
+def config():
+    from rlroute.config import RunConfig
+    from rlroute.registry import router_class
+
+    return RunConfig(router=router_class("hash").Config())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StoreError("x"), ConnectionError("of another worker")])
+def test_what_is_no_defect_passes(error, tmp_path):
+    with pytest.raises(type(error)) as got, defects.Defects(config(), tmp_path, lambda e: "another" not in str(e)):
+        raise error
+    assert got.value is error and not list(tmp_path.iterdir())
+
+
+def test_a_line_stays_a_line():
+    try:
+        raise RuntimeError("long " * 1000 + "\n\n\tend")
+    except RuntimeError as error:
+        said = explain(error)
+    assert len(said) < 800 and "\n" not in said and __file__ in said
+    assert place(ValueError("never raised")) is None and explain(ValueError()) == "ValueError"
