@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rlroute.foreign import printable
+
 if TYPE_CHECKING:  # SciPy, which statistics.py loads, is not there on every machine
     from rlroute.experiments.statistics import Interval
 
@@ -64,8 +66,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Keep a value from ending its cell or its line."""
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+    """Keep a value from ending its cell or its line, and from giving a terminal orders."""
+    return " ".join(printable(text).replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def markdown(

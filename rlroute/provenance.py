@@ -3,6 +3,7 @@
 import platform
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def made_from(config: RunConfig, data: Mapping[str, Any]) -> MadeFrom:
         "data": {name: data[name] for name in ("sha256", "train_sha256", "valid_sha256")},
         "tokenizer": data["tokenizer_sha256"],
     }
+
+
+def utc_now() -> str:
+    """Return the time in UTC, to the second, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @cache

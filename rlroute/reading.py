@@ -40,6 +40,7 @@ LINE = 1 << 26
 FILE = 1 << 32
 """Bytes of the largest file of lines."""
 MOST_SITES = 10_000
+_FILES = {"config": Described, "environment": Environment, "summary": Summary, "failed": Failure}
 KINDS: dict[Any, Any] = {"eval": EvalRow, "train": TrainRow, None: LoadRow}
 """What a row is, by its ``kind``; rows of loads have none."""
 
@@ -71,10 +72,9 @@ def read_run(folder: Path) -> RunRecord:
         StoreError: it is truncated, foreign, of another schema or another run's.
     """
     refuse_link(folder)
-    files: dict[str, Any] = {"config": Described, "environment": Environment, "summary": Summary}
+    parts: Row = {n: read_json(folder / f"{n}.json", _FILES[n]) for n in ("config", "environment", "summary")}
     if (folder / "seal.json").exists():
-        files["seal"] = Seal
-    parts: Row = {name: read_json(folder / f"{name}.json", kind) for name, kind in files.items()}
+        parts["seal"] = read_json(folder / "seal.json", Seal)
     metrics = read_rows(folder / "metrics.jsonl")
     parts["evals"] = [row for row in metrics if row.get("kind") == "eval"]
     parts["train"] = [row for row in metrics if row.get("kind") == "train"]
@@ -115,15 +115,26 @@ def read_environment(folder: Path) -> Row:
     return read_json(folder / "environment.json", Environment)
 
 
+def read_part(folder: Path, name: str) -> Row | None:
+    """Return what ``config``, ``environment``, ``summary`` or ``failed``.json of a run's folder holds, be the run ended
+    or not; None where there is no such file.
+
+    Raises:
+        StoreError: it cannot be read, or is none.
+    """
+    refuse_link(folder)
+    path = folder / f"{name}.json"
+    return read_json(path, _FILES[name]) if path.exists() else None
+
+
 def failure(folder: Path) -> str | None:
     """Return why the run of a folder was set aside, None if it was not.
 
     Raises:
         StoreError: the note cannot be read, or is none.
     """
-    refuse_link(folder)
-    file = folder / "failed.json"
-    return str(read_json(file, Failure)["reason"]) if file.exists() else None
+    note = read_part(folder, "failed")
+    return None if note is None else str(note["reason"])
 
 
 # Files
@@ -252,7 +263,8 @@ def _record(parts: Row, file: Path | str) -> RunRecord:
         for name in ("config", "summary"):
             _refuse_schema(parts[name].get("schema") if isinstance(parts[name], dict) else None, name)
         hold(parts, Stored)
-        record = RunRecord(parts["summary"]["id"], **{name: parts.get(name) for name in Stored.__annotations__})
+        kept: Row = {name: parts.get(name) for name in Stored.__annotations__}
+        record = RunRecord(parts["summary"]["id"], **kept)
         refuse_inconsistent(record)
     return record
 
@@ -265,7 +277,7 @@ def refuse_inconsistent(record: RunRecord) -> None:
     """
     config, summary = record.config, record.summary
     for name in ("id", "router", "seed", "config_hash", "schema"):
-        _refuse_other(summary[name], config[name], "summary", name)  # type: ignore[literal-required]
+        _refuse_other(summary[name], config[name], "summary", name)
     experts_L, log_every = _hold_config(config["config"])
     router = _router_name(config["config"])
     _refuse_other(config["router"], router, "config", "router")

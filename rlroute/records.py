@@ -19,10 +19,11 @@ from rlroute import lock
 from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
 from rlroute.foreign import open_regular
-from rlroute.provenance import environment
+from rlroute.provenance import environment, utc_now
 from rlroute.reading import Row, read_described, read_environment, read_json, read_rows, read_run, refuse_link
 from rlroute.reading import failure as failure
 from rlroute.reading import last_row as last_row
+from rlroute.reading import read_part as read_part
 from rlroute.reading import read_runs as read_runs
 from rlroute.schema import LoadRow, TrainRow
 from rlroute.schema import RunRecord as RunRecord
@@ -173,7 +174,7 @@ class RunFolder:
         described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict(), "made_from": made}
         write_json(self.path / "config.json", described)
         here = environment(config.train.device, backend, config.train.threads)
-        write_json(self.path / "environment.json", {**here, **group})
+        write_json(self.path / "environment.json", {**here, **group, "begun": utc_now()})
         with storing(self.path):
             for name in ("metrics", "loads"):
                 _open(self.path / f"{name}.jsonl", os.O_WRONLY | os.O_CREAT).close()
@@ -224,7 +225,8 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write the record's seal and summary.json: from now on the run counts as ended."""
-        write_json(self.path / "seal.json", seal(self._written() | {"summary": dict(summary)}))
+        ended = {"summary": json.loads(_to_json(summary, self.path / "summary.json"))}
+        write_json(self.path / "seal.json", seal(self._written() | ended))
         write_json(self.path / "summary.json", summary)
         self.set_aside(None)
 

@@ -23,6 +23,6 @@ def seal(parts: Mapping[str, Any]) -> dict[str, str]:
     return {name: of_part(parts[name]) for name in PARTS}
 
 
-def broken(parts: Mapping[str, Any], sealed: Mapping[str, str]) -> list[str]:
+def broken(parts: Mapping[str, Any], sealed: Mapping[str, Any]) -> list[str]:
     """Return the parts that are not what was sealed."""
-    return [name for name in PARTS if name in parts and of_part(parts[name]) != sealed.get(name)]
+    return [name for name in PARTS if name in parts and of_part(parts[name]) != sealed[name]]

@@ -36,7 +36,7 @@ from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_csv, to_markdown
 from rlroute.experiments.launch.spec import read_spec
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.experiments.report.listing import run_text, runs_text
+from rlroute.experiments.report.runs import list_runs, run_text, to_grid
 from rlroute.reading import failure, last_row, read_runs
 from rlroute.records import state, write_compact
 from rlroute.registry import run_config
@@ -97,8 +97,8 @@ def _files() -> dict[str, dict[str, bytes]]:
     found = {}
     for run in (make_run("switch"), make_run("reinforce", 1), diverged(make_run("dense"))):
         metrics = sorted((*run.evals, *run.train), key=lambda row: row["step"])
-        rows = {"metrics": metrics, "loads": run.loads}
-        parts = {"config": run.config, "environment": run.environment, "summary": run.summary}
+        rows: dict[str, Any] = {"metrics": metrics, "loads": run.loads}
+        parts: dict[str, Any] = {"config": run.config, "environment": run.environment, "summary": run.summary}
         failed = {"id": run.id, "reason": "a bug"}
         found[run.id] = {
             f"{name}.json": json.dumps(part).encode() for name, part in (parts | {"failed": failed}).items()
@@ -147,7 +147,7 @@ def record(folder: Path, random: Random) -> None:
         with contextlib.suppress(RlrouteError):
             ask(store / run)
     with contextlib.suppress(RlrouteError):
-        runs_text(store)
+        to_grid(list_runs(store))
     with contextlib.suppress(RlrouteError):
         run_text(store, run)
     _show(read_runs(store), folder)
@@ -157,7 +157,7 @@ def compact(folder: Path, random: Random) -> None:
     path = folder / "some.jsonl"
     write_compact(read_runs(lay_store(folder)), path)
     path.write_bytes(_changed(path.read_bytes(), random))
-    runs_text(path)
+    to_grid(list_runs(path))
     _show(read_runs(path), folder)
 
 
@@ -244,8 +244,9 @@ def command(folder: Path, random: Random) -> None:
     )
     words = random.choice(lines).split()
     place = random.randrange(1, len(words) + 1)
-    words[place : place + random.randrange(2)] = [random.choice((*NUMBERS, *TEXTS, "--only", "--no-timings", "--help"))]
-    said, code = run_command([word for word in words if "\0" not in word], folder)
+    typed = [text for text in TEXTS if text.isprintable()]  # the rest would be one's own, not a record's
+    words[place : place + random.randrange(2)] = [random.choice((*NUMBERS, *typed, "--only", "--no-timings", "--help"))]
+    said, code = run_command(words, folder)
     if code not in (0, 2) or (code == 2 and not said.strip()):
         raise AssertionError(f"code {code}, and this on stderr: {said!r}")
     if "\x1b" in said or "Traceback" in said:
@@ -275,7 +276,7 @@ def sb3(folder: Path, random: Random) -> None:
     weights: dict[Any, Any] = dict(weights_of(6, 8))
     if random.random() < 0.5:
         name = random.choice(list(weights))
-        weights[name] = random.choice(_tensors(weights[name]))
+        weights[name] = random.choice(tensors(weights[name]))
     described = DESCRIBED if random.random() < 0.5 else several(partial(change_value, random=random), DESCRIBED, random)
     path = folder / "policy.zip"
     try:
@@ -287,7 +288,8 @@ def sb3(folder: Path, random: Random) -> None:
     Sb3Router(Sb3Router.Config(policy=str(path)), make_shape(8, 2))
 
 
-def _tensors(tensor: torch.Tensor) -> list[Any]:
+def tensors(tensor: torch.Tensor) -> list[Any]:
+    """Return what is no finite float32 tensor of this many dimensions with memory of its own."""
     return [
         tensor.double(),
         tensor.long(),
@@ -299,8 +301,7 @@ def _tensors(tensor: torch.Tensor) -> list[Any]:
         tensor[None],
         tensor[:0],
         tensor[..., :1].expand(*tensor.shape[:-1], 2**40) if tensor.dim() > 1 else tensor[:1].expand(2**40),
-        tensor.t() if tensor.dim() > 1 else tensor,
-        torch.nn.Parameter(tensor),
+        tensor.t() if tensor.dim() > 1 else tensor[::2],
         tensor.to("meta"),
         *HOSTILE[:8],
         [tensor],

@@ -23,6 +23,7 @@ from rlroute.model.accounting import costs
 from rlroute.model.work import Counter, measure
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
+from rlroute.provenance import made_from
 from rlroute.records import RunFolder
 from rlroute.registry import router_class
 from rlroute.schema import RunRecord
@@ -289,7 +290,9 @@ def test_a_run_is_bit_for_bit_what_it_was_without_the_audit(tmp_path: Path, monk
 def test_the_audit_leaves_the_model_and_every_generator_alone(tmp_path: Path) -> None:
     with installed(CheatRouter):
         config = run_of(CheatRouter.Config())
-        run = loop._Run(config, 0, RunFolder(tmp_path, config, 0), load_corpus(DATA.spec, None))
+        corpus = load_corpus(DATA.spec, None)
+        made = made_from(config, corpus.provenance)
+        run = loop._Run(config, 0, RunFolder(tmp_path, config, 0), corpus, made)
         run._audit()
         state = {name: value.clone() for name, value in run.model.state_dict().items()}
         before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())

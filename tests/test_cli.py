@@ -4,21 +4,26 @@ table.
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from unittest import mock
 
 import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments.cli.main import main
+from rlroute.experiments.comparison import tune
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.report.runs import is_called, short_ids
 from rlroute.registry import router_names
 from tests.conftest import HANG
 from tests.policies import weights_of, write_policy
@@ -44,9 +49,10 @@ class Done(NamedTuple):
     err: str
 
 
-def rlroute(*arguments: object) -> Done:
-    """Run the command line in this process; what it does not catch itself is raised."""
+def rlroute(*arguments: object, terminal: bool = False) -> Done:
+    """Run the command line in this process, on a terminal or not; what it does not catch itself is raised."""
     code, out, err = 0, io.StringIO(), io.StringIO()
+    out.isatty = lambda: terminal  # type: ignore[method-assign]
     argv = ["rlroute", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -56,15 +62,18 @@ def rlroute(*arguments: object) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def start(folder: Path, *arguments: object, path: str = str(ROOT)) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *arguments: object, path: str = str(ROOT), stdout: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """Start the command line in a process and a process group of its own, with ``folder`` as its working directory."""
     return subprocess.Popen(
-        [sys.executable, "-m", "rlroute.experiments.cli", *map(str, arguments)],
+        [sys.executable, "-m", "rlroute", *map(str, arguments)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
 
@@ -102,6 +111,12 @@ def rows(folder: Path, kind: str) -> list[dict]:
     """Return a run's train or eval rows."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, without its titles."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def table(store: Path) -> str:
@@ -149,7 +164,7 @@ def test_a_run_shorter_than_its_logging_interval_has_a_record(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [("--train.lr", "0.001"), ("--model.k", "1"), ("--data.seq-len", "8"), ("--seed", "1")],
+    [("--no-tuned", "--train.lr", "0.001"), ("--model.k", "1"), ("--data.seq-len", "8"), ("--seed", "1")],
     ids=lambda c: c[0],
 )
 def test_a_changed_configuration_has_a_folder_of_its_own(tmp_path, change):
@@ -263,15 +278,18 @@ def test_drops_and_attention_experts_stand_beside_the_dense_model(tmp_path):
 
 
 def test_runs_lists_every_run_ended_or_not(compared, tmp_path):
-    lines = ran("runs", compared / "runs").splitlines()[1:]
-    ids = sorted(path.name for path in (compared / "runs").iterdir())
-    assert [line.split()[:3] for line in lines] == [[run, "finished", str(STEPS)] for run in ids]
+    """And each goes by the short id that is listed."""
+    listed = cells(ran("runs", compared / "runs"))
+    assert [row[:4] for row in listed] == [
+        [entry, str(seed), "finished", f"{STEPS} of {STEPS}"] for entry in ENTRIES for seed in (0, 1)
+    ]
+    for label, seed, *_, short in listed:
+        run = ran("runs", compared / "runs", short).splitlines()[0]
+        assert run.startswith(f"{label}-") and run.endswith(f"-s{seed}") and len(short) < len(run)
     ran("train", "hash", "--store", tmp_path, *TINY)
     (folder,) = tmp_path.iterdir()
     (folder / "summary.json").unlink()
-    assert [line.split()[:3] for line in ran("runs", tmp_path).splitlines()[1:]] == [
-        [folder.name, "interrupted", str(STEPS)]
-    ]
+    assert [row[:4] for row in cells(ran("runs", tmp_path))] == [["hash", "0", "interrupted", f"{STEPS} of {STEPS}"]]
 
 
 def test_runs_inspects_one(compared):
@@ -295,7 +313,7 @@ def test_an_ambiguous_or_unknown_run_is_refused_with_the_choices(compared):
 
 def test_an_exported_file_says_what_the_store_says(compared, tmp_path):
     file = tmp_path / "published.jsonl"
-    assert str(file) in ran("export", file, "--path", compared / "runs")
+    assert str(file) in ran("export", file, "--store", compared / "runs")
     assert len(file.read_text().splitlines()) == 6
     for options in ((), ("--csv",), ("--no-timings",), ("--reference", "hash")):
         assert ran("table", file, *options) == ran("table", compared / "runs", *options)
@@ -306,9 +324,9 @@ def test_an_exported_file_says_what_the_store_says(compared, tmp_path):
 
 def test_an_export_of_no_runs_is_refused_and_keeps_the_old_file(compared, tmp_path):
     file = tmp_path / "published.jsonl"
-    ran("export", file, "--path", compared / "runs")
+    ran("export", file, "--store", compared / "runs")
     before = file.read_bytes()
-    assert "'nothing'" in refused(rlroute("export", file, "--path", compared / "runs", "--only", "nothing"))
+    assert "'nothing'" in refused(rlroute("export", file, "--store", compared / "runs", "--only", "nothing"))
     assert file.read_bytes() == before
 
 
@@ -356,7 +374,7 @@ def test_routers_by_sites_are_trained_and_shown(tmp_path, monkeypatch):
 def test_every_bench_has_its_own_options():
     for what, options in {
         "envs": ("--shapes", "--contenders", "--tune", "--out"),
-        "layer": ("--routings", "--tune", "--path"),
+        "layer": ("--routings", "--tune", "--store", "--path"),
         "parallel": ("--device", "--contenders"),
         "sweep": ("--rounds", "--minutes"),
         "scale": ("--rounds", "--shapes"),
@@ -366,7 +384,7 @@ def test_every_bench_has_its_own_options():
             done = rlroute("bench", what, option, "1,2,3,4,5")
             assert done.code == 2
             assert option in done.err
-    assert "no run store or compact file at nothing" in refused(rlroute("bench", "scale", "--path", "nothing"))
+    assert "no run store or compact file at nothing" in refused(rlroute("bench", "scale", "--store", "nothing"))
 
 
 @pytest.mark.parametrize(
@@ -399,3 +417,221 @@ def test_without_the_extra_cli_there_is_one_line(tmp_path):
         2,
         "error: the command line needs the package tyro: pip install 'tyro<2,>=1.0' 'rich<16,>=14' 'scipy<2,>=1.15'\n",
     )
+
+
+# --- one recipe, one store
+
+
+def test_train_trains_the_run_that_compare_has(compared, tmp_path):
+    for entry, tuned in (("switch", ()), ("hash", ()), ("switch", ("--no-tuned",))):
+        ran("train", entry, "--seed", "1", *tuned, "--store", tmp_path, *TINY)
+    trained, there = ({path.name for path in store.iterdir()} for store in (tmp_path, compared / "runs"))
+    assert len(trained) == 3 and len(trained & there) == 2
+    (odd,) = trained - there
+    assert json.loads((tmp_path / odd / "config.json").read_text())["config"]["train"]["lr"] == TrainConfig().lr
+
+
+@pytest.mark.parametrize("command", [("train",), ("compare",)])
+@pytest.mark.parametrize("rate", [0.001, TrainConfig().lr])
+def test_a_rate_of_ones_own_is_refused_beside_a_tuned_one(command, rate, tmp_path, monkeypatch):
+    """Also where it is the default: it was asked for, and would not be what is trained."""
+    monkeypatch.chdir(tmp_path)
+    said = refused(rlroute(*command, "hash", *TINY, f"--train.lr={rate}"))
+    assert f"train.lr = {rate}" in said and "for hash" in said and "--no-tuned" in said
+    assert not contents(tmp_path)
+    if command == ("train",):
+        ran("train", "credit", *TINY, f"--train.lr={rate}", "--train.steps", "1")  # never tuned: nothing to overwrite
+
+
+def test_trials_have_a_store_of_their_own_whose_table_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = [{"train": {"lr": rate}} for rate in (0.004, 0.008)]
+    monkeypatch.setattr(tune, "GRID", {"hash": grid})
+    monkeypatch.setattr(tune, "DataConfig", lambda: DataConfig(spec="synth:documents=64", seq_len=16, eval_tokens=128))
+    monkeypatch.setattr(tune, "ModelConfig", lambda: ModelConfig(num_layers=1, d_model=16, num_heads=2, d_expert=8))
+    assert "in tuning/" in ran("tune", "hash", "--train.steps", "2", "--launcher", "local")
+    assert not (tmp_path / "runs").exists() and len(list((tmp_path / "tuning").iterdir())) == 2
+    assert "trials of rlroute tune" in ran("table", "tuning")
+    assert {row[0] for row in cells(ran("runs", "tuning"))} == {"hash (train.lr=0.004)", "hash (train.lr=0.008)"}
+
+
+def test_every_command_calls_the_store_store():
+    for command in ("runs", "table", "report"):
+        said = ran(command, "--help")
+        assert "STORE" in said and "--store" not in said
+    for command in ("train", "compare", "sweep", "tune", "export", "export-tokens"):
+        assert "--store" in ran(command, "--help")
+    assert "--store" in ran("bench", "scale", "--help")
+    everything = "".join(ran(command, "--help") for command in COMMANDS)
+    assert "--path" not in everything
+
+
+# --- the runs of a store
+
+
+def test_runs_says_what_has_become_of_each(compared, tmp_path):
+    store = tmp_path / "runs"
+    shutil.copytree(compared / "runs", store)
+    folders = {name: next(store.glob(f"{name}-*-s0")) for name in ENTRIES}
+    for folder in folders.values():
+        (folder / "summary.json").unlink()
+    (folders["switch"] / "failed.json").write_text('{"id": "switch", "reason": "ValueError: went wrong"}')
+    (folders["hash"] / "stopped").touch()
+    (store / "noisy_topk-0123456789ab-s4").mkdir()
+    (store / "noisy_topk-0123456789ab-s4" / ".lock").touch()
+    (store / "no-run-at-all").mkdir()
+    with (folders["dense"] / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = ran("runs", store)
+    states = {(row[0], row[1]): row[2] for row in cells(said)}
+    unfinished = {"switch": "set aside", "hash": "stopped early", "dense": "running"}
+    assert states == {(name, "0"): now for name, now in unfinished.items()} | {
+        (name, "1"): "finished" for name in ENTRIES
+    } | {("noisy_topk", "4"): "not begun"}
+    assert f"{folders['switch'].name} was set aside: ValueError: went wrong" in said
+    last = json.loads((folders["switch"] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['bits_per_byte']:.4f}" in said  # so far
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d|–", row[5]) for row in cells(said))
+
+
+def test_an_unfinished_run_can_be_inspected(compared, tmp_path):
+    store = tmp_path / "runs"
+    shutil.copytree(compared / "runs", store)
+    folder = next(store.glob("switch-*-s0"))
+    (folder / "summary.json").unlink()
+    (folder / "failed.json").write_text('{"id": "switch", "reason": "ValueError: went wrong"}')
+    said = ran("runs", store, folder.name)
+    assert "set aside: ValueError: went wrong" in said and '"balance_weight": 0.03' in said and '"torch"' in said
+    assert "last row: {" in said and "failed.json, loads.jsonl" in said
+    assert all(f"{row['bits_per_byte']:.4f}" in said for row in rows(folder, "eval"))
+
+
+def test_runs_that_differ_in_a_field_are_told_apart_by_it(tmp_path):
+    for rate in (0.001, 0.002):
+        ran("train", "credit", *TINY, "--train.lr", rate, "--train.steps", "1", "--store", tmp_path)
+    ran("train", "dense", *TINY, "--train.steps", "1", "--store", tmp_path)
+    labels = [row[0] for row in cells(ran("runs", tmp_path))]
+    assert labels == ["credit (train.lr=0.001)", "credit (train.lr=0.002)", "dense"]
+
+
+def test_short_ids_tell_runs_apart():
+    ids = ["a-0123456789ab-s0", "b-0123f56789ab-s0", "c-d-ffff456789ab-s10", "c-d-ffff456789ab-s1"]
+    short = short_ids(ids)
+    assert short == dict(zip(ids, ("01234-s0", "0123f-s0", "ffff4-s10", "ffff4-s1"), strict=True))
+    for run, word in short.items():
+        assert [other for other in ids if is_called(other, word)] == [run]
+        assert is_called(run, run) and is_called(run, run[:-1])
+    assert not is_called("a-0123456789ab-s0", "-s0")
+
+
+def test_when_a_run_was_begun_and_ended_is_recorded(compared):
+    for folder in (compared / "runs").iterdir():
+        begun = json.loads((folder / "environment.json").read_text())["begun"]
+        summary = json.loads((folder / "summary.json").read_text())
+        assert datetime.fromisoformat(begun) <= datetime.fromisoformat(summary["ended"])
+        assert datetime.fromisoformat(begun).utcoffset() == timedelta(0)
+        assert summary["peak_memory"] is None  # of a GPU
+
+
+# --- the words of the command line
+
+COMMANDS = (
+    *("train", "compare", "sweep", "routers", "runs", "table", "report", "export"),
+    *("export-tokens", "tune", "play", "bench", "gradients"),
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trian",), "unknown command 'trian': did you mean 'train'?"),
+        (("export_token", "x"), "unknown command 'export_token': did you mean 'export-tokens'?"),
+        (("qqq",), f"unknown command 'qqq': legal are {', '.join(COMMANDS)}"),
+        (("train", "hash", "--sed", "3"), "unknown option '--sed': did you mean '--seed'?"),
+        (("train", "hash", "--train.stpes=3"), "unknown option '--train.stpes=3': did you mean '--train.steps'?"),
+        (("compare", "--store", "x", "--tunde"), "unknown option '--tunde': did you mean '--tuned'?"),
+        (("bench", "layer", "--contender", "x"), "unknown option '--contender': did you mean '--contenders'?"),
+        (("bench", "kernls"), "unexpected 'kernls': did you mean 'kernels'?"),
+        (("table", "--qqq"), "unknown option '--qqq': rlroute table --help lists what there is"),
+        (("train", "hash", "--seed", "x"), "--seed"),
+        (("train", "hash", "--launcher", "x"), "('auto', 'ray', 'local')"),
+        (("train",), "Missing from rlroute train"),
+        (("--tyro-print-completion", "csh"), "csh"),
+        (("table", os.fsdecode(b"r\xffns")), "b'r\\xffns' is not UTF-8"),
+        (("train", "hash", "--store", os.fsdecode(b"\xff")), "b'\\xff' is not UTF-8"),
+        (("compare", "--data.spec", os.fsdecode(b"file:\xff/*")), "is not UTF-8"),
+    ],
+)
+def test_words_that_are_none_are_refused_in_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(rlroute(*words))
+    assert not contents(tmp_path)
+
+
+def test_help_version_and_completion():
+    alone, asked = ran(), ran("--help")
+    assert alone == asked and all(command in asked for command in COMMANDS)
+    assert re.fullmatch(r"rlroute \d\S+ \(commit ([0-9a-f]{40}|unknown).*\)\n", ran("--version"))
+    for shell in ("bash", "zsh", "fish"):
+        script = ran("--tyro-print-completion", shell)
+        assert all(command in script for command in COMMANDS) and "balance_scope" in script.replace("-", "_")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "5", "39", "100000000", "x"])
+def test_any_width_ends(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "--help" in ran("train", "--help")
+
+
+# --- where the output goes
+
+
+def test_a_terminal_gets_tables_that_do_not_wrap(compared, monkeypatch):
+    for width in (40, 80, 140):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for command in (("table",), ("runs",)):
+            done = rlroute(*command, compared / "runs", terminal=True)
+            out = re.sub(r"\x1b\[[\d;]*m", "", done.out)
+            assert done.code == 0 and "|" not in out and "**" not in out
+            lines = [line for line in out.partition("\nColumns: ")[0].splitlines() if line.startswith(ENTRIES)]
+            assert len(lines) == (3 if command == ("table",) else 6)
+            assert all(len(line) <= width for line in out.splitlines())
+    assert "begun (UTC)" in out
+    assert rlroute("table", compared / "runs", "--csv", terminal=True).out == ran("table", compared / "runs", "--csv")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_ends_cleanly(compared, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+
+    def of(stdout, *words):
+        process = start(compared, *words, stdout=stdout)
+        return process, *process.communicate(timeout=HANG)
+
+    with open("/dev/full", "w") as full:
+        process, _, err = of(full, "table", "--no-timings")
+    assert (process.returncode, err) == (1, "error: cannot write the output: No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    process, _, err = of(writing, "runs")
+    os.close(writing)
+    assert (process.returncode, err) == (141, "")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_an_encoding_lacks_is_replaced(compared, encoding, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    process = start(compared, "table", "--no-timings")
+    out, err = process.communicate(timeout=HANG)
+    assert (process.returncode, err) == (0, "")
+    assert out.count("\n| ") == ran("table", compared / "runs").count("\n| ")
+
+
+@pytest.mark.processes
+def test_without_docstrings_routers_have_their_papers(compared):
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "rlroute", "routers"], capture_output=True, text=True, cwd=ROOT, timeout=HANG
+    )
+    assert done.stdout == ran("routers")

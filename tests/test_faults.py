@@ -25,13 +25,27 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.records import RunFolder, failure, last_row
 from rlroute.training import loop
 from tests.conftest import HANG, until
-from tests.test_cli import COMPARE, ROOT, STEPS, TINY, contents, ran, refused, rlroute, rows, stamps, start, table
+from tests.test_cli import (
+    COMPARE,
+    ROOT,
+    STEPS,
+    TINY,
+    cells,
+    contents,
+    ran,
+    refused,
+    rlroute,
+    rows,
+    stamps,
+    start,
+    table,
+)
 from tests.test_sweep import MISHAP
 from tests.test_third_party import install, site
 
 __all__ = ["site"]  # a fixture
 
-TRAIN = ("train", "hash", *TINY)
+TRAIN = ("train", "hash", *TINY, "--no-tuned")
 DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
 MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
 SETTINGS = TrainConfig(
@@ -186,15 +200,30 @@ def test_a_folder_that_cannot_be_used_is_named_and_nothing_is_lost(command, here
     assert contents(here).items() >= before.items()
 
 
-def test_runs_that_are_not_comparable_are_refused_by_field_and_values(here):
+def test_of_runs_that_are_not_comparable_the_most_make_the_table_and_the_others_are_named(here):
+    before = ran("table", "--no-timings")
+    ran(*TRAIN, "--train.steps", "16")
+    (odd,) = (p.parent.name for p in here.glob("runs/*/config.json") if '"steps": 16,' in p.read_text())
+    left_out = ("summary.budget.amount", str(STEPS * 64), str(16 * 64), odd)
+    said = ran("table", "--no-timings")
+    assert all(part in said for part in left_out)
+    assert said.splitlines()[: before.count("\n|")] == before.splitlines()[: before.count("\n|")]
+    for command in (("report",), ("export", "some.jsonl"), ("table", "--csv")):
+        done = rlroute(*command)
+        assert done.code == 0 and all(part in done.err for part in left_out)
+    assert all(part in (here / "results" / "report.html").read_text() for part in left_out)
+    assert odd not in (here / "some.jsonl").read_text()
+    assert "| hash |" in ran(*COMPARE)  # which names its runs, whatever else lies there
+
+
+def test_runs_that_are_named_and_not_comparable_are_refused_by_field_and_values(here):
     ran(*TRAIN, "--train.steps", "16")
     before = contents(here)
     for command in (("table",), ("report",)):
-        said = refused(rlroute(*command))
+        said = refused(rlroute(*command, "--only", "hash"))
         for part in ("summary.budget.amount", str(STEPS * 64), str(16 * 64), "hash-"):
             assert part in said
     assert contents(here) == before
-    assert "| hash |" in ran(*COMPARE)  # which names its runs, whatever else lies there
 
 
 # --- records that are broken
@@ -277,9 +306,10 @@ def test_an_unfinished_run_with_a_broken_row_is_named(tmp_path):
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 100 + b"\n")
     before = contents(tmp_path)
-    for command in ((*TRAIN, "--store", tmp_path), ("runs", tmp_path)):
-        assert folder.name in refused(rlroute(*command))
-        assert contents(tmp_path) == before
+    assert folder.name in refused(rlroute("runs", tmp_path))
+    assert folder.name in refused(rlroute(*TRAIN, "--store", tmp_path))
+    assert folder.name in noted(folder)
+    assert contents(tmp_path) == before
 
 
 def test_a_very_long_row_is_read_whole(tmp_path):
@@ -474,7 +504,7 @@ def test_a_diverged_run_says_where_and_the_others_go_on(site, tmp_path, monkeypa
     (line,) = (line for line in printed.splitlines() if line.startswith("| fragile"))
     assert "1 of 2 diverged" in line
     assert "seed 1 at step 5 (the language-model loss is not finite)" in printed
-    assert "diverged" in next(line for line in ran("runs").splitlines() if line.startswith(folder.name))
+    assert "diverged" in str([row for row in cells(ran("runs")) if row[0].startswith("fragile") and row[1] == "1"])
     before, when = contents(tmp_path / "runs"), stamps(tmp_path / "runs")
     assert ran(*command) == printed
     assert (contents(tmp_path / "runs"), stamps(tmp_path / "runs")) == (before, when)

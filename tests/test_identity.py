@@ -25,10 +25,11 @@ from rlroute.records import read_runs
 from rlroute.sources import core_files, core_sha256, router_files
 from rlroute.training import loop, prepare
 from rlroute.training.data import load_corpus
+from rlroute.training.documents import Document
+from rlroute.training.train_tokenizer import train_tokenizer
 from tests.conftest import HANG
 from tests.policies import weights_of, write_policy
 from tests.test_cli import ROOT, TINY, contents, ran, refused, rlroute, start
-from tests.test_data import train_tokenizer
 from tests.test_table import changed, make_run, make_runs
 from tests.test_third_party import ROUTER, install, site
 
@@ -134,9 +135,8 @@ def test_two_folders_of_one_relative_spelling_are_two_corpora(tmp_path, monkeypa
 
 @ENDINGS
 def test_a_tokenizer_of_the_same_name_is_another(left, tmp_path):
-    pytest.importorskip("tokenizers")
     corpus, path = write_corpus(tmp_path / "corpus"), tmp_path / "t.json"
-    train_tokenizer(path)
+    path.write_text(train_tokenizer([Document("t.txt", b"the theory of the thing " * 9)], entries=280))
     options = ("--data.spec", f"file:{corpus}/*.txt", "--data.tokenizer", path, *SMALL)
     ran("train", "hash", *options, "--store", tmp_path / "runs")
     left(next((tmp_path / "runs").iterdir()))

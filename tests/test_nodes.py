@@ -103,7 +103,7 @@ def two_hosts():
 
 def test_a_group_spans_two_hosts(two_hosts, tmp_path):
     run, address = two_hosts
-    command = (sys.executable, "-m", "rlroute.experiments.cli", "train", "switch", *TINY, "--train.micro-batches", "2")
+    command = (sys.executable, "-m", "rlroute", "train", "switch", *TINY, "--train.micro-batches", "2")
     together = ("--workers", "2", "--expert-parallel", "2", "--address", address)
     done = run(*command, *together, "--store", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr

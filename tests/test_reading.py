@@ -24,7 +24,7 @@ from rlroute.experiments.bench.run import read_table
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import no_formula, to_csv, to_markdown
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.experiments.report.listing import routers_text, run_text, runs_text
+from rlroute.experiments.report.listing import routers_text
 from rlroute.experiments.report.page import render
 from rlroute.foreign import Unfit, parse_json, plain, printable, read_members, shown
 from rlroute.reading import READABLE, failure, last_row, read_runs
@@ -33,6 +33,7 @@ from rlroute.schema import Stored
 from tests import record_page
 from tests.fuzz import lay_store
 from tests.mutations import HOSTILE, NOT_FINITE, change_value, places, to_json
+from tests.test_cli import ran
 from tests.test_table import make_run, make_runs
 
 ROOT = Path(__file__).parent.parent
@@ -371,7 +372,7 @@ def test_no_text_of_a_record_controls_a_terminal(tmp_path):
             continue
         shown_ones += 1
         table, file = build_table(records), tmp_path / "some.jsonl"
-        said = to_markdown(table) + to_csv(table) + runs_text(file) + run_text(file, "switch")
+        said = to_markdown(table) + to_csv(table) + ran("runs", file) + ran("runs", file, "switch")
         assert said.replace("\n", "").isprintable()
     assert shown_ones > 10
 
@@ -388,7 +389,7 @@ def test_folders_notes_and_routers_are_printable(store):
     (folder / "failed.json").write_text(json.dumps({"id": folder.name, "reason": "a \x1b[31mred\x1b[0m bug"}))
     other = store / "\x1b[2Jswitch"
     folder.rename(other)
-    said = runs_text(store)
+    said = ran("runs", store)
     assert "set aside" in said and r"a \x1b[31mred\x1b[0m bug" in said
     assert said.replace("\n", "").isprintable() and routers_text().replace("\n", "").isprintable()
 

@@ -1,7 +1,9 @@
 """A policy saved by Stable-Baselines3 routes as it acted, stays as it is, and is part of the run's identity."""
 
+import io
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import train
 from rlroute.training.prepare import build_model
 from tests.conftest import draw, make_context, make_shape
+from tests.fuzz import tensors
 from tests.policies import DESCRIBED, policy_file, weights_of, write_policy
 from tests.test_cli import rlroute
 from tests.test_training import CORPUS, DATA, MODEL, TRAIN, train_steps
@@ -135,6 +138,45 @@ def test_what_is_no_zip_is_refused(tmp_path):
     (tmp_path / "p.zip").write_text("policy")
     with pytest.raises(ConfigError, match="is no policy that Stable-Baselines3 saved: File is not a zip file"):
         Sb3Router(Sb3Router.Config(policy=str(tmp_path / "p.zip")), make_shape(8, 2))
+
+
+@pytest.mark.parametrize("bad", tensors(torch.ones(8, 5)))
+@pytest.mark.parametrize("name", ["action_net.weight", "mlp_extractor.policy_net.2.bias"])
+def test_weights_that_are_no_finite_matrices_of_float32_are_refused(name, bad, tmp_path):
+    """Of any type, layout or place, or with more in them than their file holds."""
+    path = write_policy(tmp_path / "p.zip", weights_of(6, 8) | {name: bad})
+    with pytest.raises(ConfigError, match=r"router sb3\.policy = "):
+        Sb3Router(Sb3Router.Config(policy=str(path)), make_shape(8, 2))
+
+
+def test_layers_that_do_not_follow_one_another_are_refused(tmp_path):
+    weights = weights_of(6, 8)
+    lacking = {name: value for name, value in weights.items() if name != "action_net.bias"}
+    for changed in (lacking, weights | {"action_net.weight": torch.ones(8, 4)}):
+        with pytest.raises(ConfigError, match=r"has no tensor action_net.bias|has a layer of 5 numbers before one"):
+            Sb3Router(Sb3Router.Config(policy=str(write_policy(tmp_path / "p.zip", changed))), make_shape(8, 2))
+
+
+@pytest.mark.parametrize("name", ["data", "policy.pth", "weights within"])
+def test_an_archive_that_unpacks_to_more_than_fits_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlroute.agents.sb3.MOST", 10**6)
+    within = io.BytesIO()
+    with zipfile.ZipFile(within, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", bytes(10**7))
+    members = {"data": json.dumps(DESCRIBED).encode(), "policy.pth": within.getvalue()}
+    path = tmp_path / "p.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for member, data in members.items():
+            file.writestr(member, bytes(10**7) if member == name else data)
+    with pytest.raises(ConfigError, match=r"is no policy that Stable-Baselines3 saved: .*more than"):
+        Sb3Router(Sb3Router.Config(policy=str(path)), make_shape(8, 2))
+
+
+def test_a_policy_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", "a\0b"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            Sb3Router.Config(policy=str(path))
 
 
 def test_it_plays_without_stable_baselines():

@@ -360,7 +360,7 @@ def test_ray_workers_log_and_their_warnings_are_shown(fake, tmp_path):
     for fault, folder in (("", "calm"), ("log", "full")):
         (tmp_path / folder).mkdir()
         done = subprocess.run(
-            [sys.executable, "-m", "rlroute.experiments.cli", *command],
+            [sys.executable, "-m", "rlroute", *command],
             cwd=tmp_path / folder,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FAULT": fault},
             capture_output=True,

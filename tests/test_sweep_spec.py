@@ -142,6 +142,26 @@ GOOD = "entries = ['hash', 'switch']\n"
         (GOOD + "[resources]\ncores = 2", r"\[resources\] has 'cores': legal are cpus, gpus, workers"),
         (GOOD + "[resources]\nworkers = 0", "workers = 0: legal are numbers from 1"),
         (GOOD + "[resources]\ncpus = 'two'", "cpus = 'two': want float"),
+        (GOOD + "seeds = 1000000000", r"1,000,000,000 seeds are 1,000,000,000 runs: legal are 10,000"),
+        (GOOD + "seeds = 6000", "2 entries x 1 choices x 6,000 seeds are 12,000 runs"),
+        (GOOD + "[random]\ntrials = 99999999999\n", "99,999,999,999 trials are"),
+        (GOOD + f"[grid]\ntrain.lr = {[0.1] * 200}\ntrain.clip = {[1.0] * 200}", "are 40,000 runs"),
+        (GOOD + "[grid]\ntrain.lr = [nan]", "grid/train/lr/0 = nan: want a finite number"),
+        (GOOD + "[base]\ntrain.lr = -inf", "base/train/lr = -inf: want a finite number"),
+        (GOOD + f"[base]\ntrain.lr = {'9' * 400}.5", "base/train/lr = inf: want a finite number"),
+        (GOOD + f"seeds = {'9' * 5000}", "not TOML: Exceeds the limit"),
+        (GOOD + f"seeds = [{2**70}]", "seeds/0 is a number of 71 bits: legal are 64"),
+        (GOOD + f"seeds = {'[' * 3000}{']' * 3000}", "nested deeper than 32 levels"),
+        (GOOD + f"[base]\n{'a.' * 3000}b = 1", "nested deeper than 32 levels"),
+        (GOOD + "[base]\ntrain.steps = 1979-05-27", "base/train/steps = .*: want a number, a text, true or false"),
+        (
+            GOOD + f"[random]\ntrials = 2\n[random.fields]\n'train.steps' = {{ low = 1, high = {2**63} }}",
+            "want a range that 64 bits hold",
+        ),
+        (
+            GOOD + "[random]\ntrials = 2\n[random.fields]\n'train.lr' = { low = -1.7e308, high = 1.7e308 }",
+            "want a range that 64 bits hold",
+        ),
         (GOOD + "[asha]\nreduction = 2", r"\[asha\] grace = None: want a whole number"),
         (GOOD + "[asha]\ngrace = 2\nreduction = 1", r"\[asha\] reduction = 1: want a number above 1"),
     ],
@@ -150,6 +170,14 @@ def test_what_means_nothing_is_refused(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         spec(tmp_path, text).jobs("command")
     assert [path.name for path in tmp_path.iterdir()] == ["some.toml"]
+
+
+def test_none_and_a_mark_at_the_beginning_are_no_faults(tmp_path):
+    text = "entries = ['reinforce']\n[grid]\nmodel.capacity_factor = ['none', 2.0]\nrouter.baseline = ['none']\n"
+    (tmp_path / "some.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = [job.config.to_dict() for job in read_spec(tmp_path / "some.toml").jobs("command")]
+    assert [c["model"]["capacity_factor"] for c in found] == [None, 2.0]
+    assert {c["router"]["baseline"] for c in found} == {"none"}
 
 
 def test_a_file_that_is_not_there_is_one_line_and_nothing_is_made(tmp_path, monkeypatch):

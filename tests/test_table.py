@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from rlroute.config import SCHEMA
+from rlroute.config import SCHEMA, TrainConfig
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_IN_TRAIN
+from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
-from rlroute.experiments.recipes.tuned import TUNED
+from rlroute.experiments.recipes.tuned import TUNING_SEEDS
 from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.schema import EvalRow, RunRecord
 
@@ -513,13 +514,104 @@ def test_routers_of_sites_are_in_the_label() -> None:
     assert dict(build_table([*plain, *one]).notes)["Deliberate differences"] == "none"
 
 
-def test_who_is_untuned_is_said() -> None:
-    train = {f"train__{name}": value for name, value in TUNED["switch"]["train"].items()}
-    router = TUNED["switch"]["router"]
-    runs = [make_run("switch", s, router, **train) for s in range(2)]
-    runs += [make_run("switch", s, router | {"z_weight": 0.1}, **train) for s in range(2)]
-    runs += make_runs(("bandit",), seeds=2)
+def test_rows_say_at_what_settings_they_stand() -> None:
+    default = TrainConfig().lr
+    runs = [make_run("switch", s, {"balance_weight": 0.03}, train__lr=0.008) for s in range(2)]
+    runs += [make_run("switch", s, {"balance_weight": 0.03, "z_weight": 0.1}, train__lr=0.008) for s in range(2)]
+    runs += [make_run("bandit", s, train__lr=default) for s in range(2)]
+    runs += [make_run("credit", s, {"balance_weight": 9.0}, train__lr=default) for s in range(2)]
+    runs += [make_run(router, s, train__lr=0.5) for s in range(2) for router in ("actor_critic", "nobodys")]
     table = build_table(runs)
-    assert {row.label: row.tuned for row in table.rows if row.router == "bandit"} == {"bandit": False}
-    assert dict(table.notes)["Untuned"].startswith("bandit (")
-    assert dict(table.notes)["Tuned as another"] == "switch (z_weight=0.1) as switch"
+    settings = {row.label: row.settings for row in table.rows}
+    assert settings == {
+        "switch (z_weight=None)": "tuned",
+        "switch (z_weight=0.1)": "tuned for switch",
+        "bandit": "default",
+        "credit": "by hand",
+        "actor_critic": "by hand",
+        "nobodys": "unknown",
+    }
+    assert {row.label for row in table.rows if row.tuned} == {"switch (z_weight=None)", "switch (z_weight=0.1)"}
+    said = dict(table.notes)["Settings"]
+    assert "tuned: switch (z_weight=None) (" in said and "tuned for: switch (z_weight=0.1) (" in said
+    assert "default: bandit (never tuned" in said and "| tuned for switch |" in to_markdown(table)
+
+
+def test_a_table_of_tuning_trials_says_what_it_is() -> None:
+    trials = [make_run("switch", seed, train__lr=lr) for lr in (4e-3, 8e-3) for seed in TUNING_SEEDS]
+    assert "trials of rlroute tune" in dict(build_table(trials).notes)["No comparison"]
+    assert not dict(build_table(make_runs()).notes)["No comparison"]
+
+
+# Which of many runs make the table
+
+
+def elsewhere(run: RunRecord) -> RunRecord:
+    """Return the run as it would be under another budget: shorter, and under an id of its own."""
+    other = changed(run, "summary.budget.amount", 7)
+    return replace(other, id=f"other-{run.id}", summary={**other.summary, "id": f"other-{run.id}"})
+
+
+def test_the_largest_comparable_group_makes_the_table_and_the_others_are_named() -> None:
+    runs = make_runs()
+    for count in (1, 2):  # of five entries
+        others = [elsewhere(run) for run in make_runs(tuple(EFFECT)[:count])]
+        kept, lines = largest_group(random.Random(count).sample([*runs, *others], len(runs) + len(others)))
+        assert sorted(run.id for run in kept) == sorted(run.id for run in runs)
+        (line,) = lines
+        assert f"{3 * count} of " in line and sum(run.id in line for run in others) == 3
+        assert f"summary.budget.amount is 7, in the table {STEPS * 2048}" in line
+        table = build_table(kept, left_out=lines)
+        assert dict(table.notes)["Left out"] == line and line.split(":")[0] in to_markdown(table)
+
+
+@pytest.mark.parametrize("path", [*ALL_SHARE, "config.config.data.spec", "config.config.train.steps"])
+def test_whatever_all_share_parts_groups_and_is_named(path: str) -> None:
+    runs = make_runs(("switch", "hash"))
+    odd = changed(make_run("dense"), path, "other")
+    kept, (line,) = largest_group([*runs, odd])
+    assert {run.id for run in kept} == {run.id for run in runs} and odd.id in line and "'other'" in line
+    assert path.replace("config.config", "config") in line
+    build_table(kept)
+
+
+def test_an_entry_alone_is_no_comparison_and_equal_groups_go_by_their_date() -> None:
+    alone = [elsewhere(make_run("switch", seed)) for seed in range(9)]
+    pair = make_runs(("switch", "hash"), seeds=2)
+    assert {run.id for run in largest_group([*alone, *pair])[0]} == {run.id for run in pair}
+    other = [elsewhere(run) for run in pair]
+    for newer, older in ((pair, other), (other, pair)):
+        dated = [changed(run, "environment.begun", "2026-02-01T00:00:00+00:00") for run in newer]
+        dated += [changed(run, "environment.begun", "2026-01-01T00:00:00+00:00") for run in older]
+        assert {run.id for run in largest_group(dated)[0]} == {run.id for run in newer}
+    assert largest_group([]) == ([], [])
+
+
+def test_of_entries_and_seeds_the_most_runs_that_are_whole() -> None:
+    more, fewer = make_runs(("switch", "hash"), seeds=4), make_runs(("dense",), seeds=3)
+    kept, (line,) = largest_group([*more, *fewer])
+    assert len(kept) == 9 and "other entries have no seed 3" in line and "2 of hash, switch" in line
+    kept, (line,) = largest_group([*more, make_run("dense", 1)])
+    assert len(kept) == 8 and "1 of dense" in line and "no seed 0, 2, 3" in line
+    apart = [make_run("switch", seed) for seed in (0, 1, 7)] + [make_run("hash", seed) for seed in (0, 1, 8)]
+    kept, lines = largest_group(apart)
+    assert {run.config["seed"] for run in kept} == {0, 1} and len(kept) == 4 and len(lines) == 2
+    build_table(kept)
+
+
+@pytest.mark.parametrize("path", ["summary.fingerprint.backbone", "summary.fingerprint.shared", "evals.0.chain"])
+def test_a_run_of_other_weights_or_batches_is_left_out_by_name(path: str) -> None:
+    runs = make_runs(("switch", "hash", "unbalanced"), seeds=2)
+    odd = changed(runs[0], path, digest("other"))
+    kept, lines = largest_group([odd, *runs[1:]])
+    assert any(odd.id in line and digest("other")[:12] in line for line in lines)
+    assert odd.id not in {run.id for run in kept}
+    build_table(kept)
+
+
+def test_one_entry_is_one_routers_code_in_a_group_too() -> None:
+    runs = [changed(run, "environment.routers", {"switch": {"sha256": "a"}}) for run in make_runs(seeds=3)]
+    odd = changed(runs[0], "environment.routers", {"switch": {"sha256": "b"}})
+    kept, lines = largest_group([odd, *runs[1:]])
+    assert any(odd.id in line and "environment.routers" in line for line in lines)
+    build_table(kept)

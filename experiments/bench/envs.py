@@ -34,7 +34,7 @@ class Speed(NamedTuple):
     name: str
     copies: int
     steps_per_second: float
-    ratio: dict[str, float]
+    ratio: dict[str, float | None]
 
 
 def bench_envs(rounds: int = 7, seconds: float = 0.5) -> Iterator[Speed]:

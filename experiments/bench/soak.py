@@ -61,7 +61,7 @@ SCENES = {"driver": "runs", "trial": "runs", "raylet": "runs", "GCS": "runs", "g
 """In which sweep there is such a victim: of runs, of groups of workers, or on a cluster of two nodes."""
 FATAL = ("driver", "raylet", "GCS")
 """Without whom the command ends; with the others a run goes on."""
-COMMAND = (sys.executable, "-m", "rlroute.experiments.cli", "sweep", "soak.toml", "--retries", "100")
+COMMAND = (sys.executable, "-m", "rlroute", "sweep", "soak.toml", "--retries", "100")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import tyro
 from rlroute.experiments import RESULTS
 from rlroute.experiments.cli.common import command_line, make_folder
 from rlroute.experiments.cli.include import name_broken
+from rlroute.experiments.cli.output import show
 from rlroute.limits import Between, Positive, check_fields
 
 OUT = Path("results/bench.json")
@@ -121,7 +122,7 @@ class Sweep:
 class Scale:
     """What expert parallelism would cost at 8 to 512 devices, calculated from recorded loads."""
 
-    path: Path = RESULTS / "comparison.jsonl"
+    store: Path = RESULTS / "comparison.jsonl"
     """The run store or compact file whose loads are taken."""
     measured: Path = RESULTS / "parallel-cpu.json"
     """The result of bench parallel that its times are held against, where there is one."""
@@ -132,7 +133,7 @@ class Scale:
         """Calculate, and print the tables."""
         from rlroute.experiments.bench import scale_page
 
-        _say(scale_page.write(self.path, self.measured, self.out, command_line()), self.out)
+        _say(scale_page.write(self.store, self.measured, self.out, command_line()), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ class Stored:
         """Print its tables."""
         from rlroute.experiments.bench import run as benches
 
-        print(benches.read_table(self.out))
+        show(benches.read_table(self.out))
 
 
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes)
@@ -167,4 +168,5 @@ def bench(
 
 
 def _say(text: str, out: Path) -> None:
-    print(f"{text}\nfigures in {out}, tables in {out.with_suffix('.md')}")
+    show(text)
+    print(f"figures in {out}, tables in {out.with_suffix('.md')}")

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import tyro
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from rlroute.errors import ComparisonError, ConfigError, MissingDependencyError, StoreError
+from rlroute.errors import ConfigError, MissingDependencyError, StoreError
+from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
 from rlroute.limits import checked, option
@@ -31,6 +34,9 @@ class Shared:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+"""The run store (or compact file) of a command that reads nothing else; of the others it is ``--store``."""
+RUNS = Path("runs")
 LAUNCH, SHARED = Launch(), Shared()
 """The defaults of commands that train."""
 
@@ -54,58 +60,57 @@ def with_checked_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def select(path: Path, only: tuple[str, ...]) -> list[RunRecord]:
-    """Return the ended runs of a store whose ids start as ``only`` says.
+def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[str]]:
+    """Return the ended runs of a store that ``only`` names, whatever they are; or, where it names none, the largest
+    group of comparable ones, and a line for each lot of others.
 
     Raises:
         StoreError: there are none, or they are trials of a search.
     """
+    from rlroute.experiments.comparison.groups import largest_group
     from rlroute.experiments.launch.spec import SEARCH
+    from rlroute.experiments.report.runs import is_called
     from rlroute.records import read_runs
 
-    if os.path.exists(path / SEARCH):
-        raise StoreError(f"{path} holds trials of a search, which stopped some of them early: they make no comparison")
-    records = [r for r in read_runs(path) if not only or r.id.startswith(only)]
-    if not records:
+    if os.path.exists(store / SEARCH):
+        raise StoreError(f"{store} holds trials of a search, which stopped some of them early: they make no comparison")
+    records = read_runs(store)
+    named = [record for record in records if any(is_called(record.id, word) for word in only)]
+    if not (named if only else records):
         wanted = f" whose id starts with {' or '.join(map(repr, only))}" if only else ""
-        raise StoreError(f"{path} holds no ended run{wanted}")
-    return records
+        raise StoreError(f"{store} holds no ended run{wanted}")
+    return (named, []) if only else largest_group(records)
 
 
-def publish(records: list[RunRecord], out: Path, reference: str | None) -> tuple[str, str]:
-    """Write table and report; return the table's text, and what is where. The table does not wait for what the report
-    needs.
+def publish(records: list[RunRecord], out: Path, reference: str | None) -> None:
+    """Print the table of the largest group of comparable runs, after a list of all where others are left out; write it
+    and the report, for which the table does not wait.
     """
+    from rlroute.experiments.comparison.groups import largest_group
     from rlroute.experiments.comparison.table import build_table
     from rlroute.experiments.comparison.text import to_csv, to_markdown
     from rlroute.experiments.report.page import write_report
+    from rlroute.experiments.report.runs import list_records, to_grid
     from rlroute.records import write_atomically
 
-    built = build_table(records, reference)
+    runs, left_out = largest_group(records)
+    built = build_table(runs, reference, left_out)
     for row in built.rows:
         if row.marks:
             print(f"rlroute: {row.label} is marked: {row.marks}", file=sys.stderr)
-    text = to_markdown(built)
-    write_atomically(out / "table.md", text)
+    write_atomically(out / "table.md", to_markdown(built))
     write_atomically(out / "table.csv", to_csv(built))
+    if left_out:
+        show_grid(to_grid(list_records(records)))
+    show_table(built)
     where = f"table in {out}/table.md and table.csv"
     try:
-        write_report(records, out / "report.html", reference=reference)
+        write_report(runs, out / "report.html", reference=reference, left_out=left_out)
+        print(f"{where}, report in {out}/report.html")
     except ImportError as error:
         (out / "report.html").unlink(missing_ok=True)  # that of another table
         known = isinstance(error, MissingDependencyError)
-        return text, f"{where}, no report: {error if known else missing('the report', error.name or 'it')}"
-    return text, f"{where}, report in {out}/report.html"
-
-
-def publish_if_comparable(records: list[RunRecord], out: Path, reference: str | None) -> None:
-    """Print and write the table; of runs that differ in more than their router say so, and list them."""
-    from rlroute.experiments.report.listing import records_text
-
-    try:
-        print("\n".join(publish(records, out, reference)))
-    except ComparisonError as error:
-        print(f"{records_text(records)}\nno table: {error}")
+        print(f"{where}, no report: {error if known else missing('the report', error.name or 'it')}")
 
 
 def make_folder(path: Path) -> None:
@@ -148,3 +153,10 @@ def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig
 
 def command_line() -> str:
     return shlex.join(["rlroute", *sys.argv[1:]])
+
+
+def said(part: str = "") -> set[str]:
+    """Return the options on the command line by their fields' names; of a part, as ``train``, those of its fields."""
+    words = (word.partition("=")[0].removeprefix("--") for word in sys.argv[1:] if word.startswith("--"))
+    prefix = f"{part}." if part else ""
+    return {word.removeprefix(prefix).replace("-", "_") for word in words if word.startswith(prefix)}

@@ -12,6 +12,7 @@ import tyro
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import command_line, make_folder, refuse_others
 from rlroute.experiments.cli.include import name_broken
+from rlroute.experiments.cli.output import show
 from rlroute.limits import Between, Count, Positive, Seed
 
 
@@ -53,13 +54,13 @@ def play(
         if len(policies) > 1:
             raise ConfigError(f"CartPole-v1 takes one router, not {', '.join(policies)}")
         entry = policies[0] if policies else cartpole.ENTRY
-        print(cartpole.to_markdown(entry, cartpole.play(entry, range(3))))
+        show(cartpole.to_markdown(entry, cartpole.play(entry, range(3))))
         return
     from rlroute.experiments.play import games
     from rlroute.experiments.play.player import Learning
 
     results = games.play(environment, policies, episodes, seed, Learning(updates, copies, rollout, lr), table=table)
-    print(games.to_markdown(environment, results))
+    show(games.to_markdown(environment, results))
 
 
 def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: int) -> None:
@@ -78,4 +79,5 @@ def compare_clusters(entries: tuple[str, ...], seeds: int, out: Path, workers: i
     where = {"command": command_line(), "environment": environment("cpu", "cpu", 1)}
     write_json(out / "clusters.json", where | {"training": vars(how), "rows": rows})
     write_atomically(out / "clusters.md", text)
-    print(f"{text}\nfigures in {out}/clusters.json, tables in {out}/clusters.md")
+    show(text)
+    print(f"figures in {out}/clusters.json, tables in {out}/clusters.md")

@@ -10,6 +10,7 @@ import tyro
 
 from rlroute.experiments.cli.common import command_line, make_folder
 from rlroute.experiments.cli.include import name_broken
+from rlroute.experiments.cli.output import show
 
 if TYPE_CHECKING:
     from rlroute.experiments.gradients.instrument import Sweep, Unmeasured
@@ -79,7 +80,7 @@ def gradients(
     sweep, left_out = (sweep, []) if entries else instrument.without_refusals(sweep)
     make_folder(out)
     torch.set_num_threads(1)
-    print(_publish_gradients(sweep, left_out, out))
+    show(_publish_gradients(sweep, left_out, out))
     print(f"table in {out}/gradients.md, all figures in {out}/gradients.json, page in {out}/gradients.html")
 
 

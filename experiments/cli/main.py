@@ -10,6 +10,8 @@ import sys
 from contextlib import suppress
 
 from rlroute.errors import RlrouteError
+from rlroute.experiments.cli.output import surviving
+from rlroute.experiments.cli.parsing import parse
 from rlroute.extras import missing, needed_beside
 from rlroute.foreign import printable
 
@@ -20,20 +22,21 @@ def main() -> None:
         for signum in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has had it ignored
                 signal.signal(signum, _stop)
-    try:
-        _run()
-    except RlrouteError as error:
-        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if not needed_beside(package):  # none of the packages that commands may do without
-            raise
-        print("error:", missing("this command", package), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
-        sys.exit(128 + (stop.signum if isinstance(stop, _Stopped) else signal.SIGINT))
+    with surviving():
+        try:
+            _run()
+        except RlrouteError as error:
+            print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
+            sys.exit(2)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if not needed_beside(package):  # none of the packages that commands may do without
+                raise
+            print("error:", missing("this command", package), file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt as stop:
+            print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
+            sys.exit(128 + (stop.signum if isinstance(stop, _Stopped) else signal.SIGINT))
 
 
 class _Stopped(KeyboardInterrupt):
@@ -48,8 +51,11 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def _run() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(_version())
+        return
     try:
-        import tyro
+        import tyro  # noqa: F401  (the commands say with it how they are called)
     except ImportError as error:
         raise missing("the command line", "tyro") from error
     from rlroute.experiments.cli.benches import bench
@@ -61,8 +67,7 @@ def _run() -> None:
     from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table, verify
     from rlroute.experiments.cli.training import compare, sweep, train, tune
 
-    app = tyro.extras.SubcommandApp()
-    for command in (
+    commands = (
         train,
         compare,
         sweep,
@@ -78,11 +83,17 @@ def _run() -> None:
         play,
         bench,
         gradients,
-    ):
-        app.command(with_checked_options(command))
-    app.cli(
-        prog="rlroute",
-        description="Compare the routers of mixture-of-experts transformers inside identical models. "
-        "--include FILE, of every command and as often as needed, brings in a router from a file anywhere.",
-        args=without_includes(sys.argv[1:]),
     )
+    description = (
+        "Compare the routers of mixture-of-experts transformers inside identical models. "
+        "--include FILE, of every command and as often as needed, brings in a router from a file anywhere."
+    )
+    parse(without_includes(sys.argv[1:]), [*map(with_checked_options, commands)], description)()
+
+
+def _version() -> str:
+    from rlroute.provenance import environment
+
+    here = environment("cpu", "cpu", 1)
+    changed = ", with uncommitted changes" if here["dirty"] else ""
+    return f"rlroute {here['rlroute']} (commit {here['commit'] or 'unknown'}{changed})"

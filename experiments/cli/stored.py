@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import make_folder, select
+from rlroute.errors import ConfigError, StoreError
+from rlroute.experiments.cli.common import RUNS, Store, make_folder, select
 from rlroute.experiments.cli.include import name_broken
+from rlroute.experiments.cli.output import show_grid, show_table
+from rlroute.foreign import printable
 from rlroute.limits import Count
 
 
@@ -29,38 +33,60 @@ def routers(markdown: bool = False) -> None:
     print(routers_page() if markdown else routers_text())
 
 
-def runs(path: tyro.conf.Positional[Path] = Path("runs"), run: tyro.conf.Positional[str] = "") -> None:
-    """List the runs of a store (or of a compact file), or inspect one: RUN is its id or the start of it."""
-    from rlroute.experiments.report.listing import run_text, runs_text
+def runs(store: Store = RUNS, run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ID")] = "") -> None:
+    """List the runs of a store (or of a compact file) and what has become of each, or inspect one. Those that cannot be
+    read are listed with the others, and named in the end.
 
-    print(run_text(path, run) if run else runs_text(path))
+    Args:
+        store: a run store or a compact file.
+        run: the run's id as it is listed, the whole of it, or the start.
+    """
+    from rlroute.experiments.report.runs import list_runs, run_text, to_grid
+
+    if run:
+        print(printable(run_text(store, run)))
+        return
+    listed = list_runs(store)
+    show_grid(to_grid(listed))
+    for one in listed:
+        if one.state == "set aside":
+            print(printable(f"{one.id} was set aside: {one.reason}"))
+    damaged = [f"{one.id}: {one.reason}" for one in listed if one.state == "damaged"]
+    if damaged:
+        raise StoreError(f"{len(damaged)} of {len(listed)} runs cannot be read: {'; '.join(damaged)}")
 
 
 def table(
-    path: tyro.conf.Positional[Path] = Path("runs"),
+    store: Store = RUNS,
     reference: str | None = None,
     csv: bool = False,
     timings: bool = True,
     only: tuple[str, ...] = (),
 ) -> None:
-    """Print the table of stored runs, as Markdown or CSV; a pure function of the records.
+    """Print the table of stored runs, as Markdown or CSV; a pure function of the records. Where not all of them are
+    comparable it is that of the largest group, and says what it leaves out.
 
     Args:
-        path: a run store or a compact file.
+        store: a run store or a compact file.
         reference: the entry that differences are taken to.
         csv: CSV instead of Markdown.
         timings: --no-timings leaves out the columns that differ from run to run.
-        only: ids (or their starts) of the runs to take; all if none are given.
+        only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
     """
     from rlroute.experiments.comparison.table import build_table
-    from rlroute.experiments.comparison.text import to_csv, to_markdown
+    from rlroute.experiments.comparison.text import to_csv
 
-    built = build_table(select(path, only), reference)
-    print(to_csv(built, timings=timings) if csv else to_markdown(built, timings=timings))
+    records, left_out = select(store, only)
+    built = build_table(records, reference, left_out)
+    if not csv:
+        show_table(built, timings)
+        return
+    _say_left_out(left_out)
+    print(to_csv(built, timings=timings))
 
 
 def report(
-    path: tyro.conf.Positional[Path] = Path("runs"),
+    store: Store = RUNS,
     out: Path = Path("results/report.html"),
     reference: str | None = None,
     only: tuple[str, ...] = (),
@@ -69,26 +95,26 @@ def report(
     provenance.
 
     Args:
-        path: a run store or a compact file.
+        store: a run store or a compact file.
         out: the page.
         reference: the entry that differences are taken to.
-        only: ids (or their starts) of the runs to take; all if none are given.
+        only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
     """
     from rlroute.experiments.report.page import write_report
 
-    write_report(select(path, only), out, reference=reference)
+    records, left_out = select(store, only)
+    write_report(records, out, reference=reference, left_out=left_out)
+    _say_left_out(left_out)
     print(f"report in {out}")
 
 
-def verify(
-    path: tyro.conf.Positional[Path] = Path("runs"), rerun: int = 0, seed: int = 0, evaluate: bool = False
-) -> None:
+def verify(store: Store = RUNS, rerun: int = 0, seed: int = 0, evaluate: bool = False) -> None:
     """Compute again what stored runs say, from their configurations, the code and the data at hand; say what differs.
 
     Silent where all is as it says; else a line for each finding, and exit code 1.
 
     Args:
-        path: a run store or a compact file.
+        store: a run store or a compact file.
         rerun: so many runs are trained once more as well, and every figure is held against the record bit for bit.
         seed: which runs these are; those that say they diverged come first.
         evaluate: stored weights are evaluated once more as well.
@@ -97,32 +123,34 @@ def verify(
     from rlroute.experiments.verify.store import verify as verified
 
     default = inspect.signature(compare).parameters["seeds"].default
-    findings = verified(path, seeds=default, reruns=rerun, draw=seed, evaluate=evaluate)
+    findings = verified(store, seeds=default, reruns=rerun, draw=seed, evaluate=evaluate)
     for finding in findings:
         print(finding)
     if findings:
         sys.exit(1)
 
 
-def export(out: tyro.conf.Positional[Path], path: Path = Path("runs"), only: tuple[str, ...] = ()) -> None:
-    """Write the ended runs of a store into one compact file for publication.
+def export(out: tyro.conf.Positional[Path], store: Path = RUNS, only: tuple[str, ...] = ()) -> None:
+    """Write the ended runs of a store into one compact file for publication: those that make one table, or those that
+    --only names.
 
     Args:
         out: the compact file, one JSON object a line.
-        path: the run store.
-        only: ids (or their starts) of the runs to take; all if none are given.
+        store: the run store.
+        only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
     """
     from rlroute.records import write_compact
 
-    records = select(path, only)
+    records, left_out = select(store, only)
     write_compact(records, out)
+    _say_left_out(left_out)
     print(f"{len(records)} runs in {out}")
 
 
 def export_tokens(
     run: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path] = Path("results/tokens.npz"),
-    path: Path = Path("runs"),
+    store: Path = RUNS,
     tokens: Count = 16_384,
 ) -> None:
     """Write the last MoE layer of a trained run as a table that TokenBandit-v0 plays: what each expert would cost each
@@ -131,20 +159,25 @@ def export_tokens(
     Args:
         run: the run's id or the start of it.
         out: the table, a .npz file.
-        path: the run store.
+        store: the run store.
         tokens: about how many validation tokens.
     """
     from rlroute.experiments.play.token_table import token_table
     from rlroute.records import storing
 
-    records = select(path, (run,))
+    records, _ = select(store, (run,))
     if len(records) > 1:
         raise ConfigError(f"run {run!r}: {len(records)} start so, the first {records[0].id}")
     make_folder(out.parent)
-    table = token_table(records[0], path, tokens)
+    table = token_table(records[0], store, tokens)
     with storing(out):
         table.save(out)
     print(
         f"{len(table.x_ND)} tokens in {out}; loss uniform {table.uniform:.4f}, fixed {table.fixed:.4f}, oracle "
         f"{table.oracle:.4f}"
     )
+
+
+def _say_left_out(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"left out: {line}", file=sys.stderr)

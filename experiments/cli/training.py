@@ -20,11 +20,12 @@ from rlroute.experiments.cli.common import (
     fitting_entries,
     make_folder,
     publish,
-    publish_if_comparable,
     refuse_others,
+    said,
 )
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
+from rlroute.experiments.cli.output import show
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.limits import Between, Positive, Seed
 
@@ -32,20 +33,31 @@ if TYPE_CHECKING:
     from rlroute.schema import Summary
 
 
+TUNING = Launch(store=Path("tuning"))
+"""Trials have a store of their own: they are no comparison."""
+
+
 def train(
     entry: tyro.conf.Positional[str],
     seed: Seed = 0,
+    tuned: bool = True,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
     """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
+    It is the run that `compare ENTRY` trains with this seed.
 
     With --workers, several processes train it together: as many micro-batches as there are workers, or
     --train.micro-batches, a multiple of it.
+
+    Args:
+        entry: what to train.
+        seed: of initial weights, data order and routing noise.
+        tuned: use the entry's tuned settings; --no-tuned takes --train.lr and the router's defaults.
     """
     from rlroute.experiments.comparison.marks import marks
     from rlroute.experiments.launch.runs import run_all
-    from rlroute.experiments.recipes.entries import build_entry
+    from rlroute.experiments.recipes.presets import build_comparison
     from rlroute.records import RunFolder
 
     if launch.concurrency is not None:
@@ -55,12 +67,12 @@ def train(
     if steps.micro_batches == 1:
         steps = replace(steps, micro_batches=launch.workers)
     name_broken(entry)
-    config = build_entry(entry, shared.data, shared.model, steps)
+    (config,) = build_comparison([entry], shared.data, shared.model, steps, tuned=tuned, said=said("train"))
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
-    (record,) = run_all([Job(config, seed, command_line())], launch)
+    (record,) = run_all([Job(config, seed, command_line(), entry)], launch)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
-    for mark, said in marks([record]).items():
-        print(f"measured: {mark} ({said})")
+    for mark, figures in marks([record]).items():
+        print(f"measured: {mark} ({figures})")
 
 
 def compare(
@@ -104,14 +116,14 @@ def compare(
     name_broken(*entries)
     if not entries or entries == (ALL,):
         entries = fitting_entries(all_entries() if entries else default_entries(), shared.data, shared.model)
-    configs = build_comparison(entries, shared.data, shared.model, shared.train, tuned=tuned)
+    configs = build_comparison(entries, shared.data, shared.model, shared.train, tuned=tuned, said=said("train"))
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     make_folder(out)
-    jobs = [Job(config, seed, command_line()) for seed in range(seeds) for config in configs]
+    named = list(zip(entries, configs, strict=True))
+    jobs = [Job(config, seed, command_line(), entry) for seed in range(seeds) for entry, config in named]
     records = run_all(jobs, launch)
-    text, where = publish(records, out, reference)
-    print(text)
-    print(f"runs in {launch.store}/, {where}")
+    publish(records, out, reference)
+    print(f"runs in {launch.store}/")
 
 
 def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> None:
@@ -148,8 +160,7 @@ def sweep(
 
     read = sweeping.read_spec(spec)
     name_broken(*read.entries)
-    said = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv if word.startswith("--")}
-    jobs, how = read.jobs(command_line()), read.launch(launch, said)
+    jobs, how = read.jobs(command_line()), read.launch(launch, said())
     search = read.search(jobs)
     if search is not None:
         how = sweeping.apart(how, read.name)
@@ -157,9 +168,9 @@ def sweep(
     make_folder(out)
     records, failed = run_jobs(jobs, how, search)
     if search is not None:
-        print(sweeping.ranking(jobs, how.store))
+        show(sweeping.ranking(jobs, how.store))
     elif records:
-        publish_if_comparable(records, out, reference)
+        publish(records, out, reference)
     for run, reason in failed.items():
         print(f"set aside: {run}: {reason}", file=sys.stderr)
     print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")
@@ -170,7 +181,7 @@ def sweep(
 def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
-    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = TUNING,
     train: Annotated[TrainConfig, tyro.conf.arg()] = TrainConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
@@ -192,7 +203,7 @@ def tune(
         print(f"{entry}: {found}")
         for field in edges(GRID[entry], found):
             print(f"{entry}: {field} is at the edge of its grid: a better value may lie beyond", file=sys.stderr)
-    print(f"{len(trials)} trials in {out}")
+    print(f"{len(trials)} trials in {out}, their runs in {launch.store}/")
 
 
 def _score(summary: Summary) -> str:

@@ -47,6 +47,7 @@ CHOICES_IN_MODEL = ("gate_form", "k", "num_experts", "num_shared_experts", "capa
 shared.
 """
 
+SAME_CONFIG = "one comparison trains every router on the same data in the same model"
 SAME_WEIGHTS = "with one seed every router starts from the same weights"
 SAME_BATCHES = "with one seed every router sees the same batches in the same order"
 
@@ -109,8 +110,8 @@ def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
         for name in varying(list(map(_made, runs))):
             values = [(run.id, _made(run).get(name)) for run in runs]
             _require_equal(f"config.made_from.{name}", values, "one entry is one code and one corpus")
-    labels = _labels({name: runs[0] for name, runs in groups.items()})
-    return sorted((Entry(labels[name], tuple(runs)) for name, runs in groups.items()), key=lambda entry: entry.label)
+    said = labels({name: runs[0].config["config"] for name, runs in groups.items()})
+    return sorted((Entry(said[name], tuple(runs)) for name, runs in groups.items()), key=lambda entry: entry.label)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -141,17 +142,29 @@ def router_label(config: Mapping[str, Any]) -> str:
     return "+".join([config["router"]["name"], *others])
 
 
-def _labels(records: Mapping[str, RunRecord]) -> dict[str, str]:
-    configs = {name: record.config["config"] for name, record in records.items()}
-    labels = {}
+def labels(configs: Mapping[str, Mapping[str, Any]], *, whole: bool = False) -> dict[str, str]:
+    """Return what plain configurations are called: their routers, and in brackets the fields in which those of the same
+    routers differ: the routers' own where they tell them apart, unless the ``whole`` is wanted.
+    """
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for config in configs.values():
+        alike.setdefault(router_label(config), []).append(flat_config(config))
+    fields = {label: _telling(flats, whole) for label, flats in alike.items()}
+    said = {}
     for name, config in configs.items():
-        alike = [flat_config(other) for other in configs.values() if router_label(other) == router_label(config)]
-        own, differing = flat_config(config), varying(alike)
-        mine = list(filter(of_router, differing))
-        enough = len({json.dumps([flat.get(field) for field in mine]) for flat in alike}) == len(alike)
-        said = [f"{_short(name)}={own.get(name)}" for name in (mine if enough else differing)]
-        labels[name] = router_label(config) + (f" ({', '.join(said)})" if said else "")
-    return labels
+        label, own = router_label(config), flat_config(config)
+        differing = ", ".join(f"{_short(field)}={own.get(field)}" for field in fields[label])
+        said[name] = f"{label} ({differing})" if differing else label
+    return said
+
+
+def _telling(flats: Sequence[Mapping[str, Any]], whole: bool) -> list[str]:
+    """Return the fields that tell configurations apart."""
+    differing = varying(flats)
+    mine = list(filter(of_router, differing))
+    distinct = {json.dumps(flat, sort_keys=True) for flat in flats}
+    enough = len({json.dumps([flat.get(field) for field in mine]) for flat in flats}) == len(distinct)
+    return mine if enough and not whole else differing
 
 
 def _short(name: str) -> str:
@@ -174,14 +187,10 @@ def check_comparable(entries: Sequence[Entry]) -> None:
         ComparisonError: naming the field, the two runs and the two values.
     """
     runs = [run for entry in entries for run in entry.runs]
-    for path, reason in SAME.items():
-        _require_equal(path, [(run.id, _at(run, path)) for run in runs], reason)
-    flats = [(run.id, flat_config(run.config["config"])) for run in runs]
-    for name in filter(_shared_in_config, sorted(set().union(*(flat for _, flat in flats)))):
-        values = [(run_id, flat.get(name)) for run_id, flat in flats]
-        _require_equal(
-            f"config.{name}", values, "one comparison trains every router on the same data in the same model"
-        )
+    all_share = [(run.id, shared(run)) for run in runs]
+    for name in dict.fromkeys((*SAME, *sorted(set().union(*(values for _, values in all_share))))):
+        values = [(run_id, values.get(name)) for run_id, values in all_share]
+        _require_equal(name, values, SAME.get(name, SAME_CONFIG))
     for name in sorted(name for name in set().union(*map(_made, runs)) if name.startswith("routers.")):
         values = [(run.id, _made(run)[name]) for run in runs if name in _made(run)]
         _require_equal(f"config.made_from.{name}", values, "a router is one code")
@@ -190,6 +199,27 @@ def check_comparable(entries: Sequence[Entry]) -> None:
     _require_equal("seeds", seeds, "differences are taken seed by seed")
     for seed in seeds[0][1]:
         _check_identity([run for run in runs if run.config["seed"] == seed])
+
+
+def shared(run: RunRecord) -> dict[str, Any]:
+    """Return what all runs of a table share, by field; a field that a record lacks, or that is None, is left out."""
+    flat = flat_config(run.config["config"])
+    values = {path: _at(run, path) for path in SAME} | {f"config.{n}": flat[n] for n in flat if _shared_in_config(n)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def agreed(run: RunRecord) -> dict[tuple[Any, ...], Any]:
+    """Return what runs agree on of which both say it: values by field, and by whose it is."""
+    seed, own = run.config["seed"], run.config["config_hash"]
+    said: dict[tuple[Any, ...], Any] = {("id", own, seed): run.id}
+    for name, value in _made(run).items():  # one entry is one code; and so is a router, wherever it stands
+        said[(f"config.made_from.{name}",) if name.startswith("routers.") else (f"config.made_from.{name}", own)] = (
+            value
+        )
+    said["fingerprint.backbone", seed] = run.summary["fingerprint"]["backbone"]
+    for shape in by_shape([run]):
+        said["fingerprint.shared", seed, *shape] = run.summary["fingerprint"]["shared"]
+    return said | {(f"batches.chain at step {step}", seed): chain for step, chain in _chains(run).items()}
 
 
 def _at(record: RunRecord, path: str) -> Any:

@@ -5,12 +5,12 @@ comes from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rlroute.config import DENSE, SCHEMA
 from rlroute.experiments.comparison.entries import Entry, by_shape, flat_config, of_router, varying
 from rlroute.experiments.comparison.marks import marks
-from rlroute.experiments.recipes.tuned import tuning_of
+from rlroute.experiments.recipes.tuned import TUNING_SEEDS
 from rlroute.schema import Environment, RunRecord
 
 SHOWN = 8
@@ -54,15 +54,31 @@ def gates(entries: Sequence[Entry]) -> list[str]:
     return [f"{meaning} ({', '.join(who)})" for meaning, who in labels.items()]
 
 
-def tuning(entries: Sequence[Entry]) -> Iterable[tuple[str, str]]:
-    """Say who is untuned, and who has the tuned settings of an entry of which it is a variant."""
-    found = {entry.label: tuning_of(entry.runs[0].config["config"]) for entry in entries}
-    untuned = [label for label, tuned in found.items() if tuned.entry is None]
-    yield (
-        "Untuned",
-        ", ".join(untuned) + (" (not at settings that the committed grid found for them)" if untuned else ""),
-    )
-    yield "Tuned as another", ", ".join(f"{label} as {t.entry}" for label, t in found.items() if t.entry and not t.own)
+MEANINGS = {
+    "tuned": "the best trial of the committed grid, as many trials for each, on seeds that no table uses",
+    "tuned for": "those of the entry of which it is a variant",
+    "default": "never tuned: the router's defaults, and the default learning rate",
+    "by hand": "neither tuned nor default",
+    "unknown": "no such router is here, so that its defaults are not known",
+}
+"""What the settings of a row mean."""
+
+
+def settings(labels: Mapping[str, str]) -> str:
+    """Say what settings the entries have, by their labels, and how these were found."""
+    said = []
+    for kind, meaning in MEANINGS.items():
+        who = [label for label, found in labels.items() if ("tuned for" if " for " in found else found) == kind]
+        if who:
+            said.append(f"{kind}: {', '.join(who)} ({meaning})")
+    return "; ".join(said)
+
+
+def tuning_trials(runs: Sequence[RunRecord]) -> str:
+    """Say so where all runs are on the seeds that tuning has for itself."""
+    if {run.config["seed"] for run in runs} <= set(TUNING_SEEDS):
+        return f"trials of rlroute tune, on seeds that no comparison uses ({', '.join(map(str, TUNING_SEEDS))})"
+    return ""
 
 
 def budget(runs: Sequence[RunRecord]) -> str:

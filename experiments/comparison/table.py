@@ -20,9 +20,10 @@ from rlroute.experiments.comparison.notes import (
     identity,
     measured,
     provenance,
-    tuning,
+    settings,
+    tuning_trials,
 )
-from rlroute.experiments.recipes.tuned import tuning_of
+from rlroute.experiments.recipes.tuned import settings_of, tuning_of
 from rlroute.experiments.statistics import (
     Interval,
     differences,
@@ -70,7 +71,10 @@ class TableRow:
     total_parameters: int
     flops_per_token: int
     training_only_flops_per_token: int
+    settings: str
+    """Tuned, tuned for another entry, default, or by hand."""
     tuned: bool
+    """Whether the committed grid found them."""
     marks: str
     """What was measured of it that its figures do not tell."""
     config_hash: str
@@ -87,13 +91,14 @@ class Table:
     notes: tuple[tuple[str, str], ...]
 
 
-def build_table(records: Sequence[RunRecord], reference: str | None = None) -> Table:
+def build_table(records: Sequence[RunRecord], reference: str | None = None, left_out: Sequence[str] = ()) -> Table:
     """Return the table of ``records``, whatever their order.
 
     Args:
         records: finished and diverged runs.
         reference: label of the entry to take differences to; by default ``switch``, or the first by name where it is
             missing.
+        left_out: what other runs there are, and why they are not here; said under the table.
 
     Raises:
         ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such
@@ -104,7 +109,7 @@ def build_table(records: Sequence[RunRecord], reference: str | None = None) -> T
     base = _reference(entries, reference)
     adjusted = holm(_p_values(entries, base))
     rows = sorted((_row(entry, base, adjusted) for entry in entries), key=_rank)
-    return Table(base.label, tuple(rows), tuple(_notes(entries, base, rows, adjusted)))
+    return Table(base.label, tuple(rows), tuple(_notes(entries, base, rows, adjusted, left_out)))
 
 
 def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
@@ -157,6 +162,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
         total_parameters=first.summary["model"]["total_parameters"],
         flops_per_token=first.summary["model"]["flops_per_token"],
         training_only_flops_per_token=first.summary["model"]["training_only_flops_per_token"],
+        settings=settings_of(first.config["config"]),
         tuned=tuning_of(first.config["config"]).entry is not None,
         marks=", ".join(marks(entry.runs)),
         config_hash=first.config["config_hash"],
@@ -196,9 +202,15 @@ def _rank(row: TableRow) -> tuple[float, str]:
 
 
 def _notes(
-    entries: Sequence[Entry], base: Entry, rows: Sequence[TableRow], adjusted: Mapping[str, float]
+    entries: Sequence[Entry],
+    base: Entry,
+    rows: Sequence[TableRow],
+    adjusted: Mapping[str, float],
+    left_out: Sequence[str],
 ) -> Iterable[tuple[str, str]]:
     runs = [run for entry in entries for run in entry.runs]
+    yield "Left out", "; ".join(left_out)
+    yield "No comparison", tuning_trials(runs)
     yield "Diverged", "; ".join(diverged(entry) for entry in entries if len(entry.finished) < len(entry.runs))
     yield (
         "Sampled",
@@ -211,7 +223,7 @@ def _notes(
     )
     yield "Measured", "; ".join(measured(entries))
     yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
-    yield from tuning(entries)
+    yield "Settings", settings({row.label: row.settings for row in rows})
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
     yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
     yield "Deliberate differences", "; ".join(deliberate(entries))

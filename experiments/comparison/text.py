@@ -11,9 +11,24 @@ from dataclasses import fields
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.statistics import CONFIDENCE
+from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, short, si
 
 FORMULA = ("=", "+", "-", "@", "|")
+SPARE = (
+    "training-only FLOPs/token",
+    "FLOPs/token",
+    "parameters active / total",
+    "gate",
+    "resolvable",
+    "tokens/s",
+    "pairs/token",
+    "dead experts",
+    "n",
+    "MaxVio",
+    "settings",
+)
+"""What a terminal that is too narrow does without, in this order."""
 TIMINGS = ("tokens_per_second",)
 """The columns that differ when the same command runs again."""
 
@@ -22,6 +37,7 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
     """Return the title of each column and how a row fills it; pairs per token where some entry does not run k."""
     shown: dict[str, Callable[[TableRow], str]] = {
         "router": lambda row: _name(row, table),
+        "settings": lambda row: row.settings,
         "gate": lambda row: row.gate_form,
         "validation bits/byte": lambda row: of_interval(row.bits_per_byte) if row.n else "diverged",
         f"difference to {table.reference}": lambda row: _difference(row, table),
@@ -52,6 +68,13 @@ def legend(table: Table) -> str:
         "over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest true difference that a paired t-test "
         "at 5% finds with power 80% given n and the spread seen, itself uncertain at small n."
     )
+
+
+def to_grid(table: Table, timings: bool = True) -> Grid:
+    """Return the rows as a terminal shows them."""
+    shown = columns(table, timings)
+    lines = [[cell(row) for cell in shown.values()] for row in table.rows]
+    return Grid(list(shown), lines, left=("settings", "gate"), spare=[*SPARE, f"difference to {table.reference}"])
 
 
 def to_markdown(table: Table, timings: bool = True) -> str:

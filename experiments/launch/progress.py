@@ -1,22 +1,26 @@
-"""A live table of how far runs are, read from the run store alone, so that it serves every launcher."""
+"""A live table of how far runs are, a line for each entry, read from the run store alone: it serves every launcher."""
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import json
+import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlroute.experiments.launch.jobs import Job
-from rlroute.records import ENDED, State, last_row, state
+from rlroute.experiments.terminal import Grid
+from rlroute.experiments.text import NOTHING, si
+from rlroute.records import ENDED, State, state
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console, Group
 
 REFRESH_SECONDS = 1.0
 LOG_SECONDS = 30.0
@@ -24,15 +28,83 @@ LOG_SECONDS = 30.0
 OVER: frozenset[State] = ENDED | {"stopped early"}
 INTEREST: tuple[State, ...] = ("running", "set aside", "empty", "interrupted", "stopped early", *sorted(ENDED))
 """What is shown first: what runs, what has failed, what waits for its turn, what is over."""
+HEAD = ("entry", "done", "running", "set aside", "bits/byte", "tokens/s", "MaxVio", "left")
+SHORT = {"running": "run", "set aside": "lost", "bits/byte": "b/byte", "tokens/s": "tok/s"}
+SPARE = ("set aside", "running", "done")
+LEGEND = (
+    "done, running, set aside: runs; bits/byte and MaxVio: last evaluations, mean over seeds, MaxVio at its worst "
+    "site; tokens/s: of a run; left: at this pace"
+)
+
+
+class Follower:
+    """What a run's records say so far; each look reads only what has come since the last."""
+
+    def __init__(self, job: Job, store: Path) -> None:
+        self.job, self.folder = job, store / job.id
+        self.train: dict[str, Any] = {}
+        self.evaluation: dict[str, Any] = {}
+        self.state: State = "empty"
+        self.pace = 0.0  # share of the run a second, since it was first seen to run; kept when it is over
+        self._read = self._file = 0  # bytes, and which file
+        self._first: tuple[float, float] | None = None  # when it was first seen to run, and how far it was
+
+    def look(self, now: float) -> None:
+        """Read what is new; ``now`` is a time in seconds."""
+        self.state = state(self.folder)
+        for row in self._rows():
+            self.train, self.evaluation = (row, self.evaluation) if row["kind"] == "train" else (self.train, row)
+        if self.state == "running" and self._first is None:
+            self._first = now, self.share
+        elif self.state == "running" and self._first is not None and now > self._first[0]:
+            self.pace = max(0.0, self.share - self._first[1]) / (now - self._first[0])
+
+    def _rows(self) -> Iterable[dict[str, Any]]:
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                if number != self._file:  # it was taken up again from a checkpoint, and the rows after that are gone
+                    self._read, self._file = 0, number
+                file.seek(self._read)
+                whole, _, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return
+        self._read += len(whole) + bool(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):  # whoever trains the run will say so
+                yield json.loads(line)
+
+    @property
+    def share(self) -> float:
+        """The share of the run's budget that is spent, as far as its records say."""
+        if self.state in OVER:
+            return 1.0
+        last = max(self.train, self.evaluation, key=lambda row: row.get("step", 0))
+        config = self.job.config.train
+        spent = last.get("step", 0) / config.steps
+        if config.budget == "time" and config.budget_amount:
+            spent = max(spent, last.get("seconds", 0.0) / config.budget_amount)
+        return min(0.99, float(spent))
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second of training time."""
+        return self.train["tokens"] / self.train["seconds"] if self.train.get("seconds") else None
+
+    @property
+    def max_vio(self) -> float | None:
+        """MaxVio of the last evaluation, at its worst site."""
+        return max((vio for vio in self.evaluation.get("max_vio_L", ()) if vio is not None), default=None)
 
 
 class Monitor:
     """Shows the progress of ``jobs`` while its ``with`` block runs."""
 
-    def __init__(self, jobs: Sequence[Job], store: Path) -> None:
-        self.jobs, self.store = jobs, store
-        self.start = time.monotonic()
-        self.first = self._done()
+    def __init__(self, jobs: Sequence[Job], store: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.start = clock, clock()
+        self.entries: dict[str, list[Follower]] = {}
+        for job in jobs:
+            self.entries.setdefault(job.id.rpartition("-s")[0], []).append(Follower(job, store))
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._show, daemon=True)
 
@@ -50,61 +122,90 @@ class Monitor:
         from rich.live import Live
 
         console = Console(stderr=True)
-        if not console.is_terminal:
-            while not self.stop.wait(LOG_SECONDS):
-                print(self._headline(), file=sys.stderr, flush=True)
+        try:
+            if not console.is_terminal:
+                while not self.stop.wait(LOG_SECONDS):
+                    print(self.line(), file=sys.stderr, flush=True)
+                return
+            with Live(console=console, transient=True, auto_refresh=False) as live:
+                while not self.stop.wait(REFRESH_SECONDS):
+                    live.update(self.draw(console), refresh=True)
+        except OSError:  # whoever looked on is gone, and the runs are not held up by that
             return
-        with Live(console=console, transient=True, auto_refresh=False) as live:
-            while not self.stop.wait(REFRESH_SECONDS):
-                live.update(self._table(), refresh=True)
 
-    def _share(self, job: Job) -> float:
-        """Return the share of a job's steps that are done, as far as its records say."""
-        if self._state(job) in OVER:
-            return 1.0
-        row = last_row(self.store / job.id)
-        return min(0.99, row["step"] / job.config.train.steps) if row else 0.0
+    @property
+    def runs(self) -> list[Follower]:
+        """All runs."""
+        return [run for runs in self.entries.values() for run in runs]
 
-    def _done(self) -> float:
-        return sum(map(self._share, self.jobs))
+    def look(self) -> None:
+        """Read what has come since the last look."""
+        now = self.clock()
+        for run in self.runs:
+            run.look(now)
 
-    def _state(self, job: Job) -> State:
-        return state(self.store / job.id)
-
-    def _headline(self) -> str:
-        done, elapsed = self._done(), time.monotonic() - self.start
-        counts = Counter(map(self._state, self.jobs))
-        speed = (done - self.first) / elapsed if elapsed else 0.0
-        to_do = len(self.jobs) - done - counts["set aside"]
-        left = f"about {to_do / speed / 60:.0f} min left" if speed else "starting"
+    def line(self) -> str:
+        """Return in one line how far all are, and what the running entries have come to."""
+        self.look()
+        counts = Counter(run.state for run in self.runs)
         shown: tuple[State, ...] = ("running", "stopped early", "set aside")
-        states = ", ".join(f"{counts[one]} {one}" for one in shown if counts[one])
-        ended = f"{sum(counts[one] for one in ENDED)} of {len(self.jobs)} runs ended"
-        return f"{', '.join(filter(None, (ended, states)))}; {elapsed / 60:.1f} min so far, {left}"
+        states = [f"{counts[one]} {one}" for one in shown if counts[one]]
+        ended = f"{sum(counts[one] for one in ENDED)} of {len(self.runs)} runs ended"
+        elapsed = (self.clock() - self.start) / 60
+        head = f"{', '.join([ended, *states])}; {elapsed:.1f} min so far, left {self._left(self.runs)}"
+        running = [runs for runs in self.entries.values() if any(run.state == "running" for run in runs)]
+        return "; ".join([head, *(_said(self._row(runs)) for runs in running)])
 
-    def _table(self) -> Table:
-        from rich.table import Table
+    def grid(self, rows: int) -> Grid:
+        """Return the entries as a table of at most so many rows, the last of which is all runs together."""
+        ordered = sorted(self.entries.values(), key=lambda runs: min(INTEREST.index(run.state) for run in runs))
+        fitting = ordered if len(ordered) < rows else ordered[: rows - 2]
+        lines = [self._row(runs) for runs in fitting]
+        if more := len(ordered) - len(fitting):
+            lines.append([f"{more} entries more", *[""] * (len(HEAD) - 1)])
+        total = self._row(self.runs)
+        lines.append(["all", *total[1:4], "", "", "", total[-1]])
+        return Grid(HEAD, lines, spare=SPARE, short=SHORT)
 
-        table = Table(title=self._headline(), title_justify="left", box=None, pad_edge=False)
-        for column in ("run", "seeds done", "progress", "last loss"):
-            table.add_column(column)
-        by_config: dict[str, list[Job]] = {}
-        for job in self.jobs:
-            by_config.setdefault(job.id.rpartition("-s")[0], []).append(job)
-        for jobs in sorted(by_config.values(), key=self._interest)[: _rows_that_fit()]:
-            shares = [self._share(job) for job in jobs]
-            rows = [row for job in jobs if (row := last_row(self.store / job.id))]
-            loss = f"{rows[-1]['loss']:.3f}" if rows else ""
-            bar = "".join("█" if share == 1.0 else "▓▒░"[2 - int(share * 3)] if share else "·" for share in shares)
-            bar = "".join("✗" if self._state(job) == "set aside" else mark for job, mark in zip(jobs, bar, strict=True))
-            name = jobs[0].label or jobs[0].config.router_name
-            table.add_row(name, f"{shares.count(1.0)}/{len(jobs)}", f"{bar} {sum(shares) / len(jobs):4.0%}", loss)
-        return table
+    def draw(self, console: Console) -> Group:
+        """Return what a terminal shows: a line each, none of which wraps."""
+        from rich.console import Group
+        from rich.text import Text
 
-    def _interest(self, jobs: list[Job]) -> int:
-        """Rank what is watched first where not all fits."""
-        return min(INTEREST.index(self._state(job)) for job in jobs)
+        self.look()
+        table = self.grid(max(6, console.height - 4)).draw(console.width)
+        legend = [Text(LEGEND, style="dim")] if len(LEGEND) <= console.width else []
+        return Group(table, *legend)
+
+    def _row(self, runs: Sequence[Follower]) -> list[str]:
+        counts = Counter(run.state for run in runs)
+        done = sum(counts[one] for one in OVER)
+        numbers = [f"{done}/{len(runs)}", str(counts["running"] or ""), str(counts["set aside"] or "")]
+        bits = _mean([run.evaluation["bits_per_byte"] for run in runs if run.evaluation], "{:.4f}".format)
+        speed, vio = _mean([run.speed for run in runs], si), _mean([run.max_vio for run in runs], "{:.2f}".format)
+        return [runs[0].job.label or runs[0].job.config.router_name, *numbers, bits, speed, vio, self._left(runs)]
+
+    def _left(self, runs: Sequence[Follower]) -> str:
+        """Return the time until these runs have ended, if as many go on at a time as now."""
+        to_do = sum(1 - run.share for run in runs if run.state != "set aside")
+        paces = [run.pace for run in runs if run.pace]
+        running = sum(run.state == "running" for run in runs)
+        if not to_do:
+            return ""
+        return _duration(to_do * len(paces) / (sum(paces) * running)) if paces and running else NOTHING
 
 
-def _rows_that_fit() -> int:
-    return max(5, shutil.get_terminal_size().lines - 4)
+def _mean(values: Sequence[float | None], form: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    return form(sum(known) / len(known)) if known else NOTHING
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _said(row: Sequence[str]) -> str:
+    values = dict(zip(HEAD, row, strict=True))
+    return f"{row[0]} {row[1]}: {row[4]} bits/byte, {row[5]} tokens/s, MaxVio {row[6]}, left {values['left']}"

@@ -19,13 +19,15 @@ from rlroute import seeding
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
-from rlroute.experiments.recipes.entries import build_entry, none_where_legal
+from rlroute.experiments.recipes.entries import none_where_legal
+from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.text import markdown
 from rlroute.foreign import DEPTH, Unfit, plain, read_bytes, why
-from rlroute.records import read_rows, storing
+from rlroute.reading import read_rows
+from rlroute.records import storing
 from rlroute.registry import router_class, run_config
 
-SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha")
+SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha", "tuned")
 SEARCH = "SEARCH"
 """The file that marks a store of trials, some of which were stopped early."""
 RESOURCES = ("cpus", "gpus", "workers", "expert_parallel", "exchange_chunks")
@@ -47,6 +49,7 @@ class Spec:
         seeds: of every run.
         base: what all runs share, by dotted path.
         choices: what varies: one run per choice, entry and seed.
+        tuned: whether entries have their tuned settings where the file says nothing.
         resources: fields of :class:`Launch`: what a run gets.
         grace, reduction: of successive halving; None where every run goes to its end.
     """
@@ -56,6 +59,7 @@ class Spec:
     seeds: tuple[int, ...]
     base: Choice
     choices: tuple[Choice, ...]
+    tuned: bool = True
     resources: dict[str, Any] = field(default_factory=dict)
     grace: int | None = None
     reduction: float = 3.0
@@ -79,7 +83,7 @@ class Spec:
         return list(jobs.values())
 
     def _config(self, entry: str) -> RunConfig:
-        config = build_entry(entry, DataConfig(), ModelConfig(), TrainConfig())
+        (config,) = build_comparison([entry], DataConfig(), ModelConfig(), TrainConfig(), tuned=self.tuned)
         return _with(config, {path: value for path, value in self.base.items() if _applies(path, config)})
 
     def _check_router_fields(self, configs: Sequence[RunConfig]) -> None:
@@ -126,6 +130,7 @@ def read_spec(path: Path) -> Spec:
         seeds=_seeds(text.get("seeds", 1)),
         base=base,
         choices=tuple(a | b for a in grid for b in draws),
+        tuned=_flag(text.get("tuned", True), "tuned"),
         resources=sections["resources"],
         grace=_whole(sections["asha"].get("grace"), "[asha] grace") if "asha" in text else None,
         reduction=_number(sections["asha"].get("reduction", 3), "[asha] reduction", above=1),
@@ -267,12 +272,12 @@ def _range(path: str, limits: Any) -> dict[str, Any]:
             raise ConfigError(f"{where}: choice = {limits['choice']!r}: want a list of values")
         return limits
     _only(limits, ("low", "high", "log"), where)
-    if not isinstance(limits.get("log", False), bool):
-        raise ConfigError(f"{where}: log = {limits['log']!r}: want true or false")
+    _flag(limits.get("log", False), f"{where}: log")
     low, high = (_number(limits[name], f"{where} {name}") for name in ("low", "high"))
     if not low < high or (limits.get("log") and low <= 0):
         raise ConfigError(f"{where} = {low:g} to {high:g}: want low below high, and above 0 where log = true")
-    if not math.isfinite(high - low) or not -INT64 <= min(limits["low"], limits["high"] - 1) < INT64 - 1:
+    whole = isinstance(limits["low"], int) and isinstance(limits["high"], int)
+    if not math.isfinite(high - low) or (whole and not -INT64 <= limits["low"] < limits["high"] < INT64):
         raise ConfigError(f"{where} = {low:g} to {high:g}: want a range that 64 bits hold")
     return limits
 
@@ -306,6 +311,12 @@ def _seeds(value: Any) -> tuple[int, ...]:
 def _whole(value: Any, where: str, least: int = 1) -> int:
     if type(value) is not int or value < least:
         raise ConfigError(f"{where} = {value!r}: want a whole number from {least}")
+    return value
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where} = {value!r}: want true or false")
     return value
 
 

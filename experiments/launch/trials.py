@@ -10,6 +10,7 @@ import ctypes
 import gc
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,10 +103,12 @@ def _trial(
         def say(line: str) -> None:
             report({"lines": [line]})
 
-        with suppress(_Stopped):  # each worker of a group has a watchdog of its own
+        try:  # each worker of a group has a watchdog of its own
             reason = train_job(job, how, say, watched) if how.workers == 1 else train_job(job, how, say)
             _give_memory_back()
             report({"reason": reason, "lines": take_warnings()})
+        except _Stopped:
+            sys.exit(0)  # a trial that returns reports once more, to nobody, and waits
 
     return trial
 
@@ -157,7 +160,7 @@ def _give_memory_back() -> None:
 
 def _score(folder: Path) -> dict[str, float]:
     """Return what a search goes by: the last evaluation's bits per byte, and its step."""
-    from rlroute.records import read_rows
+    from rlroute.reading import read_rows
 
     file = folder / "metrics.jsonl"
     rows = read_rows(file, torn_ok=True) if file.exists() else []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.recipes.entries import build_entry, parse_entry
+from rlroute.experiments.recipes.entries import build_entry, parse_entry, split_sites
 from rlroute.experiments.recipes.tuned import GRID, tuned_settings
 from rlroute.registry import default_names, refusals
 from rlroute.routing import RouterShape
@@ -39,18 +39,33 @@ def fitting(entries: Sequence[str], shapes: Sequence[RouterShape], say: Callable
 
 
 def build_comparison(
-    entries: Iterable[str], data: DataConfig, model: ModelConfig, train: TrainConfig, *, tuned: bool
+    entries: Iterable[str],
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    tuned: bool,
+    said: Collection[str] = (),
 ) -> list[RunConfig]:
     """Return the configurations of all entries, each with its tuned settings where ``tuned`` asks for them.
 
+    Args:
+        entries: what to train.
+        data, model, train: the parts that all entries share.
+        tuned: whether an entry's tuned settings come on top of these.
+        said: fields of ``train`` that were set on purpose, beyond those that differ from their defaults.
+
     Raises:
-        ConfigError: an illegal entry; or ``tuned`` together with a learning rate of one's own, which it would
-            overwrite.
+        ConfigError: an illegal entry; or a field of ``train`` that was set, and that ``tuned`` would overwrite.
     """
-    if tuned and train.lr != TrainConfig().lr:
-        raise ConfigError(
-            f"train.lr = {train.lr}: the tuned recipe sets it for each entry; --no-tuned takes yours for all"
-        )
     if not tuned:
         return [build_entry(entry, data, model, train) for entry in entries]
+    entries = list(entries)
+    for entry in entries:
+        for name in tuned_settings(split_sites(entry)[0]).get("train", {}):
+            if name in said or getattr(train, name) != getattr(TrainConfig(), name):
+                raise ConfigError(
+                    f"train.{name} = {getattr(train, name)}: the tuned recipe sets it for {entry}; "
+                    "--no-tuned takes yours for all"
+                )
     return [build_entry(entry, data, model, train, tuned_settings) for entry in entries]

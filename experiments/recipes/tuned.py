@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlroute.config import DENSE
+from rlroute.config import DENSE, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, parse_entry, router_of
 from rlroute.experiments.recipes.grid import Axis, Grid, best, key
+from rlroute.registry import router_class
 
 TUNING_SEEDS = (1000, 1001, 1002)
+TUNABLE = ("lr", "router_lr_scale")
+"""The fields of ``train`` that may be tuned for an entry."""
 TUNING = Path(__file__).with_name("tuning.json")
 
 _RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2))
@@ -118,6 +121,32 @@ def tuning_of(config: Mapping[str, Any]) -> Tuning:
         return Tuning(None, False)
     tuned = _plain(nearest) | TUNED[nearest].get("router", {})
     return Tuning(nearest, tuned | config["router"] == tuned and not config.get("others"))
+
+
+def settings_of(config: Mapping[str, Any]) -> str:
+    """Return at what settings a run's plain configuration stands: ``tuned``, ``tuned for ENTRY``, of which it is a
+    variant, ``default``, ``by hand``, which is anything else, or ``unknown``, where a router is not here.
+    """
+    tuning = tuning_of(config)
+    if tuning.entry is not None:
+        return "tuned" if tuning.own else f"tuned for {tuning.entry}"
+    try:
+        defaults = [(router, _defaults(router["name"])) for router in (config["router"], *config.get("others", ()))]
+    except ConfigError:
+        return "unknown"
+    defaults.append((config["train"], {name: getattr(TrainConfig(), name) for name in TUNABLE}))
+    alike = all(own[name] == plain[name] for own, plain in defaults for name in own.keys() & plain.keys())
+    return "default" if alike else "by hand"
+
+
+def _defaults(router: str) -> dict[str, Any]:
+    """Return the defaults of a router's fields, of those that have one.
+
+    Raises:
+        ConfigError: the router is not here.
+    """
+    known = () if router == DENSE else fields(router_class(router).Config)
+    return {field.name: field.default for field in known if field.default is not MISSING}
 
 
 def _plain(entry: str) -> dict[str, Any]:

@@ -1,27 +1,20 @@
-"""What ``rlroute routers`` and ``rlroute runs`` print."""
+"""What ``rlroute routers`` prints."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import ast
+import inspect
 from dataclasses import MISSING, Field, fields, replace
-from glob import escape
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlroute.config import ModelConfig, needed_fields
-from rlroute.errors import StoreError
-from rlroute.experiments.report.figures import worst
-from rlroute.experiments.text import NOTHING
 from rlroute.faults import explain
 from rlroute.foreign import printable
 from rlroute.model.transformer import ModelShape, router_shapes
-from rlroute.records import ENDED, TRACEBACK, failure, last_row, read_runs, state
 from rlroute.registry import broken, router_class, router_file, router_names
 from rlroute.routing import Router, RouterShape
-from rlroute.schema import EvalRow, RunRecord
 
 
 def routers_text() -> str:
@@ -34,8 +27,7 @@ def routers_text() -> str:
 
 def _router_text(name: str) -> str:
     router = router_class(name)
-    module = __import__(router.__module__, fromlist=["__doc__"])
-    described = [line for line in (module.__doc__ or "").splitlines() if line.strip()][:2]
+    described = [line for line in _docstring(router).splitlines() if line.strip()][:2]
     needed = needed_fields(router.Config)
     try:
         shown = router if needed else default_instance(router)
@@ -57,6 +49,15 @@ def _router_text(name: str) -> str:
         f"fields: {options or 'none'}",
     ]
     return "\n    ".join(lines)
+
+
+def _docstring(router: type[Router]) -> str:
+    """Return the docstring of a router's module: from its source, since ``python -OO`` drops it; "" without one."""
+    module = inspect.getmodule(router)
+    try:
+        return ast.get_docstring(ast.parse(inspect.getsource(module))) or "" if module else ""
+    except (OSError, SyntaxError):
+        return getattr(module, "__doc__", None) or ""
 
 
 def default_instance(router: type[Router]) -> Router | type[Router]:
@@ -86,57 +87,3 @@ def default_text(field: Field[Any]) -> str:
     if field.default_factory is not MISSING:
         return repr(field.default_factory())
     return "?" if field.default is MISSING else repr(field.default)
-
-
-def runs_text(path: Path) -> str:
-    """List the runs of a store and what has become of each, one a line: first those that have ended."""
-    lines = [records_text(read_runs(path))]
-    for folder in sorted(path.iterdir()) if path.is_dir() else ():
-        now = state(folder)
-        if now != "empty" and now not in ENDED:
-            row, reason = last_row(folder), failure(folder)
-            why = f"  {reason}" if now == "set aside" else ""
-            lines.append(f"{printable(folder.name):48} {now:13} {row['step'] if row else 0:7} {'-':>9}{why}")
-    return "\n".join(lines)
-
-
-def records_text(records: Sequence[RunRecord]) -> str:
-    """List ended runs, one a line."""
-    lines = [f"{'run':48} {'status':13} {'steps':>7} {'bits/byte':>9}"]
-    for record in records:
-        final = record.summary["final"]
-        score = f"{final['bits_per_byte']:9.4f}" if final else f"{'-':>9}"
-        lines.append(f"{record.id:48} {record.summary['status']:13} {record.summary['steps']:7} {score}")
-    return "\n".join(lines)
-
-
-def run_text(path: Path, start: str) -> str:
-    """Show one run: its summary and the table of its evaluations; of one that failed the reason, and its traceback's
-    place.
-
-    Raises:
-        StoreError: no run, or more than one, starts so.
-    """
-    failed = [f for f in path.glob(f"{escape(start)}*") if state(f) == "set aside"] if path.is_dir() else []
-    if len(failed) == 1:
-        where = f"\ntraceback in {failed[0] / TRACEBACK}" if (failed[0] / TRACEBACK).exists() else ""
-        return f"{failed[0].name}\nset aside: {failure(failed[0])}{where}"
-    found = [record for record in read_runs(path) if record.id.startswith(start)]
-    if len(found) != 1:
-        ids = ", ".join(record.id for record in found or read_runs(path)) or "none"
-        raise StoreError(f"{len(found)} ended runs start with {start!r}: there are {ids}")
-    return _record_text(found[0])
-
-
-def _record_text(record: RunRecord) -> str:
-    evals = "\n".join(
-        f"{row['step']:7} {row['bits_per_byte']:9.4f} {_vio(row):>8} {sum(row['dead_L']):5}" for row in record.evals
-    )
-    header = f"{'step':>7} {'bits/byte':>9} {'MaxVio':>8} {'dead':>5}"
-    parts = {"config": record.config, "environment": record.environment, "summary": record.summary}
-    return f"{record.id}\n{header}\n{evals}\n{json.dumps(parts, indent=1)}"
-
-
-def _vio(row: EvalRow) -> str:
-    vio = worst(row)
-    return NOTHING if vio is None else f"{vio:.3f}"

@@ -34,7 +34,9 @@ SECONDARY = ("gate", "parameters active / total", "FLOPs/token", "training-only 
 """The columns that narrow pages hide until the reader asks for them."""
 
 
-def write_report(records: Sequence[RunRecord], path: Path, *, reference: str | None = None) -> None:
+def write_report(
+    records: Sequence[RunRecord], path: Path, *, reference: str | None = None, left_out: Sequence[str] = ()
+) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
     Args:
@@ -42,13 +44,14 @@ def write_report(records: Sequence[RunRecord], path: Path, *, reference: str | N
         path: the HTML file.
         reference: label of the entry that differences are taken to, as in
             :func:`~rlroute.experiments.comparison.table.build_table`.
+        left_out: what other runs there are, and why they are not here.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
         MissingDependencyError: Plotly is not installed.
         StoreError: the file cannot be written.
     """
-    table = build_table(records, reference)
+    table = build_table(records, reference, left_out)
     write_atomically(path, render(table, make_entries(records)))
 
 

@@ -44,10 +44,11 @@ def check_seal(run: RunRecord, others: Sequence[RunRecord], ledger: Ledger) -> N
     for name in ("train", "loads"):
         if len(parts[name]) != steps // every:  # thinned in a compact file
             del parts[name]
-    for name in seal.broken(parts, run.seal):
+    sealed: dict[str, Any] = {**run.seal}
+    for name in seal.broken(parts, sealed):
         file = f"{name}.json" if isinstance(parts[name], Mapping) else _file(name)
-        culprit = _culprit(parts[name], [getattr(other, name) for other in others], run.seal.get(name, ""))
-        field, recorded, then = culprit or ("SHA-256", seal.of_part(parts[name]), run.seal.get(name))
+        culprit = _culprit(parts[name], [getattr(other, name) for other in others], sealed[name])
+        field, recorded, then = culprit or ("SHA-256", seal.of_part(parts[name]), sealed[name])
         ledger.add(file, field, recorded, then, "edited after the run ended")
 
 

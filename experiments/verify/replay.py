@@ -16,7 +16,7 @@ from rlroute.experiments.verify.findings import Ledger, differing
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.model import Transformer
 from rlroute.provenance import environment
-from rlroute.records import read_run
+from rlroute.reading import read_run
 from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 from rlroute.training.checkpoint import load_weights

@@ -19,7 +19,7 @@ from rlroute.experiments.recipes.entries import parse_entry, split_sites
 from rlroute.experiments.verify import made, record, replay
 from rlroute.experiments.verify.findings import Finding, Ledger
 from rlroute.experiments.verify.hand import AtHand
-from rlroute.records import read_run, read_runs
+from rlroute.reading import read_run, read_runs
 from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 

@@ -139,7 +139,7 @@ def _loss(ranks: list[Any]) -> str:
     return lost[0]
 
 
-def _follows_a_loss(error: Exception) -> bool:
+def _follows_a_loss(error: BaseException) -> bool:
     """Whether an error tells of another worker: its connection closed or it did not answer."""
     return isinstance(error, WorkerError | dist.DistError) or (
         type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "Connection", "Timed out", "NCCL"))

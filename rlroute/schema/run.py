@@ -4,7 +4,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
 
-from rlroute.schema.values import ConfigHash, Digest, Name, Noted, Whole
+from rlroute.schema.values import ConfigHash, Digest, Moment, Name, Noted, Whole
 
 
 class NamedRouter(TypedDict):
@@ -138,5 +138,7 @@ class Environment(TypedDict):
     """Processes that trained the run together."""
     expert_parallel: NotRequired[Whole | Noted]
     """Shards into which they cut the experts."""
+    begun: NotRequired[Moment]
+    """When the run was begun; it changes nothing."""
     notes: NotRequired[list[str]]
     """What happened to the run, such as a damaged checkpoint that was passed over."""

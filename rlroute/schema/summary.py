@@ -6,7 +6,7 @@ from typing_extensions import TypedDict  # pydantic does not take typing's own b
 
 from rlroute.schema.measured import Measured
 from rlroute.schema.rows import EvalRow
-from rlroute.schema.values import Amount, ConfigHash, Digest, Name, Signed, Whole
+from rlroute.schema.values import Amount, ConfigHash, Digest, Moment, Name, Signed, Whole
 
 
 class Failure(TypedDict):
@@ -154,6 +154,10 @@ class Summary(TypedDict):
     """Seconds spent in training steps (``train``) and in evaluations (``eval``)."""
     tokens_per_second: Amount | None
     """Training tokens over the seconds of training."""
+    ended: NotRequired[Moment]
+    """When."""
+    peak_memory: NotRequired[Whole | None]
+    """The most bytes that tensors took on the GPU of the first process since it took the run up; None on a CPU."""
 
 
 class Seal(TypedDict):

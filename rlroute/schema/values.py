@@ -21,3 +21,5 @@ Digest = Annotated[str, Matches("[0-9a-f]{64}")]
 ConfigHash = Annotated[str, Matches("[0-9a-f]{12}")]
 Noted = Annotated[str, Matches("(?s:.*), then (?s:.*)")]
 """What has changed between the processes that trained a run one after the other: "before, then now"."""
+Moment = Annotated[str, Matches(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", longest=25)]
+"""A time in UTC, to the second (ISO 8601)."""

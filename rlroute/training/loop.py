@@ -19,7 +19,7 @@ from rlroute.limits import checked_seed
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.checks import checked
 from rlroute.model.moe import MoELayer
-from rlroute.provenance import made_from
+from rlroute.provenance import made_from, utc_now
 from rlroute.records import RunFolder, last_row
 from rlroute.routing import Router
 from rlroute.schema import MadeFrom, Measured, Summary
@@ -120,6 +120,8 @@ class _Run:
         self.made, self.group, self.wandb = made, group, wandb
         self.sink: Sink = OFF  # opened with the records
         self.cut = cut(config)
+        if config.train.device == "cuda":  # a process may train run after run
+            torch.cuda.reset_peak_memory_stats()
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
         self.identity = fingerprints(self.model, config.model, group.whole)
@@ -333,6 +335,8 @@ class _Run:
             "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or self.steps * per_step},
             "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
             "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
+            "ended": utc_now(),
+            "peak_memory": torch.cuda.max_memory_allocated() if config.train.device == "cuda" else None,
         }
 
 
