@@ -14,11 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from rlroute.config import RouterConfig, needed_fields
+from rlroute.config import RouterConfig
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.extras import missing
 from rlroute.faults import explain, place
 from rlroute.routing import Router
+from rlroute.values import needed_fields
 
 Source = str | EntryPoint | Path
 """A module's path, an entry point that a distribution declares, or a file from anywhere."""

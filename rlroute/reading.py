@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from rlroute.config import DENSE, SCHEMA, DataConfig, ModelConfig, TrainConfig, from_dict
+from rlroute.config import DENSE, SCHEMA, DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError, StoreError
 from rlroute.foreign import Unfit, hold, parse_json, read_bytes, reading, shown, why
 from rlroute.schema import (
@@ -31,6 +31,7 @@ from rlroute.schema import (
     Summary,
     TrainRow,
 )
+from rlroute.values import from_dict
 
 Row = dict[str, Any]
 READABLE = frozenset(range(1, SCHEMA + 1))

@@ -17,23 +17,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from rlroute.config import (
-    DENSE,
-    DataConfig,
-    ModelConfig,
-    RouterConfig,
-    RunConfig,
-    SitedRouter,
-    TrainConfig,
-    from_dict,
-    needed_fields,
-    refuse_unknown,
-)
+from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, SitedRouter, TrainConfig
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.faults import explain, noted
 from rlroute.loading import Source, checked_path, file_of, load
 from rlroute.routing import Router, RouterShape
 from rlroute.sources import digest, router_files
+from rlroute.values import from_dict, needed_fields, refuse_unknown
 
 WINGS = ("rlroute.agents", "rlroute.baselines")
 GROUP = "rlroute.routers"

@@ -223,8 +223,9 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _sites(config: dict[str, Any]) -> list[int | str]:
     """Return the keys of a run's routed sites, in the order of its rows' lists."""
-    from rlroute.config import ModelConfig, from_dict
+    from rlroute.config import ModelConfig
     from rlroute.model.transformer import sites  # and with it torch, which the command line's help does without
+    from rlroute.values import from_dict
 
     return list(sites(from_dict(ModelConfig, config["model"], "model")))
 

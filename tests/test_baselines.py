@@ -19,10 +19,10 @@ from rlroute.baselines.noisy_topk import NoisyTopKRouter
 from rlroute.baselines.switch import SwitchRouter
 from rlroute.baselines.unbalanced import UnbalancedRouter
 from rlroute.baselines.uniform import UniformRouter
-from rlroute.config import from_dict
 from rlroute.errors import ConfigError
 from rlroute.routing import Router, RoutingDecision, Sums
 from rlroute.seeding import init_normal
+from rlroute.values import from_dict
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of, terms_of
 
 R = TypeVar("R", bound=Router)

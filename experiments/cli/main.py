@@ -88,7 +88,7 @@ def _run() -> None:
         "Compare the routers of mixture-of-experts transformers inside identical models. "
         "--include FILE, of every command and as often as needed, brings in a router from a file anywhere."
     )
-    parse(without_includes(sys.argv[1:]), [*map(with_checked_options, commands)], description)()
+    parse(without_includes(sys.argv[1:]), [with_checked_options(command) for command in commands], description)()
 
 
 def _version() -> str:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from rlroute.config import DENSE, ModelConfig, from_dict
+from rlroute.config import DENSE, ModelConfig
 from rlroute.errors import ComparisonError
 from rlroute.model.transformer import sites
 from rlroute.routing import Site
 from rlroute.schema import EvalRow, RunRecord
+from rlroute.values import from_dict
 
 SAME = {
     "config.schema": "records of another schema mean other things by the same names",

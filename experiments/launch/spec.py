@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlroute import seeding
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict
+from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.recipes.entries import none_where_legal
@@ -26,6 +26,7 @@ from rlroute.foreign import DEPTH, Unfit, plain, read_bytes, why
 from rlroute.reading import read_rows
 from rlroute.records import storing
 from rlroute.registry import router_class, run_config
+from rlroute.values import from_dict
 
 SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha", "tuned")
 SEARCH = "SEARCH"

@@ -11,18 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
-from rlroute.config import (
-    DENSE,
-    DataConfig,
-    ModelConfig,
-    RouterConfig,
-    RunConfig,
-    SitedRouter,
-    TrainConfig,
-    from_dict,
-)
+from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, SitedRouter, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.registry import router_class
+from rlroute.values import from_dict
 
 Overrides = dict[str, dict[str, Any]]
 """Fields of ``train`` and ``router`` to change."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from rlroute.config import ModelConfig, needed_fields
+from rlroute.config import ModelConfig
 from rlroute.faults import explain
 from rlroute.foreign import printable
 from rlroute.model.transformer import ModelShape, router_shapes
 from rlroute.registry import broken, router_class, router_file, router_names
 from rlroute.routing import Router, RouterShape
+from rlroute.values import needed_fields
 
 
 def routers_text() -> str:

@@ -10,11 +10,12 @@ from dataclasses import fields
 from itertools import pairwise
 from textwrap import dedent
 
-from rlroute.config import RouterConfig, needed_fields
+from rlroute.config import RouterConfig
 from rlroute.experiments.report.listing import default_instance, default_text, refusals
 from rlroute.experiments.text import markdown
 from rlroute.registry import router_class, router_names
 from rlroute.routing import Router
+from rlroute.values import needed_fields
 
 HEAD = """# Routers
 
