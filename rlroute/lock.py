@@ -39,8 +39,7 @@ def take(folder: Path, run: str, patience: float) -> int:
             if time.monotonic() > deadline:
                 raise HeldError(f"run {run} is being trained by {holder(folder)} (waited {patience:.0f} s)")
             time.sleep(0.2)
-        os.truncate(file, 0)  # whoever was killed has left its number
-        os.write(file, b"%d" % os.getpid())
+        _write(file, b"%d" % os.getpid())  # over that of whoever was killed
     except BaseException:
         os.close(file)
         raise
@@ -50,7 +49,7 @@ def take(folder: Path, run: str, patience: float) -> int:
 def let_go(file: int) -> None:
     """Let go of what :func:`take` has locked."""
     with suppress(OSError):  # the disk may be what failed
-        os.truncate(file, 0)
+        _write(file, b"")
     os.close(file)
 
 
@@ -109,6 +108,13 @@ def _stamps(folder: Path) -> tuple[int, ...]:
 def _open(folder: Path, how: int = os.O_RDWR | os.O_CREAT) -> int:
     """Open the file itself: nothing that a link of its name points to, and no pipe to wait for."""
     return os.open(folder / FILE, how | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def _write(file: int, text: bytes) -> None:
+    """Replace what the file holds, unless it has another name too: then it holds what is somebody else's."""
+    if os.fstat(file).st_nlink == 1:
+        os.truncate(file, 0)
+        os.pwrite(file, text, 0)
 
 
 def _try(file: int, kind: int) -> bool:

@@ -330,6 +330,7 @@ def test_a_lock_keeps_what_its_file_holds_and_a_temporary_file_is_new(tmp_path):
     (folder.path / ".lock").hardlink_to(precious)
     (folder.path / f".summary.json.{os.getpid()}.tmp").symlink_to(precious)
     with folder.lock(patience=0.0):
+        folder.describe(CONFIG, 0, "cpu", None, {}, {})
         folder.finish({"status": "finished"})
     assert precious.read_text() == "mine" and state(folder.path) == "finished"
 
