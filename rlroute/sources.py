@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec, resolve_name
 from itertools import accumulate
 from pathlib import Path
@@ -111,13 +112,21 @@ def _is_followed(name: str, top: str) -> bool:
     first, _, rest = name.partition(".")
     if first == "rlroute":
         return rest.partition(".")[0] in WINGS
-    origin = _origin(first)
-    return first == top or (origin is not None and _installed().isdisjoint(map(str, origin.parents)))
+    if first == top:
+        return True
+    origin = None if first in _distributed() else _origin(first)
+    return origin is not None and _installed().isdisjoint(map(str, origin.parents))
+
+
+@cache
+def _distributed() -> frozenset[str]:
+    """Return the names of the modules that some distribution brings, wherever it is installed."""
+    return frozenset(packages_distributions())
 
 
 @cache
 def _installed() -> frozenset[str]:
-    """Return the folders of the standard library and of installed distributions."""
+    """Return the folders of the standard library and of what is installed without saying of which distribution."""
     paths = sysconfig.get_paths()
     return frozenset(
         {paths["purelib"], paths["platlib"], paths["stdlib"], *site.getsitepackages(), site.getusersitepackages()}

@@ -215,7 +215,8 @@ def test_an_operator_that_nobody_can_count_is_named(tmp_path: Path) -> None:
 
 def test_the_bandit_and_the_value_head_get_the_steps_that_they_are_owed() -> None:
     """At the README's size: gradients run through neither the bandit nor the input of the head."""
-    data, model, train = DataConfig(spec="stdlib"), ModelConfig(), TrainConfig(steps=400)
+    model = ModelConfig(d_model=96, d_expert=96)
+    data, train = DataConfig(spec="stdlib"), TrainConfig(steps=400, batch_size=16)
     corpus = load_corpus("synth:vocab=256,documents=40", None)
 
     def entry(name: str) -> RunConfig:
@@ -279,7 +280,7 @@ def test_a_run_is_bit_for_bit_what_it_was_without_the_audit(tmp_path: Path, monk
     one = trained(config, tmp_path / "one")
     monkeypatch.setattr(loop._Run, "_audit", lambda run: None)
     two = trained(config, tmp_path / "two")
-    timing = {"seconds": 0, "tokens_per_second": 0}
+    timing = {"seconds": 0, "tokens_per_second": 0, "ended": ""}
     assert json.dumps(one.summary | timing | {"measured": None, "final": 0}) == json.dumps(
         two.summary | timing | {"final": 0}
     )

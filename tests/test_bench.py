@@ -260,6 +260,7 @@ def test_figures_of_a_failure_are_its_reason():
 # What a machine with a card runs.
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     missing = ("ray", "tyro", "gymnasium", "wandb", "plotly")

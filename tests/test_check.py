@@ -101,7 +101,7 @@ def test_what_cannot_be_checked_is_refused(router, said, routers):
 @pytest.mark.processes
 def test_without_assertions_nothing_is_claimed(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-O", "-m", "rlroute.experiments.cli", "check", "hash"],
+        [sys.executable, "-O", "-m", "rlroute", "check", "hash"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 2 and "python -O leaves out" in done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from rlroute.errors import DefectError, StoreError
 from rlroute.faults import explain, place
+from rlroute.foreign import printable
 from rlroute.training import defects
 from tests.conftest import HANG
 from tests.test_cli import TINY, ran, refused, rlroute, start
@@ -161,7 +162,7 @@ def test_it_is_named_with_its_place_and_the_others_go_on(where, error, faulty, t
     said = refused(rlroute("compare", *entries, "--include", faulty, *TINY, *how))
     assert "1 of 2 runs failed" in said
     folder, reason = failed_run(tmp_path / "runs")
-    assert reason in said and reason.startswith(SAID.get(error, "ZeroDivisionError: division by zero"))
+    assert printable(reason) in said and reason.startswith(SAID.get(error, "ZeroDivisionError: division by zero"))
     assert line_of(faulty, error) in reason
     assert ("router faulty at site 0" in reason) == (where != "backward")
     kept = (folder / "traceback.txt").read_text()
@@ -176,9 +177,9 @@ def test_it_is_named_with_its_place_and_the_others_go_on(where, error, faulty, t
     ("how", "error"),
     [
         ((), "zero"),
-        ((), "pair"),
-        (("--workers", "2", "--cpus", "0.5"), "zero"),
-        (("--workers", "2", "--cpus", "0.5"), "pair"),
+        pytest.param((), "pair", marks=pytest.mark.slow),
+        pytest.param(("--workers", "2", "--cpus", "0.5"), "zero", marks=pytest.mark.slow),
+        pytest.param(("--workers", "2", "--cpus", "0.5"), "pair", marks=pytest.mark.slow),
     ],
     ids=["tune, zero", "tune, pair", "workers, zero", "workers, pair"],
 )

@@ -62,8 +62,8 @@ def test_without_what_the_report_needs_the_table_is_printed_all_the_same(tmp_pat
     monkeypatch.setitem(sys.modules, package, None)
     compare = ("compare", "hash", "switch", *TINY, "--launcher", "local", "--seeds", "2", "--no-tuned")
     out = ran(*compare)
-    assert "\n| hash | own |" in out and (tmp_path / "results" / "table.md").exists()
-    assert f"no report: the report needs the package {package}: pip install" in out.splitlines()[-1]
+    assert "\n| hash |" in out and (tmp_path / "results" / "table.md").exists()
+    assert f"no report: the report needs the package {package}: pip install" in out
     assert f"the package {package}" in refused(rlroute("report"))
     monkeypatch.delitem(sys.modules, package)
     ran(*compare)

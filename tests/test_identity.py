@@ -83,9 +83,7 @@ def refused_everywhere(store: Path, entry: str, *options: object) -> list[str]:
     )
     said = [
         refused(rlroute("train", entry, *options, "--store", store)),
-        refused(
-            rlroute("compare", entry, *options, "--seeds", 1, "--no-tuned", "--store", store, "--launcher", "local")
-        ),
+        refused(rlroute("compare", entry, *options, "--seeds", 1, "--store", store, "--launcher", "local")),
         refused(rlroute("sweep", spec, "--store", store, "--launcher", "local")),
     ]
     assert contents(store) == before
@@ -150,7 +148,7 @@ def test_both_streams_their_split_and_their_domains_are_hashed(tmp_path):
         return {name: v for name, v in load_corpus(spec).provenance.items() if name.endswith("_sha256")}
 
     one = hashes(f"file:{write_corpus(tmp_path / 'a')}/*.txt")
-    (tmp_path / "a" / min(validation(tmp_path / "a"))).write_bytes(words(5))
+    (tmp_path / "a" / min(validation(tmp_path / "a"))).write_bytes(words(555))
     two = hashes(f"file:{tmp_path / 'a'}/*.txt")
     assert one["train_sha256"] == two["train_sha256"] and one["valid_sha256"] != two["valid_sha256"]
     synth = load_corpus("synth:documents=64,length=64")
@@ -163,12 +161,12 @@ def test_both_streams_their_split_and_their_domains_are_hashed(tmp_path):
 
 
 def test_a_stream_is_hashed_alike_in_parts_and_on_disk(tmp_path, monkeypatch):
-    from rlroute.training import data
+    from rlroute.training import data, shards
 
     tokens = np.arange(1000, dtype=np.uint16)
     whole = data._stream_sha256(tokens, None)
     tokens.tofile(tmp_path / "t.bin")
-    monkeypatch.setattr(data, "_PART", 7)
+    monkeypatch.setattr(shards, "BLOCK_TOKENS", 7)
     assert data._stream_sha256(np.memmap(tmp_path / "t.bin", dtype="<u2"), None) == whole
     assert data._stream_sha256(tokens.astype(">u2"), None) == whole
     assert data._stream_sha256(tokens[::-1], None) != whole
@@ -287,7 +285,8 @@ def test_a_replay_whose_source_changed_is_refused(what, left, site, tmp_path):
         (folder / "config.json").write_text(json.dumps(described))
     elif what == "choices":
         file = next((folder / "choices").glob("*.int32"))
-        file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-4] + bytes([kept[-4] ^ 1]) + kept[-3:])
     else:
         with (site / "acme" / "fragile.py").open("a") as module:
             module.write("# changed\n")
@@ -326,6 +325,7 @@ def checkout(folder: Path) -> Path:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @ENDINGS
 def test_a_run_of_other_sources_is_refused_and_a_comment_elsewhere_is_none(left, tmp_path):
     code = checkout(tmp_path / "code")
@@ -359,6 +359,7 @@ def test_a_run_of_other_sources_is_refused_and_a_comment_elsewhere_is_none(left,
     assert "was made" not in again and ("already finished" in again) == (left is end_it)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("options", [(), ("--workers", "2", "--train.micro-batches", "2")], ids=["alone", "in twos"])
 def test_under_ray_a_changed_corpus_is_refused_and_nothing_is_touched(options, tmp_path):

@@ -2,11 +2,8 @@
 alone.
 """
 
-import hashlib
 import json
-import os
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 
 from rlroute import registry
 from rlroute.errors import ConfigError
-from rlroute.experiments.launch import launcher, ray_session
+from rlroute.experiments.launch import supervisor
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.launch.runs import run_jobs
 from rlroute.experiments.recipes.entries import build_entry
@@ -119,8 +116,8 @@ def test_a_file_comes_in_wherever_it_is_said(where, plain, monkeypatch):
     ran(*words)
     assert trained() == ["plain"]
     (folder,) = Path("runs").iterdir()
-    code = json.loads((folder / "environment.json").read_text())["routers"]["plain"]
-    assert code["sha256"] == hashlib.sha256(plain.read_bytes()).hexdigest() and code["distribution"] == "none"
+    code = json.loads((folder / "config.json").read_text())["made_from"]["routers"]["plain"]
+    assert code == registry.router_code("plain") and code["distribution"] == "none"
     said = json.loads((folder / "config.json").read_text())["command"]
     assert ("--include" in said) == (where != "variable"), "the same command goes on"
 
@@ -140,7 +137,7 @@ def test_its_records_are_read_without_it(plain, monkeypatch):
     monkeypatch.delenv(registry.INCLUDE)
     registry._sources.cache_clear()
     (run, _) = sorted(path.name for path in Path("runs").glob("plain-*"))
-    assert "\n| plain | own |" in ran("table", "runs") and "plain softmax" in ran("table", "runs")
+    assert "\n| plain |" in ran("table", "runs") and "plain softmax" in ran("table", "runs")
     assert "plain" in ran("runs", "runs") and run in ran("runs", "runs", run)
     ran("report", "runs")
     ran("export", "packed.jsonl")
@@ -245,18 +242,15 @@ def test_a_check_of_its_own_is_one_line(plain):
 @pytest.mark.parametrize("there", [True, False])
 def test_a_job_carries_it_to_processes_that_have_not_heard_of_it(workers, there, plain, monkeypatch):
     """As those of another machine, whose environment is another; there the file itself may be missing."""
-    real = ray_session.session
+    real = supervisor._driver
 
-    @contextmanager
-    def session(how):
-        said = os.environ.pop(registry.INCLUDE)
-        with real(how) as connected:
-            os.environ[registry.INCLUDE] = said
-            if not there:
-                plain.unlink()
-            yield connected
+    def driver(surroundings):
+        del surroundings[registry.INCLUDE]
+        if not there:
+            plain.unlink()
+        return real(surroundings)
 
-    monkeypatch.setattr(launcher, "session", session)
+    monkeypatch.setattr(supervisor, "_driver", driver)
     registry.include(plain)
     micro = replace(SETTINGS, micro_batches=workers)
     job = Job(build_entry("plain", DATA, MODEL, micro), 0)

@@ -127,6 +127,7 @@ def test_a_second_command_on_a_run_waits_says_so_and_marks_nothing(launcher, sit
     assert "Traceback" not in ends[1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_comparisons_side_by_side_on_one_store_end_with_one_table(tmp_path):
     command = ("compare", "hash", "switch", *TINY, "--seeds", "3", "--launcher", "local", "--train.steps", "100")

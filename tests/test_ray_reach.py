@@ -107,7 +107,7 @@ def test_a_machine_that_waits_for_itself_is_told_so(here, bound, silence, monkey
 
 @pytest.mark.processes
 def test_without_a_loopback_interface_ray_is_not_even_started(tmp_path):
-    apart = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "rlroute.experiments.cli", *COMPARE]
+    apart = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "rlroute", *COMPARE]
     if not shutil.which("unshare") or subprocess.run([*apart[:3], "true"], capture_output=True).returncode:
         pytest.skip("no network namespaces here")
     there = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -130,6 +130,7 @@ def test_a_cluster_that_is_not_there_costs_one_line(tmp_path, monkeypatch):
 @pytest.mark.processes
 def test_something_else_that_listens_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "JOIN_SECONDS", 5.0)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"

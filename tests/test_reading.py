@@ -34,7 +34,7 @@ from tests import record_page
 from tests.fuzz import lay_store
 from tests.mutations import HOSTILE, NOT_FINITE, change_value, places, to_json
 from tests.test_cli import ran
-from tests.test_table import make_run, make_runs
+from tests.test_table import make_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -533,12 +533,12 @@ def test_training_imports_no_pydantic_and_reading_says_so_where_it_is_missing(tm
         "    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    said = ["finished", "reading stored files needs the package pydantic, 2.10 or newer"]
+    said = ["finished", "reading stored files needs the package pydantic: pip install pydantic"]
     assert done.stdout.splitlines() == said, done.stdout + done.stderr
 
 
 def test_the_parts_of_a_record_are_those_of_the_schema():
-    assert tuple(Stored.__annotations__) == PARTS and make_runs(("switch",), seeds=1)
+    assert {*Stored.__annotations__} - {"seal"} == {*PARTS} == {*Stored.__required_keys__}
 
 
 # The page

@@ -78,7 +78,7 @@ def test_readme_sample_passes_the_checks_of_the_repository_as_pasted(sample, tmp
         ("ruff", "check", pasted),
         ("lint-imports",),
         ("mypy", "--cache-dir", tmp_path / "cache", "-m", "rlroute.baselines.cosine"),
-        (sys.executable, "-m", "rlroute.experiments.cli", "check", "cosine"),
+        (sys.executable, "-m", "rlroute", "check", "cosine"),
     ):
         tool, *words = command
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}

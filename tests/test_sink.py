@@ -113,7 +113,9 @@ def figures(store, config=CONFIG):
     """Return all that a run left, but for its timings and what wandb wrote itself."""
 
     def untimed(row):
-        return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
+        return {
+            name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second", "begun", "ended")
+        }
 
     record = RunFolder(store, config, 0).read()
     summary = untimed(record.summary) | {"final": untimed(record.summary["final"] or {})}

@@ -1,5 +1,6 @@
 """The list of runs is a pure function of the file, and what means nothing is refused before any work."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.launch.spec import SEARCH, apart, ranking, read_spec
 from tests.test_cli import refused, rlroute
+from tests.test_table import eval_row, train_row
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,13 +37,14 @@ def test_documented_example_is_what_the_page_says(tmp_path):
 
 def test_a_ranking_leaves_out_what_was_lost_before_its_first_row(tmp_path):
     jobs = spec(tmp_path, "entries = ['hash', 'switch']\nseeds = 2\n").jobs("command")
-    evaluated = '{"kind": "eval", "step": 4, "bits_per_byte": 2.5}\n'
-    for job, rows in zip(jobs, (None, "", '{"kind": "train", "step": 1}\n', evaluated), strict=True):
+    lines = [json.dumps(row) + "\n" for row in (train_row("switch", 0, 1), eval_row("switch", 0, 4, 0.0))]
+    for job, rows in zip(jobs, (None, "", lines[0], "".join(lines)), strict=True):
         (tmp_path / job.id).mkdir()
         if rows is not None:
             (tmp_path / job.id / "metrics.jsonl").write_text(rows)
     (row,) = ranking(jobs, tmp_path).splitlines()[2:]
-    assert row.split("|")[1:4] == [" 2.5000 ", " 4 ", f" {jobs[3].label} "]
+    bits = eval_row("switch", 0, 4, 0.0)["bits_per_byte"]
+    assert row.split("|")[1:4] == [f" {bits:.4f} ", " 4 ", f" {jobs[3].label} "]
 
 
 def test_a_grid_is_all_combinations_for_all_seeds(tmp_path):
@@ -184,3 +187,10 @@ def test_a_file_that_is_not_there_is_one_line_and_nothing_is_made(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert "sweep nowhere.toml: cannot be read" in refused(rlroute("sweep", "nowhere.toml"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_has_the_tokenizer_that_the_command_line_would_take(tmp_path):
+    grid = '[grid]\n"data.spec" = ["package:sympy", "stdlib"]\n'
+    for said, wanted in (("", ["bpe", "bytes"]), ('[base]\n"data.tokenizer" = "bytes"\n', ["bytes", "bytes"])):
+        jobs = spec(tmp_path, f'entries = ["hash"]\n{said}{grid}').jobs("command")
+        assert [job.config.data.tokenizer for job in jobs] == wanted

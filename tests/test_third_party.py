@@ -33,7 +33,7 @@ class FragileRouter(Router):
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
         fault: str = "none"
-        """none; gates: infinite gates in training; greedy: the same in evaluation; raise: an error of two lines."""
+        """none; gates: infinite gates in training; greedy: in later evaluations; raise: an error of two lines."""
         step: int = 0
         """The training step of the fault."""
         seed: int = 0
@@ -55,7 +55,8 @@ class FragileRouter(Router):
             now = context.explore and context.step == self.config.step
             if self.config.fault == "raise" and now:
                 raise RuntimeError("two lines\\nof trouble")
-            if (self.config.fault == "gates" and now) or (self.config.fault == "greedy" and not context.explore):
+            later = not context.explore and context.step > 0
+            if (self.config.fault == "gates" and now) or (self.config.fault == "greedy" and later):
                 gates_TK = gates_TK * torch.inf
         return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts, probs_TE=probs_TE)
 '''

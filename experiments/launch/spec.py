@@ -76,8 +76,11 @@ class Spec:
         self._check_router_fields(list(configs.values()))
         jobs: dict[str, Job] = {}
         for entry, choice in itertools.product(self.entries, self.choices):
-            mine = {path: value for path, value in choice.items() if _applies(path, configs[entry])}
-            config = _with(configs[entry], mine)
+            base, mine = (
+                {path: value for path, value in values.items() if _applies(path, configs[entry])}
+                for values in (self.base, choice)
+            )
+            config = _with(configs[entry], base | mine)
             label = " ".join([entry, *(f"{path.rpartition('.')[2]}={value}" for path, value in mine.items())])
             for seed in self.seeds:
                 jobs.setdefault(config.run_id(seed), Job(config, seed, command, label))
@@ -85,7 +88,7 @@ class Spec:
 
     def _config(self, entry: str) -> RunConfig:
         (config,) = build_comparison([entry], DataConfig(), ModelConfig(), TrainConfig(), tuned=self.tuned)
-        return _with(config, {path: value for path, value in self.base.items() if _applies(path, config)})
+        return config
 
     def _check_router_fields(self, configs: Sequence[RunConfig]) -> None:
         for path in {path: None for choice in (self.base, *self.choices) for path in choice}:
@@ -204,7 +207,11 @@ def ranking(jobs: Sequence[Job], store: Path) -> str:
 
 
 def _with(config: RunConfig, values: Choice) -> RunConfig:
+    """Return an entry's configuration with these values, and with the tokenizer that goes with its corpus unless they
+    name one.
+    """
     values_of = config.to_dict()
+    values_of["data"]["tokenizer"] = DataConfig().tokenizer
     for path, value in values.items():
         part, _, name = path.partition(".")
         if part not in ("data", "model", "train", "router") or not name:

@@ -144,8 +144,12 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, acti
             )
 
 
-def check_values(decision: RoutingDecision) -> None:
+def check_values(decision: RoutingDecision, finite: bool = True) -> None:
     """Look at every value that a kernel would trust.
+
+    Args:
+        decision: whose.
+        finite: whether gates have to be; those of a model that has diverged are not.
 
     Raises:
         DecisionError: an id out of range, or a gate of a pair that runs that is not finite.
@@ -158,6 +162,8 @@ def check_values(decision: RoutingDecision) -> None:
         bad = ids[(ids < 0) | (ids > most)]
         if len(bad):
             raise DecisionError(f"{name} holds {int(bad[0])}: legal are 0 to {most}")
+    if not finite:
+        return
     runs_R = decision.kept_R & (experts_R < decision.num_experts)
     bad = torch.nonzero(runs_R & ~torch.isfinite(decision.gates_R))
     if len(bad):

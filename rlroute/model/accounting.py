@@ -143,7 +143,7 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
             sizes[name] = p.numel() // len(p) * config.num_experts
     routed = model.routed
     total, router = sum(sizes.values()), sum(size for name, size in sizes.items() if is_router(name))
-    work_L = tuple(measure(site.router) for site in routed)
+    work_L = tuple([measure(site.router) for site in routed])  # no generator: a router may raise StopIteration
     buffers = sum(work.buffers for work in work_L)
     fixed = total - router - sum(site.pair_parameters * site.router.shape.num_experts for site in routed)
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and not is_router(name))

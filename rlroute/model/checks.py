@@ -25,21 +25,27 @@ def named(router: Router, site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def checked(routers: Iterable[Router]) -> Iterator[None]:
-    """Look at every decision that these routers make in the block.
+def checked(routers: Iterable[Router], finite: bool = True) -> Iterator[None]:
+    """Look at every decision that these routers make in the block, as :func:`check` does.
 
     Raises:
         DecisionError: one is malformed.
     """
     with ExitStack() as hooks:
         for router in routers:
-            hook = router.register_forward_hook(lambda router, args, decision: check(router, args[0], decision))
+            hook = router.register_forward_hook(lambda router, args, decision: check(router, args[0], decision, finite))
             hooks.callback(hook.remove)
         yield
 
 
-def check(router: Router, x_TD: Tensor, decision: RoutingDecision) -> None:
+def check(router: Router, x_TD: Tensor, decision: RoutingDecision, finite: bool = True) -> None:
     """Refuse a malformed decision.
+
+    Args:
+        router: whose it is.
+        x_TD: what it was decided from.
+        decision: any.
+        finite: whether gates have to be; those of a model that has diverged are not.
 
     Raises:
         DecisionError: it is one; the message says what is wrong.
@@ -56,7 +62,7 @@ def check(router: Router, x_TD: Tensor, decision: RoutingDecision) -> None:
         value = getattr(decision, name)
         if value is not None and (value.dim() != 2 or len(value) != rows or value.shape[1] < experts):
             raise DecisionError(f"{name} has shape {tuple(value.shape)}: want ({rows}, {experts}), or further columns")
-    check_values(decision)
+    check_values(decision, finite)
     if decision.k is not None:
         in_order_R = torch.arange(rows, device=x_TD.device).repeat_interleave(decision.k)
         if not torch.equal(decision.token_ids_R, in_order_R):

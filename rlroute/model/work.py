@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rlroute.balance import regularisers
+from rlroute.faults import noted
 from rlroute.learning import adapt, count, weighted
 from rlroute.model.checks import check, named
 from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision
@@ -190,7 +191,7 @@ def _copy(router: Router) -> Router:
 
 def _decide(router: Router, x_TD: Tensor, context: RoutingContext, counter: Counter) -> RoutingDecision:
     """Return a router's decision, looked at, and count what it took."""
-    with named(router, context.site):
+    with named(router, context.site), noted(router.config.name, context.site):
         with counter:
             decision: RoutingDecision = router(x_TD, context)
         check(router, x_TD, decision)
@@ -211,13 +212,13 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
     """Run what a step runs at one site, and return what it took: all before and beside the backward, that, and
     ``adapt``.
     """
-    forward, back, last = Counter(), Counter(), Counter()
+    whose, forward, back, last = (router.config.name, context.site), Counter(), Counter(), Counter()
     x_TD = x_TD.detach().clone().requires_grad_()
     loss_MT = torch.linspace(1, 2, len(x_TD), dtype=x_TD.dtype, device=x_TD.device).view(context.num_samples, -1)
     feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=loss_MT.shape[1])
     with torch.enable_grad():
         decision = _decide(router, x_TD * 1, context, forward)  # of no leaf, as in a model
-        with forward:
+        with noted(*whose), forward:
             terms = regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
         weights = (decision.gates_R, decision.self_T, decision.shared_gates_TS)
         loss = weighted([terms]) + sum(part.sum() for part in weights if part is not None and part.requires_grad)
@@ -226,9 +227,9 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
         if isinstance(loss, Tensor) and loss.requires_grad:
             with back:
                 torch.autograd.backward(loss)
-    with forward:
+    with noted(*whose), forward:
         sums = count(decision, feedback) | router.observe(decision, feedback)
-    with last:
+    with noted(*whose), last:
         adapt([router], [sums], context.progress)
     return forward, back, last
 

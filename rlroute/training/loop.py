@@ -260,7 +260,7 @@ class _Run:
         """Return a context in which the decisions of this process's first step, or evaluation, are checked."""
         first = kind in self.unseen
         self.unseen.discard(kind)
-        return checked(self.model.routers) if first else nullcontext()
+        return checked(self.model.routers, finite=kind != "eval") if first else nullcontext()
 
     def _audit(self) -> Measured:
         """Measure the trained model."""
