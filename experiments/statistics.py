@@ -16,6 +16,8 @@ from scipy import optimize, stats
 from rlroute.errors import ComparisonError
 
 CONFIDENCE = 0.95
+HOLM = 0.05
+"""A difference is found where its Holm-adjusted p lies below."""
 
 
 @dataclass(frozen=True)

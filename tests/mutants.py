@@ -191,7 +191,7 @@ MUTANTS = [
         "tests/test_audit.py",
         ("a product with a vector costs nothing", 'name in ("mv", "dot", "vdot")', 'name in ("dot", "vdot")'),
         ("elementwise products cost nothing", "round(products + elementwise * elements)", "round(products)"),
-        ("what is observed costs nothing", "with forward:\n        sums", "with Counter():\n        sums"),
+        ("what is observed costs nothing", "forward:\n        sums", "Counter():\n        sums"),
     ),
     *faults(
         "rlroute/training/audit.py",

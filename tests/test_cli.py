@@ -270,7 +270,8 @@ def test_drops_and_attention_experts_stand_beside_the_dense_model(tmp_path):
         table = ran(
             "compare", *ENTRIES, "switch+hash@attention", *sized, "--seeds", 1, "--no-tuned", "--launcher", "local"
         )
-    assert all(f"\n| {label} | " in table for label in ("dense, yardstick", "hash", "switch", "switch+hash@attention"))
+    entries = {row.split(" |")[0].partition(",")[0] for row in table.split("\n| ")}  # marked: a capacity is not causal
+    assert entries >= {"dense", "hash", "switch", "switch+hash@attention"}
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json")]
     assert len({summary["fingerprint"]["backbone"] for summary in summaries}) == 1
 

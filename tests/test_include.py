@@ -238,7 +238,7 @@ def test_a_check_of_its_own_is_one_line(plain):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_job_carries_it_to_processes_that_have_not_heard_of_it(workers, there, plain, monkeypatch):
     """As those of another machine, whose environment is another; there the file itself may be missing."""

@@ -123,7 +123,7 @@ def figures(store, config=CONFIG):
     weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
     rows = [[untimed(row) for row in rows] for rows in (record.evals, record.loads, record.train)]
     names = [name for name in contents(store) if "/wandb/" not in name]
-    return summary, rows, weights, record.config, record.environment, names
+    return summary, rows, weights, record.config, untimed(record.environment), names
 
 
 def interrupt(store, at, **options):

@@ -20,7 +20,7 @@ from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
-from rlroute.experiments.recipes.tuned import TUNING_SEEDS
+from rlroute.experiments.recipes.tuned import TUNED, TUNING_SEEDS
 from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.schema import EvalRow, RunRecord
 
@@ -287,7 +287,7 @@ def test_one_seed_has_no_interval() -> None:
         assert row.n == 1 and row.bits_per_byte and row.bits_per_byte.low is None and row.smallest_resolvable is None
     text = to_markdown(table)
     assert not any("±" in line for line in text.splitlines() if line.startswith("|"))
-    assert "Holm" not in text and text.count("not separated |") == len(EFFECT) - 1
+    assert "Holm-adjusted" not in text and text.count("not separated |") == len(EFFECT) - 1
 
 
 def test_reference_is_switch_or_the_first_by_name_or_what_is_asked() -> None:
@@ -359,7 +359,7 @@ ALL_SHARE = [
     "environment.torch",
     "environment.cpu_capability",
 ]
-"""Written out by hand: a check that is taken out of the table must be taken out here too."""
+"""Written out other: a check that is taken out of the table must be taken out here too."""
 
 
 def test_what_all_share_is_written_out_here() -> None:
@@ -516,8 +516,9 @@ def test_routers_of_sites_are_in_the_label() -> None:
 
 def test_rows_say_at_what_settings_they_stand() -> None:
     default = TrainConfig().lr
-    runs = [make_run("switch", s, {"balance_weight": 0.03}, train__lr=0.008) for s in range(2)]
-    runs += [make_run("switch", s, {"balance_weight": 0.03, "z_weight": 0.1}, train__lr=0.008) for s in range(2)]
+    router, rates = TUNED["switch"]["router"], {f"train__{n}": v for n, v in TUNED["switch"]["train"].items()}
+    runs = [make_run("switch", s, router, **rates) for s in range(2)]
+    runs += [make_run("switch", s, router | {"z_weight": 0.1}, **rates) for s in range(2)]
     runs += [make_run("bandit", s, train__lr=default) for s in range(2)]
     runs += [make_run("credit", s, {"balance_weight": 9.0}, train__lr=default) for s in range(2)]
     runs += [make_run(router, s, train__lr=0.5) for s in range(2) for router in ("actor_critic", "nobodys")]
@@ -527,8 +528,8 @@ def test_rows_say_at_what_settings_they_stand() -> None:
         "switch (z_weight=None)": "tuned",
         "switch (z_weight=0.1)": "tuned for switch",
         "bandit": "default",
-        "credit": "by hand",
-        "actor_critic": "by hand",
+        "credit": "other",
+        "actor_critic": "other",
         "nobodys": "unknown",
     }
     assert {row.label for row in table.rows if row.tuned} == {"switch (z_weight=None)", "switch (z_weight=0.1)"}
@@ -610,8 +611,9 @@ def test_a_run_of_other_weights_or_batches_is_left_out_by_name(path: str) -> Non
 
 
 def test_one_entry_is_one_routers_code_in_a_group_too() -> None:
-    runs = [changed(run, "environment.routers", {"switch": {"sha256": "a"}}) for run in make_runs(seeds=3)]
-    odd = changed(runs[0], "environment.routers", {"switch": {"sha256": "b"}})
+    path = "config.made_from.routers"
+    runs = [changed(run, path, {"switch": {"sha256": "a"}}) for run in make_runs(seeds=3)]
+    odd = changed(runs[0], path, {"switch": {"sha256": "b"}})
     kept, lines = largest_group([odd, *runs[1:]])
-    assert any(odd.id in line and "environment.routers" in line for line in lines)
+    assert any(odd.id in line and f"{path}.switch.sha256" in line for line in lines)
     build_table(kept)

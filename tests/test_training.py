@@ -5,6 +5,7 @@ once.
 """
 
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -370,7 +371,7 @@ def test_two_processes_cannot_train_one_run(tmp_path):
     folder = RunFolder(tmp_path, config_of("hash"), 0)
     with (
         folder.lock(),
-        pytest.raises(StoreError, match="another process"),
+        pytest.raises(StoreError, match=f"by process {os.getpid()}"),
         RunFolder(tmp_path, config_of("hash"), 0).lock(patience=0),
     ):
         pass

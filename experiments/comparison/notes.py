@@ -58,7 +58,7 @@ MEANINGS = {
     "tuned": "the best trial of the committed grid, as many trials for each, on seeds that no table uses",
     "tuned for": "those of the entry of which it is a variant",
     "default": "never tuned: the router's defaults, and the default learning rate",
-    "by hand": "neither tuned nor default",
+    "other": "neither what the committed grid found nor the defaults: set by hand, or tuned by another release",
     "unknown": "no such router is here, so that its defaults are not known",
 }
 """What the settings of a row mean."""

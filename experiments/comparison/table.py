@@ -72,7 +72,7 @@ class TableRow:
     flops_per_token: int
     training_only_flops_per_token: int
     settings: str
-    """Tuned, tuned for another entry, default, or by hand."""
+    """Tuned, tuned for another entry, default, or other."""
     tuned: bool
     """Whether the committed grid found them."""
     marks: str

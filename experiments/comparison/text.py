@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.table import Table, TableRow
-from rlroute.experiments.statistics import CONFIDENCE
+from rlroute.experiments.statistics import CONFIDENCE, HOLM
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, short, si
 
@@ -62,11 +62,12 @@ def legend(table: Table) -> str:
     return (
         f"Bits per byte: greedy routing, mean over n seeds ± half the {CONFIDENCE:.0%} Student-t interval; lower is "
         f"better. Difference to {table.reference}: paired by seed, with the interval of the paired differences; not "
-        "separated where it holds zero; the intervals are not corrected for the number of comparisons. MaxVio: highest "
-        "load of an expert over the fair share, minus 1, counted over the whole validation set before drops; mean over "
-        "seeds, then the worst layer. Dead experts: below 5% of the fair share over the whole validation set; mean "
-        "over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest true difference that a paired t-test "
-        "at 5% finds with power 80% given n and the spread seen, itself uncertain at small n."
+        "separated where it holds zero; not after Holm where only the test that is corrected for all comparisons (5%) "
+        "finds nothing. MaxVio: highest load of an expert over the fair share, minus 1, counted over the whole "
+        "validation set before drops; mean over seeds, then the worst layer. Dead experts: below 5% of the fair share "
+        "over the whole validation set; mean over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest "
+        "true difference that a paired t-test at 5% finds with power 80% given n and the spread seen, itself uncertain "
+        "at small n."
     )
 
 
@@ -123,4 +124,6 @@ def _difference(row: TableRow, table: Table) -> str:
     if row.difference is None:
         return "reference" if row.label == table.reference else NOTHING
     pairs = f" (n = {row.difference.n})" if row.difference.n != row.n else ""
-    return of_interval(row.difference, "+") + pairs + ("" if row.difference.separated else ", not separated")
+    found = row.p_holm is not None and row.p_holm < HOLM
+    lacking = ", not after Holm" if row.difference.separated and not found else ""
+    return of_interval(row.difference, "+") + pairs + (lacking if row.difference.separated else ", not separated")

@@ -125,7 +125,7 @@ def tuning_of(config: Mapping[str, Any]) -> Tuning:
 
 def settings_of(config: Mapping[str, Any]) -> str:
     """Return at what settings a run's plain configuration stands: ``tuned``, ``tuned for ENTRY``, of which it is a
-    variant, ``default``, ``by hand``, which is anything else, or ``unknown``, where a router is not here.
+    variant, ``default``, ``other``, which is anything else, or ``unknown``, where a router is not here.
     """
     tuning = tuning_of(config)
     if tuning.entry is not None:
@@ -136,7 +136,7 @@ def settings_of(config: Mapping[str, Any]) -> str:
         return "unknown"
     defaults.append((config["train"], {name: getattr(TrainConfig(), name) for name in TUNABLE}))
     alike = all(own[name] == plain[name] for own, plain in defaults for name in own.keys() & plain.keys())
-    return "default" if alike else "by hand"
+    return "default" if alike else "other"
 
 
 def _defaults(router: str) -> dict[str, Any]:

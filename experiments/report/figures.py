@@ -15,7 +15,7 @@ from rlroute.config import DENSE
 from rlroute.experiments.comparison.entries import Entry
 from rlroute.experiments.comparison.table import Table
 from rlroute.experiments.report.style import Style, faint, new_figure, styles_of
-from rlroute.experiments.statistics import Interval, differences, t_interval
+from rlroute.experiments.statistics import HOLM, Interval, differences, t_interval
 from rlroute.experiments.text import NOTHING, of_interval
 from rlroute.schema import EvalRow, RunRecord, TrainRow
 
@@ -35,8 +35,6 @@ LOAD_COLUMNS = 100
 """Points in time that a heatmap shows at most."""
 SEED_COLUMNS = 4
 """Heatmaps side by side."""
-HOLM = 0.05
-"""A difference is drawn as found where its Holm-adjusted p lies below."""
 
 Axis = Callable[[RunRecord, "EvalRow | TrainRow"], float]
 

@@ -25,7 +25,7 @@ from rlroute.training.loop import DTYPES, train
 from rlroute.training.prepare import build_model
 from rlroute.training.step import Device
 
-TIMED = ("seconds", "tokens_per_second", "traffic")
+TIMED = ("seconds", "tokens_per_second", "traffic", "begun", "ended", "peak_memory")
 """What differs when the same run is trained again."""
 BITS = ("torch", "numpy", "cpu_capability", "device_name")
 """What of the environment bits depend on."""

@@ -39,7 +39,7 @@ class Defects:
         if error is None:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
-        elif not isinstance(error, RlrouteError | KeyboardInterrupt | GeneratorExit) and self.ours(error):
+        elif not isinstance(error, RlrouteError | KeyboardInterrupt) and self.ours(error):
             files = [file for file in map(router_file, self.config.router_names) if file]
             raise DefectError(explain(error, files) + self._keep(error)) from error
 
