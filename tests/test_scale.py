@@ -131,7 +131,7 @@ def two_ranks(store):
     seen, by_step = [], []
 
     def count(module, inputs, output):
-        if isinstance(module, Router):
+        if isinstance(module, Router) and inputs[1].micro_batch is not None:  # and no copy whose FLOPs are counted
             seen.append(torch.bincount(output.expert_ids_R[output.kept_R] // 4, minlength=2))
 
     def on_step(step):

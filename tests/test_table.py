@@ -20,6 +20,7 @@ from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
+from rlroute.experiments.recipes import tuned
 from rlroute.experiments.recipes.tuned import TUNED, TUNING_SEEDS
 from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.schema import EvalRow, RunRecord
@@ -514,7 +515,8 @@ def test_routers_of_sites_are_in_the_label() -> None:
     assert dict(build_table([*plain, *one]).notes)["Deliberate differences"] == "none"
 
 
-def test_rows_say_at_what_settings_they_stand() -> None:
+def test_rows_say_at_what_settings_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "RUN", frozenset(TUNED))
     default = TrainConfig().lr
     router, rates = TUNED["switch"]["router"], {f"train__{n}": v for n, v in TUNED["switch"]["train"].items()}
     runs = [make_run("switch", s, router, **rates) for s in range(2)]
@@ -534,6 +536,8 @@ def test_rows_say_at_what_settings_they_stand() -> None:
     }
     assert {row.label for row in table.rows if row.tuned} == {"switch (z_weight=None)", "switch (z_weight=0.1)"}
     said = dict(table.notes)["Settings"]
+    monkeypatch.setattr(tuned, "RUN", frozenset())
+    assert {row.settings for row in build_table(runs[:4]).rows} == {"grid start"}
     assert "tuned: switch (z_weight=None) (" in said and "tuned for: switch (z_weight=0.1) (" in said
     assert "default: bandit (never tuned" in said and "| tuned for switch |" in to_markdown(table)
 

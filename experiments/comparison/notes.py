@@ -57,6 +57,7 @@ def gates(entries: Sequence[Entry]) -> list[str]:
 MEANINGS = {
     "tuned": "the best trial of the committed grid, as many trials for each, on seeds that no table uses",
     "tuned for": "those of the entry of which it is a variant",
+    "grid start": "where the committed grid of the entry, or of the one of which it is a variant, starts: not run yet",
     "default": "never tuned: the router's defaults, and the default learning rate",
     "other": "neither what the committed grid found nor the defaults: set by hand, or tuned by another release",
     "unknown": "no such router is here, so that its defaults are not known",

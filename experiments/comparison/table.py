@@ -23,7 +23,7 @@ from rlroute.experiments.comparison.notes import (
     settings,
     tuning_trials,
 )
-from rlroute.experiments.recipes.tuned import settings_of, tuning_of
+from rlroute.experiments.recipes.tuned import settings_of
 from rlroute.experiments.statistics import (
     Interval,
     differences,
@@ -163,7 +163,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
         flops_per_token=first.summary["model"]["flops_per_token"],
         training_only_flops_per_token=first.summary["model"]["training_only_flops_per_token"],
         settings=settings_of(first.config["config"]),
-        tuned=tuning_of(first.config["config"]).entry is not None,
+        tuned=settings_of(first.config["config"]).startswith("tuned"),
         marks=", ".join(marks(entry.runs)),
         config_hash=first.config["config_hash"],
     )

@@ -81,6 +81,8 @@ def read_tuning(path: Path = TUNING) -> dict[str, dict[str, float | None]]:
 
 TUNED: dict[str, Overrides] = {entry: best(GRID[entry], scores) for entry, scores in read_tuning().items()}
 """Where the grid of an entry has not been run yet, its start."""
+RUN = frozenset(entry for entry, scores in read_tuning().items() if scores)
+"""The entries whose grid has been run."""
 
 
 class Tuning(NamedTuple):
@@ -125,9 +127,12 @@ def tuning_of(config: Mapping[str, Any]) -> Tuning:
 
 def settings_of(config: Mapping[str, Any]) -> str:
     """Return at what settings a run's plain configuration stands: ``tuned``, ``tuned for ENTRY``, of which it is a
-    variant, ``default``, ``other``, which is anything else, or ``unknown``, where a router is not here.
+    variant, ``grid start``, where that entry's grid has not been run, ``default``, ``other``, which is anything else,
+    or ``unknown``, where a router is not here.
     """
     tuning = tuning_of(config)
+    if tuning.entry is not None and tuning.entry not in RUN:
+        return "grid start"
     if tuning.entry is not None:
         return "tuned" if tuning.own else f"tuned for {tuning.entry}"
     try:
