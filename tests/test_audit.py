@@ -325,6 +325,7 @@ def of_rank(store: Path, shards: int, how: str) -> Any:
         return loop.train(config, 0, store, group=group)["measured"]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
     for how in ("next_token", "running_mean"):

@@ -202,7 +202,7 @@ def test_a_killed_run_spends_the_same_budget(rule: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(config, 0, tmp_path / "cut", on_step=kill)
     resumed = train(config, 0, tmp_path / "cut")
-    timing = {"seconds": 0, "tokens_per_second": 0}
+    timing = {"seconds": 0, "tokens_per_second": 0, "ended": 0}
     assert spent(config, tmp_path / "whole") == spent(config, tmp_path / "cut")
     assert whole["final"] and resumed["final"]
     for one, two in ((dict(whole), dict(resumed)), (dict(whole["final"]), dict(resumed["final"]))):

@@ -87,7 +87,7 @@ def figures(folder: Path) -> list[Any]:
     for name in ("metrics", "loads"):
         read += map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
     for row in (*read, read[0]["final"]):
-        for clock in ("seconds", "tokens_per_second"):
+        for clock in ("seconds", "tokens_per_second", "begun", "ended"):
             row.pop(clock, None)
     return read
 

@@ -626,7 +626,7 @@ def test_who_fails_is_named_and_costs_the_others_nothing() -> None:
     assert set(reasons) == {("failing", where), ("deaf", ""), ("endless", ""), ("groups", "")}
     assert reasons["failing", where] == "it fails by RuntimeError: two lines of trouble"
     assert "cannot be forced" in reasons["deaf", ""] and reasons["endless", ""] == "its gradient is not finite"
-    assert reasons["groups", ""].startswith("it fails by DecisionError: choices forced at site 0")
+    assert "DecisionError: " in reasons["groups", ""] and "choices forced at site 0" in reasons["groups", ""]
 
 
 @pytest.mark.usefixtures("others")

@@ -28,7 +28,8 @@ BLOWS = {
 FIRST = [("raylet", signal.SIGKILL), ("driver", signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("blows", [FIRST, pytest.param([b for b in BLOWS if b not in FIRST], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("blows", [FIRST, [b for b in BLOWS if b not in FIRST]])
 def test_whatever_is_lost_ends_the_command_and_the_same_one_goes_on(blows, tmp_path, marked, site):
     """Two of its runs have ended each time, and the others wait in their seventh step."""
     path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"

@@ -164,6 +164,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("does", ["starts", pytest.param("imports", marks=pytest.mark.slow)])
 def test_a_callers_own_ray_is_used_and_left_alone_and_one_imported_before_is_in_nobodys_way(does, tmp_path):

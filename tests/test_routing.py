@@ -336,7 +336,7 @@ def test_every_field_is_part_of_the_hash() -> None:
         ({"train": {"steps": 1.5}}, "train.steps = 1.5: want int"),
         ({"model": {"num_shared_experts": -1}}, "model.num_shared_experts = -1: legal are numbers from 0"),
         ({"model": {"capacity_factor": 0}}, "model.capacity_factor = 0: legal are numbers above 0, or none"),
-        ({"train": {"micro_batches": 3}}, "train.micro_batches = 3: must divide train.batch_size = 16"),
+        ({"train": {"micro_batches": 3}}, "train.micro_batches = 3: must divide train.batch_size = 8"),
         ({"train": {"budget": "flops"}}, "train.budget_amount = None with budget 'flops'"),
         ({"router": {"name": "nash"}}, "unknown router 'nash'"),
         ({"router": {"table": "random"}}, "router has no 'name'"),

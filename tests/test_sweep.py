@@ -102,6 +102,7 @@ def marked(monkeypatch):
     return lambda: [pid for pid in victims.marked(mark) if pid != os.getpid()]
 
 
+@pytest.mark.slow
 def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, marked, site):
     path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
     for fault in FAULTS:

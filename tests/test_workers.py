@@ -139,6 +139,7 @@ def test_an_error_of_the_training_is_raised_at_once_and_no_process_stays(tmp_pat
     until(lambda: not workers())
 
 
+@pytest.mark.slow
 def test_workers_that_are_lost_again_and_again_are_given_up_and_the_run_goes_on_from_its_checkpoint(
     undisturbed, tmp_path
 ):
