@@ -240,6 +240,7 @@ def test_one_more_seed_trains_only_that(compared, tmp_path, monkeypatch):
     assert table(tmp_path / "runs") == table(compared / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_ray_gives_the_same_table_as_this_process(compared, tmp_path):
     """A path in an entry is relative to where the command was typed, in Ray's workers too."""

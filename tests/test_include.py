@@ -239,7 +239,7 @@ def test_a_check_of_its_own_is_one_line(plain):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_job_carries_it_to_processes_that_have_not_heard_of_it(workers, there, plain, monkeypatch):
     """As those of another machine, whose environment is another; there the file itself may be missing."""
     real = supervisor._driver

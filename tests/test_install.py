@@ -199,6 +199,7 @@ def test_environments_alone_play_and_load_no_torch(installed) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_cli_and_envs_play(installed) -> None:
     played = installed("cli", "envs").rlroute("play TokenBandit-v0 uniform --episodes 4")
     assert played.returncode == 0 and "uniform" in played.stdout, played.stderr

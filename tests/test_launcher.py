@@ -153,6 +153,7 @@ def test_a_command_that_trains_in_its_own_process_ends_as_it_is_asked_to(site, t
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_trial_that_is_lost_before_its_first_word_is_set_aside_and_the_others_have_their_table(tmp_path, marked):
     process = start(tmp_path, "sweep", spec_of(tmp_path, ("hash",), 12, 4), "--retries", "0", "--concurrency", "1")

@@ -300,7 +300,7 @@ def run(store, expert_parallel, entry, stop=None):
         return None
 
 
-@pytest.mark.parametrize("entry", ["bias_balanced", "noisy_topk"])
+@pytest.mark.parametrize("entry", [pytest.param("bias_balanced", marks=pytest.mark.slow), "noisy_topk"])
 def test_a_run_of_workers_leaves_the_record_of_one(entry, tmp_path):
     summary = run(tmp_path / "one", None, entry)
     assert run_ranks(run, 2, tmp_path / "two", 2, entry)[0]["final"] is not None

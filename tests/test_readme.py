@@ -67,6 +67,7 @@ def test_readme_sample_keeps_every_law_and_trains(sample, tmp_path):
         "--store", tmp_path / "runs", "--seeds", "1", "--no-tuned")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_readme_sample_passes_the_checks_of_the_repository_as_pasted(sample, tmp_path):
     copy, tools = tmp_path / "copy", Path(sys.executable).parent
