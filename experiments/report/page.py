@@ -30,7 +30,15 @@ from rlroute.schema import RunRecord
 
 FIRST = 8
 """How many entries the curves show before the reader asks for more."""
-SECONDARY = ("gate", "parameters active / total", "FLOPs/token", "training-only FLOPs/token", "n", "resolvable")
+SECONDARY = (
+    "settings",
+    "gate",
+    "parameters active / total",
+    "FLOPs/token",
+    "training-only FLOPs/token",
+    "n",
+    "resolvable",
+)
 """The columns that narrow pages hide until the reader asks for them."""
 
 
