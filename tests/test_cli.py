@@ -604,7 +604,7 @@ def test_a_terminal_gets_tables_that_do_not_wrap(compared, monkeypatch):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_output_that_cannot_be_written_ends_cleanly(compared, unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
 

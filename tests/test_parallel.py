@@ -156,6 +156,7 @@ def assert_equal_to(alone, workers, expert_parallel, chunks):
         assert torch.equal(chosen, expected["chosen"]), entry
 
 
+@pytest.mark.slow
 def test_float32_differs_in_rounding_only():
     entries = ["switch", "bias_balanced", "reinforce"]
     ranks = run_ranks(all_trained, 2, entries, 2, 1, {"dtype": "float32"})
@@ -256,6 +257,7 @@ def test_routers_see_the_devices_of_the_experts():
     assert two.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and one is None
 
 
+@pytest.mark.slow
 def test_balance_by_device_sees_real_devices_and_evens_their_loads():
     entries = [f"switch:balance_weight=0,device_balance_weight={weight}" for weight in (0.0, 10.0)]
     spread = []
@@ -428,6 +430,7 @@ def stopped(store):
         loop.train(config, 0, store, on_step=on_step, group=Mesh(2))
 
 
+@pytest.mark.slow
 def test_ranks_take_the_same_checkpoint_though_only_one_cannot_read_the_newest(tmp_path):
     run_ranks(stopped, 2, tmp_path)
     (one, said), (other, seen) = run_ranks(resumed, 2, tmp_path)

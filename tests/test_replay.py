@@ -85,7 +85,9 @@ def test_replay_gives_the_losses_of_a_run_bit_for_bit(name: str, tmp_path: Path)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["switch", "variable k", "expert choice"])
+@pytest.mark.parametrize(
+    "name", ["switch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("variable k", "expert choice"))]
+)
 def test_replay_in_two_processes_is_the_run_in_two_processes(name: str, tmp_path: Path) -> None:
     source = run_of(name)
     run_ranks(train_as_rank, 2, source.to_dict(), str(tmp_path))

@@ -347,6 +347,7 @@ def train_as_rank(store, log):
     loop.train(config, 0, store, group=Mesh(2), wandb="offline")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_one_rank_of_a_group_writes(fake, tmp_path):
     run_ranks(train_as_rank, 2, tmp_path / "runs", tmp_path / "calls.jsonl")
