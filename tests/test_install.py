@@ -173,7 +173,6 @@ def test_cli_alone_trains_compares_and_prints(installed) -> None:
     assert scaled.returncode == 0, scaled.stderr  # from the results that ship
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extra", "code"),
     [
