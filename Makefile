@@ -1,5 +1,5 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
-# make fast       one case of each test that starts no process: a first answer within a minute
+# make fast       one case of each test that starts no process and runs no command: a first answer within a minute
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them

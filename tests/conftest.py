@@ -40,9 +40,19 @@ def until(condition: Callable[[], Met], every: float = 0.02) -> Met:
     return met
 
 
+WHOLE_COMMANDS = frozenset(
+    f"test_{name}.py"
+    for name in "audit check checkpoint cli defects extras faults identity include play reading replay sink "
+    "third_party token_table tokenizer training triton verify".split()
+)
+"""Files whose tests run whole commands, train to the end or interpret kernels: too long for `make fast`."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of `make fast`."""
-    parser.addoption("--fast", action="store_true", help="one case of each test that starts no process")
+    parser.addoption(
+        "--fast", action="store_true", help="one case of each test that starts no process and runs no command"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,7 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in costly)
     if config.getoption("--fast"):
         first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-        kept = [item for item in first.values() if not item.get_closest_marker("processes")][::-1]
+        quick = [item for item in first.values() if item.path.name not in WHOLE_COMMANDS]
+        kept = [item for item in quick if not item.get_closest_marker("processes")][::-1]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
