@@ -42,8 +42,27 @@ def until(condition: Callable[[], Met], every: float = 0.02) -> Met:
 
 WHOLE_COMMANDS = frozenset(
     f"test_{name}.py"
-    for name in "audit check checkpoint cli defects extras faults identity include play reading replay sink "
-    "third_party token_table tokenizer training triton verify".split()
+    for name in [
+        "audit",
+        "check",
+        "checkpoint",
+        "cli",
+        "defects",
+        "extras",
+        "faults",
+        "identity",
+        "include",
+        "play",
+        "reading",
+        "replay",
+        "sink",
+        "third_party",
+        "token_table",
+        "tokenizer",
+        "training",
+        "triton",
+        "verify",
+    ]
 )
 """Files whose tests run whole commands, train to the end or interpret kernels: too long for `make fast`."""
 
