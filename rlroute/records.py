@@ -21,12 +21,7 @@ from rlroute.errors import StoreError
 from rlroute.foreign import open_regular
 from rlroute.provenance import environment, utc_now
 from rlroute.reading import Row, read_described, read_environment, read_json, read_rows, read_run, refuse_link
-from rlroute.reading import failure as failure
-from rlroute.reading import last_row as last_row
-from rlroute.reading import read_part as read_part
-from rlroute.reading import read_runs as read_runs
-from rlroute.schema import LoadRow, TrainRow
-from rlroute.schema import RunRecord as RunRecord
+from rlroute.schema import LoadRow, RunRecord, TrainRow
 from rlroute.seal import seal
 from rlroute.sink import flatten
 

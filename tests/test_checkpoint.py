@@ -21,7 +21,7 @@ from rlroute.errors import CheckpointError, StoreError
 from rlroute.experiments.play.token_table import token_table
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.model import Transformer
-from rlroute.records import read_runs
+from rlroute.reading import read_runs
 from rlroute.training import loop, prepare
 from rlroute.training.checkpoint import load_checkpoint, load_weights
 from rlroute.training.data import load_corpus

@@ -22,7 +22,8 @@ from rlroute.errors import StoreError
 from rlroute.experiments.launch import launcher
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.records import RunFolder, failure, last_row
+from rlroute.reading import failure, last_row
+from rlroute.records import RunFolder
 from rlroute.training import loop
 from tests.conftest import HANG, until
 from tests.test_cli import (

@@ -21,7 +21,7 @@ from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.provenance import made_from
-from rlroute.records import read_runs
+from rlroute.reading import read_runs
 from rlroute.sources import core_files, core_sha256, router_files
 from rlroute.training import loop, prepare
 from rlroute.training.data import load_corpus

@@ -13,7 +13,8 @@ from rlroute.experiments.launch import trials
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import train_job
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.records import RunFolder, failure, state
+from rlroute.reading import failure
+from rlroute.records import RunFolder, state
 from rlroute.training import loop
 from tests.conftest import HANG, until
 from tests.test_cli import ROOT, TINY, refused, rlroute, start

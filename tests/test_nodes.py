@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rlroute.experiments.launch import ray_session
-from rlroute.records import read_runs
+from rlroute.reading import read_runs
 from tests.conftest import HANG, until
 from tests.test_cli import ROOT, TINY
 from tests.test_workers import config_of, figures, grouped

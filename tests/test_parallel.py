@@ -29,7 +29,8 @@ from rlroute.model.accounting import costs, fingerprints, is_expert
 from rlroute.model.moe import HERE
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
-from rlroute.records import RunFolder, read_runs
+from rlroute.reading import read_runs
+from rlroute.records import RunFolder
 from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision
 from rlroute.training import checkpoint, loop, manifest, prepare

@@ -15,7 +15,7 @@ import pytest
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.laws.contract import LAWS
-from rlroute.records import read_runs
+from rlroute.reading import read_runs
 from rlroute.registry import run_config
 from tests.test_cli import TINY, ran
 

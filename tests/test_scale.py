@@ -18,7 +18,8 @@ from rlroute.experiments.bench.scale import H100, MODELS, Device, Model, imbalan
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
-from rlroute.records import read_runs, write_compact
+from rlroute.reading import read_runs
+from rlroute.records import write_compact
 from rlroute.routing import Router
 from rlroute.training import loop
 

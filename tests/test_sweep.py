@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlroute.experiments.bench import victims
-from rlroute.records import failure, read_runs
+from rlroute.reading import failure, read_runs
 from tests.conftest import HANG, until
 from tests.test_cli import ROOT, ran, start, table
 from tests.test_third_party import install, site

@@ -14,7 +14,7 @@ from rlroute.experiments.play.games import play
 from rlroute.experiments.play.player import Learning
 from rlroute.experiments.play.token_table import token_table
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.records import read_runs
+from rlroute.reading import read_runs
 from rlroute.routing import RoutingDecision
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import eval_batches, load_corpus

@@ -353,7 +353,7 @@ def test_what_is_no_file_is_refused(path):
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
     with (tmp_path / "t").open("wb") as file:
         file.truncate(tokenizer_file.MAX_BYTES + 1)
-    with pytest.raises(DataError, match="has 67108865 bytes; legal is at most 67108864"):
+    with pytest.raises(DataError, match="it has 67,108,865 bytes: legal are 67,108,864; "):
         open_encoder(str(tmp_path / "t"))
 
 

@@ -18,7 +18,8 @@ from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints, is_router
-from rlroute.records import RunFolder, read_runs, write_compact
+from rlroute.reading import read_runs
+from rlroute.records import RunFolder, write_compact
 from rlroute.registry import default_names, router_class, run_config
 from rlroute.routing import Feedback, Router
 from rlroute.training import loop, prepare

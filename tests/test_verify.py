@@ -16,7 +16,7 @@ from rlroute.config import DataConfig, ModelConfig, TrainConfig, content_hash, r
 from rlroute.errors import StoreError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.verify.store import verify
-from rlroute.records import read_runs
+from rlroute.reading import read_runs
 from tests.test_cli import ROOT, TINY, contents, ran, rlroute
 from tests.test_identity import checkout, git, head
 

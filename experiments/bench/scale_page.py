@@ -12,7 +12,8 @@ from typing import Any
 from rlroute.experiments.bench.results import read_result, refusing
 from rlroute.experiments.bench.scale import H100, MODELS, bench_scale, breaks_at, hold_against, recorded_loads
 from rlroute.experiments.text import markdown, three_digits, with_ends
-from rlroute.records import read_runs, storing, write_atomically, write_json
+from rlroute.reading import read_runs
+from rlroute.records import storing, write_atomically, write_json
 
 WAYS = ("apart", "overlapped")
 

@@ -30,7 +30,8 @@ from rlroute.experiments.bench.victims import MARK, VICTIMS, Nodes, marked, node
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.provenance import environment
-from rlroute.records import read_runs, write_json
+from rlroute.reading import read_runs
+from rlroute.records import write_json
 
 OUT = Path("experiments/results/soak.json")
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}

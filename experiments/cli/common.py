@@ -22,7 +22,7 @@ from rlroute.extras import missing
 from rlroute.limits import checked, option
 
 if TYPE_CHECKING:
-    from rlroute.records import RunRecord
+    from rlroute.schema import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[st
     from rlroute.experiments.comparison.groups import largest_group
     from rlroute.experiments.launch.spec import SEARCH
     from rlroute.experiments.report.runs import is_called
-    from rlroute.records import read_runs
+    from rlroute.reading import read_runs
 
     if os.path.exists(store / SEARCH):
         raise StoreError(f"{store} holds trials of a search, which stopped some of them early: they make no comparison")

@@ -213,10 +213,9 @@ def agreed(run: RunRecord) -> dict[tuple[Any, ...], Any]:
     """Return what runs agree on of which both say it: values by field, and by whose it is."""
     seed, own = run.config["seed"], run.config["config_hash"]
     said: dict[tuple[Any, ...], Any] = {("id", own, seed): run.id}
-    for name, value in _made(run).items():  # one entry is one code; and so is a router, wherever it stands
-        said[(f"config.made_from.{name}",) if name.startswith("routers.") else (f"config.made_from.{name}", own)] = (
-            value
-        )
+    for name, value in _made(run).items():
+        whose = () if name.startswith("routers.") else (own,)  # a router is one code, whose ever entry it is in
+        said[(f"config.made_from.{name}", *whose)] = value
     said["fingerprint.backbone", seed] = run.summary["fingerprint"]["backbone"]
     for shape in by_shape([run]):
         said["fingerprint.shared", seed, *shape] = run.summary["fingerprint"]["shared"]

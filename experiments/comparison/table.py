@@ -72,12 +72,15 @@ class TableRow:
     flops_per_token: int
     training_only_flops_per_token: int
     settings: str
-    """Tuned, tuned for another entry, default, or other."""
-    tuned: bool
-    """Whether the committed grid found them."""
+    """At which it stands: see :func:`rlroute.experiments.recipes.tuned.settings_of`."""
     marks: str
     """What was measured of it that its figures do not tell."""
     config_hash: str
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the committed grid found its settings, or those of the entry of which it is a variant."""
+        return self.settings.startswith("tuned")
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,6 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
         flops_per_token=first.summary["model"]["flops_per_token"],
         training_only_flops_per_token=first.summary["model"]["training_only_flops_per_token"],
         settings=settings_of(first.config["config"]),
-        tuned=settings_of(first.config["config"]).startswith("tuned"),
         marks=", ".join(marks(entry.runs)),
         config_hash=first.config["config_hash"],
     )

@@ -13,7 +13,8 @@ from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import best, key, unscored
 from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, grid_entry
-from rlroute.records import RunRecord, write_json
+from rlroute.records import write_json
+from rlroute.schema import RunRecord
 
 
 class Trial(NamedTuple):

@@ -1,7 +1,8 @@
 """Run many training runs: here in sequence, or through Ray, as many at a time as the machine or cluster has room for.
 
 The run store is the truth: whatever happens, launching the same jobs again keeps what is finished and resumes what is
-not. A run that fails is tried again or set aside, and no run holds up another.
+not. A run that fails by its own doing is set aside at once; one whose process is lost or hangs is started again, a few
+times. No run holds up another.
 """
 
 from __future__ import annotations

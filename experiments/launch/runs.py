@@ -13,7 +13,8 @@ from rlroute.experiments.launch.launcher import launch
 from rlroute.experiments.launch.progress import Monitor
 from rlroute.experiments.launch.ray_session import require_installed
 from rlroute.experiments.launch.supervisor import require_reach
-from rlroute.records import RunFolder, RunRecord
+from rlroute.records import RunFolder
+from rlroute.schema import RunRecord
 from rlroute.sink import require as require_wandb
 
 

@@ -26,9 +26,10 @@ from rlroute.kernels import expert_mlp
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
 from rlroute.provenance import made_from
-from rlroute.records import RunFolder, RunRecord
+from rlroute.records import RunFolder
 from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
+from rlroute.schema import RunRecord
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.data import Batch, eval_batches, load_corpus
 from rlroute.training.loop import DTYPES

@@ -20,7 +20,8 @@ from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.checks import checked
 from rlroute.model.moe import MoELayer
 from rlroute.provenance import made_from, utc_now
-from rlroute.records import RunFolder, last_row
+from rlroute.reading import last_row
+from rlroute.records import RunFolder
 from rlroute.routing import Router
 from rlroute.schema import MadeFrom, Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink, warn

@@ -7,9 +7,7 @@ somebody else's: never loaded, never counted, never removed.
 
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, BinaryIO
 
 from rlroute.config import SCHEMA
 from rlroute.errors import CheckpointError
+from rlroute.foreign import read_bytes, why
 
 FILE = "manifest.json"
 MOST_BYTES = 2**24
@@ -99,11 +98,10 @@ class Manifest:
             most: no file of this model's has more bytes.
 
         Raises:
-            CheckpointError: they are not, or are too many.
-            OSError: it is not there, or cannot be read.
+            CheckpointError: they are not, are too many, or cannot be read.
         """
         entry = self.files[name]
-        data = read_regular(folder / name, min(most, entry["size"]))
+        data = _read(folder / name, min(most, entry["size"]))
         if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{name} is not what was written: its SHA-256 is not that of {FILE}")
         return data
@@ -114,11 +112,10 @@ def read_manifest(path: Path, run: str) -> Manifest:
 
     Raises:
         CheckpointError: there is none, it is not whole, or is not of this run, step or schema.
-        OSError: it cannot be read.
     """
     if not (path / FILE).exists():
         raise CheckpointError(f"it has no {FILE}: written before checkpoints had one, or not by rlroute")
-    text = read_regular(path / FILE, MOST_BYTES)
+    text = _read(path / FILE, MOST_BYTES)
     step = int(path.name.rpartition("-")[2])
     wanted = {"schema": SCHEMA, "run": run, "step": step}
     try:
@@ -141,17 +138,13 @@ def read_manifest(path: Path, run: str) -> Manifest:
     return found
 
 
-def read_regular(path: Path, most: int) -> bytes:
-    """Return what a regular file holds; a link, a pipe or a device is not read.
+def _read(path: Path, most: int) -> bytes:
+    """Return what a file of a checkpoint holds; a link, a pipe or a device is not read.
 
     Raises:
-        CheckpointError: it is none, or has more than ``most`` bytes.
-        OSError: it cannot be read.
+        CheckpointError: it is none, cannot be read, or has more than ``most`` bytes.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise CheckpointError(f"{path.name} is no regular file")
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise CheckpointError(f"{path.name} has more than {most} bytes")
-    return data
+    try:
+        return read_bytes(path, most)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {why(error)}") from error

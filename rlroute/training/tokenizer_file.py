@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from rlroute.errors import DataError
+from rlroute.foreign import read_bytes, why
 
 MAX_BYTES = 2**26
 MAX_TOKENS = 2**20
@@ -90,13 +91,9 @@ def read_tokenizer(path: str | Path) -> tuple[TokenizerData, bytes]:
 
 def _bytes(path: Path, where: str) -> bytes:
     try:
-        if not path.is_file():
-            _refuse(where, "cannot be read: no such file", "a tokenizers JSON file")
-        if path.stat().st_size > MAX_BYTES:
-            _refuse(where, f"has {path.stat().st_size} bytes", f"at most {MAX_BYTES}")
-        return path.read_bytes()
+        return read_bytes(path, MAX_BYTES, follow=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        _refuse(where, f"cannot be read: {error}", "a tokenizers JSON file")
+        _refuse(where, f"cannot be read: {why(error)}", "a tokenizers JSON file")
 
 
 def _model(where: str, model: Any) -> dict[str, Any]:
