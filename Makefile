@@ -1,12 +1,12 @@
 # make compare    train every router side by side and print the table      make test     checks and quick tests
-# make fast       one case of each test that starts no process and runs no command: a first answer within a minute
+# make fast       one case of each quick test (no processes, none of the files that mostly run whole commands): a first answer within a minute
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
 # make fuzz       ten minutes of damaged and hostile files for every reader, each of which answers or refuses in one line
 # make soak       sixty random kills over sweeps (driver, runs, workers, Ray itself, nodes), which end all the same
 # make mutants    small faults of the core, each of which some test must notice
-# make versions   the fast tests with torch 2.11, 2.13 and 2.14, each with its triton, in environments of their own (gigabytes)
+# make versions   the fast tests and those of the kernels with torch 2.11, 2.13 and 2.14, each with its triton, in environments of their own (gigabytes)
 # make dist       the wheel and the source archive in dist/
 # make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
@@ -95,6 +95,7 @@ versions:
 		$$pip -r $$home/wanted.txt && $$pip --no-deps -e . || exit 1; \
 		$$home/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"; \
 		OMP_NUM_THREADS=1 $$home/bin/python -m pytest $(SPREAD) --fast || exit 1; \
+		OMP_NUM_THREADS=1 $$home/bin/python -m pytest $(SPREAD) tests/test_triton.py tests/test_engines.py || exit 1; \
 	done
 
 dist: $(INSTALLED)

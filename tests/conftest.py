@@ -64,14 +64,12 @@ WHOLE_COMMANDS = frozenset(
         "verify",
     ]
 )
-"""Files whose tests run whole commands, train to the end or interpret kernels: too long for `make fast`."""
+"""Files whose tests mostly run whole commands, train to the end or interpret kernels: too long for `make fast`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of `make fast`."""
-    parser.addoption(
-        "--fast", action="store_true", help="one case of each test that starts no process and runs no command"
-    )
+    parser.addoption("--fast", action="store_true", help="one case of each quick test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,7 +4,8 @@ packages.
 ``python3 -m rlroute.experiments.bench.gpu`` runs the card's tests, the benches with every installed peer, and a
 comparison of four routers and the dense model, each in a process of its own with a time limit, and leaves tables, JSON
 and a summary in one folder. A step that fails or runs out of time does not hold up the others; what it had written
-stays. It needs torch, triton, numpy, scipy, rich and pytest.
+stays. It needs torch, triton, numpy, safetensors, scipy and pytest; the comparison needs pydantic too, and says so
+before the first step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.launch import runs
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.recipes.presets import build_comparison
+from rlroute.extras import missing
 from rlroute.kernels import resolve_backend
 from rlroute.provenance import environment
 from rlroute.records import write_atomically, write_compact, write_json
@@ -34,6 +37,8 @@ from rlroute.records import write_atomically, write_compact, write_json
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"tests": 150, "kernels": 200, "layer": 60, "comparison": 170}
 """Seconds of each step; 9 minutes 40 seconds together."""
+READS_RECORDS = "pydantic"
+"""The package without which a comparison would be trained, and no table made of it."""
 ENTRIES = ("dense", "switch", "bias_balanced", "hash", "reinforce")
 COMMAND = "make gpu"
 
@@ -65,6 +70,8 @@ def run_layer(out: Path, device: str, quick: bool) -> None:
 
 def run_comparison(out: Path, device: str, quick: bool) -> None:
     """Train four routers and the dense model side by side, two seeds each."""
+    if _blind():
+        sys.exit(f"error: {_blind()}")
     data, model, train = _recipe(device, quick)
     jobs = [
         Job(config, seed, COMMAND)
@@ -76,6 +83,12 @@ def run_comparison(out: Path, device: str, quick: bool) -> None:
     table = to_markdown(build_table(records))
     write_atomically(out / "comparison.md", table)
     print(table)
+
+
+def _blind() -> str | None:
+    """Return why no table could be made; None where it can."""
+    there = find_spec(READS_RECORDS) is not None
+    return None if there else str(missing("the comparison", READS_RECORDS))
 
 
 def _recipe(device: str, quick: bool) -> tuple[DataConfig, ModelConfig, TrainConfig]:
@@ -100,6 +113,8 @@ STEPS = {"tests": run_tests, "kernels": run_kernels, "layer": run_layer, "compar
 def run_all(out: Path, device: str, quick: bool) -> int:
     """Run every step in its own process; write summary.json; return how many failed."""
     out.mkdir(parents=True, exist_ok=True)
+    if _blind():
+        print(f"== {_blind()}; the other steps go on", flush=True)
     _, _, train = _recipe(device, quick)
     where = environment(train.device, resolve_backend("auto", device), train.threads)
     steps: dict[str, Any] = {}
