@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlroute.errors import ConfigError, StoreError
 from rlroute.foreign import Unfit, open_regular, parse_json, read_bytes, reading, shown, why
+from rlroute.records import write_atomically
 from rlroute.routing import Site
 
 FOLDER = "choices"
@@ -37,6 +38,7 @@ class ChoiceLog:
 
     def __init__(self, run: Path) -> None:
         self.folder = run / FOLDER
+        self.shapes: dict[Path, tuple[int, int]] = {}  # as they are on disk
 
     def write(self, step: int, micro_batch: int, choices: dict[Site, Tensor]) -> None:
         """Keep what each site chose for a micro-batch of a step.
@@ -50,10 +52,7 @@ class ChoiceLog:
             self.folder.mkdir(exist_ok=True)
             for site, ids_NK in choices.items():
                 path = self._path(site, micro_batch)
-                if not path.with_suffix(".json").exists():
-                    with os.fdopen(open_regular(path.with_suffix(".json"), os.O_WRONLY | os.O_CREAT), "w") as file:
-                        file.write(json.dumps(list(ids_NK.shape)))
-                if (shape := _shape(path)) != tuple(ids_NK.shape):
+                if (shape := self._shape(path, ids_NK)) != tuple(ids_NK.shape):
                     raise ConfigError(
                         f"site {site} chose {tuple(ids_NK.shape)} in step {step}, {shape} before: no log keeps both"
                     )
@@ -104,6 +103,15 @@ class ChoiceLog:
             except OSError as error:
                 raise StoreError(f"{path} cannot be read: {why(error)}") from error
         return digest.hexdigest()
+
+    def _shape(self, path: Path, ids_NK: Tensor) -> tuple[int, int]:
+        """Return the shape that a file's choices have, which is that of the first."""
+        if path not in self.shapes:
+            described = path.with_suffix(".json")
+            if not described.exists():
+                write_atomically(described, json.dumps(list(ids_NK.shape)))
+            self.shapes[path] = _shape(path)
+        return self.shapes[path]
 
     def _refuse_link(self) -> None:
         if self.folder.is_symlink():

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from rlroute.errors import ConfigError
 from rlroute.limits import (
@@ -38,7 +38,6 @@ DEFAULT_CORPUS = "package:sympy"
 
 _SITES = re.compile(r"(mlp|attention)?(?:(\d+)(?:-(\d+))?)?")
 
-C = TypeVar("C")
 Budget = Literal["tokens", "flops", "time"]
 
 

@@ -135,18 +135,19 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def plain(value: Any, depth: int = DEPTH) -> Any:
-    """Return a value that consists of dictionaries with text for keys, lists, texts, truth values, None, and finite
-    numbers of 64 bits. Its texts are made :func:`printable`, once for everyone who will show them.
+    """Return a value that consists of dictionaries with printable text for keys, lists, texts, truth values, None, and
+    finite numbers of 64 bits, as it is: what it says is hashed. Whoever shows a text makes it :func:`printable`.
 
     Args:
-        value: what a parser returned; its dictionaries and lists are changed in place.
+        value: what a parser returned.
         depth: levels that it may have.
 
     Raises:
         Unfit: it is something else; this names the field.
     """
     if not isinstance(value, dict | list):
-        return _leaf(value)
+        _refuse_leaf(value)
+        return value
     if not depth:
         raise Unfit(f" is nested deeper than {DEPTH} levels")
     if isinstance(value, list) and set(map(type, value)) == {float} and all(map(math.isfinite, value)):
@@ -155,23 +156,22 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
         try:
             if isinstance(name, str) and not name.isprintable():
                 raise Unfit(": a name cannot hold what controls a terminal")
-            if (kept := plain(part, depth - 1)) is not part:
-                value[name] = kept
+            plain(part, depth - 1)
         except Unfit as error:
             raise Unfit(error.reason, name, *error.path) from None
     return value
 
 
-def _leaf(value: Any) -> Any:
+def _refuse_leaf(value: Any) -> None:
     if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, float) and not math.isfinite(value):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):  # in no encoding
+            raise Unfit(f" = {shown(value)}: want Unicode text")
+    elif isinstance(value, float) and not math.isfinite(value):
         raise Unfit(f" = {value}: want a finite number")
-    if isinstance(value, int) and not -WHOLE < value < WHOLE:
+    elif isinstance(value, int) and not -WHOLE < value < WHOLE:
         raise Unfit(f" is a number of {value.bit_length()} bits: legal are 64")
-    if value is not None and not isinstance(value, int | float):
+    elif value is not None and not isinstance(value, int | float):
         raise Unfit(f" = {shown(value)}: want a number, a text, true or false")
-    return value
 
 
 def hold(value: Any, kind: Any, *path: str | int) -> None:

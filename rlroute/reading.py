@@ -42,8 +42,11 @@ FILE = 1 << 32
 """Bytes of the largest file of lines."""
 MOST_SITES = 10_000
 _FILES = {"config": Described, "environment": Environment, "summary": Summary, "failed": Failure}
-KINDS: dict[Any, Any] = {"eval": EvalRow, "train": TrainRow, None: LoadRow}
-"""What a row is, by its ``kind``; rows of loads have none."""
+ROWS: dict[str, dict[Any, Any]] = {
+    "metrics.jsonl": {"eval": EvalRow, "train": TrainRow},
+    "loads.jsonl": {None: LoadRow},
+}
+"""What a row is, by its file and its ``kind``; rows of loads have none."""
 
 
 # Runs
@@ -58,7 +61,7 @@ def read_runs(path: Path) -> list[RunRecord]:
     with _naming(path):
         file, folder = path.is_file(), path.is_dir()
     if file:
-        records = [_record(line, where) for where, line in _lines(path, follow=True)]
+        records = [_record(line, where, Stored) for where, line in _lines(path, follow=True)]
     elif folder:
         records = [read_run(summary.parent) for summary in path.glob("*/summary.json")]
     else:
@@ -105,15 +108,6 @@ def read_described(folder: Path) -> Described:
     with _naming(folder / "config.json"):
         _hold_config(described["config"])
     return described
-
-
-def read_environment(folder: Path) -> Row:
-    """Return what environment.json of a run's folder holds.
-
-    Raises:
-        StoreError: it cannot be read, or is none.
-    """
-    return read_json(folder / "environment.json", Environment)
 
 
 def read_part(folder: Path, name: str) -> Row | None:
@@ -168,7 +162,7 @@ def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
     rows = []
     for where, row in _lines(path, torn_ok):
         with _naming(where):
-            _hold_row(row)
+            _hold_row(row, path)
         rows.append(row)
     return rows
 
@@ -188,7 +182,7 @@ def last_row(folder: Path) -> Row | None:
         if line is None:
             return None
         row = parse_json(line)
-        _hold_row(row)
+        _hold_row(row, file)
     return cast(Row, row)
 
 
@@ -243,11 +237,11 @@ def _naming(file: Path | str) -> Iterator[None]:
 # What fits
 
 
-def _hold_row(row: Row) -> None:
-    kind = row.get("kind")
-    if not isinstance(kind, str | None) or kind not in KINDS:
-        raise Unfit(f" = {shown(kind)}: legal are 'eval' and 'train'", "kind")
-    hold(row, KINDS[kind])
+def _hold_row(row: Row, file: Path) -> None:
+    kind, legal = row.get("kind"), ROWS[file.name]
+    if not isinstance(kind, str | None) or kind not in legal:
+        raise Unfit(f" = {shown(kind)}: legal in {file.name} is {' or '.join(map(repr, legal))}", "kind")
+    hold(row, legal[kind])
 
 
 def _refuse_schema(schema: Any, *path: str) -> None:
@@ -256,14 +250,15 @@ def _refuse_schema(schema: Any, *path: str) -> None:
         raise Unfit(f" has schema {shown(schema)}, this version reads {legal}", *path)
 
 
-def _record(parts: Row, file: Path | str) -> RunRecord:
+def _record(parts: Row, file: Path | str, kind: Any = Row) -> RunRecord:
+    """Return a record, once its parts are held to a type, unless they have been, and to one another."""
     with _naming(file):
         missing = [name for name in Stored.__required_keys__ if name not in parts]
         if missing:
             raise Unfit(f"it is not a run record: it lacks {', '.join(missing)}")
         for name in ("config", "summary"):
             _refuse_schema(parts[name].get("schema") if isinstance(parts[name], dict) else None, name)
-        hold(parts, Stored)
+        hold(parts, kind)
         kept: Row = {name: parts.get(name) for name in Stored.__annotations__}
         record = RunRecord(parts["summary"]["id"], **kept)
         refuse_inconsistent(record)

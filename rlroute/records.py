@@ -20,7 +20,7 @@ from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import StoreError
 from rlroute.foreign import open_regular
 from rlroute.provenance import environment, utc_now
-from rlroute.reading import Row, read_described, read_environment, read_json, read_rows, read_run, refuse_link
+from rlroute.reading import Row, read_described, read_json, read_part, read_rows, read_run, refuse_link
 from rlroute.schema import LoadRow, RunRecord, TrainRow
 from rlroute.seal import seal
 from rlroute.sink import flatten
@@ -63,8 +63,18 @@ def write_atomically(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -180,7 +190,7 @@ class RunFolder:
         A table that wants one environment for all its runs then sees that this run had two.
         """
         path = self.path / "environment.json"
-        noted = read_environment(self.path)
+        noted = read_part(self.path, "environment") or {}
         for name, value in {**environment(config.train.device, backend, config.train.threads), **parallel}.items():
             if str(noted.get(name)).rpartition(", then ")[2] != str(value):
                 noted[name] = f"{noted.get(name)}, then {value}"
@@ -227,8 +237,9 @@ class RunFolder:
 
     def _written(self) -> Row:
         """Return the parts of the record that this run has written: they are its own, and held to no schema."""
-        texts = {name: (self.path / f"{name}.json").read_text(encoding="utf-8") for name in ("config", "environment")}
-        lines = {name: (self.path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("metrics", "loads")}
+        with storing(self.path):
+            texts = {n: (self.path / f"{n}.json").read_text(encoding="utf-8") for n in ("config", "environment")}
+            lines = {n: (self.path / f"{n}.jsonl").read_text(encoding="utf-8") for n in ("metrics", "loads")}
         rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in lines.items()}
         by_kind = {part: [r for r in rows["metrics"] if r["kind"] == kind] for part, kind in _PARTS.items()}
         return {name: json.loads(text) for name, text in texts.items()} | by_kind | {"loads": rows["loads"]}

@@ -68,7 +68,7 @@ def watchdog(seconds: float, folder: Path, rank: int = 0) -> Iterator[Callable[[
     """
     path = folder / FILE.format(rank=rank)
     try:
-        file = path.open("w")
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "w")
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
     with file:

@@ -42,6 +42,7 @@ from tests.test_cli import (
     table,
 )
 from tests.test_sweep import MISHAP
+from tests.test_table import eval_row
 from tests.test_third_party import install, site
 
 __all__ = ["site"]  # a fixture
@@ -315,8 +316,8 @@ def test_an_unfinished_run_with_a_broken_row_is_named(tmp_path):
 
 def test_a_very_long_row_is_read_whole(tmp_path):
     """27 layers of 256 experts make rows of more than 64 kB."""
-    row = {"step": 12, "load_LE": [[0.003906] * 256] * 40}
-    (tmp_path / "metrics.jsonl").write_text('{"step":11,"load_LE":[]}\n' + json.dumps(row) + "\n")
+    row = eval_row("switch", 0, 12, 0.0) | {"load_LE": [[0.003906] * 256] * 40}
+    (tmp_path / "metrics.jsonl").write_text("{}\n" + json.dumps(row) + "\n")
     assert last_row(tmp_path) == row
 
 

@@ -85,6 +85,7 @@ def test_a_process_that_is_stopped_for_a_while_goes_on(tmp_path):
 
 def test_a_watcher_goes_with_its_process_and_is_replaced_if_it_goes_alone(tmp_path):
     with watchdog(0.2, tmp_path) as alive:
+        until(lambda: len(watchers(os.getpid())) == 1)
         (first,) = watchers(os.getpid())
         os.kill(first, signal.SIGKILL)
         until(lambda: (alive(1), time.sleep(0.05), watchers(os.getpid()))[-1] not in ([], [first]))

@@ -51,12 +51,12 @@ def surviving() -> Iterator[None]:
 def show(text: str) -> None:
     """Print Markdown; on a terminal as rich draws it."""
     if not _on_terminal():
-        print(text)
+        print(printable(text))
         return
     from rich.console import Console
     from rich.markdown import Markdown
 
-    Console().print(Markdown(text))
+    Console().print(Markdown(printable(text)))
 
 
 def show_grid(grid: Grid) -> None:

@@ -13,6 +13,7 @@ from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.statistics import CONFIDENCE, HOLM
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, short, si
+from rlroute.foreign import printable
 
 FORMULA = ("=", "+", "-", "@", "|")
 SPARE = (
@@ -107,7 +108,8 @@ def no_formula(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
     begins = unicodedata.normalize("NFKC", cell).lstrip()[:1]
-    return f"'{cell}" if begins in FORMULA or cell[:1] in ("\t", "\r", "\n") else cell
+    mark = "'" if begins in FORMULA or cell[:1] in ("\t", "\r", "\n") else ""
+    return mark + printable(cell)
 
 
 def _name(row: TableRow, table: Table) -> str:

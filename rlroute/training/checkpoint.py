@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rlroute.config import SCHEMA
 from rlroute.errors import CheckpointError, RlrouteError
 from rlroute.model.accounting import is_expert
-from rlroute.records import storing
+from rlroute.records import storing, sync_folder
 from rlroute.training import manifest
 from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import Entry, HashedFile, Manifest, folder_name, own_checkpoints, shard_names
@@ -134,20 +134,11 @@ def _appear(temporary: Path, target: Path, whole: Manifest) -> None:
         file.write(whole.to_text())
         file.flush()
         os.fsync(file.fileno())
-    _sync(temporary)
+    sync_folder(temporary)
     if own_checkpoints(target.parent).get(whole.step) == target:
         shutil.rmtree(target)
     temporary.replace(target)
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Let names in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)
 
 
 def _keep(folder: Path, steps: Iterable[int]) -> None:

@@ -261,7 +261,8 @@ class _Run:
         """Return a context in which the decisions of this process's first step, or evaluation, are checked."""
         first = kind in self.unseen
         self.unseen.discard(kind)
-        return checked(self.model.routers, finite=kind != "eval") if first else nullcontext()
+        begins = kind == "train" and not self.progress.step  # what training has made of a model may not be finite
+        return checked(self.model.routers, finite=begins) if first else nullcontext()
 
     def _audit(self) -> Measured:
         """Measure the trained model."""
