@@ -244,12 +244,7 @@ def test_the_least_that_a_model_needs_is_below_what_it_has_and_near_it(entry: st
     assert least <= has and (least > 0.6 * has or "attention_experts" in fields)
 
 
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = memory.memory_here("cpu")
-    for text, wanted in {"max\n": there, f"{10**9}\n": 10**9, f"{2**63 - 4096}\n": there}.items():
-        (tmp_path / "limit").write_text(text)
-        monkeypatch.setattr(memory, "_LIMITS", (str(tmp_path / "limit"), str(tmp_path / "none")))
-        assert memory.memory_here("cpu") == wanted
+def test_one_byte_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = build_entry("hash", DATA, MODEL, TRAIN)
     monkeypatch.setattr(memory, "memory_here", lambda device: memory.least_bytes(config, 257))
     memory.check_memory(config, 257)

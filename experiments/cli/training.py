@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rlroute.config import Budget, TrainConfig
-from rlroute.cores import cores
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import (
     LAUNCH,
@@ -28,6 +27,7 @@ from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.limits import Between, Positive, Seed
+from rlroute.machine import cores
 
 if TYPE_CHECKING:
     from rlroute.schema import Summary

@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlroute.cores import cores
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
+from rlroute.machine import cores
 
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",

@@ -1,15 +1,10 @@
 """What a run needs of memory at the very least, found by arithmetic before a model is built or a batch is cut."""
 
-import os
-from pathlib import Path
-
 import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
-
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container's limit stands, in either version of control groups."""
+from rlroute.machine import memory
 
 
 def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
@@ -47,11 +42,7 @@ def memory_here(device: str) -> int:
     """Return the bytes of memory of this machine, or of what this process may use of it; on cuda of the device."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in map(Path, _LIMITS):
-        text = path.read_text().strip() if path.exists() else "max"
-        found += [int(text)] if text.isdecimal() else []
-    return min(found)
+    return memory()
 
 
 def check_memory(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> None:

@@ -1,18 +1,18 @@
-"""The cores that count are those that this process may use: affinity, and the CPU quotas of its control groups."""
+"""What counts of the machine is what this process may use: affinity, and the limits of its control groups."""
 
 import os
 
 import pytest
 
-from rlroute.cores import cores
+from rlroute.machine import cores, memory
 
 V2 = "31 23 0:38 {top} /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup rw,nsdelegate\n"
 V1 = (
     "30 23 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
     "32 30 0:29 {top} /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
-    "33 30 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
+    "33 30 0:30 {top} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
 )
-GROUPS_OF_V1 = "4:memory:/elsewhere\n3:cpu,cpuacct:{group}\n1:name=systemd:/\n0::/system.slice\n"
+GROUPS_OF_V1 = "4:memory:{group}\n3:cpu,cpuacct:{group}\n2:pids:/elsewhere\n1:name=systemd:/\n0::/system.slice\n"
 
 
 def machine(root, version, quotas, group, top="/"):
@@ -90,5 +90,27 @@ def test_what_the_kernel_never_wrote_is_no_quota(damage, tmp_path):
     assert cores(tmp_path) == 16
 
 
-def test_this_machine_has_cores():
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_smallest_limit_of_memory_from_a_group_upwards_counts(version, tmp_path):
+    machine(tmp_path, version, {}, "/a/b")
+    file = ("sys/fs/cgroup/memory/{}/memory.limit_in_bytes", "sys/fs/cgroup/{}/memory.max")[version - 1]
+    none = (str(2**63 - 4096), "max")[version - 1]
+    there = memory(tmp_path)
+    for limits, wanted in (
+        ({}, there),
+        ({"a/b": none, "a": none}, there),
+        ({"a/b": 10**9}, 10**9),
+        ({"a/b": none, "a": 10**8}, 10**8),
+        ({"a/b": 10**7, "a": 10**8, "c": 10**6}, 10**7),
+        ({".": 10**6}, 10**6),
+    ):
+        for folder, limit in limits.items():
+            path = tmp_path / file.format(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{limit}\n")
+        assert memory(tmp_path) == wanted
+
+
+def test_this_machine_has_cores_and_memory(tmp_path):
     assert 1 <= cores() <= 16
+    assert 2**20 < memory() <= memory(tmp_path)  # which has no groups
