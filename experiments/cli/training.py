@@ -194,9 +194,9 @@ def tune(
     from rlroute.experiments.recipes.grid import edges
     from rlroute.experiments.recipes.tuned import GRID
 
-    make_folder(out.parent)
     name_broken(*entries)
-    entries = entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model)
+    entries = tuning.named(entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model), train)
+    make_folder(out.parent)
     trials = tuning.tune(entries, train, launch, command_line())
     tuning.write_trials(trials, train, out, command_line())
     for entry, found in tuning.best_trials(trials).items():

@@ -35,15 +35,23 @@ class Trial(NamedTuple):
     runs: list[str]
 
 
-def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) -> list[Trial]:
-    """Walk the grid of each entry and return all trials, in the order in which they ran.
+def named(entries: Sequence[str], train: TrainConfig) -> tuple[str, ...]:
+    """Return the entries of the grid that are named, each once.
 
     Raises:
-        ConfigError: an entry has no grid, or ``train`` a learning rate that every trial would overwrite.
+        ConfigError: an entry has no grid, or ``train`` a value that cannot be, or a learning rate that every trial
+            would overwrite.
     """
     if train.lr != TrainConfig().lr:
         raise ConfigError(f"train.lr = {train.lr}: each trial of the grid sets it")
-    entries = list(dict.fromkeys(map(grid_entry, entries)))
+    found = tuple(dict.fromkeys(map(grid_entry, entries)))
+    for entry in found:
+        _trial(entry, {}, train)  # what cannot be trained is found here
+    return found
+
+
+def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) -> list[Trial]:
+    """Walk the grid of each entry, one of `named`, and return all trials, in the order in which they ran."""
     trials: list[Trial] = []
     while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
         configs = [_trial(entry, point, train) for entry, point in following]
