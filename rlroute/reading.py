@@ -41,6 +41,8 @@ LINE = 1 << 26
 FILE = 1 << 32
 """Bytes of the largest file of lines."""
 MOST_SITES = 10_000
+TIMED = frozenset({"seconds", "tokens_per_second", "traffic", "begun", "ended", "peak_memory"})
+"""What differs when the same run is trained again, in whatever part of a record."""
 _FILES = {"config": Described, "environment": Environment, "summary": Summary, "failed": Failure}
 ROWS: dict[str, dict[Any, Any]] = {
     "metrics.jsonl": {"eval": EvalRow, "train": TrainRow},
@@ -130,6 +132,13 @@ def failure(folder: Path) -> str | None:
     """
     note = read_part(folder, "failed")
     return None if note is None else str(note["reason"])
+
+
+def untimed(values: Any) -> Any:
+    """Return a part of a record, or a list of them, without what differs when the same run is trained again."""
+    if isinstance(values, Mapping):
+        return {name: untimed(value) for name, value in values.items() if name not in TIMED}
+    return [untimed(value) for value in values] if isinstance(values, list) else values
 
 
 # Files

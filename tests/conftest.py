@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Generator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,12 +18,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
 from rlroute import loading, registry
+from rlroute.experiments.bench import victims
 from rlroute.experiments.laws.steps import D, V, draw, make_context, make_feedback, make_shape, sums_of, terms_of
 from rlroute.model.capacity import drop_over_capacity
 from rlroute.routing import RoutingDecision
 
 __all__ = ["D", "V", "draw", "make_context", "make_feedback", "make_shape", "sums_of", "terms_of"]  # also for tests
-pytest.register_assert_rewrite("rlroute.experiments.laws.contract")
+pytest.register_assert_rewrite("rlroute.experiments.laws.contract", "tests.commands", "tests.runs")
 
 HANG = 900
 """Seconds: the bound of every wait, which only a hang reaches, however slow the machine is."""
@@ -126,3 +128,26 @@ def routers(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     registry._sources.cache_clear()
     for name in [name for name in sys.modules if name.startswith(f"{loading.PREFIX}.")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
+    """A folder for distributions that this process sees until the test ends."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    registry._sources.cache_clear()
+    known = set(sys.modules)
+    yield folder
+    registry._sources.cache_clear()
+    for name in set(sys.modules) - known:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """Mark all processes that a test starts; return a function that lists those that are left."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("RLROUTE_TEST_MARK", mark)
+    return lambda: [pid for pid in victims.marked(mark) if pid != os.getpid()]

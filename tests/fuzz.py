@@ -42,13 +42,14 @@ from rlroute.records import state, write_compact
 from rlroute.registry import run_config
 from rlroute.training.data import load_corpus
 from rlroute.training.loop import train
+from tests import ROOT
 from tests.conftest import make_shape
 from tests.mutations import HOSTILE, TEXTS, change_bytes, change_json, change_value, change_words, several
 from tests.policies import DESCRIBED, weights_of, write_policy
+from tests.runs import interrupted
 
 SECONDS = 30
 """A case that takes longer hangs."""
-ROOT = Path(__file__).parent.parent
 NUMBERS = (
     "0",
     "-1",
@@ -393,17 +394,9 @@ def small_config(folder: Path) -> RunConfig:
 @cache
 def _interrupted() -> tuple[RunConfig, dict[str, bytes]]:
     """Return a small run that was stopped after its first checkpoint: its configuration, and its files."""
-
-    def stop(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
     with TemporaryDirectory() as place:
-        folder = Path(place)
-        config = small_config(folder)
-        with contextlib.suppress(KeyboardInterrupt):
-            train(config, 0, folder / "runs", on_step=stop)
-        run = folder / "runs" / config.run_id(0)
+        config = small_config(Path(place))
+        run = interrupted(config, Path(place, "runs"), 3)
         return config, {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 

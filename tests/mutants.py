@@ -18,7 +18,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 COPIED = ("rlroute", "agents", "baselines", "envs", "experiments", "tests", "pyproject.toml")
 WORKERS = 2
 LONGEST = 300

@@ -3,12 +3,12 @@
 import ast
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 from rlroute import schema
+from tests import ROOT
 
-PAGE = Path(__file__).parent.parent / "docs" / "records.md"
+PAGE = ROOT / "docs" / "records.md"
 FILES = (
     (
         "config.json",

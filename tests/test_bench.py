@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,12 +22,12 @@ from rlroute.experiments.bench.layer import router_shape
 from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
 from rlroute.registry import default_names
+from tests import ROOT
 from tests.conftest import HANG
 from tests.strangers import install
 
 SHAPE = Shape(24, 16, 8, 4, 2)
 PEERS = [name for name in contenders(cuda=False) if name not in ("dense", "loop")]
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -22,6 +22,7 @@ from rlroute.training.evaluate import evaluate
 from rlroute.training.loop import train
 from rlroute.training.prepare import expected_costs, flops_per_step
 from rlroute.training.step import backward_batch
+from tests.runs import figures, interrupted
 from tests.tiny import CPU64, V, make_batch, run_batch, small_config
 from tests.toys import ToyRouter, installed, toy_model
 
@@ -193,20 +194,11 @@ def test_extra_pairs_are_booked_to_training_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", ["threshold", "double"])
 def test_a_killed_run_spends_the_same_budget(rule: str, tmp_path: Path) -> None:
     config = config_of(12, rule=rule)
-    whole = train(config, 0, tmp_path / "whole")
-
-    def kill(step: int) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, 0, tmp_path / "cut", on_step=kill)
-    resumed = train(config, 0, tmp_path / "cut")
-    timing = {"seconds": 0, "tokens_per_second": 0, "ended": 0}
+    train(config, 0, tmp_path / "whole")
+    folder = interrupted(config, tmp_path / "cut", 6)
+    train(config, 0, tmp_path / "cut")
     assert spent(config, tmp_path / "whole") == spent(config, tmp_path / "cut")
-    assert whole["final"] and resumed["final"]
-    for one, two in ((dict(whole), dict(resumed)), (dict(whole["final"]), dict(resumed["final"]))):
-        assert one | timing | {"final": 0} == two | timing | {"final": 0}
+    assert figures(folder)["summary"]["final"] and figures(folder) == figures(tmp_path / "whole" / folder.name)
 
 
 def test_where_no_pair_is_chosen_every_record_is_a_number_or_none(tmp_path: Path) -> None:

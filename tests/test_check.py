@@ -8,9 +8,10 @@ import pytest
 
 from rlroute.experiments.laws.contract import LAWS
 from rlroute.registry import router_class, router_names
+from tests import ROOT
+from tests.commands import ran, refused, rlroute
 from tests.conftest import HANG
 from tests.policies import OF_A_RUN
-from tests.test_cli import ROOT, ran, refused, rlroute
 from tests.test_include import SOURCE
 
 FORWARD = "    def forward(self, x_TD, context):\n"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlroute.config import SCHEMA, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import SCHEMA, RunConfig
 from rlroute.errors import CheckpointError, StoreError
 from rlroute.experiments.play.token_table import token_table
 from rlroute.experiments.recipes.entries import build_entry
@@ -27,37 +27,25 @@ from rlroute.training.checkpoint import load_checkpoint, load_weights
 from rlroute.training.data import load_corpus
 from rlroute.training.manifest import Manifest, own_checkpoints
 from rlroute.training.optimizer import Optimizer
+from tests.commands import contents
+from tests.runs import figures, interrupted
+from tests.tiny import DATA, MODEL, TRAIN
 
-DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
-MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
-TRAIN = TrainConfig(steps=12, batch_size=4, warmup_steps=2, eval_every=4, log_every=1, checkpoint_every=4)
 CONFIG = build_entry("switch", DATA, MODEL, TRAIN)
 RUN = CONFIG.run_id(0)
 NEWEST = "checkpoint-00000008"
 ROUTER, BODY = "layers.0.moe.router.scores.weight", "embed.weight"
 
 
-def interrupted(store: Path, config: RunConfig = CONFIG, at: int = 10) -> Path:
-    """Train up to a step; return the run's folder, which holds the checkpoints of steps 4 and 8 if ``at`` is 10."""
-
-    def stop(step: int) -> None:
-        if step == at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, store, on_step=stop)
-    return store / config.run_id(0)
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with an interrupted run; nobody may change it."""
-    return interrupted(tmp_path_factory.mktemp("begun")).parent
+    return interrupted(CONFIG, tmp_path_factory.mktemp("begun"), 10).parent
 
 
 @pytest.fixture
 def folder(begun: Path, tmp_path: Path) -> Path:
-    """The folder of a run that was interrupted."""
+    """The folder of a run that was interrupted; it holds the checkpoints of steps 4 and 8."""
     shutil.copytree(begun, tmp_path / "runs")
     return tmp_path / "runs" / RUN
 
@@ -81,22 +69,7 @@ def built(config: RunConfig = CONFIG) -> tuple[Transformer, Optimizer]:
     return model, Optimizer(model, config.train)
 
 
-def figures(folder: Path) -> list[Any]:
-    """Return all of a run's figures but those that a clock decides."""
-    read = [json.loads((folder / "summary.json").read_text())]
-    for name in ("metrics", "loads"):
-        read += map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
-    for row in (*read, read[0]["final"]):
-        for clock in ("seconds", "tokens_per_second", "begun", "ended"):
-            row.pop(clock, None)
-    return read
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def refused(folder: Path, match: str = "checkpoint-") -> str:
+def neither_taken(folder: Path, match: str = "checkpoint-") -> str:
     """Return why neither checkpoint is taken; neither the model nor a file has changed."""
     model, optimizer = unchanged()
     weights, before = {n: v.clone() for n, v in model.state_dict().items()}, contents(folder)
@@ -153,7 +126,7 @@ def test_files_their_folder_and_its_name_outlast_a_power_cut(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", note)
-        path = interrupted(tmp_path, at=5) / "checkpoint-00000004"
+        path = interrupted(CONFIG, tmp_path, 5) / "checkpoint-00000004"
     files = [(path / name).stat().st_ino for name in ("model.safetensors", "trainer.pt", "manifest.json")]
     wanted = [*files, path.stat().st_ino, path.parent.stat().st_ino]
     those = [one for one in synced[synced.index(files[0]) :] if one in wanted]
@@ -243,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 def test_where_none_is_sound_all_are_named_with_the_way_out(case: str, folder: Path, undisturbed: Path) -> None:
     for path in own_checkpoints(folder).values():
         DAMAGE[case](path)
-    said = refused(folder, "remove them to start it anew")
+    said = neither_taken(folder, "remove them to start it anew")
     assert all(str(path) in said for path in own_checkpoints(folder).values())
     before = contents(folder)
     with pytest.raises(CheckpointError, match=NEWEST):
@@ -258,21 +231,21 @@ def test_where_none_is_sound_all_are_named_with_the_way_out(case: str, folder: P
 def test_a_checkpoint_from_before_manifests_is_said_to_be_one(folder: Path) -> None:
     for path in own_checkpoints(folder).values():
         (path / "manifest.json").unlink()
-    refused(folder, "written before checkpoints had one")
+    neither_taken(folder, "written before checkpoints had one")
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_its_name(folder: Path, tmp_path: Path) -> None:
-    other = interrupted(tmp_path / "other", replace(CONFIG, train=replace(TRAIN, lr=1e-3)))
+    other = interrupted(replace(CONFIG, train=replace(TRAIN, lr=1e-3)), tmp_path / "other", 10)
     for path in own_checkpoints(folder).values():
         shutil.rmtree(path)
         shutil.copytree(other / path.name, path)
-    assert RUN in refused(folder, other.name)
+    assert RUN in neither_taken(folder, other.name)
 
 
 def test_a_damaged_one_is_noted_once_however_often_the_run_goes_on(folder: Path) -> None:
     half(folder / NEWEST / "trainer.pt")
     for at in (5, 6):
-        interrupted(folder.parent, at=at)
+        interrupted(CONFIG, folder.parent, at)
     assert len(json.loads((folder / "environment.json").read_text())["notes"]) == 1
 
 
@@ -405,7 +378,7 @@ def test_a_state_that_no_run_can_have_is_refused_though_it_is_signed(folder: Pat
     whole = {file: file.read_bytes() for file in path.iterdir()}
     for case, edit in FORGED.items():
         forge(path, edit)
-        assert NEWEST in refused(folder), case
+        assert NEWEST in neither_taken(folder), case
         for file, data in whole.items():
             file.write_bytes(data)
 
@@ -435,7 +408,7 @@ def test_the_weights_header_agrees_with_the_rest(field: str, folder: Path) -> No
     save_file(load_file(file), file, header | {field: "4"})
     forge(folder / NEWEST)
     shutil.rmtree(folder / "checkpoint-00000004")
-    refused(folder, "header")
+    neither_taken(folder, "header")
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape", "dtype"])
@@ -450,14 +423,14 @@ def test_weights_of_another_model_are_refused_though_they_are_signed(change: str
     save_file(weights, file, {"schema": str(SCHEMA), "step": "8", "run": RUN})
     forge(folder / NEWEST)
     shutil.rmtree(folder / "checkpoint-00000004")
-    refused(folder, "does not fit the model: (embed.weight|more)")
+    neither_taken(folder, "does not fit the model: (embed.weight|more)")
 
 
 def test_a_router_that_has_had_no_gradient_yet_goes_on_bit_for_bit(tmp_path: Path) -> None:
     entry = "reinforce:policy_weight=0.0,entropy_weight=0.0,balance_weight=0.0,baseline=ema"
     config = build_entry(entry, DATA, MODEL, TRAIN)
     loop.train(config, 0, tmp_path / "whole")
-    folder = interrupted(tmp_path, config)
+    folder = interrupted(config, tmp_path, 10)
     state = torch.load(folder / NEWEST / "trainer.pt", weights_only=True)["optimizer"]
     assert state[ROUTER]["step"] == 0 and not state[ROUTER]["exp_avg"].any() and state[BODY]["step"] == 8
     loop.train(config, 0, tmp_path)
@@ -479,6 +452,6 @@ def test_weights_of_an_ended_run_are_verified_and_no_older_ones_taken(undisturbe
     with pytest.raises(CheckpointError, match="SHA-256"):
         token_table(record, store, 64)
     shutil.rmtree(file.parent)
-    shutil.copytree(interrupted(tmp_path / "begun") / NEWEST, store / RUN / NEWEST)
+    shutil.copytree(interrupted(CONFIG, tmp_path / "begun", 10) / NEWEST, store / RUN / NEWEST)
     with pytest.raises(CheckpointError, match="weights of step 8: the run ended at step 12"):
         token_table(record, store, 64)

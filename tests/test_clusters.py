@@ -7,7 +7,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from rlroute.experiments.play.ladder import TASKS, Ladder, Outcome, to_markdown,
 from rlroute.experiments.statistics import wilson
 from rlroute.registry import default_names
 from rlroute.routing import Router, RoutingDecision
+from tests import ROOT
 from tests.strangers import install
 
 SHORT = Ladder(steps=40, tokens=128)
@@ -254,11 +254,10 @@ def test_wilson_s_interval_is_the_textbook_s():
 
 
 def test_documented_ladder_is_what_the_stored_record_says():
-    root = Path(__file__).parents[1]
     ((path, shown),) = re.findall(
-        r"<!-- clusters: (\S+) -->\n(.*?)<!-- end of clusters -->", (root / "docs/agents.md").read_text(), re.S
+        r"<!-- clusters: (\S+) -->\n(.*?)<!-- end of clusters -->", (ROOT / "docs/agents.md").read_text(), re.S
     )
-    rows = json.loads((root / path).read_text())["rows"]
+    rows = json.loads((ROOT / path).read_text())["rows"]
     assert shown == to_markdown([row for row in rows if row["gate"] == "own"])
     assert {len(row["outcomes"]) for row in rows} == {20}
 

@@ -11,8 +11,8 @@ from rlroute.errors import DefectError, StoreError
 from rlroute.faults import explain, place
 from rlroute.foreign import printable
 from rlroute.training import defects
+from tests.commands import TINY, ran, refused, rlroute, start
 from tests.conftest import HANG
-from tests.test_cli import TINY, ran, refused, rlroute, start
 
 ROUTER = '''
 """Top-k that fails where it is told to.

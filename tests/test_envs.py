@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -20,9 +19,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from rlroute.envs import IDS
 from rlroute.errors import ConfigError
+from tests import ROOT
 from tests.conftest import HANG
 
-ROOT = Path(__file__).parent.parent
 SHORT = {"episode_length": 5}
 MODES = pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
 EACH = pytest.mark.parametrize("name", IDS)

@@ -5,16 +5,15 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from rlroute import extras
 from rlroute.extras import missing, needed_beside
+from tests import ROOT
+from tests.commands import TINY, ran, refused, rlroute
 from tests.conftest import HANG
-from tests.test_cli import TINY, ran, refused, rlroute
 
-ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PACKAGES = {
     re.split(r"[^\w-]", requirement)[0]: extra

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from rlroute import records
-from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import StoreError
 from rlroute.experiments.launch import launcher
 from rlroute.experiments.launch.jobs import Job, Launch
@@ -25,34 +24,19 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.reading import failure, last_row
 from rlroute.records import RunFolder
 from rlroute.training import loop
+from tests import ROOT
+from tests.commands import COMPARE, TINY, cells, contents, ran, refused, rlroute, rows, stamps, start, table
 from tests.conftest import HANG, until
-from tests.test_cli import (
-    COMPARE,
-    ROOT,
-    STEPS,
-    TINY,
-    cells,
-    contents,
-    ran,
-    refused,
-    rlroute,
-    rows,
-    stamps,
-    start,
-    table,
-)
-from tests.test_sweep import MISHAP
+from tests.distributions import install
+from tests.mishaps import MISHAP
+from tests.runs import figures, interrupted
 from tests.test_table import eval_row
-from tests.test_third_party import install, site
-
-__all__ = ["site"]  # a fixture
+from tests.tiny import DATA, MODEL, STEPS
+from tests.tiny import TRAIN as SETTINGS
 
 TRAIN = ("train", "hash", *TINY, "--no-tuned")
-DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
-MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
-SETTINGS = TrainConfig(
-    steps=STEPS, batch_size=4, warmup_steps=2, eval_every=4, log_every=1, checkpoint_every=4, lr=TrainConfig().lr
-)
+CONFIG = build_entry("hash", DATA, MODEL, SETTINGS)
+"""Of the run that `TRAIN` trains."""
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +54,6 @@ def here(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def interrupted(store: Path, at: int = 6, **train: Any) -> Path:
-    """Train hash as ``TRAIN`` does, up to a step; return the folder of the run, with the checkpoint of step 4 if ``at``
-    is 6.
-    """
-
-    def stop(step: int) -> None:
-        if step == at:
-            raise KeyboardInterrupt
-
-    config = build_entry("hash", DATA, MODEL, replace(SETTINGS, **train))
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, store, on_step=stop)
-    return store / config.run_id(0)
-
-
-def figures(folder: Path) -> dict:
-    """Return a run's final figures, those that no clock decides."""
-    summary = json.loads((folder / "summary.json").read_text())
-    summary["final"].pop("seconds")
-    return {name: summary[name] for name in ("status", "steps", "final", "batches", "fingerprint")}
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +266,7 @@ def test_a_broken_compact_file_is_named(damage, here):
 
 def test_an_unfinished_run_with_a_broken_row_is_named(tmp_path):
     """A power cut leaves zeros where rows should be."""
-    folder = interrupted(tmp_path)
+    folder = interrupted(CONFIG, tmp_path, 6)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 100 + b"\n")
     before = contents(tmp_path)
@@ -335,12 +297,13 @@ def noted(folder: Path) -> str:
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(ended, tmp_path):
-    mine, other = interrupted(tmp_path), interrupted(tmp_path / "other", lr=1e-3)
+    theirs = replace(CONFIG, train=replace(SETTINGS, lr=1e-3))
+    mine, other = interrupted(CONFIG, tmp_path, 6), interrupted(theirs, tmp_path / "other", 6)
     if ended:
         ran(*TRAIN, "--train.lr", "0.001", "--store", tmp_path / "other")
     shutil.rmtree(mine / "checkpoint-00000004")
-    (theirs,) = other.glob("checkpoint-*")
-    shutil.copytree(theirs, mine / theirs.name)
+    (checkpoint,) = other.glob("checkpoint-*")
+    shutil.copytree(checkpoint, mine / checkpoint.name)
     before = contents(tmp_path)
     said = refused(rlroute(*TRAIN, "--store", tmp_path))
     assert other.name in said
@@ -351,6 +314,12 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(ended, tmp_pat
 
 # --- a full disk
 # ------------------------------------------------------------------------------------------------------------------
+
+
+def nameless(folder: Path) -> dict[str, Any]:
+    """Return a run's figures without its name: how often it writes checkpoints changes that and nothing else."""
+    found = figures(folder)
+    return found | {"summary": found["summary"] | {"id": "", "config_hash": ""}}
 
 
 @contextlib.contextmanager
@@ -386,14 +355,14 @@ def test_a_run_stopped_by_a_full_disk_goes_on_when_there_is_room(first, here, un
     assert contents(here).items() >= before.items()
     ran(*TRAIN, *often, "--store", "disk")
     (folder,) = (here / "disk").iterdir()
-    assert figures(folder) == figures(undisturbed)
+    assert nameless(folder) == nameless(undisturbed)
     assert [row["step"] for row in rows(folder, "train")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("room", [600, 10_000])
 def test_a_full_disk_does_not_cost_the_checkpoint(room, tmp_path, undisturbed):
     """At 600 bytes the resumed run cannot even rewrite its metrics, at 10 000 not write its next checkpoint."""
-    folder = interrupted(tmp_path)
+    folder = interrupted(CONFIG, tmp_path, 6)
     kept = contents(folder / "checkpoint-00000004")
     logged = (folder / "metrics.jsonl").read_bytes()
     with full_disk(room):
@@ -422,7 +391,7 @@ def test_a_full_disk_at_the_summary_costs_nothing_that_was_trained(every, tmp_pa
     before = (folder / "metrics.jsonl").read_bytes()
     ran(*command)
     assert (folder / "metrics.jsonl").read_bytes() == before
-    assert figures(folder) == figures(undisturbed)
+    assert nameless(folder) == nameless(undisturbed)
 
 
 @pytest.mark.parametrize("command", [("report",), ("export", "results/compact.jsonl"), COMPARE], ids=lambda c: c[0])
@@ -502,7 +471,7 @@ def test_a_diverged_run_says_where_and_the_others_go_on(site, tmp_path, monkeypa
     assert [row["step"] for row in rows(folder, "train")] == [1, 2, 3, 4, 5]
     others = [path for path in (tmp_path / "runs").iterdir() if path != folder]
     assert len(others) == 3
-    assert all(figures(path)["steps"] == STEPS for path in others)
+    assert all(figures(path)["summary"]["steps"] == STEPS for path in others)
     (line,) = (line for line in printed.splitlines() if line.startswith("| fragile"))
     assert "1 of 2 diverged" in line
     assert "seed 1 at step 5 (the language-model loss is not finite)" in printed

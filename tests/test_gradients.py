@@ -47,9 +47,9 @@ from rlroute.registry import default_names, router_class
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 from rlroute.sampling import plackett_luce_log_prob, top_k
 from rlroute.training.data import Batch, load_corpus
-from tests.test_cli import rlroute
+from tests import ROOT
+from tests.commands import rlroute
 
-ROOT = Path(__file__).parents[1]
 V = 11
 SMALLEST: dict[str, Any] = {"d_model": 8, "num_heads": 2, "d_expert": 6}
 SIZES = [(1, 1, 2, 3), (2, 1, 2, 2), (1, 2, 3, 2), (2, 2, 3, 1)]  # (L, k, E, T)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.conftest import HANG
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlroute"
 
 

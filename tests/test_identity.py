@@ -16,7 +16,7 @@ import pytest
 
 from rlroute import registry, sources
 from rlroute.commit import commit_of, core_sha256_at
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig, content_hash, run_id
+from rlroute.config import RunConfig, content_hash, run_id
 from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.recipes.entries import build_entry
@@ -27,13 +27,15 @@ from rlroute.training import loop, prepare
 from rlroute.training.data import load_corpus
 from rlroute.training.documents import Document
 from rlroute.training.train_tokenizer import train_tokenizer
+from tests import ROOT
+from tests.commands import TINY, contents, ran, refused, rlroute, start
 from tests.conftest import HANG
+from tests.distributions import ROUTER, install
 from tests.policies import weights_of, write_policy
-from tests.test_cli import ROOT, TINY, contents, ran, refused, rlroute, start
+from tests.runs import interrupted
 from tests.test_table import changed, make_run, make_runs
-from tests.test_third_party import ROUTER, install, site
+from tests.tiny import DATA, MODEL, TRAIN
 
-site = site  # a fixture
 SMALL = TINY[2:]  # without the corpus
 
 
@@ -56,7 +58,7 @@ def validation(folder: Path) -> set[str]:
     return {document.name for document in split_documents("c", file_documents(f"{folder}/*.txt"))[1]}
 
 
-def interrupted(folder: Path) -> None:
+def unfinish(folder: Path) -> None:
     """Make an ended run one that was stopped after its last checkpoint."""
     (folder / "summary.json").unlink()
 
@@ -65,7 +67,7 @@ def end_it(folder: Path) -> None:
     """Leave an ended run as it is."""
 
 
-ENDINGS = pytest.mark.parametrize("left", [end_it, interrupted], ids=["ended", "unfinished"])
+ENDINGS = pytest.mark.parametrize("left", [end_it, unfinish], ids=["ended", "unfinished"])
 
 
 def refused_everywhere(store: Path, entry: str, *options: object) -> list[str]:
@@ -263,10 +265,7 @@ def test_a_policy_that_changed_under_its_hash_is_refused(left, tmp_path):
 
 
 def parts(**train):
-    data = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
-    model = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_experts=4, d_expert=8)
-    defaults = {"steps": 4, "batch_size": 4, "warmup_steps": 2, "eval_every": 2, "log_every": 1, "checkpoint_every": 2}
-    return data, model, TrainConfig(**(defaults | train))
+    return DATA, MODEL, replace(TRAIN, steps=4, eval_every=2, checkpoint_every=2, **train)
 
 
 @ENDINGS
@@ -400,7 +399,7 @@ def test_workers_with_other_code_or_data_are_refused():
 # --- what does not say
 
 
-@pytest.mark.parametrize("left", [end_it, interrupted], ids=["ended", "unfinished"])
+@pytest.mark.parametrize("left", [end_it, unfinish], ids=["ended", "unfinished"])
 @pytest.mark.parametrize("silent", ["made_from", "config.json"])
 def test_a_run_that_does_not_say_is_refused(left, silent, tmp_path):
     ran("train", "hash", *TINY, "--store", tmp_path)
@@ -417,14 +416,8 @@ def test_a_run_that_does_not_say_is_refused(left, silent, tmp_path):
 
 
 def test_a_difference_in_the_commit_alone_is_none(tmp_path):
-    def stop(step):
-        if step == 3:
-            raise KeyboardInterrupt
-
     config = build_entry("hash", *parts())
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, tmp_path, on_step=stop)
-    file = tmp_path / config.run_id(0) / "environment.json"
+    file = interrupted(config, tmp_path, 3) / "environment.json"
     for _ in ("goes on", "is handed out"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "0" * 40, "dirty": False}))
         assert loop.train(config, 0, tmp_path)["status"] == "finished"

@@ -15,8 +15,8 @@ from rlroute.experiments.launch import supervisor
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.launch.runs import run_jobs
 from rlroute.experiments.recipes.entries import build_entry
-from tests.test_cli import TINY, contents, ran, refused, rlroute
-from tests.test_faults import DATA, MODEL, SETTINGS
+from tests.commands import TINY, contents, ran, refused, rlroute
+from tests.tiny import DATA, MODEL, TRAIN
 
 SOURCE = '''
 """Top-k of a softmax.
@@ -252,7 +252,7 @@ def test_a_job_carries_it_to_processes_that_have_not_heard_of_it(workers, there,
 
     monkeypatch.setattr(supervisor, "_driver", driver)
     registry.include(plain)
-    micro = replace(SETTINGS, micro_batches=workers)
+    micro = replace(TRAIN, micro_batches=workers)
     job = Job(build_entry("plain", DATA, MODEL, micro), 0)
     _, failed = run_jobs([job], Launch(launcher="ray", workers=workers, cpus=0.5))
     if there:

@@ -18,9 +18,9 @@ from packaging.requirements import Requirement
 
 from rlroute.experiments.report.router_page import field_texts, routers_page
 from rlroute.registry import router_class, router_names
+from tests import ROOT
 from tests.conftest import HANG
 
-ROOT = Path(__file__).parents[1]
 TINY = (
     "--launcher local --train.steps 2 --train.batch-size 2 --train.eval-every 1 --data.seq-len 16 --data.eval-tokens 32"
 )

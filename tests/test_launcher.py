@@ -16,13 +16,13 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.reading import failure
 from rlroute.records import RunFolder, state
 from rlroute.training import loop
+from tests import ROOT
+from tests.commands import TINY, refused, rlroute, start
 from tests.conftest import HANG, until
-from tests.test_cli import ROOT, TINY, refused, rlroute, start
-from tests.test_faults import DATA, MODEL
-from tests.test_sweep import MISHAP, marked, spec_of
-from tests.test_third_party import install, site
+from tests.distributions import install
+from tests.mishaps import MISHAP, spec_of
+from tests.tiny import DATA, MODEL
 
-__all__ = ["marked", "site"]  # fixtures
 WILD = '''
 """Does what no router should, where it is told to.
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import KILLED, LIVED, MUTANTS, ROOT, Mutant, copy_tree, stale, verdict
+from tests import ROOT
+from tests.mutants import KILLED, LIVED, MUTANTS, Mutant, copy_tree, stale, verdict
 
 
 def test_every_old_text_occurs_exactly_once() -> None:

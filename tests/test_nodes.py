@@ -13,9 +13,11 @@ import pytest
 
 from rlroute.experiments.launch import ray_session
 from rlroute.reading import read_runs
+from tests import ROOT
+from tests.commands import TINY
 from tests.conftest import HANG, until
-from tests.test_cli import ROOT, TINY
-from tests.test_workers import config_of, figures, grouped
+from tests.runs import figures
+from tests.test_workers import config_of, grouped
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -47,7 +49,7 @@ def test_a_group_spans_two_nodes_and_outlives_one(two_nodes, tmp_path):
     cluster.remove_node(nodes[1], allow_graceful=False)
     cluster.add_node(num_cpus=1)
     assert trainer.result(timeout=HANG)["status"] == "finished"
-    assert figures(store, config) == figures(tmp_path / "calm", config)
+    assert figures(store / config.run_id(0)) == figures(tmp_path / "calm" / config.run_id(0))
 
 
 @pytest.fixture

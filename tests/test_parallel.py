@@ -8,7 +8,6 @@ Ranks are real processes over gloo, started without Ray; what Ray adds is in ``t
 Shape suffixes: T tokens, D model width, E experts, K experts per token, R pairs.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from rlroute.model.accounting import costs, fingerprints, is_expert
 from rlroute.model.moe import HERE
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
-from rlroute.reading import read_runs
+from rlroute.reading import read_runs, untimed
 from rlroute.records import RunFolder
 from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision
@@ -39,6 +38,7 @@ from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, backward_batch
 from tests.conftest import capped, draw, make_context
+from tests.runs import interrupted
 
 pytestmark = pytest.mark.processes
 
@@ -292,15 +292,9 @@ def run(store, expert_parallel, entry, stop=None):
     """Train a run of 8 steps; ``stop`` interrupts it after that step, on all ranks."""
     config = config_of(entry, steps=8, eval_every=4, log_every=1, checkpoint_every=4)
     group = Mesh(expert_parallel) if expert_parallel else ALONE
-
-    def on_step(step):
-        if step == stop:
-            raise KeyboardInterrupt
-
-    try:
-        return loop.train(config, 0, store, on_step=on_step, group=group)
-    except KeyboardInterrupt:
-        return None
+    if stop is not None:
+        return interrupted(config, store, stop, group=group)
+    return loop.train(config, 0, store, group=group)
 
 
 @pytest.mark.parametrize("entry", [pytest.param("bias_balanced", marks=pytest.mark.slow), "noisy_topk"])
@@ -308,7 +302,7 @@ def test_a_run_of_workers_leaves_the_record_of_one(entry, tmp_path):
     summary = run(tmp_path / "one", None, entry)
     assert run_ranks(run, 2, tmp_path / "two", 2, entry)[0]["final"] is not None
     records = [RunFolder(tmp_path / name, config_of(entry, **eight()), 0).read() for name in ("one", "two")]
-    one, two = (r.summary | {"seconds": 0, "tokens_per_second": 0, "final": 0, "ended": 0} for r in records)
+    one, two = (untimed(record.summary) | {"final": None} for record in records)
     assert one == two
     for a, b in zip(records[0].evals, records[1].evals, strict=True):
         assert a["chain"] == b["chain"] and a["load_LE"] == b["load_LE"] and a["dead_L"] == b["dead_L"]
@@ -421,14 +415,7 @@ def resumed(store):
 
 def stopped(store):
     """Train twelve steps, and stop after ten."""
-
-    def on_step(step):
-        if step == 10:
-            raise KeyboardInterrupt
-
-    config = config_of("switch", steps=12, eval_every=4, log_every=1, checkpoint_every=4)
-    with contextlib.suppress(KeyboardInterrupt):
-        loop.train(config, 0, store, on_step=on_step, group=Mesh(2))
+    interrupted(config_of("switch", steps=12, eval_every=4, log_every=1, checkpoint_every=4), store, 10, group=Mesh(2))
 
 
 @pytest.mark.slow

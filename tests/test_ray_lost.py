@@ -7,12 +7,12 @@ import pytest
 
 from rlroute.experiments.bench import victims
 from rlroute.records import state
+from tests import ROOT
+from tests.commands import start, table
 from tests.conftest import HANG, until
-from tests.test_cli import ROOT, start, table
-from tests.test_sweep import MISHAP, ended, marked, spec_of, undisturbed
-from tests.test_third_party import install, site
+from tests.distributions import install
+from tests.mishaps import MISHAP, ended, spec_of, undisturbed
 
-__all__ = ["marked", "site"]  # fixtures
 pytestmark = pytest.mark.processes
 GOES_ON = "what ended is kept, and the same command goes on"
 RAYLET, GCS = "its raylet here at 127.0.0.2:", "its control store (GCS) at 127.0.0.2:"

@@ -14,8 +14,9 @@ import pytest
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch import reach, supervisor
 from rlroute.experiments.launch.jobs import Launch
+from tests import ROOT
+from tests.commands import TINY, refused, rlroute, start
 from tests.conftest import HANG
-from tests.test_cli import ROOT, TINY, refused, rlroute, start
 
 COMPARE = ("compare", "hash", "switch", *TINY, "--seeds", "1")
 

@@ -30,13 +30,12 @@ from rlroute.foreign import Unfit, parse_json, plain, printable, read_members, s
 from rlroute.reading import READABLE, failure, last_row, read_runs
 from rlroute.records import RunFolder, state, write_compact
 from rlroute.schema import Stored
-from tests import record_page
+from tests import ROOT, record_page
+from tests.commands import ran
 from tests.fuzz import lay_store
 from tests.mutations import HOSTILE, NOT_FINITE, change_value, places, to_json
-from tests.test_cli import ran
 from tests.test_table import make_run
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 CONFIG = build_entry("hash", DataConfig(), ModelConfig(), TrainConfig())
 PARTS = ("config", "environment", "summary", "evals", "loads", "train")

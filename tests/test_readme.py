@@ -17,9 +17,9 @@ from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.laws.contract import LAWS
 from rlroute.reading import read_runs
 from rlroute.registry import run_config
-from tests.test_cli import TINY, ran
+from tests import ROOT
+from tests.commands import TINY, ran
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 

@@ -21,6 +21,7 @@ from rlroute.parallel.mesh import Mesh
 from rlroute.registry import router_class, run_config
 from rlroute.training.loop import train
 from rlroute.training.prepare import check
+from tests.runs import interrupted
 from tests.toys import installed
 
 DATA = DataConfig(spec="synth:vocab=32,documents=40", seq_len=16, eval_tokens=64)
@@ -126,17 +127,10 @@ def test_a_run_of_any_seed_is_replayed_by_the_commands_way(tmp_path: Path) -> No
 
 def test_an_interrupted_replay_goes_on(tmp_path: Path) -> None:
     source = run_of("switch")
-
-    def stop(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(source, 0, tmp_path, on_step=stop)
+    interrupted(source, tmp_path, 3)
     train(source, 0, tmp_path)
     replay = replay_of(source, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        train(replay, 0, tmp_path, on_step=stop)
+    interrupted(replay, tmp_path, 3)
     train(replay, 0, tmp_path)
     assert losses(tmp_path, replay) == losses(tmp_path, source)
 

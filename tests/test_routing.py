@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -20,6 +19,7 @@ from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, Tra
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.registry import default_names, router_class, router_names, run_config
 from rlroute.routing import Router, RoutingDecision
+from tests import ROOT
 from tests.conftest import capped, draw, make_context, make_feedback
 
 # Decisions
@@ -234,8 +234,7 @@ def test_uniform_normal_and_gumbel_draws_have_their_moments() -> None:
 
 
 def test_a_routers_name_is_its_files_name() -> None:
-    root = Path(__file__).parent.parent
-    files = [path.stem for wing in ("agents", "baselines") for path in (root / wing).glob("[!_]*.py")]
+    files = [path.stem for wing in ("agents", "baselines") for path in (ROOT / wing).glob("[!_]*.py")]
     assert set(files) <= set(router_names()) and router_names() == sorted(router_names())
     assert all(router_class(name).Config.name == name for name in files)
 

@@ -20,11 +20,12 @@ from rlroute.model.accounting import costs
 from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import train
 from rlroute.training.prepare import build_model
+from tests.commands import rlroute
 from tests.conftest import draw, make_context, make_shape
 from tests.fuzz import tensors
 from tests.policies import DESCRIBED, policy_file, weights_of, write_policy
-from tests.test_cli import rlroute
-from tests.test_training import CORPUS, DATA, MODEL, TRAIN, train_steps
+from tests.test_training import CORPUS, MODEL, TRAIN, train_steps
+from tests.tiny import DATA
 
 WIDTH, EXPERTS = MODEL.d_model, MODEL.num_experts
 

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from rlroute.reading import read_runs
 from rlroute.records import write_compact
 from rlroute.routing import Router
 from rlroute.training import loop
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 MODEL = Model("by hand", T=100, D=10, F=20, E=16, K=2, layers=3, number_bytes=2, source="")
 DEVICE = Device("by hand", flops=1e6, gemm_efficiency=0.5, within=1e4, between=1e3, per_node=4, memory=1e9, source="")

@@ -3,103 +3,27 @@ goes on.
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import tempfile
-import uuid
 from pathlib import Path
 
 import pytest
 
 from rlroute.experiments.bench import victims
 from rlroute.reading import failure, read_runs
+from tests import ROOT
+from tests.commands import ran, start, table
 from tests.conftest import HANG, until
-from tests.test_cli import ROOT, ran, start, table
-from tests.test_third_party import install, site
+from tests.distributions import install
+from tests.mishaps import MISHAP, ended, spec_of, undisturbed
+from tests.runs import figures
 
-__all__ = ["site"]  # a fixture
 pytestmark = pytest.mark.processes
 
-MISHAP = '''
-"""Chooses at random, and does harm as long as a file named harm is there.
-
-Nobody et al. 2026 (no paper).
-"""
-
-import os
-import signal
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from rlroute.baselines.uniform import UniformRouter
-from rlroute.config import RouterConfig
-
-
-class MishapRouter(UniformRouter):
-    @dataclass(frozen=True, kw_only=True)
-    class Config(RouterConfig):
-        fault: str = "none"
-
-    def forward(self, x_TD, context):
-        harm = Path(f"harm-{self.fault}")
-        if context.explore and context.step == 6 and harm.exists():
-            if self.fault == "once":
-                harm.unlink()
-            if self.fault == "wait":
-                while harm.exists():
-                    time.sleep(0.02)
-                return super().forward(x_TD, context)
-            if self.fault == "raise":
-                raise ValueError("this router went wrong")
-            if self.fault == "hang":
-                time.sleep(1000)
-            if self.fault == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if self.fault == "memory":
-                held = []
-                while len(held) < 100:  # 6 GiB at most
-                    held.append(b"1" * 2**26)
-                    time.sleep(0.02)
-                time.sleep(1000)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(x_TD, context)
-
-    def __init__(self, config, shape):
-        super().__init__(config, shape)
-        self.fault = config.fault
-'''
-BASE = """
-[base]
-data = { spec = "synth:documents=64,length=64", seq_len = 16, eval_tokens = 128 }
-model = { num_layers = 1, d_model = 16, num_heads = 2, num_experts = 4, d_expert = 8 }
-
-[base.train]
-batch_size = 4
-micro_batches = 2
-warmup_steps = 2
-log_every = 1
-"""
 FAULTS = ("raise", "hang", "stop", "lost", "once")
 PATIENCE = ("--patience", "0.2")
 """Hundreds of times what a step takes here; on the way to the first step it does not count."""
-
-
-def spec_of(folder, entries, steps, every, more="", seeds=2):
-    """Write the sweep file and return its name."""
-    lengths = f"steps = {steps}\neval_every = {every}\ncheckpoint_every = {every}\n"
-    (folder / "sweep.toml").write_text(f"entries = {list(entries)}\nseeds = {seeds}\n{BASE}{lengths}\n{more}")
-    return "sweep.toml"
-
-
-@pytest.fixture
-def marked(monkeypatch):
-    """Mark all processes that a test starts; return a function that lists those that are left."""
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv("RLROUTE_TEST_MARK", mark)
-
-    return lambda: [pid for pid in victims.marked(mark) if pid != os.getpid()]
 
 
 @pytest.mark.slow
@@ -135,16 +59,7 @@ def test_each_fault_costs_its_own_run_and_the_same_command_makes_good(tmp_path, 
     assert process.returncode == 0, err
     assert "6 of 6 runs ended, 0 set aside" in out
     assert not list(tmp_path.glob("runs/*/failed.json")) and not list(tmp_path.glob("runs/*/hung-*"))
-    assert figures(tmp_path / "runs") == figures(undisturbed(tmp_path))
-
-
-def undisturbed(folder):
-    """Train a folder's sweep in this process; return the store."""
-    calm = folder / "calm"
-    calm.mkdir()
-    with contextlib.chdir(calm):
-        ran("sweep", folder / "sweep.toml", "--launcher", "local")
-    return calm / "runs"
+    assert ended_runs(tmp_path / "runs") == ended_runs(undisturbed(tmp_path))
 
 
 def finished(process):
@@ -152,13 +67,9 @@ def finished(process):
     return process.returncode == 0
 
 
-def figures(store):
-    """Return all rows of all runs but for their timings."""
-    timings = {"seconds": 0, "tokens_per_second": 0}
-    return {
-        run.id: ([row | timings for row in run.evals], [row | timings for row in run.train], run.loads)
-        for run in read_runs(store)
-    }
+def ended_runs(store):
+    """Return the figures of each run, by its folder's name."""
+    return {path.parent.name: figures(path.parent) for path in store.glob("*/summary.json")}
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -188,10 +99,6 @@ def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked, site):
     assert table(store).encode() == table(undisturbed(tmp_path)).encode()
     with contextlib.chdir(tmp_path):
         assert "4 of 4 runs ended" in ran(*command)  # and with nothing to do Ray is not started
-
-
-def ended(process):
-    return process.poll() is not None
 
 
 @pytest.mark.slow
@@ -332,4 +239,4 @@ def test_a_store_that_cannot_be_written_sets_runs_aside_and_costs_nothing(fault,
     out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert "4 of 4 runs ended, 0 set aside" in out
-    assert figures(store) == figures(undisturbed(tmp_path))
+    assert ended_runs(store) == ended_runs(undisturbed(tmp_path))

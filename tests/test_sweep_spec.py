@@ -2,17 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.launch.spec import SEARCH, apart, ranking, read_spec
-from tests.test_cli import refused, rlroute
+from tests import ROOT
+from tests.commands import refused, rlroute
 from tests.test_table import eval_row, train_row
-
-ROOT = Path(__file__).parents[1]
 
 
 def spec(tmp_path, text, name="some.toml"):

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from rlroute.kernels import (
 )
 from rlroute.kernels.activations import ACTIVATIONS
 from rlroute.routing import RoutingDecision
+from tests import ROOT
 from tests.test_kernels import CASES, NAMES, relative_error, run
 
 pytestmark = pytest.mark.skipif(
@@ -284,9 +284,7 @@ def test_pinned_kernels_compile_for_an_h100_without_faults(entries):
         sys.exit(aot.main(90))
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     count = (3 + 2 * len(ACTIVATIONS)) * len(wanted)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlroute.config import DataConfig, ModelConfig, RouterConfig, RunConfig, SitedRouter, TrainConfig
+from rlroute.config import RouterConfig, RunConfig, SitedRouter
 from rlroute.errors import ConfigError
 from rlroute.experiments.bench.kernels import parse_shape
 from rlroute.experiments.cli import benches, games, gradients, stored, training
@@ -28,12 +28,12 @@ from rlroute.limits import Above, AtLeast, Between, Limit
 from rlroute.registry import run_config
 from rlroute.training import loop, memory, prepare
 from rlroute.training.data import load_corpus
+from tests import tiny
+from tests.commands import TINY, contents, refused, rlroute
 from tests.policies import any_router_names, default_config
-from tests.test_cli import TINY, contents, refused, rlroute
+from tests.tiny import DATA, MODEL
 
-DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
-MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
-TRAIN = TrainConfig(steps=4, batch_size=4, warmup_steps=2, eval_every=4, log_every=1, checkpoint_every=4)
+TRAIN = dataclasses.replace(tiny.TRAIN, steps=4)
 SHAPE = re.compile(r"(want|wants|takes|legal are|legal is|must be|of up to) .+|sets it")
 PARTS: dict[str, Any] = {"data": DATA, "model": MODEL, "train": TRAIN}
 HUGE = 10**5000

@@ -17,7 +17,8 @@ from rlroute.errors import StoreError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.verify.store import verify
 from rlroute.reading import read_runs
-from tests.test_cli import ROOT, TINY, contents, ran, rlroute
+from tests import ROOT
+from tests.commands import TINY, contents, ran, rlroute
 from tests.test_identity import checkout, git, head
 
 SEEDS = 2

@@ -16,10 +16,10 @@ from rlroute.experiments.launch import ray_session
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.workers import LostWorkersError, interface_of, train_group
-from rlroute.records import RunFolder
 from rlroute.training import loop
+from tests.commands import TINY, start
 from tests.conftest import HANG, until
-from tests.test_cli import TINY, start
+from tests.runs import figures
 
 pytestmark = pytest.mark.processes
 
@@ -58,13 +58,6 @@ def workers():
     return sorted(found)
 
 
-def figures(store, config):
-    record = RunFolder(store, config, 0).read()
-    evals = [row | {"seconds": 0} for row in record.evals]
-    train = [row | {"seconds": 0, "traffic": 0} for row in record.train]
-    return evals, train, record.loads
-
-
 def grouped(store, config, **options):
     return train_group(config, 0, store, workers=2, expert_parallel=2, **options)
 
@@ -73,16 +66,17 @@ def grouped(store, config, **options):
 def undisturbed(tmp_path_factory):
     store, config = tmp_path_factory.mktemp("undisturbed"), config_of(steps=60)
     grouped(store, config)
-    return figures(store, config)
+    return figures(store / config.run_id(0))
 
 
 def test_workers_leave_the_record_of_one_process(undisturbed, tmp_path):
     config = config_of(steps=60)
     loop.train(config, 0, tmp_path)
-    evals, _, loads = figures(tmp_path, config)
-    assert [row["chain"] for row in evals] == [row["chain"] for row in undisturbed[0]]
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(evals, undisturbed[0], strict=True)) < 1e-10
-    assert loads == undisturbed[2]
+    alone = figures(tmp_path / config.run_id(0))
+    pairs = list(zip(alone["metrics"], undisturbed["metrics"], strict=True))
+    assert all(a["kind"] == b["kind"] and a["step"] == b["step"] and a.get("chain") == b.get("chain") for a, b in pairs)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-10
+    assert alone["loads"] == undisturbed["loads"]
 
 
 def strike(blow, store, *victims):
@@ -121,7 +115,7 @@ def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, 
     killed = strike(signal.SIGKILL, tmp_path, (which, moment))
     grouped(tmp_path, config)
     assert killed
-    assert figures(tmp_path, config) == undisturbed
+    assert figures(tmp_path / config.run_id(0)) == undisturbed
     assert not list(tmp_path.glob("*/.checkpoint-*"))
 
 
@@ -130,7 +124,7 @@ def test_a_stopped_worker_is_given_up(undisturbed, tmp_path):
     config = config_of(steps=60)
     stopped = strike(signal.SIGSTOP, tmp_path, (1, "checkpoint-*"))
     grouped(tmp_path, config, timeout=30.0)
-    assert stopped and figures(tmp_path, config) == undisturbed
+    assert stopped and figures(tmp_path / config.run_id(0)) == undisturbed
 
 
 def test_an_error_of_the_training_is_raised_at_once_and_no_process_stays(tmp_path):
@@ -151,7 +145,7 @@ def test_workers_that_are_lost_again_and_again_are_given_up_and_the_run_goes_on_
     with pytest.raises(LostWorkersError, match="lost 2 times"):
         grouped(tmp_path, config, retries=1)
     grouped(tmp_path, config)
-    assert len(killed) == 2 and figures(tmp_path, config) == undisturbed
+    assert len(killed) == 2 and figures(tmp_path / config.run_id(0)) == undisturbed
     assert not list(tmp_path.glob("*/.checkpoint-*"))
 
 

@@ -1,4 +1,5 @@
-"""Models of a few hundred weights and batches of a few tokens, for tests that work a result out by hand.
+"""Models of a few hundred weights and batches of a few tokens, for tests that work a result out by hand; and the
+settings of a tiny run.
 
 Shape suffixes: B sequences, S sequence length, V vocabulary.
 """
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlroute.config import ModelConfig
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.model import ModelShape, Transformer
 from rlroute.registry import router_class
 from rlroute.routing import RouterShape, RoutingDecision
@@ -18,6 +19,10 @@ from rlroute.training.step import Device, make_context
 
 V = 11
 CPU64 = Device("cpu", torch.float64)
+STEPS = 12
+DATA = DataConfig(spec="synth:documents=64,length=64", seq_len=16, eval_tokens=128)
+MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_experts=4, k=2, d_expert=8)
+TRAIN = TrainConfig(steps=STEPS, batch_size=4, warmup_steps=2, eval_every=4, log_every=1, checkpoint_every=4)
 
 
 def small_config(**fields: Any) -> ModelConfig:

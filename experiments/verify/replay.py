@@ -16,7 +16,7 @@ from rlroute.experiments.verify.findings import Ledger, differing
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.model import Transformer
 from rlroute.provenance import environment
-from rlroute.reading import read_run
+from rlroute.reading import read_run, untimed
 from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 from rlroute.training.checkpoint import load_weights
@@ -25,8 +25,6 @@ from rlroute.training.loop import DTYPES, train
 from rlroute.training.prepare import build_model
 from rlroute.training.step import Device
 
-TIMED = ("seconds", "tokens_per_second", "traffic", "begun", "ended", "peak_memory")
-"""What differs when the same run is trained again."""
 BITS = ("torch", "numpy", "cpu_capability", "device_name")
 """What of the environment bits depend on."""
 
@@ -57,7 +55,7 @@ def rerun(run: RunRecord, ledger: Ledger) -> None:
         new = {row["step"]: row for row in getattr(again, name)}
         pairs |= {f"{file}, {name} {r['step']}": (r, new.get(r["step"], {})) for r in getattr(run, name)}
     for where, (old, now) in pairs.items():
-        different = list(differing(_untimed(old), _untimed(now)))
+        different = list(differing(untimed(old), untimed(now)))
         for field, recorded, found in different[:1]:
             ledger.add(where, field, recorded, found, f"trained again; {len(different)} figures differ{why}")
 
@@ -70,12 +68,6 @@ def _elsewhere(run: RunRecord, config: RunConfig) -> str:
         if run.environment.get(name) != here[name]
     ]
     return f"; recorded with {', '.join(said)}" if said else ""
-
-
-def _untimed(values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        return values
-    return {name: _untimed(value) for name, value in values.items() if name not in TIMED}
 
 
 def check_weights(

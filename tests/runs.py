@@ -1,0 +1,28 @@
+"""Runs that are stopped on the way, and what of a run comes out the same however often it is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlroute.config import RunConfig
+from rlroute.reading import read_part, read_rows, untimed
+from rlroute.training.loop import train
+
+
+def interrupted(config: RunConfig, store: Path, at: int, **options: Any) -> Path:
+    """Train a run of seed 0 up to a step, where Ctrl-C stops it; return its folder."""
+
+    def stop(step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, 0, store, on_step=stop, **options)
+    return store / config.run_id(0)
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Return all figures of an ended run but those that a clock decides."""
+    rows = {name: read_rows(folder / f"{name}.jsonl") for name in ("metrics", "loads")}
+    return {"summary": untimed(read_part(folder, "summary"))} | untimed(rows)
