@@ -233,7 +233,12 @@ def shown(value: Any) -> str:
     limit = sys.get_int_max_str_digits()
     if isinstance(value, int) and limit and value.bit_length() > 3 * limit:
         return f"a number of {value.bit_length()} bits"
-    text = printable(repr(value)) if not isinstance(value, dict | list) else f"a {type(value).__name__}"
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else clipped(repr(value))
+
+
+def clipped(text: str) -> str:
+    """Return the start of a text, printable, that is short enough for a line."""
+    text = printable(text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -141,6 +141,20 @@ def untimed(values: Any) -> Any:
     return [untimed(value) for value in values] if isinstance(values, list) else values
 
 
+def site_keys(model: Mapping[str, Any]) -> list[int | str]:
+    """Return the keys of a model's routed sites, in the order of a record's lists, from its recorded configuration,
+    older or newer than this code.
+    """
+    from rlroute.model.transformer import sites  # and with it torch, which the command line's help does without
+
+    return list(sites(_known(ModelConfig, model, "model")))
+
+
+def worst_vio(row: Mapping[str, Any]) -> float | None:
+    """Return the largest MaxVio of an evaluation; None where no site chose anything."""
+    return max((vio for vio in row["max_vio_L"] if vio is not None), default=None)
+
+
 # Files
 
 
@@ -174,6 +188,16 @@ def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
             _hold_row(row, path)
         rows.append(row)
     return rows
+
+
+def rows_so_far(folder: Path) -> list[Row]:
+    """Return the complete rows of a run folder's metrics, be the run ended or not; none before the first.
+
+    Raises:
+        StoreError: a line is no such row.
+    """
+    path = folder / "metrics.jsonl"
+    return read_rows(path, torn_ok=True) if path.exists() else []
 
 
 def last_row(folder: Path) -> Row | None:

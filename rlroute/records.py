@@ -23,7 +23,7 @@ from rlroute.provenance import environment, utc_now
 from rlroute.reading import Row, read_described, read_json, read_part, read_rows, read_run, refuse_link
 from rlroute.schema import LoadRow, RunRecord, TrainRow
 from rlroute.seal import seal
-from rlroute.sink import flatten
+from rlroute.values import flatten
 
 State = Literal["empty", "running", "interrupted", "stopped early", "set aside", "finished", "diverged", "damaged"]
 """What has become of a run: see :func:`state`."""
@@ -32,6 +32,8 @@ ENDED: frozenset[State] = frozenset({"finished", "diverged", "damaged"})
 _PARTS = {"evals": "eval", "train": "train"}
 TRACEBACK = "traceback.txt"
 """In the folder of a run that failed by a defect: see :mod:`rlroute.training.defects`."""
+STOPPED = "stopped"
+"""In the folder of a run that a search has stopped: an empty file."""
 COMPACT_ROWS = 100
 """How many load and training rows of a run a compact file keeps at most."""
 LOCK_SECONDS = 60.0
@@ -262,7 +264,7 @@ def state(folder: Path) -> State:
         return "running"
     marks: tuple[tuple[str, State], ...] = (
         ("failed.json", "set aside"),
-        ("stopped", "stopped early"),
+        (STOPPED, "stopped early"),
         ("config.json", "interrupted"),
     )
     return next((name for file, name in marks if (folder / file).exists()), "empty")
@@ -276,9 +278,14 @@ def _outcome(summary: Path) -> State:
     return next((end for end in ENDED if end == status), "damaged")
 
 
-def stop_early(folder: Path) -> None:
-    """Note that a search has stopped a run."""
-    _open(folder / "stopped", os.O_WRONLY | os.O_CREAT).close()
+def mark(path: Path) -> None:
+    """Leave an empty file, which is no link, by its name to be found.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    with storing(path):
+        _open(path, os.O_WRONLY | os.O_CREAT).close()
 
 
 def write_compact(records: Iterable[RunRecord], path: Path) -> None:

@@ -15,11 +15,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from rlroute.extras import missing
+from rlroute.reading import site_keys
+from rlroute.values import flatten
 
 Mode = Literal["off", "offline", "online"]
 PATIENCE = 30.0
@@ -81,23 +84,14 @@ def pass_on(warnings: list[str]) -> None:
     _said.extend(warnings)
 
 
-def flatten(value: Any, name: str = "", sites: Sequence[int | str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dictionaries and lists by their paths, as ``lr`` and ``load_LE/1.attention/3``.
-
-    Args:
-        value: nested dictionaries and lists.
-        name: the path to it.
-        sites: the keys of the routed sites, by which lists over them are named; other lists go by number.
+def leaves(value: Any, name: str, sites: Sequence[int | str]) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a row or a summary by their paths below ``name``, as ``eval/load_LE/1.attention/3``; lists
+    over the routed sites go by the keys of these, others by number.
     """
-    if not isinstance(value, dict | list):
-        yield name, value
-        return
-    named = value.items() if isinstance(value, dict) else zip(_keys(name, value, sites), value, strict=True)
-    for key, part in named:
-        yield from flatten(part, f"{name}/{key}" if name else str(key), sites)
+    return flatten(value, name, keys=partial(_keys, sites))
 
 
-def _keys(name: str, values: list[Any], sites: Sequence[int | str]) -> Iterable[int | str]:
+def _keys(sites: Sequence[int | str], name: str, values: list[Any]) -> Iterable[int | str]:
     """Return the keys of a list: sites where it is over sites, or over those with experts on devices; else numbers."""
     parent, _, last = name.rpartition("/")
     if last.endswith(("_L", "_LE")) or parent.rpartition("/")[2] in ("terms", "weights"):
@@ -119,7 +113,7 @@ class _Wandb(Sink):
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         try:
             self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            self._sites = _sites(self._config["config"])
+            self._sites = site_keys(self._config["config"]["model"])
             self._earlier = sorted(_rows(folder), key=lambda named: named[1]["step"])
             self._thread.start()
         except Exception as error:
@@ -198,7 +192,7 @@ class _Wandb(Sink):
         while not self._stopped and (named := self._queue.get()) is not None:
             _log(run, first, *named, self._sites)
         run.summary.update(
-            {name: leaf for name, leaf in flatten(self._summary or {}, sites=self._sites) if leaf is not None}
+            {name: leaf for name, leaf in leaves(self._summary or {}, "", self._sites) if leaf is not None}
         )
 
 
@@ -221,18 +215,9 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(line)
 
 
-def _sites(config: dict[str, Any]) -> list[int | str]:
-    """Return the keys of a run's routed sites, in the order of its rows' lists."""
-    from rlroute.config import ModelConfig
-    from rlroute.model.transformer import sites  # and with it torch, which the command line's help does without
-    from rlroute.values import from_dict
-
-    return list(sites(from_dict(ModelConfig, config["model"], "model")))
-
-
 def _log(run: Any, first: int, name: str, row: dict[str, Any], sites: Sequence[int | str]) -> None:
     """Log the numbers of a row under its kind: ``train/loss``, ``eval/loss``, ``loads/load_LE/0/3``."""
     if row["step"] >= first:
         rest = {key: value for key, value in row.items() if key not in ("kind", "step")}
-        leaves = flatten(rest, row.get("kind", name), sites)
-        run.log({key: leaf for key, leaf in leaves if isinstance(leaf, int | float)}, step=row["step"])
+        named = leaves(rest, row.get("kind", name), sites)
+        run.log({key: leaf for key, leaf in named if isinstance(leaf, int | float)}, step=row["step"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -11,6 +11,8 @@ from rlroute.faults import explain
 from rlroute.limits import checked
 
 C = TypeVar("C")
+Keys = Callable[[str, list[Any]], Iterable[object]]
+"""The names of a list's parts, from its path and itself."""
 
 
 def from_dict(cls: type[C], values: Mapping[str, Any], where: str) -> C:
@@ -52,3 +54,41 @@ def refuse_unknown(where: str, values: Mapping[str, Any], legal: Iterable[str]) 
     unknown = sorted(set(values) - set(legal))
     if unknown:
         raise ConfigError(f"{where} has no field {unknown[0]!r}: legal are {', '.join(sorted(legal)) or 'none'}")
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a plain value has parts."""
+    return isinstance(value, Mapping | list)
+
+
+def by_number(path: str, values: list[Any]) -> Iterable[object]:
+    """Name the parts of a list by their numbers."""
+    return range(len(values))
+
+
+def flatten(
+    value: Any, path: str = "", *, joint: str = "/", nested: Callable[[Any], bool] = is_nested, keys: Keys = by_number
+) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a nested value by their paths, as ``lr`` and ``load_LE/1/3``.
+
+    Args:
+        value: mappings and lists of what has no parts.
+        path: the path to it.
+        joint: what stands between the names of a path.
+        nested: whether a value is taken apart; what is not is a leaf.
+        keys: the names of a list's parts.
+    """
+    if not nested(value):
+        yield path, value
+        return
+    named = value.items() if isinstance(value, Mapping) else zip(keys(path, value), value, strict=True)
+    for name, part in named:
+        yield from flatten(part, f"{path}{joint}{name}" if path else str(name), joint=joint, nested=nested, keys=keys)
+
+
+def differing(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the paths of the leaves in which two values differ, with both; what one lacks is None."""
+    left, right = dict(flatten(one)), dict(flatten(other))
+    for path in left | right:
+        if left.get(path) != right.get(path) or (path in left) != (path in right):
+            yield path, left.get(path), right.get(path)

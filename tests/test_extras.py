@@ -72,6 +72,19 @@ def test_without_what_the_report_needs_the_table_is_printed_all_the_same(tmp_pat
 
 
 @pytest.mark.processes
+def test_runs_are_listed_and_inspected_without_what_tables_and_reports_need(tmp_path):
+    ran("train", "hash", *TINY, "--store", tmp_path / "runs")
+    for words in (["runs"], ["runs", "runs", "hash"]):
+        script = f"import sys\nsys.modules |= {{'scipy': None, 'plotly': None}}\nsys.argv = ['rlroute', *{words}]\n"
+        script += "from rlroute.experiments.cli.main import main\nmain()\n"
+        there = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=there, capture_output=True, text=True, timeout=HANG
+        )
+        assert done.returncode == 0 and "hash" in done.stdout, done.stderr
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("package", "command"),
     [

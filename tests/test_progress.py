@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -155,6 +156,21 @@ def test_a_run_taken_up_again_is_read_anew(tmp_path, clock):
         file.write(json.dumps(train_row(70, 35.0))[-4:] + "\n\0\0 no row\n")
     monitor.look()
     assert run.share == 0.7
+
+
+def test_a_run_that_has_ended_is_read_to_its_end_and_never_again(tmp_path, clock):
+    one = job("switch", 0)
+    monitor = Monitor([one], tmp_path, clock)
+    folder = write(tmp_path, one, train_row(50, 25.0))
+    monitor.look()
+    folder.append("metrics", eval_row(100, 2.5, [0.1]))
+    (folder.path / "summary.json").write_text('{"status": "finished"}')
+    monitor.look()
+    (run,) = monitor.runs
+    assert (run.state, run.evaluation["bits_per_byte"]) == ("finished", 2.5)
+    shutil.rmtree(folder.path)
+    monitor.look()
+    assert (run.state, run.evaluation["bits_per_byte"]) == ("finished", 2.5)
 
 
 def test_under_a_budget_of_time_what_is_left_is_time(tmp_path):

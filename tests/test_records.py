@@ -13,7 +13,7 @@ from rlroute import lock, records
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import HeldError, StoreError
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.records import ENDED, RunFolder, state, stop_early, write_compact, write_json
+from rlroute.records import ENDED, STOPPED, RunFolder, mark, state, write_compact, write_json
 from tests.test_table import changed, make_run
 
 CONFIG = build_entry("hash", DataConfig(), ModelConfig(), TrainConfig())
@@ -43,7 +43,7 @@ def test_a_run_goes_through_its_states(folder):
     folder.set_aside("out of luck")
     assert state(folder.path) == "set aside"
     folder.set_aside(None)
-    stop_early(folder.path)
+    mark(folder.path / STOPPED)
     assert state(folder.path) == "stopped early"
     for status in ("finished", "diverged"):
         folder.finish({"status": status})
@@ -103,6 +103,21 @@ def test_a_lock_says_who_holds_the_run_and_follows_no_link(folder, tmp_path):
     for use in (folder.create, folder.lock().__enter__):
         with pytest.raises(StoreError, match="symbolic link"):
             use()
+    assert precious.read_text() == "kept"
+
+
+def test_a_mark_follows_no_link_and_keeps_what_is_there(folder, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    folder.create()
+    mark(folder.path / STOPPED)
+    mark(folder.path / STOPPED)
+    mark(precious)
+    (folder.path / STOPPED).unlink()
+    (folder.path / STOPPED).symlink_to(precious)
+    for place in (folder.path / STOPPED, tmp_path / "nowhere" / STOPPED):
+        with pytest.raises(StoreError, match=f"cannot write {place}"):
+            mark(place)
     assert precious.read_text() == "kept"
 
 

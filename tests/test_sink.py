@@ -20,6 +20,7 @@ from rlroute.parallel.mesh import Mesh
 from rlroute.reading import read_described, read_part, untimed
 from rlroute.records import RunFolder
 from rlroute.training import loop
+from rlroute.values import flatten
 from tests import ROOT
 from tests.commands import TINY, contents, ran, refused, rlroute
 from tests.conftest import HANG, until
@@ -286,14 +287,14 @@ def test_ids_are_legal_and_stay_apart():
 def test_flatten_names_leaves_by_their_paths():
     row = {"loss": 1.0, "terms": {"balance": 2, "z": {}}, "load_LE": [[0.5, 0.25], []], "sampled": None}
     flat = {"loss": 1.0, "terms/balance": 2, "load_LE/0/0": 0.5, "load_LE/0/1": 0.25, "sampled": None}
-    assert dict(sink.flatten(row)) == flat
+    assert dict(flatten(row)) == flat
 
 
 def test_flatten_names_lists_over_sites_by_their_keys():
     sites = ["0.attention", 0, "1.attention", 1]
     row = {"terms": {"balance": [1, 2, 3, 4]}, "load_LE": [[0.5, 0.5], [1.0], [0.5, 0.5], [1.0]], "names": ["a"] * 4}
     row |= {"sampled": {"overlap_L": [1, 1, 1, 1]}, "traffic": {"device_max_vio_L": [5, 6]}}
-    flat = dict(sink.flatten(row, sites=sites))
+    flat = dict(sink.leaves(row, "", sites))
     assert {"terms/balance/1.attention", "load_LE/0.attention/1", "load_LE/1/0", "sampled/overlap_L/0"} <= flat.keys()
     assert [flat[f"traffic/device_max_vio_L/{site}"] for site in (0, 1)] == [5, 6]
     assert {f"names/{index}" for index in range(4)} <= flat.keys()

@@ -28,6 +28,7 @@ from rlroute.limits import Above, AtLeast, Between, Limit
 from rlroute.registry import run_config
 from rlroute.training import loop, memory, prepare
 from rlroute.training.data import load_corpus
+from rlroute.values import differing, flatten
 from tests import tiny
 from tests.commands import TINY, contents, refused, rlroute
 from tests.policies import any_router_names, default_config
@@ -355,3 +356,13 @@ def test_from_python_they_are_refused_by_the_same_names(kind: Any) -> None:
                 made = kind(**(needed | {name: wrong}))
                 made.check()
         assert kinds
+
+
+def test_plain_values_differ_where_a_leaf_does_or_where_one_has_none() -> None:
+    one = {"lr": 1, "of": {"a": None, "b": [1, 2]}, "same": {"x": [3, {"y": 4}]}}
+    other = {"lr": 2, "of": {"b": [1, 5, 6]}, "same": {"x": [3, {"y": 4}]}, "more": False}
+    expected = [("lr", 1, 2), ("of/a", None, None), ("of/b/1", 2, 5), ("of/b/2", None, 6), ("more", None, False)]
+    assert list(differing(one, other)) == expected
+    assert not list(differing(one, json.loads(json.dumps(one)))) and not list(differing({}, {}))
+    whole = dict(flatten(one, "run", joint=".", nested=lambda value: isinstance(value, dict)))
+    assert whole == {"run.lr": 1, "run.of.a": None, "run.of.b": [1, 2], "run.same.x": [3, {"y": 4}]}

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from rlroute.config import DENSE, ModelConfig
+from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
-from rlroute.model.transformer import sites
-from rlroute.routing import Site
+from rlroute.reading import site_keys
 from rlroute.schema import EvalRow, RunRecord
-from rlroute.values import from_dict
+from rlroute.values import flatten
 
 SAME = {
     "config.schema": "records of another schema mean other things by the same names",
@@ -76,7 +75,7 @@ class Entry:
         return [final for run in self.finished if (final := run.summary["final"])]
 
     @property
-    def sites(self) -> list[Site]:
+    def sites(self) -> list[int | str]:
         """The keys of the routed sites, in the order of the records' lists; none in the dense model."""
         return [] if self.router == DENSE else site_keys(self.runs[0].config["config"]["model"])
 
@@ -84,12 +83,6 @@ class Entry:
     def bits_by_seed(self) -> dict[int, float]:
         """Final validation bits per byte of the finished runs."""
         return {run.config["seed"]: final["bits_per_byte"] for run in self.finished if (final := run.summary["final"])}
-
-
-def site_keys(model: Mapping[str, Any]) -> list[Site]:
-    """Return the keys of a model's routed sites from its recorded configuration, older or newer than this code."""
-    known = {f.name for f in fields(ModelConfig)}
-    return list(sites(from_dict(ModelConfig, {name: v for name, v in model.items() if name in known}, "model")))
 
 
 def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
@@ -115,21 +108,18 @@ def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
     return sorted((Entry(said[name], tuple(runs)) for name, runs in groups.items()), key=lambda entry: entry.label)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one level with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's plain configuration as one level: ``train.lr``, ``router.table``, and ``router@0-1.table`` of a
     router of some sites.
     """
     whole = {name: part for name, part in config.items() if name != "others"}
     others = {f"router@{other['sites']}": other for other in config.get("others", ())}
-    return flatten(whole | others)
+    return _dotted(whole | others)
+
+
+def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings as one level with dotted names."""
+    return dict(flatten(values, joint=".", nested=lambda value: isinstance(value, Mapping)))
 
 
 def of_router(name: str) -> bool:
@@ -232,7 +222,7 @@ def _at(record: RunRecord, path: str) -> Any:
 
 def _made(run: RunRecord) -> dict[str, Any]:
     """Return what a run was made from as one level, ``routers.hash.sha256``; of schema 1, its routers where it says."""
-    return flatten(run.config.get("made_from") or {"routers": run.environment.get("routers", {})})
+    return _dotted(run.config.get("made_from") or {"routers": run.environment.get("routers", {})})
 
 
 def _shared_in_config(name: str) -> bool:

@@ -25,6 +25,7 @@ from rlroute.experiments.comparison.notes import (
 )
 from rlroute.experiments.recipes.tuned import settings_of
 from rlroute.experiments.statistics import (
+    HOLM,
     Interval,
     differences,
     holm,
@@ -82,6 +83,11 @@ class TableRow:
         """Whether the committed grid found its settings, or those of the entry of which it is a variant."""
         return self.settings.startswith("tuned")
 
+    @property
+    def found(self) -> bool:
+        """Whether its difference holds when corrected for all comparisons (Holm)."""
+        return self.p_holm is not None and self.p_holm < HOLM
+
 
 @dataclass(frozen=True)
 class Table:
@@ -132,7 +138,7 @@ def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
 def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
     runs, finals, first = entry.finished, entry.finals, entry.runs[0]
     bits = list(entry.bits_by_seed.values())
-    diffs = [] if entry is base else _paired(entry, base)
+    diffs = [] if entry is base else paired(entry, base)
     vios = _by_site(entry, [final["max_vio_L"] for final in finals])
     pairs = _by_site(entry, [final["pairs_L"] for final in finals if "pairs_L" in final])
     without = _by_site(entry, [final["without_L"] for final in finals if "without_L" in final])
@@ -181,14 +187,14 @@ def _by_site(entry: Entry, runs: Sequence[Sequence[float | None]]) -> dict[str, 
     return {str(site): mean for site, mean in zip(entry.sites, means, strict=bool(runs)) if mean is not None}
 
 
-def _paired(entry: Entry, base: Entry) -> list[float]:
+def paired(entry: Entry, base: Entry) -> list[float]:
     """Return the differences over the seeds that both finished."""
     both = entry.bits_by_seed.keys() & base.bits_by_seed.keys()
     return differences(*({seed: e.bits_by_seed[seed] for seed in both} for e in (entry, base)))
 
 
 def _p_values(entries: Sequence[Entry], base: Entry) -> dict[str, float]:
-    found = {entry.label: paired_p_value(_paired(entry, base)) for entry in entries if entry is not base}
+    found = {entry.label: paired_p_value(paired(entry, base)) for entry in entries if entry is not base}
     return {label: p for label, p in found.items() if p is not None}
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.table import Table, TableRow
-from rlroute.experiments.statistics import CONFIDENCE, HOLM
+from rlroute.experiments.statistics import CONFIDENCE
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, short, si
 from rlroute.foreign import printable
@@ -126,6 +126,5 @@ def _difference(row: TableRow, table: Table) -> str:
     if row.difference is None:
         return "reference" if row.label == table.reference else NOTHING
     pairs = f" (n = {row.difference.n})" if row.difference.n != row.n else ""
-    found = row.p_holm is not None and row.p_holm < HOLM
-    lacking = ", not after Holm" if row.difference.separated and not found else ""
-    return of_interval(row.difference, "+") + pairs + (lacking if row.difference.separated else ", not separated")
+    lacking = ", not separated" if not row.difference.separated else "" if row.found else ", not after Holm"
+    return of_interval(row.difference, "+") + pairs + lacking

@@ -36,7 +36,7 @@ def launch(
         ConfigError: the cluster does not let this process in, or has no room for a run.
         LostRayError: Ray was lost.
     """
-    from rlroute.records import ENDED, state  # and with it torch, which the command line's help does without
+    from rlroute.records import ENDED, state  # and with it torch, which the process that drives Ray does without
 
     uses_ray = how.uses_ray(len(jobs))  # also for the last that is left
     done = ENDED if search is None else ENDED | {"stopped early"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlroute.experiments.launch.jobs import Job
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, si
+from rlroute.reading import worst_vio
 from rlroute.records import ENDED, State, state
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Follower:
 
     def look(self, now: float) -> None:
         """Read what is new; ``now`` is a time in seconds."""
+        if self.state in ENDED:  # which it was before its rows were read
+            return
         self.state = state(self.folder)
         for row in self._rows():
             self.train, self.evaluation = (row, self.evaluation) if row["kind"] == "train" else (self.train, row)
@@ -94,7 +97,7 @@ class Follower:
     @property
     def max_vio(self) -> float | None:
         """MaxVio of the last evaluation, at its worst site."""
-        return max((vio for vio in self.evaluation.get("max_vio_L", ()) if vio is not None), default=None)
+        return worst_vio(self.evaluation) if self.evaluation else None
 
 
 class Monitor:

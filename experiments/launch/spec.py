@@ -23,10 +23,10 @@ from rlroute.experiments.recipes.entries import none_where_legal
 from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.text import markdown
 from rlroute.foreign import DEPTH, Unfit, plain, read_bytes, why
-from rlroute.reading import read_rows
-from rlroute.records import storing
+from rlroute.reading import rows_so_far
+from rlroute.records import mark, storing
 from rlroute.registry import router_class, run_config
-from rlroute.values import from_dict
+from rlroute.values import flatten, from_dict
 
 SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha", "tuned")
 SEARCH = "SEARCH"
@@ -187,7 +187,7 @@ def apart(how: Launch, name: str) -> Launch:
     store = how.store / f"search-{name}"
     with storing(store):
         store.mkdir(parents=True, exist_ok=True)
-        (store / SEARCH).touch()
+        mark(store / SEARCH)
     return replace(how, store=store)
 
 
@@ -197,9 +197,7 @@ def ranking(jobs: Sequence[Job], store: Path) -> str:
     """
     rows = []
     for job in jobs:
-        file = store / job.id / "metrics.jsonl"  # not there of a trial that was lost before its first row
-        rows_of_run = read_rows(file, torn_ok=True) if file.exists() else []
-        if evals := [row for row in rows_of_run if row["kind"] == "eval"]:
+        if evals := [row for row in rows_so_far(store / job.id) if row["kind"] == "eval"]:
             rows.append((evals[-1]["bits_per_byte"], evals[-1]["step"], job))
     rows.sort(key=lambda row: row[:2])
     lines = [(f"{bits:.4f}", step, job.label, job.seed) for bits, step, job in rows]
@@ -235,13 +233,13 @@ def _applies(path: str, config: RunConfig) -> bool:
     return name not in router.term_weights or router_class(router.name).carries(name)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "", leaves: Sequence[str] = ()) -> Choice:
+def _flat(values: Mapping[str, Any], leaves: Sequence[str] = ()) -> Choice:
     """Return nested tables as values by dotted path; a table that has one of ``leaves`` is a value itself."""
-    flat: Choice = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict) and not value.keys() & set(leaves)
-        flat |= _flat(value, f"{prefix}{name}.", leaves) if nested else {f"{prefix}{name}": value}
-    return flat
+
+    def nested(value: Any) -> bool:
+        return isinstance(value, dict) and not value.keys() & set(leaves)
+
+    return dict(flatten(values, joint=".", nested=nested))
 
 
 def _grid(section: Mapping[str, Any]) -> list[Choice]:

@@ -20,6 +20,7 @@ from rlroute.errors import RlrouteError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import train_job
 from rlroute.experiments.launch.ray_session import WANT_OF_MEMORY
+from rlroute.reading import rows_so_far
 from rlroute.sink import take_warnings
 from rlroute.watchdog import stacks, watchdog
 
@@ -129,7 +130,9 @@ def _listener(tune: Any, jobs: Sequence[Plain], how: Launch, tell: Callable[...,
             run = jobs[trial.config["job"]][0]
             over.add(run)
             if (reason := (trial.last_result or {}).get("reason")) is None:  # it did not come to its end
-                (how.store / run / "stopped").touch()
+                from rlroute.records import STOPPED, mark  # and with it torch, which only a search needs here
+
+                mark(how.store / run / STOPPED)
             elif reason:
                 tell("set aside", run, reason)
 
@@ -160,12 +163,9 @@ def _give_memory_back() -> None:
 
 def _score(folder: Path) -> dict[str, float]:
     """Return what a search goes by: the last evaluation's bits per byte, and its step."""
-    from rlroute.reading import read_rows
-
-    file = folder / "metrics.jsonl"
-    rows = read_rows(file, torn_ok=True) if file.exists() else []
-    evaluated = [row for row in rows if row["kind"] == "eval"] or [{"bits_per_byte": math.inf, "step": 0}]
-    return {name: evaluated[-1][name] for name in ("bits_per_byte", "step")}
+    none = {"bits_per_byte": math.inf, "step": 0}
+    last = next((row for row in reversed(rows_so_far(folder)) if row["kind"] == "eval"), none)
+    return {name: last[name] for name in none}
 
 
 def _reporting(

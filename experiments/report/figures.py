@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.entries import Entry
-from rlroute.experiments.comparison.table import Table
+from rlroute.experiments.comparison.table import Table, paired
 from rlroute.experiments.report.style import Style, faint, new_figure, styles_of
-from rlroute.experiments.statistics import HOLM, Interval, differences, t_interval
+from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.experiments.text import NOTHING, of_interval
+from rlroute.reading import worst_vio
 from rlroute.schema import EvalRow, RunRecord, TrainRow
 
 if TYPE_CHECKING:
@@ -160,12 +161,10 @@ def forest_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[st
     figure = new_figure(
         f"difference to {escape(table.reference)} (bits per byte; left is better)", "", 110 + 34 * len(rows)
     )
-    base = entries[table.reference].bits_by_seed
+    base = entries[table.reference]
     for row, difference in rows:
         style, name = styles[row.label], escape(row.label)
-        mine = entries[row.label].bits_by_seed
-        both = mine.keys() & base.keys()
-        seeds = differences({s: mine[s] for s in both}, {s: base[s] for s in both})
+        seeds = paired(entries[row.label], base)
         figure.add_scatter(
             x=seeds,
             y=[name] * len(seeds),
@@ -173,13 +172,12 @@ def forest_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[st
             marker={"color": faint(style.colour, 0.5), "size": 5},
             hovertemplate="%{x:+.4f}<extra>one seed</extra>",
         )
-        holds = row.p_holm is not None and row.p_holm < HOLM
         figure.add_scatter(
             x=[difference.mean],
             y=[name],
             error_x={"array": [difference.half_width or 0.0], "thickness": 2, "width": 6, "color": style.colour},
             mode="markers",
-            marker={"color": style.colour, "symbol": style.shape + ("" if holds else "-open"), "size": 12},
+            marker={"color": style.colour, "symbol": style.shape + ("" if row.found else "-open"), "size": 12},
             hovertemplate=f"<b>{name}</b><br>{of_interval(difference, '+')}<extra></extra>",
         )
         figure.add_annotation(
@@ -214,7 +212,7 @@ def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[s
             line = {"color": style.colour, "dash": style.dash}
             figure.add_hline(row.bits_per_byte.mean, line=line, annotation=label, annotation_position="bottom right")
             continue
-        points = [(worst(final), final["bits_per_byte"]) for final in entries[row.label].finals]
+        points = [(worst_vio(final), final["bits_per_byte"]) for final in entries[row.label].finals]
         seen = [(vio, bits) for vio, bits in points if vio is not None]
         dots = {"x": [vio for vio, _ in seen], "y": [bits for _, bits in seen]}
         vios += [*dots["x"], row.max_vio]
@@ -235,11 +233,6 @@ def balance_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[s
     if vios and min(vios) > 0:
         figure.update_xaxes(type="log", tickvals=[d * 10.0**p for p in range(-4, 4) for d in (1, 2, 5)])
     return figure
-
-
-def worst(final: EvalRow) -> float | None:
-    """Return the largest MaxVio of an evaluation; None where no site chose anything."""
-    return max((vio for vio in final["max_vio_L"] if vio is not None), default=None)
 
 
 # Loads

@@ -161,7 +161,7 @@ def _separation(table: Table) -> Iterable[str]:
     others = [row.label for row, difference in pairs if not difference.separated]
     yield f"Not separated from {table.reference}: {listed(others)}."
     if better or worse:
-        holds = [row.label for row, _ in pairs if row.p_holm is not None and row.p_holm < 0.05]
+        holds = [row.label for row, _ in pairs if row.found]
         yield f"Separated also when corrected for {len(pairs)} comparisons (Holm, 5%): {listed(holds)}."
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from rlroute.errors import StoreError
 from rlroute.experiments.comparison.entries import labels
-from rlroute.experiments.report.figures import worst
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING
-from rlroute.reading import Row, failure, read_part, read_rows, read_run, read_runs
+from rlroute.reading import failure, read_part, read_run, read_runs, rows_so_far, worst_vio
 from rlroute.records import ENDED, state
 from rlroute.schema import EvalRow, RunRecord
 
@@ -70,7 +69,7 @@ def _listed(folder: Path) -> Listed:
         if (now := state(folder)) in ENDED:
             return _of_record(read_run(folder))
         described, begun = read_part(folder, "config"), (read_part(folder, "environment") or {}).get("begun", "")
-        rows = _rows(folder)
+        rows = rows_so_far(folder)
         evals = [row for row in rows if row["kind"] == "eval"]
         return Listed(
             id=folder.name,
@@ -83,11 +82,6 @@ def _listed(folder: Path) -> Listed:
         )
     except (StoreError, LookupError, TypeError) as error:
         return Listed(id=folder.name, config=None, state="damaged", step=0, bits=None, begun="", reason=str(error))
-
-
-def _rows(folder: Path) -> list[Row]:
-    path = folder / "metrics.jsonl"
-    return read_rows(path, torn_ok=True) if path.exists() else []
 
 
 def to_grid(runs: Sequence[Listed]) -> Grid:
@@ -148,7 +142,7 @@ def _record_text(record: RunRecord) -> str:
 def _folder_text(folder: Path) -> str:
     if state(folder) in ("finished", "diverged"):
         return _record_text(read_run(folder))
-    listed, rows = _listed(folder), _rows(folder)
+    listed, rows = _listed(folder), rows_so_far(folder)
     lines = [f"{listed.state}: {listed.reason}" if listed.reason else listed.state]
     if rows:
         lines.append(f"last row: {json.dumps(rows[-1])}")
@@ -165,5 +159,5 @@ def _text(run: str, lines: Sequence[str], evals: Sequence[Any], parts: Mapping[s
 
 
 def _vio(row: EvalRow) -> str:
-    vio = worst(row)
+    vio = worst_vio(row)
     return NOTHING if vio is None else f"{vio:.3f}"

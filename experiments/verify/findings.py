@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlroute.sink import flatten
-
-LONGEST = 60
-"""Characters of a value in a line."""
+from rlroute.foreign import clipped
+from rlroute.values import differing
 
 
 @dataclass(frozen=True)
@@ -34,13 +31,9 @@ class Finding:
     why: str = ""
 
     def __str__(self) -> str:
-        said = f"{self.run}: {self.file}: {self.field} is {_short(self.recorded)}, want {_short(self.found)}"
+        recorded, found = (clipped(repr(value)) for value in (self.recorded, self.found))
+        said = f"{self.run}: {self.file}: {self.field} is {recorded}, want {found}"
         return said + (f" ({self.why})" if self.why else "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 class Ledger:
@@ -65,11 +58,3 @@ class Ledger:
         known = isinstance(recorded, int | float) and isinstance(found, int | float)
         if recorded != found and not (known and math.isclose(recorded, found, rel_tol=0, abs_tol=tolerance)):  # type: ignore[arg-type]
             self.add(file, field, recorded, found)
-
-
-def differing(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the paths of the leaves in which two values differ, with both."""
-    left, right = dict(flatten(one)), dict(flatten(other))
-    for path in [*left, *(path for path in right if path not in left)]:
-        if left.get(path) != right.get(path) or (path in left) != (path in right):
-            yield path, left.get(path), right.get(path)

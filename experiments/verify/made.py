@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlroute.config import RunConfig
-from rlroute.experiments.verify.findings import Ledger, differing
+from rlroute.experiments.verify.findings import Ledger
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.kernels import choose_backend
 from rlroute.model import Transformer
@@ -17,6 +17,7 @@ from rlroute.schema import EvalRow, RunRecord
 from rlroute.training.data import tokens_sha256
 from rlroute.training.loop import claims
 from rlroute.training.prepare import planned_steps
+from rlroute.values import differing
 
 ROUNDING = 1e-12
 """Relative: bits are nats of a float64 sum over two constants."""

@@ -12,7 +12,7 @@ import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
-from rlroute.experiments.verify.findings import Ledger, differing
+from rlroute.experiments.verify.findings import Ledger
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.model import Transformer
 from rlroute.provenance import environment
@@ -24,6 +24,7 @@ from rlroute.training.evaluate import evaluate
 from rlroute.training.loop import DTYPES, train
 from rlroute.training.prepare import build_model
 from rlroute.training.step import Device
+from rlroute.values import differing
 
 BITS = ("torch", "numpy", "cpu_capability", "device_name")
 """What of the environment bits depend on."""

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -23,11 +22,11 @@ from rlroute.records import RunFolder, state
 from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import MadeFrom
-from rlroute.sink import flatten
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
 from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.memory import check_memory
+from rlroute.values import differing
 
 
 def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
@@ -155,16 +154,10 @@ def refuse_changed(folder: RunFolder, made: MadeFrom) -> None:
     way_out = f"use another store, or remove {folder.path}"
     if (then := folder.made_from) is None:
         raise ConfigError(f"run {folder.id} does not say from which code and data it was made; {way_out}")
-    if changed := differing(then, made):
-        part, was, now = changed[0]
+    if changed := next(differing(made, then), None):
+        part, now, was = changed
         what, field = _said(part)
         raise ConfigError(f"run {folder.id} was made {what}: its {field} was {was}, now it is {now}; {way_out}")
-
-
-def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the parts in which what two runs were made from differs, as ``data/sha256``, with both values."""
-    one, other = dict(flatten(dict(then))), dict(flatten(dict(now)))
-    return [(part, one.get(part), other.get(part)) for part in [*other, *one] if one.get(part) != other.get(part)]
 
 
 def _said(part: str) -> tuple[str, str]:
