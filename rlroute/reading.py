@@ -43,6 +43,8 @@ FILE = 1 << 32
 MOST_SITES = 10_000
 TIMED = frozenset({"seconds", "tokens_per_second", "traffic", "begun", "ended", "peak_memory"})
 """What differs when the same run is trained again, in whatever part of a record."""
+MOST_ASKED = 1_000_000
+"""Runs that are trained together, each entry with each seed."""
 _FILES = {"config": Described, "environment": Environment, "summary": Summary, "failed": Failure}
 ROWS: dict[str, dict[Any, Any]] = {
     "metrics.jsonl": {"eval": EvalRow, "train": TrainRow},
@@ -324,6 +326,9 @@ def refuse_inconsistent(record: RunRecord) -> None:
         for index, row in enumerate(found):
             _refuse_other_sites(row, experts_L, name, index)
     _refuse_truncated(record, log_every)
+    asked = config.get("asked", {"entries": (), "seeds": ()})
+    if (count := len(asked["entries"]) * len(asked["seeds"])) > MOST_ASKED:
+        raise Unfit(f" = {count} runs: legal are {MOST_ASKED}", "config", "asked")
 
 
 def _hold_config(config: Mapping[str, Any]) -> tuple[list[int], int]:

@@ -21,7 +21,7 @@ from rlroute.errors import StoreError
 from rlroute.foreign import open_regular
 from rlroute.provenance import environment, utc_now
 from rlroute.reading import Row, read_described, read_json, read_part, read_rows, read_run, refuse_link
-from rlroute.schema import LoadRow, RunRecord, TrainRow
+from rlroute.schema import Asked, LoadRow, RunRecord, TrainRow
 from rlroute.seal import seal
 from rlroute.values import flatten
 
@@ -175,11 +175,20 @@ class RunFolder:
         made = read_described(self.path).get("made_from")
         return None if made is None else dict(made)
 
-    def describe(self, config: RunConfig, seed: int, backend: str, command: str | None, group: Row, made: Row) -> None:
+    def describe(
+        self,
+        config: RunConfig,
+        seed: int,
+        backend: str,
+        command: str | None,
+        group: Row,
+        made: Row,
+        asked: Asked | None = None,
+    ) -> None:
         """Write config.json and environment.json; ``group`` says how many processes train together."""
         identity = {"id": self.id, "router": config.router_name, "seed": seed, "config_hash": config.content_hash()}
         described = {"schema": SCHEMA, **identity, "command": command, "config": config.to_dict(), "made_from": made}
-        write_json(self.path / "config.json", described)
+        write_json(self.path / "config.json", described | ({} if asked is None else {"asked": asked}))
         here = environment(config.train.device, backend, config.train.threads)
         write_json(self.path / "environment.json", {**here, **group, "begun": utc_now()})
         with storing(self.path):

@@ -14,6 +14,7 @@ FILES = (
         "config.json",
         (
             "Described",
+            "Asked",
             "MadeFrom",
             "Configuration",
             "DataFields",

@@ -185,7 +185,7 @@ def test_a_trial_that_tune_stops_is_not_one_with_a_defect(monkeypatch, tmp_path)
     monkeypatch.setattr(loop, "train", train)
     job = Job(build_entry("hash", DATA, MODEL, TrainConfig(eval_every=10)), 0)
     RunFolder(tmp_path, job.config, 0).create()
-    plain = [(job.id, job.config.to_dict(), 0, None)]
+    plain = [(job.id, job.config.to_dict(), 0, None, None)]
     trial = trials._trial(SimpleNamespace(report=report), plain, [], Launch(store=tmp_path), Search(99, 10))
     with pytest.raises(SystemExit, match="0"):  # as Tune wants it
         trial({"job": 0})

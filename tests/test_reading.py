@@ -136,6 +136,9 @@ def test_values_are_handed_on_as_they_are_written(tmp_path):
         ("config.router", "switch</script>"),
         ("config.config_hash", "0123456789AB"),
         ("config.config.model.k", 0),
+        ("config.asked", {"entries": ["hash-0123456789ab"]}),
+        ("config.asked", {"entries": ["../hash"], "seeds": [0]}),
+        ("config.asked", {"entries": ["hash-0123456789ab"], "seeds": [-1]}),
         ("config.config.model.num_layers", 10**9),
         ("config.config.model.num_experts", "16"),
         ("config.config.train.steps", -1),
@@ -183,6 +186,11 @@ def test_a_missing_field_is_named(path, tmp_path):
         ("loads.-1.step", 4000, "loads has step 4000, the run ended at step 400"),
         ("summary.diverged", {"step": 3, "what": "loss"}, "summary/diverged = a dict in a run that finished"),
         ("summary.final", None, "summary/final = None in a run that finished"),
+        (
+            "config.asked",
+            {"entries": ["hash-0123456789ab"] * 1001, "seeds": list(range(1000))},
+            "config/asked = 1001000",
+        ),
         ("evals.-1.loss", 3.0, "it is truncated: its evaluations do not end with the summary's"),
     ],
 )

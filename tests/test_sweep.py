@@ -116,6 +116,7 @@ def test_a_sweep_of_expert_parallel_groups_leaves_the_figures_of_single_processe
     assert finished(start(calm, "sweep", tmp_path / "alone.toml", *alone))
     for a, b in zip(read_runs(tmp_path / "runs"), read_runs(calm / "runs"), strict=True):
         assert a.id == b.id and a.loads == b.loads
+        assert a.config["asked"] == b.config["asked"] == {"entries": [a.id.rpartition("-s")[0]], "seeds": [0, 1]}
         assert abs(a.summary["final"]["loss"] - b.summary["final"]["loss"]) < 1e-10
     until(lambda: not marked())
 

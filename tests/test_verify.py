@@ -20,6 +20,7 @@ from rlroute.reading import read_runs
 from tests import ROOT
 from tests.commands import TINY, contents, ran, rlroute
 from tests.test_identity import checkout, git, head
+from tests.test_include import SOURCE
 
 SEEDS = 2
 COMPARE = ("compare", "switch", "hash", "dense", "reinforce", *TINY, "--seeds", SEEDS, "--launcher", "local")
@@ -96,12 +97,17 @@ class Edit:
 
 
 def found(store: Path, **options: Any) -> list[str]:
-    return list(map(str, verify(store, seeds=3, **options)))
+    return list(map(str, verify(store, **options)))
 
 
 def named(store: Path, field: str, **options: Any) -> list[str]:
     """Return the findings about a field."""
     return [line for line in found(store, **options) if field in line]
+
+
+def gone(store: Path) -> list[str]:
+    """Return the runs that are found missing."""
+    return [line.partition(":")[0] for line in found(store) if "missing" in line]
 
 
 def test_an_untouched_store_and_its_export_are_passed_over_in_silence(trained):
@@ -280,9 +286,11 @@ def test_a_bad_run_declared_diverged_is_named(remove, store):
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("gone", [["switch-*-s1"], ["*-s1"], ["hash-*"]], ids=["of one entry", "of all", "an entry"])
-def test_dropped_runs_are_named(gone, compact, store, tmp_path):
-    dropped = sorted({folder.name for pattern in gone for folder in store.glob(pattern)})
+@pytest.mark.parametrize(
+    "patterns", [["switch-*-s1"], ["*-s1"], ["hash-*"]], ids=["of one entry", "of all", "an entry"]
+)
+def test_dropped_runs_are_named(patterns, compact, store, tmp_path):
+    dropped = sorted({folder.name for pattern in patterns for folder in store.glob(pattern)})
     path = store
     if compact:
         records = (tmp_path / "all.jsonl", tmp_path / "fewer.jsonl")
@@ -293,11 +301,57 @@ def test_dropped_runs_are_named(gone, compact, store, tmp_path):
     else:
         for name in dropped:
             shutil.rmtree(store / name)
-    lines = found(path)
-    if gone == ["hash-*"]:
-        assert [line for line in lines if line.startswith("hash: store: entries is 0, want 1")]
-    else:
-        assert [line.partition(":")[0] for line in lines if "missing" in line] == dropped
+    assert gone(path) == dropped
+
+
+ASKED = {
+    "options before entries": ("compare", "--seeds=2", "switch", "hash"),
+    "a router brought in": ("--include", "plain.py", "compare", "plain", "switch", "hash", "--seeds", "2"),
+    "variants of one router": ("compare", "switch", "hash:table=position", "hash", "--seeds", "2"),
+    "sites": ("compare", "switch", "hash+uniform@0", "--seeds", "2"),
+}
+
+
+@pytest.mark.parametrize("words", ASKED.values(), ids=list(ASKED))
+def test_however_a_comparison_was_asked_for_nothing_is_missing_until_it_is_dropped(
+    words, tmp_path, monkeypatch, routers
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.py").write_text(SOURCE)
+    ran(*words, *TINY, "--launcher", "local")
+    assert found(Path("runs")) == []
+    of_hash = sorted(folder.name for folder in Path("runs").glob("hash*"))
+    assert [sum(name.endswith(f"-s{seed}") for name in of_hash) for seed in range(2)] == 2 * [len(of_hash) / 2]
+    for dropped in (of_hash[-1:], of_hash):
+        for run in dropped:
+            shutil.rmtree(Path("runs") / run, ignore_errors=True)
+        assert gone(Path("runs")) == dropped
+
+
+def test_a_sweep_of_other_seeds_by_the_same_command_misses_nothing_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)
+    }
+    base = "".join(f"{name} = {value if value.isdigit() else json.dumps(value)}\n" for name, value in fields.items())
+    for entries, seeds in ((["switch", "dense"], 2), (["hash"], 3)):
+        Path("some.toml").write_text(f"entries = {entries}\nseeds = {seeds}\n[base]\n{base}")
+        ran("sweep", "some.toml", "--launcher", "local")
+    assert found(Path("runs")) == []
+    shutil.rmtree(run_of(Path("runs"), "hash", 2))
+    (of_hash,) = gone(Path("runs"))
+    assert of_hash.startswith("hash-") and of_hash.endswith("-s2")
+
+
+def test_of_records_that_do_not_say_what_was_asked_for_the_seeds_are_held_against_those_of_the_command(store):
+    for folder in store.iterdir():
+        edit = Edit(folder)
+        del edit.parts["config"]["asked"]
+        edit.seal_anew().write()
+    assert found(store) == []
+    dropped = run_of(store, "hash", 1)
+    shutil.rmtree(dropped)
+    assert gone(store) == [dropped.name]
 
 
 def test_a_run_that_has_not_ended_is_not_dropped(store):
@@ -388,6 +442,6 @@ def test_a_record_that_cannot_be_read_is_a_finding_and_the_others_are_looked_at(
 
 def test_an_empty_store_and_none_are_refused(tmp_path):
     with pytest.raises(StoreError):
-        verify(tmp_path, seeds=3)
+        verify(tmp_path)
     with pytest.raises(StoreError):
-        verify(tmp_path / "none", seeds=3)
+        verify(tmp_path / "none")

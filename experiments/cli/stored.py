@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,11 +118,9 @@ def verify(store: Store = RUNS, rerun: int = 0, seed: int = 0, evaluate: bool = 
         seed: which runs these are; those that say they diverged come first.
         evaluate: stored weights are evaluated once more as well.
     """
-    from rlroute.experiments.cli.training import compare
     from rlroute.experiments.verify.store import verify as verified
 
-    default = inspect.signature(compare).parameters["seeds"].default
-    findings = verified(store, seeds=default, reruns=rerun, draw=seed, evaluate=evaluate)
+    findings = verified(store, reruns=rerun, draw=seed, evaluate=evaluate)
     for finding in findings:
         print(finding)
     if findings:

@@ -25,7 +25,7 @@ from rlroute.experiments.cli.common import (
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
-from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.limits import Between, Positive, Seed
 from rlroute.machine import cores
 
@@ -69,7 +69,7 @@ def train(
     name_broken(entry)
     (config,) = build_comparison([entry], shared.data, shared.model, steps, tuned=tuned, said=said("train"))
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
-    (record,) = run_all([Job(config, seed, command_line(), entry)], launch)
+    (record,) = run_all([Job(config, seed, command_line(), label=entry)], launch)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
     for mark, figures in marks([record]).items():
         print(f"measured: {mark} ({figures})")
@@ -120,8 +120,8 @@ def compare(
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     make_folder(out)
     named = list(zip(entries, configs, strict=True))
-    jobs = [Job(config, seed, command_line(), entry) for seed in range(seeds) for entry, config in named]
-    records = run_all(jobs, launch)
+    jobs = [Job(config, seed, command_line(), label=entry) for seed in range(seeds) for entry, config in named]
+    records = run_all(together(jobs), launch)
     publish(records, out, reference)
     print(f"runs in {launch.store}/")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import best, key, unscored
@@ -55,7 +56,8 @@ def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) 
     trials: list[Trial] = []
     while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
         configs = [_trial(entry, point, train) for entry, point in following]
-        records = run_all([Job(config, seed, command) for config in configs for seed in TUNING_SEEDS], how)
+        jobs = [together([Job(config, seed, command) for seed in TUNING_SEEDS]) for config in configs]
+        records = run_all(list(chain.from_iterable(jobs)), how)
         found = {record.id: record for record in records}
         for (entry, point), config in zip(following, configs, strict=True):
             trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in TUNING_SEEDS]))

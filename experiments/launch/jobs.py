@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
 from rlroute.limits import Between, check_fields, checked_seed
+from rlroute.schema import Asked
 from rlroute.sink import Mode
 
 Launcher = Literal["auto", "ray", "local"]
@@ -49,6 +51,8 @@ class Job:
     seed: int
     command: str | None = None
     """The command line behind it, for the run's record."""
+    asked: Asked | None = None
+    """With what it is asked for, likewise: see :func:`together`."""
     label: str = ""
     """What it is called while it runs; the router's name if nothing is said."""
 
@@ -59,6 +63,17 @@ class Job:
     def id(self) -> str:
         """The run's id."""
         return self.config.run_id(self.seed)
+
+    @property
+    def entry(self) -> str:
+        """The run's id without its seed."""
+        return self.id.rpartition("-s")[0]
+
+
+def together(jobs: Sequence[Job]) -> list[Job]:
+    """Return jobs of every entry with every seed, each of which says of the others."""
+    entries, seeds = dict.fromkeys(job.entry for job in jobs), dict.fromkeys(job.seed for job in jobs)
+    return [replace(job, asked={"entries": list(entries), "seeds": list(seeds)}) for job in jobs]
 
 
 @dataclass(frozen=True, kw_only=True)

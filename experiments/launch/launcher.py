@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from rlroute.errors import HeldError, RlrouteError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
@@ -103,9 +104,10 @@ def _train_alone(
 def _train(job: Job, how: Launch, watched: Callable[[], AbstractContextManager[Callable[[int], None]]]) -> None:
     from rlroute.training.loop import train
 
+    origin: Any = {"command": job.command, "asked": job.asked}
     if how.workers == 1:
         with watched() as on_step:
-            train(job.config, job.seed, how.store, command=job.command, on_step=on_step, wandb=how.wandb)
+            train(job.config, job.seed, how.store, **origin, on_step=on_step, wandb=how.wandb)
     else:
         from rlroute.parallel.workers import train_group
 
@@ -118,7 +120,7 @@ def _train(job: Job, how: Launch, watched: Callable[[], AbstractContextManager[C
             chunks=how.exchange_chunks,
             cpus=how.cpus,
             gpus=how.gpus,
-            command=job.command,
+            **origin,
             retries=how.retries,
             patience=60 * how.patience,
             wandb=how.wandb,

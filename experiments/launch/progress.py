@@ -107,7 +107,7 @@ class Monitor:
         self.clock, self.start = clock, clock()
         self.entries: dict[str, list[Follower]] = {}
         for job in jobs:
-            self.entries.setdefault(job.id.rpartition("-s")[0], []).append(Follower(job, store))
+            self.entries.setdefault(job.entry, []).append(Follower(job, store))
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._show, daemon=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 from rlroute import seeding
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.launch.jobs import Job, Launch, Search
+from rlroute.experiments.launch.jobs import Job, Launch, Search, together
 from rlroute.experiments.recipes.entries import none_where_legal
 from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.text import markdown
@@ -82,8 +82,8 @@ class Spec:
             )
             config = _with(configs[entry], base | mine)
             label = " ".join([entry, *(f"{path.rpartition('.')[2]}={value}" for path, value in mine.items())])
-            for seed in self.seeds:
-                jobs.setdefault(config.run_id(seed), Job(config, seed, command, label))
+            for job in together([Job(config, seed, command, label=label) for seed in self.seeds]):
+                jobs.setdefault(job.id, job)
         return list(jobs.values())
 
     def _config(self, entry: str) -> RunConfig:

@@ -84,7 +84,7 @@ def through_ray(
 
     theirs = _ray_of_the_caller() if how.address is None else None
     how = replace(how, store=how.store.absolute(), address=how.address or theirs)
-    plain = [(job.id, job.config.to_dict(), job.seed, job.command) for job in jobs]
+    plain = [(job.id, job.config.to_dict(), job.seed, job.command, job.asked) for job in jobs]
     reasons: dict[str, str] = {}
     late = "Ray has not started" if how.cluster is None else f"--address {how.cluster}: it has not let this process in"
     start = START_SECONDS if how.cluster is None else JOIN_SECONDS

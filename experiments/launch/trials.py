@@ -21,11 +21,12 @@ from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import train_job
 from rlroute.experiments.launch.ray_session import WANT_OF_MEMORY
 from rlroute.reading import rows_so_far
+from rlroute.schema import Asked
 from rlroute.sink import take_warnings
 from rlroute.watchdog import stacks, watchdog
 
-Plain = tuple[str, dict[str, Any], int, str | None]
-"""A job without classes, which this process would have to import: id, configuration, seed, command."""
+Plain = tuple[str, dict[str, Any], int, str | None, Asked | None]
+"""A job without classes, which this process would have to import: id, and the first fields of :class:`Job`."""
 
 
 def run_trials(
@@ -80,7 +81,7 @@ def _trial(
         from rlroute.registry import include, run_config  # and with it torch
 
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"  # else it gives up one that has not ended in 2 s
-        run, values, seed, command = jobs[parameters["job"]]
+        run, values, seed, command, asked = jobs[parameters["job"]]
         folder = how.store / run
 
         def report(values: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ def _trial(
 
         try:
             include(*routers)
-            job = Job(run_config(values), seed, command)
+            job = Job(run_config(values), seed, command, asked)
         except RlrouteError as error:  # a router's file is not on this machine, or is another one
             report({"reason": str(error), "lines": []})
             return

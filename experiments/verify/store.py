@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, product, takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError, StoreError
-from rlroute.experiments.comparison.entries import router_label
-from rlroute.experiments.recipes.entries import parse_entry, split_sites
 from rlroute.experiments.verify import made, record, replay
 from rlroute.experiments.verify.findings import Finding, Ledger
 from rlroute.experiments.verify.hand import AtHand
@@ -24,12 +19,11 @@ from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 
 
-def verify(path: Path, *, seeds: int, reruns: int = 0, draw: int = 0, evaluate: bool = False) -> list[Finding]:
+def verify(path: Path, *, reruns: int = 0, draw: int = 0, evaluate: bool = False) -> list[Finding]:
     """Return what is wrong with stored runs.
 
     Args:
         path: a run store or a compact file.
-        seeds: how many ``rlroute compare`` trains where its command does not say.
         reruns: how many runs to train once more; ``draw`` is the seed by which they are chosen.
         evaluate: whether stored weights are evaluated once more.
 
@@ -48,7 +42,7 @@ def verify(path: Path, *, seeds: int, reruns: int = 0, draw: int = 0, evaluate: 
             ledger = Ledger(run.id)
             replay.rerun(run, ledger)
             findings += ledger.findings
-    return findings + missing(path, runs, seeds)
+    return findings + missing(path, runs)
 
 
 @contextmanager
@@ -104,59 +98,33 @@ def _check_made(run: RunRecord, path: Path, config: RunConfig, hand: AtHand, eva
             replay.check_weights(run, path / run.id, config, model, hand, evaluate, ledger)
 
 
-def missing(path: Path, runs: Sequence[RunRecord], seeds: int) -> list[Finding]:
-    """Return the runs that commands asked for and that are gone: seeds of an entry, and entries of a comparison.
+def missing(path: Path, runs: Sequence[RunRecord]) -> list[Finding]:
+    """Return the runs that were asked for together with those that are there, and that are gone.
 
-    A run that has a folder in the store is not gone: it has not ended.
+    A run that has a folder in the store is not gone: it has not ended. Where records do not say what was asked for,
+    every entry of a command has the same seeds.
     """
-    commands: dict[str, list[RunRecord]] = defaultdict(list)
+    seeds_of: dict[str | None, set[int]] = defaultdict(set)
     for run in runs:
-        if run.config["command"]:
-            commands[run.config["command"]].append(run)
-    gone = {}
-    for command, group in commands.items():
-        asked = _seeds(command, seeds) or {run.config["seed"] for run in group}
-        for of_entry, seed in product({run.config["config_hash"]: run for run in group}.values(), sorted(asked)):
-            run_id = f"{of_entry.id.rpartition('-s')[0]}-s{seed}"
-            if run_id not in {run.id for run in runs} and not (path / run_id).is_dir():
-                gone[run_id] = Finding(run_id, "store", "run", "missing", "there", f"asked for by: {command}")
-        there = Counter(router_label(config) for config in _configs(runs).values())
-        for label, count in Counter(map(_label, _entries(command))).items():
-            if there[label] < count:
-                why = f"asked for by: {command}"
-                gone[label] = Finding(label, "store", "entries", there[label], count, why)
-    return list(gone.values())
+        seeds_of[run.config["command"]].add(run.config["seed"])
+    asked = {_asked(run, seeds_of): run.config["command"] for run in runs}
+    wanted = {
+        f"{entry}-s{seed}": command
+        for (entries, seeds), command in asked.items()
+        for entry in entries
+        for seed in seeds
+    }
+    gone = sorted(wanted.keys() - {run.id for run in runs})
+    return [
+        Finding(run, "store", "run", "missing", "there", f"asked for by: {wanted[run] or 'no command'}")
+        for run in gone
+        if not (path / run).is_dir()
+    ]
 
 
-def _configs(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
-    return {run.config["config_hash"]: run.config["config"] for run in runs}
-
-
-def _words(command: str) -> list[str] | None:
-    """Return what follows ``rlroute compare`` in a command; None where it is another."""
-    try:
-        first, *words = shlex.split(command)[1:]
-    except ValueError:  # no command line
-        return None
-    return words if first == "compare" else None
-
-
-def _seeds(command: str, default: int) -> set[int]:
-    """Return the seeds that a comparison's command asks for; none where the command is another."""
-    words = _words(command)
-    if words is None:
-        return set()
-    said = [after for word, after in pairwise(words) if word == "--seeds"]
-    said += [word.partition("=")[2] for word in words if word.startswith("--seeds=")]
-    return set(range(int(said[-1]) if said and said[-1].isdigit() else default))
-
-
-def _entries(command: str) -> list[str]:
-    """Return the entries that a comparison's command names, which come before its options."""
-    return list(takewhile(lambda word: not word.startswith("-"), _words(command) or ()))
-
-
-def _label(entry: str) -> str:
-    """Return the table's name of an entry's routers: their names, and the sites of all but the first."""
-    first, by_sites = split_sites(entry)
-    return "+".join([parse_entry(first)[0], *(f"{parse_entry(other)[0]}@{at}" for at, other in by_sites.items())])
+def _asked(run: RunRecord, seeds_of: Mapping[str | None, Iterable[int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the entries and the seeds that were asked for with a run; ``seeds_of`` are those of every command."""
+    if (said := run.config.get("asked")) is not None:
+        return tuple(said["entries"]), tuple(said["seeds"])
+    command = run.config["command"]
+    return (run.id.rpartition("-s")[0],), tuple(sorted(seeds_of[command])) if command else ()

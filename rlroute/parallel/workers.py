@@ -28,6 +28,7 @@ from rlroute.errors import RlrouteError
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
 from rlroute.registry import include, included, run_config
+from rlroute.schema import Asked
 from rlroute.sink import Mode, pass_on, take_warnings
 from rlroute.training.defects import Defects
 from rlroute.training.loop import train
@@ -58,6 +59,7 @@ def train_group(
     cpus: float = 1.0,
     gpus: float = 0.0,
     command: str | None = None,
+    asked: Asked | None = None,
     retries: int = 2,
     patience: float = 600.0,
     timeout: float | None = None,
@@ -76,6 +78,7 @@ def train_group(
         chunks: parts in which rows travel between shards.
         cpus, gpus: of each worker.
         command: the command line behind this run, for its record.
+        asked: with what it is to be trained, likewise.
         retries: how often the workers are started again after some were lost.
         patience: seconds without a step after which a worker ends itself, and counts as lost; see
             :func:`rlroute.watchdog.watchdog`.
@@ -94,7 +97,7 @@ def train_group(
     check_mesh(workers, expert_parallel)
     check_shares(config, workers)
     waits = max(patience, START_SECONDS) + 60 if timeout is None else timeout
-    what = (config.to_dict(), list(map(str, included())), seed, str(store.absolute()), command)
+    what = (config.to_dict(), list(map(str, included())), seed, str(store.absolute()), command, asked)
     job = (*what, expert_parallel, chunks, patience, waits, wandb)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
@@ -164,6 +167,7 @@ class _Worker:
         seed: int,
         store: str,
         command: str | None,
+        asked: Asked | None,
         expert_parallel: int,
         chunks: int,
         patience: float,
@@ -193,7 +197,8 @@ class _Worker:
             watchdog(patience, folder.path, rank) as alive,
             Defects(run, folder.path, lambda e: not _follows_a_loss(e)),
         ):
-            summary = dict(train(run, seed, Path(store), command=command, on_step=alive, group=group, wandb=wandb))
+            origin: Any = {"command": command, "asked": asked}
+            summary = dict(train(run, seed, Path(store), **origin, on_step=alive, group=group, wandb=wandb))
         return summary, take_warnings()
 
 

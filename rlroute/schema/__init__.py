@@ -11,6 +11,7 @@ from rlroute.schema.measured import Dependence, Measured, MeasuredFlops, Measure
 from rlroute.schema.record import RunRecord, Stored
 from rlroute.schema.rows import EvalRow, LoadRow, Sampled, TrainRow
 from rlroute.schema.run import (
+    Asked,
     Configuration,
     DataFields,
     Described,
@@ -51,6 +52,7 @@ from rlroute.schema.values import (
 __all__ = [
     "MOST",
     "Amount",
+    "Asked",
     "Batches",
     "BudgetSpent",
     "ConfigHash",

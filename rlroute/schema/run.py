@@ -82,6 +82,15 @@ class MadeFrom(TypedDict):
     """The tokenizer's file."""
 
 
+class Asked(TypedDict):
+    """What was to be trained together: each of these entries with each of these seeds."""
+
+    entries: list[Name]
+    """Ids of runs without their seeds; of a sweep or of tuning, the run's own alone."""
+    seeds: list[Whole]
+    """As a run has one."""
+
+
 class Described(TypedDict):
     """config.json: which run this is."""
 
@@ -97,6 +106,10 @@ class Described(TypedDict):
     """12 hex digits of the SHA-256 of schema and configuration."""
     command: str | None
     """The command line behind it."""
+    asked: NotRequired[Asked]
+    """With what it was to be trained; it is no part of what the run is. Older records, and those of single runs, do not
+    say.
+    """
     config: dict[str, Any]
     """Its configuration: a :class:`Configuration`."""
     made_from: NotRequired[MadeFrom]

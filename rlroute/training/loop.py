@@ -23,7 +23,7 @@ from rlroute.provenance import made_from, utc_now
 from rlroute.reading import last_row
 from rlroute.records import RunFolder
 from rlroute.routing import Router
-from rlroute.schema import MadeFrom, Measured, Summary
+from rlroute.schema import Asked, MadeFrom, Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink, warn
 from rlroute.training.audit import audit
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
@@ -61,6 +61,7 @@ def train(
     store: Path,
     *,
     command: str | None = None,
+    asked: Asked | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     group: Group = ALONE,
     wandb: Mode = "off",
@@ -74,6 +75,7 @@ def train(
         seed: initial weights, data order and routing noise derive from it.
         store: the run store's folder.
         command: the command line behind this run, for its record.
+        asked: with what it is to be trained, likewise.
         on_step: called with the number of steps done, after each.
         group: the processes that train this run together.
         wandb: where the rows go besides the records; whatever happens there, the records are the same.
@@ -93,7 +95,7 @@ def train(
     torch.set_num_threads(config.train.threads)
     check_shares(config, group.size)
     check_memory(config, corpus.vocab_size, group.placement.shards)
-    run = _Run(config, seed, folder, corpus, made, command, group, wandb)
+    run = _Run(config, seed, folder, corpus, made, command, group, wandb, asked)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
@@ -116,8 +118,10 @@ class _Run:
         command: str | None = None,
         group: Group = ALONE,
         wandb: Mode = "off",
+        asked: Asked | None = None,
     ) -> None:
-        self.config, self.seed, self.folder, self.corpus, self.command = config, seed, folder, corpus, command
+        self.config, self.seed, self.folder, self.corpus = config, seed, folder, corpus
+        self.command, self.asked = command, asked
         self.made, self.group, self.wandb = made, group, wandb
         self.sink: Sink = OFF  # opened with the records
         self.cut = cut(config)
@@ -299,7 +303,8 @@ class _Run:
         backend = resolve_backend(self.config.train.kernel, self.config.train.device)
         parallel = {"workers": self.group.size, "expert_parallel": self.group.placement.shards}
         if new:
-            self.folder.describe(self.config, self.seed, backend, self.command, parallel, dict(self.made))
+            made = dict(self.made)
+            self.folder.describe(self.config, self.seed, backend, self.command, parallel, made, self.asked)
         else:
             notes = [f"damaged checkpoint {what}" for what in damaged]
             self.folder.note_environment(self.config, backend, parallel, notes)
