@@ -21,7 +21,7 @@ from rlroute.experiments.comparison import tune
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.recipes.grid import Axis, Grid
 from rlroute.experiments.recipes.tuned import TUNING_SEEDS
-from rlroute.experiments.report.runs import is_called, short_ids
+from rlroute.experiments.report.runs import find, short_ids
 from rlroute.registry import router_names
 from tests import ROOT
 from tests.commands import (
@@ -246,6 +246,8 @@ def test_an_export_of_no_runs_is_refused_and_keeps_the_old_file(compared, tmp_pa
     ran("export", file, "--store", compared / "runs")
     before = file.read_bytes()
     assert "'nothing'" in refused(rlroute("export", file, "--store", compared / "runs", "--only", "nothing"))
+    said = refused(rlroute("export", file, "--store", compared / "runs", "--only", "hash", "nothing", "neither"))
+    assert "'nothing' or 'neither'" in said and "hash" not in said.rpartition("starts with")[2]
     assert file.read_bytes() == before
 
 
@@ -438,9 +440,11 @@ def test_short_ids_tell_runs_apart():
     short = short_ids(ids)
     assert short == dict(zip(ids, ("01234-s0", "0123f-s0", "ffff4-s10", "ffff4-s1"), strict=True))
     for run, word in short.items():
-        assert [other for other in ids if is_called(other, word)] == [run]
-        assert is_called(run, run) and is_called(run, run[:-1])
-    assert not is_called("a-0123456789ab-s0", "-s0")
+        assert find(ids, word) == find(ids, run) == [run]
+        assert run in find(ids, run.rpartition("-")[0]) and run in find(ids, run.rpartition("-")[0] + "-s")
+    assert find(ids, "c-d-ffff456789ab-s") == ids[2:] and find(ids, "-s0") == []
+    assert find(ids[:3], ids[3]) == [], "the run of seed 1 has not ended, that of seed 10 is another"
+    assert find(["some", "something"], "some") == ["some"]
 
 
 def test_when_a_run_was_begun_and_ended_is_recorded(compared):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial, wraps
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -65,21 +66,23 @@ def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[st
     group of comparable ones, and a line for each lot of others.
 
     Raises:
-        StoreError: there are none, or they are trials of a search.
+        StoreError: there are none, or none of a name, or they are trials of a search.
     """
     from rlroute.experiments.comparison.groups import largest_group
     from rlroute.experiments.launch.spec import SEARCH
-    from rlroute.experiments.report.runs import is_called
+    from rlroute.experiments.report.runs import find
     from rlroute.reading import read_runs
 
     if os.path.exists(store / SEARCH):
         raise StoreError(f"{store} holds trials of a search, which stopped some of them early: they make no comparison")
     records = read_runs(store)
-    named = [record for record in records if any(is_called(record.id, word) for word in only)]
-    if not (named if only else records):
-        wanted = f" whose id starts with {' or '.join(map(repr, only))}" if only else ""
+    named = {word: find((record.id for record in records), word) for word in only}
+    lacking = [word for word, found in named.items() if not found]
+    if lacking or not records:
+        wanted = f" whose id starts with {' or '.join(map(repr, lacking))}" if lacking else ""
         raise StoreError(f"{store} holds no ended run{wanted}")
-    return (named, []) if only else largest_group(records)
+    chosen = set(chain.from_iterable(named.values()))
+    return ([record for record in records if record.id in chosen], []) if only else largest_group(records)
 
 
 def publish(records: list[RunRecord], out: Path, reference: str | None) -> None:

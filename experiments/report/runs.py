@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,17 @@ def short_ids(runs: Sequence[str]) -> dict[str, str]:
     return {run: f"{digest[:length]}-s{seed}" if digest else run for run in runs for _, digest, seed in [_parts(run)]}
 
 
-def is_called(run: str, word: str) -> bool:
-    """Whether a run goes by this word: its id or the start of it, or what :func:`short_ids` makes of it."""
+def find(runs: Iterable[str], word: str) -> list[str]:
+    """Return the ids that a word stands for: itself, if it is one; else those that begin with it, and those of which
+    :func:`short_ids` makes it, or could.
+    """
+    runs = list(runs)
+    return [word] if word in runs else [run for run in runs if _is_called(run, word)]
+
+
+def _is_called(run: str, word: str) -> bool:
+    if all(_parts(word)):  # the seed of a whole id is not the start of another
+        return run == word
     digest, dash, seed = word.rpartition("-s")
     return run.startswith(word) or bool(
         dash and _parts(run)[2] == seed and digest and _parts(run)[1].startswith(digest)
@@ -128,7 +137,7 @@ def run_text(store: Path, word: str) -> str:
     folders = {f.name: f for f in store.iterdir() if f.is_dir() and _is_run(f)} if store.is_dir() else {}
     records = {} if store.is_dir() else {record.id: record for record in read_runs(store)}
     ids = sorted((*folders, *records))
-    found = [run for run in ids if run == word] or [run for run in ids if is_called(run, word)]
+    found = find(ids, word)
     if len(found) != 1:
         raise StoreError(f"{len(found)} runs are called {word!r}: there are {', '.join(found or ids) or 'none'}")
     return _folder_text(folders[found[0]]) if folders else _record_text(records[found[0]])
