@@ -319,7 +319,9 @@ def test_every_bench_has_its_own_options():
         (("compare", "hash", "--launcher", "local", "--concurrency", "2"), "--concurrency 2 wants --launcher ray"),
         (("compare", "hash", "--budget", "time", "--seconds", "1", "--train.budget", "flops"), "want one of them"),
         (("train", "hash", "--concurrency", "2"), "--concurrency 2: train trains one run"),
-        (("tune", "hash", "--train.lr", "0.1"), "train.lr = 0.1: each trial of the grid sets it"),
+        (("tune", "hash", "--train.lr", "0.1"), "train.lr = 0.1: each trial of the grid of hash sets it"),
+        (("tune", "dense", f"--train.lr={TrainConfig().lr}"), "each trial of the grid of dense sets it"),
+        (("tune", "hash", "switch", "--train.router-lr-scale", "3"), "train.router_lr_scale = 3.0: each trial of the"),
         (("compare", "switch+hash"), "'hash' names no sites"),
     ],
 )

@@ -195,7 +195,7 @@ def tune(
     from rlroute.experiments.recipes.tuned import GRID
 
     name_broken(*entries)
-    entries = tuning.named(entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model), train)
+    entries = tuning.named(entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model), train, said("train"))
     make_folder(out.parent)
     trials = tuning.tune(entries, train, launch, command_line())
     tuning.write_trials(trials, train, out, command_line())

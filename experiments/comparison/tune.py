@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import best, key, unscored
+from rlroute.experiments.recipes.presets import refuse_overwritten
 from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, grid_entry
 from rlroute.records import write_json
 from rlroute.schema import RunRecord
@@ -36,17 +36,20 @@ class Trial(NamedTuple):
     runs: list[str]
 
 
-def named(entries: Sequence[str], train: TrainConfig) -> tuple[str, ...]:
+def named(entries: Sequence[str], train: TrainConfig, said: Collection[str] = ()) -> tuple[str, ...]:
     """Return the entries of the grid that are named, each once.
 
+    Args:
+        entries: what to tune.
+        train: what all trials share.
+        said: fields of ``train`` that were set on purpose, beyond those that differ from their defaults.
+
     Raises:
-        ConfigError: an entry has no grid, or ``train`` a value that cannot be, or a learning rate that every trial
-            would overwrite.
+        ConfigError: an entry has no grid, ``train`` a value that cannot be, or one that every trial would overwrite.
     """
-    if train.lr != TrainConfig().lr:
-        raise ConfigError(f"train.lr = {train.lr}: each trial of the grid sets it")
     found = tuple(dict.fromkeys(map(grid_entry, entries)))
     for entry in found:
+        refuse_overwritten(train, said, GRID[entry].start, f"each trial of the grid of {entry} sets it")
         _trial(entry, {}, train)  # what cannot be trained is found here
     return found
 

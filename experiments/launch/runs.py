@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from rlroute.config import RunConfig
@@ -49,7 +50,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
 
     how.check()
     ids = [job.id for job in jobs]
-    twice = sorted({run for run in ids if ids.count(run) > 1})
+    twice = sorted(run for run, count in Counter(ids).items() if count > 1)
     if twice:
         raise ConfigError(f"run {twice[0]} is asked for twice: want each entry once")
     if not ids:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.recipes.entries import build_entry, parse_entry, split_sites
+from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_entry, split_sites
 from rlroute.experiments.recipes.tuned import GRID, tuned_settings
 from rlroute.registry import default_names, refusals
 from rlroute.routing import RouterShape
@@ -62,10 +62,23 @@ def build_comparison(
         return [build_entry(entry, data, model, train) for entry in entries]
     entries = list(entries)
     for entry in entries:
-        for name in tuned_settings(split_sites(entry)[0]).get("train", {}):
-            if name in said or getattr(train, name) != getattr(TrainConfig(), name):
-                raise ConfigError(
-                    f"train.{name} = {getattr(train, name)}: the tuned recipe sets it for {entry}; "
-                    "--no-tuned takes yours for all"
-                )
+        why = f"the tuned recipe sets it for {entry}; --no-tuned takes yours for all"
+        refuse_overwritten(train, said, tuned_settings(split_sites(entry)[0]), why)
     return [build_entry(entry, data, model, train, tuned_settings) for entry in entries]
+
+
+def refuse_overwritten(train: TrainConfig, said: Collection[str], settings: Overrides, why: str) -> None:
+    """Refuse a field of ``train`` that was set and that an entry's settings would overwrite.
+
+    Args:
+        train: what all entries share.
+        said: its fields that were set on purpose, beyond those that differ from their defaults.
+        settings: the entry's own.
+        why: said of the field.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in settings.get("train", {}):
+        if name in said or getattr(train, name) != getattr(TrainConfig(), name):
+            raise ConfigError(f"train.{name} = {getattr(train, name)}: {why}")
