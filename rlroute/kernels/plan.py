@@ -34,21 +34,21 @@ class Plan:
     starts_E: Tensor
     rows_R: Tensor
     first_T: Tensor
-    _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """Tiles by size: several kernels use one, in forward and backward."""
 
-    def tiles(self, size: int) -> tuple[Tensor, Tensor]:
+    def tiles(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the rows of each expert into tiles of at most ``size`` rows.
 
         Returns:
             The expert and the first row of each of R // size + min(E, R) tiles, a number known on the host; the expert
-            of a tile that is not needed is -1.
+            of a tile that is not needed is -1. Last, how many are needed, which come first; of shape (1,).
         """
         if size not in self._tiles:
             self._tiles[size] = self._cut(size)
         return self._tiles[size]
 
-    def _cut(self, size: int) -> tuple[Tensor, Tensor]:
+    def _cut(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         count = len(self.pairs_R) // size + min(self.num_experts, len(self.pairs_R))
         starts_E = self.starts_E[:-1]
         needed_E = (self.starts_E.diff() + size - 1) // size
@@ -57,15 +57,16 @@ class Plan:
         experts_G = torch.searchsorted(last_E, tiles_G, right=True)
         inside_G = experts_G.clamp(max=self.num_experts - 1)
         rows_G = starts_E[inside_G] + (tiles_G - (last_E - needed_E)[inside_G]) * size
-        return torch.where(experts_G < self.num_experts, experts_G, -1), rows_G
+        return torch.where(experts_G < self.num_experts, experts_G, -1), rows_G, last_E[-1:]
 
 
 def make_plan(decision: RoutingDecision) -> Plan:
     """Sort the pairs of a decision by expert."""
     pairs_R, experts_R, tokens_R = _bounded(decision)
-    sorted_R, order_R = torch.sort(experts_R, stable=True)
     device = experts_R.device
-    starts_E = torch.searchsorted(sorted_R, torch.arange(decision.num_experts + 1, device=device))
+    narrow = torch.int16 if decision.num_experts < 2**15 else torch.int64  # a radix sort passes over fewer bits
+    sorted_R, order_R = torch.sort(experts_R.to(narrow), stable=True)
+    starts_E = torch.searchsorted(sorted_R, torch.arange(decision.num_experts + 1, device=device, dtype=narrow))
     row_of_pair_R = torch.empty_like(order_R)
     row_of_pair_R[order_R] = torch.arange(len(order_R), device=device)
     row_of_pair_R = torch.where(experts_R < decision.num_experts, row_of_pair_R, -1)

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlroute.decision import RoutingDecision
@@ -25,6 +26,10 @@ from rlroute.kernels.tiles import INTERPRETER, Tile, chip_of, pick_tiles
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 COMBINE_COLUMNS = 1024
 HAVE_TMA = ("sm_90", "sm_100", INTERPRETER)
+MOST_ROWS = 2**30
+"""A ragged descriptor counts no further."""
+INTERPRETED_PROGRAMS = 3
+"""Of a kernel whose programs go from block to block: few, so that each has several."""
 
 
 def triton_expert_mlp(
@@ -83,65 +88,78 @@ class _Launcher:
         """Return an output with one row per pair; the rows that do not run are never read."""
         return like.new_empty(self.rows, columns)
 
-    def _over_tiles(
-        self,
-        kernel: Any,
-        tile: Tile,
-        columns: int,
-        inputs: Tensor,
-        weights: Tensor,
-        transposed: bool,
-        *arguments: Any,
-        **constants: Any,
-    ) -> None:
-        experts_G, rows_G = self.plan.tiles(tile.BM)
+    def _describable(self, rows: Tensor) -> bool:
+        """Say whether the accelerator can reach a tensor's rows."""
+        aligned = rows.shape[-1] * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
+        return self.chip in HAVE_TMA and aligned and rows.numel() > 0
+
+    def _weights(self, weights: Tensor, parts: int, transposed: bool, tile: Tile) -> Tensor | TensorDescriptor:
+        """Return the descriptor of the matrices of all experts, ``parts`` each; where there is none, the weights."""
+        if not self._describable(weights):
+            return weights
+        experts, rows, columns = weights.shape
+        matrices = weights.view(experts * parts, rows // parts, columns)
+        block = [1, tile.BK, tile.BN] if transposed else [parts, tile.BN, tile.BK]
+        return TensorDescriptor.from_tensor(matrices, block)
+
+    def _over_tiles(self, kernel: Any, tile: Tile, columns: int, *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel in which a program makes one block of one tile."""
+        experts_G, rows_G, _ = self.plan.tiles(tile.BM)
         if len(experts_G) == 0:
             return
-        described = self._describe(weights, (tile.BK, tile.BN) if transposed else (tile.BN, tile.BK), transposed)
         kernel[(len(experts_G) * triton.cdiv(columns, tile.BN),)](
-            inputs,
-            weights if described is None else described,
             *arguments,
             **constants,
-            TMA=described is not None,
             tile_experts=experts_G,
             tile_rows=rows_G,
             tokens=self.plan.tokens_R,
+            pairs=self.plan.pairs_R,
             starts=self.plan.starts_E,
             UPCAST=self.upcast,
             **tile._asdict(),
         )
-
-    def _describe(self, weights_EAB: Tensor, block: tuple[int, int], transposed: bool) -> TensorDescriptor | None:
-        """Return the descriptor of all experts' rows, stacked; None where the chip, the alignment or the block does not
-        allow one.
-        """
-        experts, rows, columns = weights_EAB.shape
-        aligned = columns * weights_EAB.element_size() % 16 == 0 and weights_EAB.data_ptr() % 16 == 0
-        ends_with_expert = not transposed or rows % block[0] == 0
-        if self.chip not in HAVE_TMA or not aligned or not ends_with_expert:
-            return None
-        return TensorDescriptor(weights_EAB, [experts * rows, columns], [columns, 1], list(block))
 
     def rows_times_weights(
         self, inputs: Tensor, weights: Tensor, *, gather: bool, transposed: bool, tile: Tile
     ) -> Tensor:
         columns, summed = (weights.shape[2], weights.shape[1]) if transposed else (weights.shape[1], weights.shape[2])
         outputs = self.new_rows(inputs, columns)
-        self._over_tiles(
-            kernels.rows_times_weights, tile, columns, inputs, weights, transposed, outputs,
-            N=columns, K=summed, GATHER=gather, TRANSPOSED=transposed,
+        experts_G, rows_G, count = self.plan.tiles(tile.BM)
+        if len(experts_G) == 0:
+            return outputs
+        described = self._weights(weights, 1, transposed, tile)
+        blocks = len(experts_G) * triton.cdiv(columns, tile.BN)
+        source, target = inputs, outputs
+        by_descriptor = not gather and described is not weights and self._sorted(inputs, outputs)
+        if by_descriptor:
+            source = TensorDescriptor.from_tensor(inputs, [tile.BM, tile.BK])
+            target = create_ragged_descriptor(outputs, [tile.BM, tile.BN // 2])
+        kernels.rows_times_weights[(min(blocks, self._programs()) if by_descriptor else blocks,)](
+            source, described, target, self.plan.tokens_R, self.plan.starts_E, experts_G, rows_G, count,
+            N=columns, K=summed, GATHER=gather, TRANSPOSED=transposed, TMA=described is not weights,
+            SORTED=by_descriptor, UPCAST=self.upcast, **tile._asdict(),
         )  # fmt: skip
         return outputs
+
+    def _sorted(self, *rows: Tensor) -> bool:
+        """Say whether rows in the order of experts go by descriptor."""
+        return self.rows < MOST_ROWS and all(map(self._describable, rows))
+
+    def _programs(self) -> int:
+        """Return how many programs of a kernel that goes from block to block run at a time."""
+        if INTERPRETING:
+            return INTERPRETED_PROGRAMS
+        return torch.cuda.get_device_properties(self.plan.starts_E.device).multi_processor_count
 
     def expert_up(
         self, x_TD: Tensor, in_EHD: Tensor, gates_R: Tensor, inner: int, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
         hidden_RH = self.new_rows(x_TD, in_EHD.shape[1] if save else 0)
         act_RF = self.new_rows(x_TD, inner)
+        described = self._weights(in_EHD, in_EHD.shape[1] // inner, False, self.tiles.up)
         self._over_tiles(
-            kernels.expert_up, self.tiles.up, inner, x_TD, in_EHD, False, gates_R, hidden_RH, act_RF,
-            pairs=self.plan.pairs_R, F=inner, K=x_TD.shape[1], ACTIVATION=activation, SAVE_HIDDEN=save,
+            kernels.expert_up, self.tiles.up, inner, x_TD, described, gates_R, hidden_RH, act_RF,
+            F=inner, K=x_TD.shape[1], ACTIVATION=activation, SAVE_HIDDEN=save, TMA=described is not in_EHD,
         )  # fmt: skip
         return hidden_RH, act_RF
 
@@ -151,10 +169,11 @@ class _Launcher:
         inner, tile = out_EDF.shape[2], self.tiles.back
         dhidden_RH, act_RF = torch.empty_like(hidden_RH), self.new_rows(dout_TD, inner)
         parts_CR = torch.empty(triton.cdiv(inner, tile.BN), self.rows, device=dout_TD.device)
+        described = self._weights(out_EDF, 1, True, tile)
         self._over_tiles(
-            kernels.expert_down_backward, tile, inner, dout_TD, out_EDF, True,
+            kernels.expert_down_backward, tile, inner, dout_TD, described,
             gates_R, hidden_RH, dhidden_RH, act_RF, parts_CR,
-            pairs=self.plan.pairs_R, num_rows=self.rows, F=inner, K=dout_TD.shape[1], ACTIVATION=activation,
+            num_rows=self.rows, F=inner, K=dout_TD.shape[1], ACTIVATION=activation, TMA=described is not out_EDF,
         )  # fmt: skip
         return dhidden_RH, act_RF, parts_CR.sum(0)
 
@@ -162,9 +181,14 @@ class _Launcher:
         tile, m, n = self.tiles.weights, left.shape[1], right.shape[1]
         outputs = left.new_empty(self.plan.num_experts, m, n)
         fullest_first_E = self.plan.starts_E.diff().argsort(descending=True, stable=True)
+        by_descriptor = self._sorted(right if gather_left else left)
+        if by_descriptor and gather_left:
+            right = create_ragged_descriptor(right, [tile.BK, tile.BN])
+        elif by_descriptor:
+            left = create_ragged_descriptor(left, [tile.BK, tile.BM])
         kernels.rows_times_rows[(self.plan.num_experts * triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
             left, right, outputs, self.plan.tokens_R, self.plan.starts_E, fullest_first_E,
-            M=m, N=n, GATHER_LEFT=gather_left, UPCAST=self.upcast, **tile._asdict(),
+            M=m, N=n, GATHER_LEFT=gather_left, SORTED=by_descriptor, UPCAST=self.upcast, **tile._asdict(),
         )  # fmt: skip
         return outputs
 
@@ -176,6 +200,11 @@ class _Launcher:
         grid = (self.plan.num_tokens, triton.cdiv(columns, block))
         kernels.sum_rows_of_tokens[grid](self.plan.rows_R, self.plan.first_T, inputs, outputs, D=columns, BD=block)
         return outputs
+
+    def sum_of_products(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Return each token's sum of its rows times their experts' weights: the gradient of what was gathered."""
+        tile = self.tiles.rows
+        return self.sum_rows(self.rows_times_weights(rows, weights, gather=False, transposed=True, tile=tile))
 
     def to_pairs(self, values_R: Tensor, gates_R: Tensor) -> Tensor:
         """Return a value per row as a value per pair, as gates are; 0 for pairs that do not run."""
@@ -210,12 +239,16 @@ class _ExpertMLP(torch.autograd.Function):
         x_TD, in_EHD, out_EDF, gates_R, hidden_RH = ctx.saved_tensors
         launch, dout_TD = ctx.launch, dout_TD.contiguous()
         dhidden_RH, act_RF, dgates_R = launch.expert_down_backward(dout_TD, out_EDF, gates_R, hidden_RH, ctx.activation)
-        dx_RD = launch.rows_times_weights(dhidden_RH, in_EHD, gather=False, transposed=True, tile=launch.tiles.rows)
+        wanted = ctx.needs_input_grad
+        # Each is made, and what only it needs given back, before the next.
+        dout_EDF = launch.rows_times_rows(dout_TD, act_RF, gather_left=True) if wanted[2] else None
+        del act_RF
+        din_EHD = launch.rows_times_rows(dhidden_RH, x_TD, gather_left=False) if wanted[1] else None
         return (
-            launch.sum_rows(dx_RD),
-            launch.rows_times_rows(dhidden_RH, x_TD, gather_left=False),
-            launch.rows_times_rows(dout_TD, act_RF, gather_left=True),
-            launch.to_pairs(dgates_R, gates_R) if ctx.needs_input_grad[3] else None,
+            launch.sum_of_products(dhidden_RH, in_EHD) if wanted[0] else None,
+            din_EHD,
+            dout_EDF,
+            launch.to_pairs(dgates_R, gates_R) if wanted[3] else None,
             None,
             None,
             None,
@@ -238,8 +271,11 @@ class _GatherLinear(torch.autograd.Function):
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, weights_ENK = ctx.saved_tensors
         launch, dy_RN = ctx.launch, dy_RN.contiguous()
-        dx_RK = launch.rows_times_weights(dy_RN, weights_ENK, gather=False, transposed=True, tile=launch.tiles.rows)
-        return launch.sum_rows(dx_RK), launch.rows_times_rows(dy_RN, x_TK, gather_left=False), None
+        return (
+            launch.sum_of_products(dy_RN, weights_ENK) if ctx.needs_input_grad[0] else None,
+            launch.rows_times_rows(dy_RN, x_TK, gather_left=False) if ctx.needs_input_grad[1] else None,
+            None,
+        )
 
 
 class _LinearCombine(torch.autograd.Function):
@@ -264,7 +300,7 @@ class _LinearCombine(torch.autograd.Function):
         dgates_R = (dy_RK.float() * y_RK.float()).sum(1)
         return (
             dy_RK * gates_R1,
-            launch.rows_times_rows(dout_TN, y_RK * gates_R1, gather_left=True),
+            launch.rows_times_rows(dout_TN, y_RK * gates_R1, gather_left=True) if ctx.needs_input_grad[1] else None,
             launch.to_pairs(dgates_R, gates_R) if ctx.needs_input_grad[2] else None,
             None,
         )

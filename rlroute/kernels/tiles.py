@@ -32,6 +32,8 @@ class Tile(NamedTuple):
     BK: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """Registers a thread may have: fewer let a second block onto the multiprocessor."""
 
 
 class Tiles(NamedTuple):
@@ -81,10 +83,15 @@ def read_table(path: Path = PATH) -> list[Entry]:
 def write_table(table: list[Entry], path: Path = PATH) -> None:
     """Write a table, one entry a line, in the order of its keys."""
     lines = [
-        json.dumps(vars(entry) | {"tiles": entry.tiles._asdict()})
+        json.dumps(vars(entry) | {"tiles": {body: _short(tile) for body, tile in entry.tiles._asdict().items()}})
         for entry in sorted(table, key=lambda e: [(part is not None, part) for part in e.key()])
     ]
     path.write_text("[\n " + ",\n ".join(lines) + "\n]\n")
+
+
+def _short(tile: Tile) -> list[int]:
+    """Return a tile's numbers; what is not said is not written."""
+    return [number for number in tile if number is not None]
 
 
 def with_entry(table: list[Entry], entry: Entry) -> list[Entry]:

@@ -4,20 +4,17 @@ All sums are kept in float32 (float64 has no tensor cores and no place here). ``
 before a product: Triton's interpreter multiplies the bit patterns of bfloat16. Offsets of rows and experts are 64-bit:
 R * 2F passes 2^31 in practice.
 
-Weights come through the tensor memory accelerator (``TMA``: ``weights`` is a descriptor of all experts' rows stacked),
-or by pointers where a row's bytes are no multiple of 16 or the chip has none. Rows of tokens are gathered by pointer:
-Hopper's accelerator cannot.
+Where the chip has a tensor memory accelerator, and a row's bytes are a multiple of 16, blocks come and go through it:
+weights (``TMA``: ``weights`` is a descriptor of every expert's matrices) and rows in the order of experts (``SORTED``:
+they are descriptors too; one whose rows end with the expert's is *ragged*: what lies past the end reads as zeros and is
+not written). Elsewhere pointers do the same. Rows of tokens are gathered by pointer: Hopper's accelerator cannot.
 
 Letters: rows are pairs sorted by expert (see ``plan.py``); M rows of a tile, N output columns, K the summed dimension.
 """
 
 import triton
 import triton.language as tl
-
-GROUP = tl.constexpr(8)
-"""Tiles that walk through the columns together, so that what they read is still in the L2 cache when it is read
-again.
-"""
+from triton.tools.ragged_tma import load_ragged, to_ragged_indices
 
 
 @triton.jit
@@ -29,13 +26,15 @@ def _product(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _place(N: tl.constexpr, BN: tl.constexpr):
-    """Return this program's tile and column block."""
-    blocks: tl.constexpr = (N + BN - 1) // BN
-    program = tl.program_id(0)
-    first = program // (GROUP * blocks) * GROUP
-    height = tl.minimum(tl.num_programs(0) // blocks - first, GROUP)
-    inside = program % (GROUP * blocks)
+def _place(program, tiles, blocks):
+    """Return a program's tile and column block.
+
+    Eight tiles walk through the columns together, so that what they read is still in the L2 cache when it is read
+    again.
+    """
+    first = program // (8 * blocks) * 8
+    height = tl.minimum(tiles - first, 8)
+    inside = program % (8 * blocks)
     return first + inside % height, inside // height
 
 
@@ -54,24 +53,26 @@ def _tile(tile, tile_experts, tile_rows, starts, tokens, GATHER: tl.constexpr, B
 @triton.jit
 def _weights(
     weights, expert, column, k,
-    STORED: tl.constexpr, OFFSET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr,
-    TMA: tl.constexpr,
+    PARTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Return the (BK, BN) block of an expert's weights at (k, column).
+    """Return the block of an expert's weights at (k, column), of shape (BK, PARTS * BN).
 
-    An expert is stored as STORED rows: (N, K), of which ours begin at row OFFSET, or (K, N) if TRANSPOSED. By
-    descriptor, columns past N may hold the next expert's (they are never stored), and K is a multiple of BK where it
-    runs down the rows.
+    An expert is stored as PARTS matrices one below the other, each (N, K), or (K, N) if TRANSPOSED; the block holds the
+    columns of each part, side by side. What lies outside a matrix is zero.
     """
     if TMA:
-        first = expert.to(tl.int32) * STORED + OFFSET
-        block = weights.load([first + k, column]) if TRANSPOSED else weights.load([first + column, k]).T
+        if TRANSPOSED:
+            block = weights.load([expert.to(tl.int32) * PARTS, k, column]).reshape(BK, PARTS * BN)
+        else:
+            block = weights.load([expert.to(tl.int32) * PARTS, column, k]).reshape(PARTS * BN, BK).T
     else:
-        ks, columns = k + tl.arange(0, BK), column + tl.arange(0, BN)
-        base = weights + (expert.to(tl.int64) * STORED + OFFSET) * (N if TRANSPOSED else K)
-        where = ks[:, None] * N + columns[None, :] if TRANSPOSED else columns[None, :] * K + ks[:, None]
-        block = tl.load(base + where, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
+        ks, lanes = k + tl.arange(0, BK), tl.arange(0, PARTS * BN)
+        columns = column + lanes % BN
+        rows = lanes // BN * N + columns
+        where = ks[:, None] * N + columns[None, :] if TRANSPOSED else rows[None, :] * K + ks[:, None]
+        mask = (ks < K)[:, None] & (columns < N)[None, :]
+        block = tl.load(weights + expert.to(tl.int64) * PARTS * N * K + where, mask=mask, other=0.0)
     return block
 
 
@@ -80,6 +81,12 @@ def _inputs(inputs, sources, exists, k, K: tl.constexpr, BK: tl.constexpr):
     """Return the (BM, BK) block of the tile's input rows at k."""
     ks = k + tl.arange(0, BK)
     return tl.load(inputs + sources[:, None] * K + ks[None, :], mask=exists[:, None] & (ks < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _halves(block, BM: tl.constexpr, BN: tl.constexpr):
+    """Return the left and the right half of a (BM, BN) block."""
+    return tl.split(block.reshape(BM, 2, BN // 2).permute(0, 2, 1))
 
 
 @triton.jit
@@ -105,22 +112,40 @@ def _activate(hidden, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def rows_times_weights(
-    inputs, weights, outputs, tokens, starts, tile_experts, tile_rows,
+    inputs, weights, outputs, tokens, starts, tile_experts, tile_rows, tile_count,
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SORTED: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """outputs[row] = inputs[row or its token] @ W_expert, W stored (N, K), or (K, N) if TRANSPOSED."""
-    tile, block = _place(N, BN)
-    expert, rows, exists, sources = _tile(tile, tile_experts, tile_rows, starts, tokens, GATHER, BM)
-    if expert >= 0:
+    """outputs[row] = inputs[row or its token] @ W_expert, W stored (N, K), or (K, N) if TRANSPOSED.
+
+    A program goes from one block to the next until none is left. By descriptor, the next block's loads begin while
+    this one's result is stored; its rows past the expert's last are another's, and are not stored.
+    """
+    blocks: tl.constexpr = (N + BN - 1) // BN
+    tiles = tl.load(tile_count).to(tl.int32)
+    for program in tl.range(tl.program_id(0), tiles * blocks, tl.num_programs(0), flatten=SORTED):
+        tile, block = _place(program, tiles, blocks)
         acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            w = _weights(weights, expert, block * BN, k, K if TRANSPOSED else N, 0, N, K, TRANSPOSED, TMA, BN, BK)
-            acc = _product(_inputs(inputs, sources, exists, k, K, BK), w, acc, UPCAST)
-        columns = block * BN + tl.arange(0, BN)
-        there = exists[:, None] & (columns < N)[None, :]
-        tl.store(outputs + rows[:, None] * N + columns[None, :], acc.to(outputs.dtype.element_ty), mask=there)
+        if SORTED:
+            expert = tl.load(tile_experts + tile)
+            row = tl.load(tile_rows + tile).to(tl.int32)
+            size = tl.load(starts + expert + 1).to(tl.int32) - row
+            for k in range(0, K, BK):
+                w = _weights(weights, expert, block * BN, k, 1, N, K, TRANSPOSED, TMA, BN, BK)
+                acc = _product(inputs.load([row, k]), w, acc, UPCAST)
+            left, right = _halves(acc, BM, BN)  # whole, it would take the room of a stage
+            most, end, first = to_ragged_indices(row, size, 0)  # the library's store_ragged cannot be interpreted
+            outputs.store([most, end, first, block * BN], left.to(outputs.dtype).reshape(1, 1, BM, BN // 2))
+            outputs.store([most, end, first, block * BN + BN // 2], right.to(outputs.dtype).reshape(1, 1, BM, BN // 2))
+        else:
+            expert, rows, exists, sources = _tile(tile, tile_experts, tile_rows, starts, tokens, GATHER, BM)
+            for k in range(0, K, BK):
+                w = _weights(weights, expert, block * BN, k, 1, N, K, TRANSPOSED, TMA, BN, BK)
+                acc = _product(_inputs(inputs, sources, exists, k, K, BK), w, acc, UPCAST)
+            columns = block * BN + tl.arange(0, BN)
+            there = exists[:, None] & (columns < N)[None, :]
+            tl.store(outputs + rows[:, None] * N + columns[None, :], acc.to(outputs.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -134,27 +159,26 @@ def expert_up(
 
     For swiglu W holds F gate rows above F up rows, and the activation is silu(W_gate x) * (W_up x).
     """
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
-    H: tl.constexpr = 2 * F if GATED else F
-    tile, block = _place(F, BN)
+    PARTS: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
+    blocks: tl.constexpr = (F + BN - 1) // BN
+    tile, block = _place(tl.program_id(0), tl.num_programs(0) // blocks, blocks)
     expert, rows, exists, sources = _tile(tile, tile_experts, tile_rows, starts, tokens, True, BM)
     if expert >= 0:
-        acc = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BM, PARTS * BN), tl.float32)  # gate and up in one product
         for k in range(0, K, BK):
-            x = _inputs(inputs, sources, exists, k, K, BK)
-            acc = _product(x, _weights(weights, expert, block * BN, k, H, 0, F, K, False, TMA, BN, BK), acc, UPCAST)
-            if GATED:
-                up = _product(x, _weights(weights, expert, block * BN, k, H, F, F, K, False, TMA, BN, BK), up, UPCAST)
+            w = _weights(weights, expert, block * BN, k, PARTS, F, K, False, TMA, BN, BK)
+            acc = _product(_inputs(inputs, sources, exists, k, K, BK), w, acc, UPCAST)
+        if PARTS == 2:
+            acc, up = _halves(acc, BM, 2 * BN)
         columns = block * BN + tl.arange(0, BN)
         there = exists[:, None] & (columns < F)[None, :]
         if SAVE_HIDDEN:
-            at = hidden + rows[:, None] * H + columns[None, :]
+            at = hidden + rows[:, None] * (PARTS * F) + columns[None, :]
             tl.store(at, acc.to(hidden.dtype.element_ty), mask=there)
-            if GATED:
+            if PARTS == 2:
                 tl.store(at + F, up.to(hidden.dtype.element_ty), mask=there)
         act, _ = _activate(acc, ACTIVATION)
-        if GATED:
+        if PARTS == 2:
             act = act * up
         act = (act * _gates(gates, pairs, rows, exists)).to(activated.dtype.element_ty)
         tl.store(activated + rows[:, None] * F + columns[None, :], act, mask=there)
@@ -182,12 +206,6 @@ def _down_backward_columns(
 
 
 @triton.jit
-def _halves(block, BM: tl.constexpr, BN: tl.constexpr):
-    """Return the left and the right half of a (BM, BN) block."""
-    return tl.split(block.reshape(BM, 2, BN // 2).permute(0, 2, 1))
-
-
-@triton.jit
 def expert_down_backward(
     doutputs, weights, gates, hidden, dhidden, activated, dgate_parts, tokens, pairs, starts, tile_experts, tile_rows,
     num_rows,
@@ -200,12 +218,13 @@ def expert_down_backward(
 
     The epilogue takes a quarter of the columns at a time: on all of them at once it would not fit into the registers.
     """
-    tile, block = _place(F, BN)
+    blocks: tl.constexpr = (F + BN - 1) // BN
+    tile, block = _place(tl.program_id(0), tl.num_programs(0) // blocks, blocks)
     expert, rows, exists, sources = _tile(tile, tile_experts, tile_rows, starts, tokens, True, BM)
     if expert >= 0:
         dact = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
-            w = _weights(weights, expert, block * BN, k, K, 0, F, K, True, TMA, BN, BK)
+            w = _weights(weights, expert, block * BN, k, 1, F, K, True, TMA, BN, BK)
             dact = _product(_inputs(doutputs, sources, exists, k, K, BK), w, dact, UPCAST)
         gate = _gates(gates, pairs, rows, exists)
         columns = block * BN + tl.arange(0, BN // 4)
@@ -223,34 +242,56 @@ def expert_down_backward(
 
 
 @triton.jit
+def _rows(values, rows, exists, columns, N: tl.constexpr):
+    """Return some columns of some rows; zeros for rows that do not exist."""
+    at = values + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    return tl.load(at, mask=exists[:, None] & (columns < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _rows_of_expert(
+    values, start, end, column, N: tl.constexpr, SORTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Return BN columns of the BK rows from ``start``; zeros from ``end``, where the expert's rows end."""
+    if SORTED:
+        block = load_ragged(values, start, end - start, [0, column])
+    else:
+        rows = start + tl.arange(0, BK)
+        block = _rows(values, rows, rows < end, column + tl.arange(0, BN), N)
+    return block
+
+
+@triton.jit
 def rows_times_rows(
     left, right, outputs, tokens, starts, order,
-    M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr, UPCAST: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr, SORTED: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """outputs[expert] = left^T right over the expert's rows, one side gathered by token; zeros for an expert without
     rows.
 
     ``order`` lists the experts, the fullest first: the longest sums start first, so that no late one keeps the others
-    waiting.
+    waiting. Tokens are read one turn ahead of the rows they say where to find: no load waits for another.
     """
-    columns: tl.constexpr = (N + BN - 1) // BN
-    blocks: tl.constexpr = (M + BM - 1) // BM * columns
-    expert = tl.load(order + tl.program_id(0) // blocks)
-    block = tl.program_id(0) % blocks
-    ms = block // columns * BM + tl.arange(0, BM)
-    ns = block % columns * BN + tl.arange(0, BN)
+    blocks: tl.constexpr = (N + BN - 1) // BN
+    per_expert: tl.constexpr = (M + BM - 1) // BM * blocks
+    expert = tl.load(order + tl.program_id(0) // per_expert)
+    block = tl.program_id(0) % per_expert
+    m, n = block // blocks * BM, block % blocks * BN
+    ms, ns, span = m + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    end = tl.load(starts + expert + 1)
-    for start in range(tl.load(starts + expert), end, BK):
-        rows = start + tl.arange(0, BK)
-        exists = rows < end
-        gathered = tl.load(tokens + rows, mask=exists, other=0)
-        left_rows = gathered if GATHER_LEFT else rows
-        right_rows = rows if GATHER_LEFT else gathered
-        a = tl.load(left + left_rows[None, :] * M + ms[:, None], mask=exists[None, :] & (ms < M)[:, None], other=0.0)
-        b = tl.load(right + right_rows[:, None] * N + ns[None, :], mask=exists[:, None] & (ns < N)[None, :], other=0.0)
-        acc = _product(a, b, acc, UPCAST)
+    begin, end = tl.load(starts + expert).to(tl.int32), tl.load(starts + expert + 1).to(tl.int32)
+    gathered = tl.load(tokens + begin + span, mask=begin + span < end, other=0)
+    for start in range(begin, end, BK):
+        exists = start + span < end
+        if GATHER_LEFT:
+            a = _rows(left, gathered, exists, ms, M)
+            b = _rows_of_expert(right, start, end, n, N, SORTED, BN, BK)
+        else:
+            a = _rows_of_expert(left, start, end, m, M, SORTED, BM, BK)
+            b = _rows(right, gathered, exists, ns, N)
+        acc = _product(a.T, b, acc, UPCAST)
+        gathered = tl.load(tokens + start + BK + span, mask=start + BK + span < end, other=0)
     at = outputs + expert.to(tl.int64) * M * N + ms[:, None] * N + ns[None, :]
     tl.store(at, acc.to(outputs.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
 
