@@ -8,7 +8,8 @@
 # make mutants    small faults of the core, each of which some test must notice
 # make versions   the fast tests and those of the kernels with torch 2.11, 2.13 and 2.14, each with its triton, in environments of their own (gigabytes)
 # make dist       the wheel and the source archive in dist/
-# make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch
+# make gpu        on a machine with a CUDA device: its tests, benches and a comparison, with the system's Python and torch;
+#                 ONLY=kernels,layer runs some of them
 # Each creates .venv and installs into it when needed. Another interpreter: make PYTHON=python3.12 compare
 
 PYTHON ?= python3
@@ -104,7 +105,7 @@ dist: $(INSTALLED)
 
 # Nothing is installed: the machine's own Python has torch for its card.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m rlroute.experiments.bench.gpu
+	PYTHONPATH=. $(PYTHON) -m rlroute.experiments.bench.gpu --only "$(ONLY)"
 
 clean:
 	rm -rf .venv .venv-versions build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

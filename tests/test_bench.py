@@ -1,6 +1,7 @@
 """The benches compare like with like: every contender computes the same function, ratios come from the same rounds, and
 what fails is said and holds up nobody."""
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from rlroute.errors import ConfigError, StoreError
+from rlroute.experiments.bench import gpu as bench_gpu
 from rlroute.experiments.bench import kernels as bench_kernels
 from rlroute.experiments.bench import layer as bench_layer
 from rlroute.experiments.bench import peers, timing
@@ -23,7 +25,7 @@ from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.timing import Contest, choose, figures, measure, peak_bytes, ratio, to_markdown
 from rlroute.registry import default_names
 from tests import ROOT
-from tests.conftest import HANG
+from tests.conftest import HANG, until
 from tests.strangers import install
 
 SHAPE = Shape(24, 16, 8, 4, 2)
@@ -143,7 +145,7 @@ def test_kernels_bench_is_complete_and_its_table_is_in_its_file(tmp_path):
     text = run(benches.kernels, tmp_path)
     stored = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [(r["routing"], r["direction"]) for r in stored["rows"]] == [
-        (routing, direction) for routing in ROUTINGS for direction in ("forward", "forward+backward")
+        (routing, direction) for routing in ROUTINGS for direction in bench_kernels.DIRECTIONS
     ]
     assert stored["environment"]["tile_table"] and stored["environment"]["kernel_backend"] == "cpu"
     for row in stored["rows"]:
@@ -162,6 +164,11 @@ def test_layer_bench_takes_every_router(tmp_path):
         assert not [values for values in row["contenders"].values() if "failed" in values]
 
 
+def layer_passes(entry, x_TD):
+    config = bench_layer.config_of(entry, SHAPE, "cpu")
+    return bench_layer._passes(config, SHAPE, x_TD, bench_layer.Experts(config.model, 0, 0, range(SHAPE.E), SHAPE.F))
+
+
 def test_layer_training_is_that_of_the_loop():
     """Bias balancing moves its bias, REINFORCE its running mean: observe and adapt are part of the work."""
     x_TD = torch.randn(24, 16)
@@ -175,7 +182,7 @@ def test_layer_training_is_that_of_the_loop():
 
         original, bench_layer.MoELayer = bench_layer.MoELayer, Layer
         try:
-            work = bench_layer._passes(bench_layer.config_of(entry, SHAPE, "cpu"), SHAPE, x_TD)
+            work = layer_passes(entry, x_TD)
         finally:
             bench_layer.MoELayer = original
         state = {name: value for name, value in made[0].router.named_buffers() if buffer in name}
@@ -212,7 +219,7 @@ def test_layer_bench_takes_any_choice_and_its_routers_see_their_credit(monkeypat
         assert not [values for values in row["contenders"].values() if "failed" in values]
     router = bench_layer.make_router(bench_layer.config_of("threshold", SHAPE, "cpu").router, router_shape(SHAPE))
     monkeypatch.setattr(bench_layer, "make_router", lambda config, shape: router)
-    bench_layer._passes(bench_layer.config_of("threshold", SHAPE, "cpu"), SHAPE, torch.randn(24, 16))["training"]()
+    layer_passes("threshold", torch.randn(24, 16))["training"]()
     assert router.seen["credit"][0] > 0
 
 
@@ -284,6 +291,28 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tests.txt", "kernels.json", "kernels.md", "layer.json", "layer.md", "comparison.jsonl"} <= names
     assert bench_kernels.BASE in (tmp_path / "out" / "kernels.md").read_text()
+
+
+@pytest.mark.processes
+def test_a_step_that_is_stopped_leaves_no_process(tmp_path):
+    """Neither its own nor one that it started, which would go on beside the steps that follow."""
+    child = "import time; print('there', flush=True); time.sleep(10**6)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], stdout=open('said', 'w'))"
+    code = f"import os; os.chdir({str(tmp_path)!r}); open('group', 'w').write(str(os.getpgid(0))); {parent}"
+    limit = 1.0
+    while not ((tmp_path / "said").exists() and (tmp_path / "said").read_text()):  # it was stopped before it got there
+        assert bench_gpu.run_within(limit, [sys.executable, "-c", code], dict(os.environ)) is None and limit < HANG
+        limit *= 2
+    group = int((tmp_path / "group").read_text())
+    with pytest.raises(ProcessLookupError):
+        until(lambda: os.killpg(group, 0))
+    assert bench_gpu.run_within(HANG, [sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+
+
+def test_the_gpu_command_names_the_steps_there_are(capsys):
+    assert bench_gpu._steps("layer,tests") == ["tests", "layer"] and bench_gpu._steps("") == list(bench_gpu.STEPS)
+    with pytest.raises(argparse.ArgumentTypeError, match="'kernel': legal are tests, kernels, layer, comparison"):
+        bench_gpu._steps("kernel")
 
 
 @pytest.mark.parametrize(("page", "tables"), [("kernels.md", 2), ("parallel.md", 1)])

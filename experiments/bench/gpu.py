@@ -2,10 +2,10 @@
 packages.
 
 ``python3 -m rlroute.experiments.bench.gpu`` runs the card's tests, the benches with every installed peer, and a
-comparison of four routers and the dense model, each in a process of its own with a time limit, and leaves tables, JSON
-and a summary in one folder. A step that fails or runs out of time does not hold up the others; what it had written
-stays. It needs torch, triton, numpy, safetensors, scipy and pytest; the comparison needs pydantic too, and says so
-before the first step.
+comparison of four routers and the dense model, each in a process group of its own with a time limit, and leaves tables,
+JSON and a summary in one folder. A step that fails or runs out of time does not hold up the others: what it had written
+stays, and no process of it does. ``make gpu ONLY=kernels,layer`` runs some of the steps. It needs torch, triton, numpy,
+safetensors, scipy and pytest; the comparison needs pydantic too, and says so before the first step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,10 @@ from rlroute.provenance import environment
 from rlroute.records import write_atomically, write_compact, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"tests": 150, "kernels": 200, "layer": 60, "comparison": 170}
+LIMITS = {"tests": 120, "kernels": 220, "layer": 60, "comparison": 180}
 """Seconds of each step; 9 minutes 40 seconds together."""
+TESTS_AT_A_TIME = "8"
+"""Most of a test's time is its kernels' compilation, on the CPU."""
 READS_RECORDS = "pydantic"
 """The package without which a comparison would be trained, and no table made of it."""
 ENTRIES = ("dense", "switch", "bias_balanced", "hash", "reinforce")
@@ -46,11 +50,13 @@ COMMAND = "make gpu"
 def run_tests(out: Path, device: str, quick: bool) -> None:
     """Run the tests that need a card."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    write_atomically(out / "tests.txt", done.stdout + done.stderr)
-    print(done.stdout[-2000:])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    if find_spec("xdist"):
+        command += ["-n", TESTS_AT_A_TIME]
+    with open(out / "tests.txt", "w") as file:  # as it comes: what a test that hangs had said stays
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+    print((out / "tests.txt").read_text()[-2000:])
+    if code:
+        raise SystemExit(code)
 
 
 def run_kernels(out: Path, device: str, quick: bool) -> None:
@@ -110,8 +116,8 @@ def _recipe(device: str, quick: bool) -> tuple[DataConfig, ModelConfig, TrainCon
 STEPS = {"tests": run_tests, "kernels": run_kernels, "layer": run_layer, "comparison": run_comparison}
 
 
-def run_all(out: Path, device: str, quick: bool) -> int:
-    """Run every step in its own process; write summary.json; return how many failed."""
+def run_all(out: Path, device: str, quick: bool, only: list[str]) -> int:
+    """Run the steps, each in its own processes; write summary.json after each; return how many failed."""
     out.mkdir(parents=True, exist_ok=True)
     if _blind():
         print(f"== {_blind()}; the other steps go on", flush=True)
@@ -121,19 +127,38 @@ def run_all(out: Path, device: str, quick: bool) -> int:
     # Liger-Kernel's autotuner takes minutes; without it each of its kernels has one fixed configuration.
     paths = [path for path in (os.environ.get("PYTHONPATH"), str(ROOT)) if path]
     own = os.environ | {"LIGER_FUSED_MOE_AUTOTUNE": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    for name, limit in LIMITS.items():
+    for name in only:
+        limit = LIMITS[name]
         print(f"== {name} (at most {limit} s)", flush=True)
         command = [sys.executable, "-m", __spec__.name, "--step", name, "--out", str(out), "--device", device]
         start = time.monotonic()
-        try:
-            code = subprocess.run([*command, "--quick"] if quick else command, env=own, timeout=limit).returncode
-            outcome = "passed" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit} s"
+        code = run_within(limit, [*command, "--quick"] if quick else command, own)
+        outcome = f"stopped after {limit} s" if code is None else f"failed with exit code {code}" if code else "passed"
         steps[name] = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
         print(f"== {name}: {outcome}, {steps[name]['seconds']} s", flush=True)
         write_json(out / "summary.json", {"command": COMMAND, "environment": where, "steps": steps})
     return sum(step["outcome"] != "passed" for step in steps.values())
+
+
+def run_within(limit: float, command: list[str], environment: dict[str, str]) -> int | None:
+    """Run a command and return its exit code; after ``limit`` seconds end it, with all that it started: None."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _steps(text: str) -> list[str]:
+    """Read steps separated by commas; all where there is none."""
+    unknown = [name for name in filter(None, text.split(",")) if name not in STEPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: legal are {', '.join(STEPS)}")
+    return [name for name in STEPS if not text or name in text.split(",")]
 
 
 def main() -> None:
@@ -144,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "gpu", help="where results go")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the command itself")
+    parser.add_argument("--only", type=_steps, default=list(STEPS), metavar="STEP,...", help="these steps")
     parser.add_argument("--step", choices=STEPS, help="this step alone, in this process")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -151,9 +177,9 @@ def main() -> None:
     if arguments.step:
         STEPS[arguments.step](arguments.out, arguments.device, arguments.quick)
     else:
-        failed = run_all(arguments.out, arguments.device, arguments.quick)
+        failed = run_all(arguments.out, arguments.device, arguments.quick, arguments.only)
         print(json.loads((arguments.out / "summary.json").read_text())["steps"])
-        sys.exit(f"error: {failed} of {len(LIMITS)} steps did not pass" if failed else 0)
+        sys.exit(f"error: {failed} of {len(arguments.only)} steps did not pass" if failed else 0)
 
 
 if __name__ == "__main__":

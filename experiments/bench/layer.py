@@ -22,7 +22,7 @@ from rlroute.experiments.bench.timing import Call, figures, measure, peak_bytes
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import resolve_backend
 from rlroute.learning import adapt, learn
-from rlroute.model.moe import DenseMLP, MoELayer
+from rlroute.model.moe import DenseMLP, Experts, MoELayer
 from rlroute.registry import make_router
 from rlroute.routing import Feedback, RouterShape, RoutingContext
 
@@ -47,7 +47,8 @@ def bench_layer(device: str, shapes: Sequence[Shape], entries: Sequence[str], ro
     for shape in shapes:
         x_TD = torch.randn(shape.T, shape.D, generator=torch.Generator().manual_seed(0)).to(device)
         configs = {entry: config_of(entry, shape, device) for entry in dict.fromkeys((DENSE, OURS, *entries))}
-        works = {entry: _passes(config, shape, x_TD) for entry, config in configs.items()}
+        experts = Experts(configs[OURS].model, 0, 0, range(shape.E), shape.F).to(device)
+        works = {entry: _passes(config, shape, x_TD, experts) for entry, config in configs.items()}
         for direction in ("forward", "training"):
             calls = {entry: work[direction] for entry, work in works.items()}
             contest = measure(calls, OURS, rounds, cuda)
@@ -108,8 +109,8 @@ def _context(shape: Shape, device: str, samples: int, explore: bool) -> RoutingC
     )
 
 
-def _passes(config: RunConfig, shape: Shape, x_TD: Tensor) -> dict[str, Call]:
-    """Return the work of a layer: greedy forward, and training."""
+def _passes(config: RunConfig, shape: Shape, x_TD: Tensor, experts: Experts) -> dict[str, Call]:
+    """Return the work of a layer, whose experts all routers share: greedy forward, and training."""
     device = x_TD.device.type
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
     if config.router is None:
@@ -127,7 +128,7 @@ def _passes(config: RunConfig, shape: Shape, x_TD: Tensor) -> dict[str, Call]:
             _forget(dense, leaf_TD)
 
         return {"forward": dense_forward, "training": dense_training}
-    return _routed_passes(config, shape, x_TD, autocast)
+    return _routed_passes(config, shape, x_TD, experts, autocast)
 
 
 def _forget(module: torch.nn.Module, leaf_TD: Tensor) -> None:
@@ -137,12 +138,14 @@ def _forget(module: torch.nn.Module, leaf_TD: Tensor) -> None:
 
 
 def _routed_passes(
-    config: RunConfig, shape: Shape, x_TD: Tensor, autocast: Callable[[], torch.autocast]
+    config: RunConfig, shape: Shape, x_TD: Tensor, experts: Experts, autocast: Callable[[], torch.autocast]
 ) -> dict[str, Call]:
     assert config.router is not None
     device = x_TD.device.type
-    router = make_router(config.router, router_shape(shape))
-    layer = MoELayer(config.model, router, 0, 0, resolve_backend("auto", device)).to(device)
+    router = make_router(config.router, router_shape(shape)).to(device)
+    with torch.device("meta"):
+        layer = MoELayer(config.model, router, 0, 0, resolve_backend("auto", device))
+    layer.experts = experts
     greedy, sampled = (_context(shape, device, m, explore) for m, explore in ((1, False), (router.num_samples, True)))
     leaf_TD = x_TD.repeat(router.num_samples, 1).requires_grad_()
     loss_MT = torch.full((router.num_samples, shape.T), 2.0, device=device)
