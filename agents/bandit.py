@@ -9,10 +9,11 @@ The models see a fixed random projection of the hidden state and a constant. Wit
 is credited with the token's reward.
 
 Shape suffixes: T tokens (rows of all routing samples), D model width, P features, M routing samples, E experts, K
-experts per token, R pairs, Q = P + 1 (features and reward).
+experts per token, R pairs, Q = P + 1 (features and reward), G tiles, N rows of a tile.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,9 +22,13 @@ from torch import Tensor
 from rlroute import seeding
 from rlroute.config import RouterConfig
 from rlroute.gates import constant_gates
+from rlroute.kernels import Plan, make_plan
 from rlroute.limits import BelowOne, Count, NonNegative, Positive
 from rlroute.policies import RunningMean, reward
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums
+
+TILE = 16
+"""Rows that are multiplied together where the host does not know how many each expert has."""
 
 
 class BanditRouter(Router):
@@ -85,7 +90,8 @@ class BanditRouter(Router):
         if context.explore:
             scores_TE = scores_TE + self.config.width * self._spread(features_TP, context)
         ids_TK = context.choose(scores_TE, self.shape.k)
-        gates_TK = constant_gates(ids_TK, x_TD)
+        lost = ~self.mean_EP.isfinite().all()  # a posterior that could not be computed ends the run, as diverged
+        gates_TK = constant_gates(ids_TK, x_TD).masked_fill(lost, float("nan"))
         return RoutingDecision.token_choice(ids_TK, gates_TK, self.shape.num_experts, memo={"features_TP": features_TP})
 
     def _features(self, x_TD: Tensor) -> Tensor:
@@ -108,14 +114,11 @@ class BanditRouter(Router):
         A pair counts if it ran and its token is valid.
         """
         reward_T, mask_T = reward(decision, feedback, self.config.charge_weight).reshape(-1), feedback.context.mask_T
-        features_TP, experts = decision.memo["features_TP"].to(reward_T.dtype), self.shape.num_experts
+        features_TP = decision.memo["features_TP"].to(reward_T.dtype)
         seen_TQ = torch.cat([features_TP, self.mean_reward.centre(reward_T)[:, None]], dim=1)
         counts_R = decision.kept_R & mask_T[decision.token_ids_R]
-        expert_R, first_R = torch.where(counts_R, decision.expert_ids_R, experts).sort(stable=True)
-        rows_E = torch.bincount(expert_R, minlength=experts + 1)[:experts].tolist()
-        tokens_R = decision.token_ids_R[first_R[: sum(rows_E)]]  # of the pairs that count, by expert
-        products = [features_TP[tokens].t() @ seen_TQ[tokens] for tokens in torch.split(tokens_R, rows_E)]
-        sums_EPQ = torch.stack(products)
+        plan = make_plan(replace(decision, kept_R=counts_R))
+        sums_EPQ = (by_tile if features_TP.is_cuda else by_expert)(features_TP, seen_TQ, plan)
         return {"reward": reward_T.sum(), "gram_EPP": sums_EPQ[..., :-1], "moment_EP": sums_EPQ[..., -1]}
 
     def adapt(self, sums: Sums, progress: float) -> None:
@@ -124,8 +127,27 @@ class BanditRouter(Router):
         self.gram_EPP.copy_(config.forget * self.gram_EPP + sums["gram_EPP"].to(kind))
         self.moment_EP.copy_(config.forget * self.moment_EP + sums["moment_EP"].to(kind))
         precision_EPP = self.gram_EPP + config.ridge * torch.eye(kind.shape[1], dtype=kind.dtype, device=kind.device)
-        factor_EPP = torch.linalg.cholesky(precision_EPP)
+        factor_EPP, failed_E = torch.linalg.cholesky_ex(precision_EPP)  # without a look at whether it did
+        factor_EPP = factor_EPP.masked_fill((failed_E != 0)[:, None, None], float("nan"))
         self.covariance_EPP.copy_(torch.cholesky_inverse(factor_EPP))
         moment_EP = self.moment_EP + config.ridge * self.prior_EP
         self.mean_EP.copy_(torch.cholesky_solve(moment_EP[..., None], factor_EPP).squeeze(2))
         self.mean_reward.update(sums, "reward")
+
+
+def by_expert(features_TP: Tensor, seen_TQ: Tensor, plan: Plan) -> Tensor:
+    """Return the sum of outer products over each expert's rows, shape (E, P, Q); the host reads where these begin."""
+    bounds = plan.starts_E.tolist()
+    rows = [plan.tokens_R[start:end] for start, end in itertools.pairwise(bounds)]
+    return torch.stack([features_TP[tokens].t() @ seen_TQ[tokens] for tokens in rows])
+
+
+def by_tile(features_TP: Tensor, seen_TQ: Tensor, plan: Plan) -> Tensor:
+    """Return the same without waiting for the device: each tile's sum, and the sum of an expert's tiles."""
+    experts_G, rows_G = plan.tiles(TILE)
+    rows_GN = rows_G[:, None] + torch.arange(TILE, device=rows_G.device)
+    counts_GN = (experts_G >= 0)[:, None] & (rows_GN < plan.starts_E[experts_G + 1][:, None])
+    tokens_GN = plan.tokens_R[rows_GN.clamp(max=len(plan.tokens_R) - 1)]
+    products_GPQ = (features_TP[tokens_GN] * counts_GN[..., None]).mT @ seen_TQ[tokens_GN]
+    sums_EPQ = products_GPQ.new_zeros(plan.num_experts, *products_GPQ.shape[1:])
+    return sums_EPQ.index_add(0, experts_G.clamp(min=0), products_GPQ)

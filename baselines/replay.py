@@ -21,6 +21,7 @@ from rlroute.errors import ConfigError, StoreError
 from rlroute.reading import read_described
 from rlroute.registry import make_router, router_class, router_code, run_config
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
+from rlroute.transfer import put
 
 
 class ReplayRouter(Router):
@@ -103,7 +104,7 @@ class ReplayRouter(Router):
         """Let the recorded router decide, with its recorded choices in training."""
         if context.micro_batch is not None:
             ids = ChoiceLog(Path(self.config.run)).read(context.step, context.micro_batch, context.site)
-            context = replace(context, choices={context.site: ids.to(x_TD.device)})
+            context = replace(context, choices={context.site: put(ids, x_TD.device)})
         decision: RoutingDecision = self.source(x_TD, context)
         return decision
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlroute.config import RouterConfig
 from rlroute.decision import RoutingDecision
@@ -73,20 +74,26 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     """Return the mean over sequences of :func:`load_balance` within each (DeepSeek-V3, arXiv 2412.19437), weighted by
     valid tokens.
     """
-    rows_T = torch.unique(context.sequence_T, return_inverse=True)[1]
-    rows_T = rows_T + context.sample_T * (int(rows_T.max()) + 1)
-    count, experts = int(rows_T.max()) + 1, decision.num_experts
+    rows_T, count, experts = *_sequences(context), decision.num_experts
     valid_T = context.mask_T.to(probs_TE.dtype)
     used_R = decision.used_R & context.mask_T[decision.token_ids_R]
     slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
-    demand_BE = torch.bincount(slots_R, weights=used_R.to(probs_TE.dtype), minlength=count * experts).view(
-        count, experts
-    )
+    demand_BE = probs_TE.new_zeros(count * experts).index_add(0, slots_R, used_R.to(probs_TE.dtype)).view(count, -1)
     mass_BE = probs_TE.new_zeros(count, experts).index_add(0, rows_T, probs_TE * valid_T[:, None])
     tokens_B = probs_TE.new_zeros(count).index_add(0, rows_T, valid_T)
     f_BE = demand_BE / demand_BE.sum(1, keepdim=True).clamp(min=1)
     loss_B = experts * (f_BE * mass_BE / tokens_B[:, None].clamp(min=1)).sum(1)
     return (loss_B * tokens_B).sum() / tokens_B.sum()
+
+
+def _sequences(context: RoutingContext) -> tuple[Tensor, int]:
+    """Return which sequence of which sample each row belongs to, shape (T,), and a number above all of these, which the
+    host knows.
+    """
+    most = context.num_sequences or len(context.sequence_T) // context.num_samples
+    ids_T, order_T = context.sequence_T.sort()
+    rank_T = functional.pad((ids_T.diff() != 0).cumsum(0), (1, 0))
+    return torch.empty_like(rank_T).scatter_(0, order_T, rank_T) + context.sample_T * most, most * context.num_samples
 
 
 def overload_T(decision: RoutingDecision, context: RoutingContext) -> Tensor:

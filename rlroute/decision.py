@@ -164,8 +164,9 @@ class RoutingDecision:
     def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
         if mask_T is not None:
             counted_R = counted_R & mask_T[self.token_ids_R]
-        slots = torch.where(counted_R, self.expert_ids_R, self.num_experts)
-        return torch.bincount(slots, minlength=self.num_experts + 1)[: self.num_experts]
+        slots_R = torch.where(counted_R, self.expert_ids_R, self.num_experts)
+        counts = slots_R.new_zeros(self.num_experts + 1)  # bincount would wait for the largest slot
+        return counts.index_add_(0, slots_R, torch.ones_like(slots_R))[: self.num_experts]
 
     def token_sum(self, values_R: Tensor) -> Tensor:
         """Sum a value per pair over each token's used pairs; shape (T,)."""

@@ -57,6 +57,7 @@ def overlap(decision: RoutingDecision, other: RoutingDecision) -> Tensor:
     """Return the share of a decision's chosen pairs that another one on the same tokens chose too; NaN where it chose
     none.
     """
-    mine_R, theirs_R = (d.token_ids_R * d.num_experts + d.expert_ids_R for d in (decision, other))
-    shared_R = torch.isin(mine_R, torch.where(other.used_R, theirs_R, -1))
-    return (shared_R & decision.used_R).sum().double() / decision.used_R.sum()
+    columns = decision.num_experts + 1  # unused slots have one of their own
+    mine_R, theirs_R = (d.token_ids_R * columns + d.expert_ids_R for d in (decision, other))
+    chosen_N = other.used_R.new_zeros(other.num_tokens * columns).index_fill(0, theirs_R, True)
+    return (chosen_N[mine_R] & decision.used_R).sum().double() / decision.used_R.sum()

@@ -56,6 +56,8 @@ class RoutingContext:
         mask_T: bool, false for padding.
         explore: whether to sample (training) or to answer greedily (evaluation); ``Router.training`` says neither.
         num_samples: M; the rows are then sample-major, M x T.
+        num_sequences: no more than so many different sequences are in a routing sample; None where the host does not
+            know.
         micro_batch: which of the step's micro-batches this is; None in evaluation.
         progress: the share of the run's budget that is spent, 0 to 1, whatever the budget.
         expert_device_E: int64, the device of each expert; None where one device holds them all.
@@ -75,6 +77,7 @@ class RoutingContext:
     mask_T: Tensor
     explore: bool
     num_samples: int = 1
+    num_sequences: int | None = None
     micro_batch: int | None = None
     progress: float = 0.0
     expert_device_E: Tensor | None = None

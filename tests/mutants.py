@@ -229,8 +229,8 @@ MUTANTS = [
         ),
         ("no expert is dead", "(load_E < share * load_E.double().mean())", "(load_E < 0)"),
         ("nothing is ever dropped", "(chosen - decision.load_E().sum())", "(chosen - chosen)"),
-        ("unused slots are in common", "torch.where(other.used_R, theirs_R, -1)", "theirs_R"),
-        ("overlap counts unused slots", "(shared_R & decision.used_R).sum()", "shared_R.sum()"),
+        ("unused slots are another token's", "columns = decision.num_experts + 1", "columns = decision.num_experts"),
+        ("overlap counts unused slots", "(chosen_N[mine_R] & decision.used_R).sum()", "chosen_N[mine_R].sum()"),
     ),
     *faults(
         "rlroute/balance.py",

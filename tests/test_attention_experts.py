@@ -19,6 +19,7 @@ from rlroute.parallel.local import run_ranks
 from rlroute.routing import RoutingDecision
 from rlroute.training.group import ALONE
 from rlroute.training.step import backward_batch, forward, make_context
+from rlroute.transfer import numbers
 from tests.conftest import draw
 from tests.tiny import CPU64, make_batch, make_model, run_batch, run_tokens, shake, small_config
 from tests.toys import mesh_of, toy_model
@@ -178,7 +179,8 @@ def stepped(shards: int) -> list[dict[str, Any]]:
         result = backward_batch(model, make_batch(4), CPU64, seed=0, step=0, micro_batches=2, group=group)
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         gradients = {name: group.whole(grad) if is_expert(name) else grad for name, grad in named}
-        outcomes.append({"loss": result.loss, "terms": result.terms, "sums": result.sums_L, "gradients": gradients})
+        loss, terms = numbers((result.loss, result.terms))
+        outcomes.append({"loss": loss, "terms": terms, "sums": result.sums_L, "gradients": gradients})
     return outcomes
 
 

@@ -1,5 +1,5 @@
-"""The Triton engine on a CUDA device: what the interpreter cannot show. `make gpu` runs these; elsewhere they are
-skipped.
+"""The Triton engine and steps of training on a CUDA device: what the interpreter cannot show. `make gpu` runs these;
+elsewhere they are skipped.
 """
 
 from dataclasses import replace
@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.routing import RoutingDecision
+from rlroute.training import loop
 from tests.test_kernels import CASES, NAMES, decision_collapsed, decision_token_choice, relative_error
+from tests.test_waits import DATA, ENTRIES, MODEL, TRAIN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,6 +88,23 @@ def test_nothing_waits_for_the_device():
         expert_mlp(x_TD, decision, weights, "triton").sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize(("entry", "model", "train"), ENTRIES.values(), ids=ENTRIES.keys())
+def test_no_step_of_training_waits(entry, model, train, tmp_path, monkeypatch):
+    take = loop._Run._step
+
+    def unwaiting(run, used):
+        torch.cuda.set_sync_debug_mode("error" if run.progress.step > 1 else "default")  # the first ones are looked at
+        try:
+            return take(run, used)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop._Run, "_step", unwaiting)
+    config = build_entry(entry, DATA, replace(MODEL, **model), replace(TRAIN, device="cuda", **train))
+    assert loop.train(config, 0, tmp_path)["status"] == "finished"
 
 
 def test_offsets_beyond_32_bits():

@@ -187,8 +187,8 @@ def test_adapt_gets_progress_and_sums_over_the_sites_of_the_same_router() -> Non
     adapt(model.routers, result.sums_L, 0.25)
     seen = [router.seen[-1] for router in model.routers]
     assert len(seen) == 6 and {progress for progress, _, _ in seen} == {0.25}
-    assert {total for _, _, total in seen} == {sum(result.pairs_L)}
-    assert [own for _, own, _ in seen] == result.pairs_L and len(set(result.pairs_L)) > 1
+    assert {total for _, _, total in seen} == {int(result.pairs_L.sum())}
+    assert [own for _, own, _ in seen] == result.pairs_L.tolist() and len(set(result.pairs_L.tolist())) > 1
 
 
 def test_sites_of_another_router_or_size_are_no_peers() -> None:

@@ -138,7 +138,7 @@ BATCH_TERMS = ("balance_weight", "importance_weight", "load_weight", "charge_wei
 def test_two_micro_batches_equal_one_batch(entry):
     whole, whole_grads = gradients(entry, 1)
     halves, half_grads = gradients(entry, 2)
-    assert whole.loss == pytest.approx(halves.loss, rel=1e-12)
+    assert float(whole.loss) == pytest.approx(float(halves.loss), rel=1e-12)
     assert whole_grads.keys() == half_grads.keys()
     for name, gradient in whole_grads.items():
         assert torch.allclose(gradient, half_grads[name], rtol=1e-9, atol=1e-14), name
@@ -162,8 +162,8 @@ def test_logged_loss_is_the_language_model_loss_alone(entry):
     result = backward_batch(model, batch_of(0), CPU64, seed=0, step=0, micro_batches=1)
     context = make_context(batch_of(0), CPU64, seed=0, step=0, explore=True)
     loss_MT, _ = forward(model, batch_of(0), context, CPU64)
-    assert result.loss == pytest.approx(float(loss_MT.detach().mean()), rel=1e-12)
-    assert result.terms["balance"] != [0.0, 0.0]
+    assert float(result.loss) == pytest.approx(float(loss_MT.detach().mean()), rel=1e-12)
+    assert result.terms["balance"].any()
 
 
 def test_a_gate_gradient_is_there_after_backward():
@@ -469,7 +469,7 @@ def test_bfloat16_runs_with_a_router_in_float32(entry):
     """A bf16 router diverges (Switch, table 2), so it must not follow the rest of the model into that precision."""
     model, device = model_of(entry, dtype="bfloat16"), Device("cpu", torch.bfloat16)
     result = backward_batch(model, batch_of(0), device, seed=0, step=0, micro_batches=1)
-    assert np.isfinite(result.loss)
+    assert np.isfinite(float(result.loss))
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     context = make_context(batch_of(0), device, seed=0, step=0, explore=True)
     _, decisions = forward(model, batch_of(0), context, device)

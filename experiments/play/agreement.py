@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlroute import metrics
 from rlroute.routing import RoutingDecision
-from rlroute.training.step import defined
+from rlroute.transfer import defined
 
 
 def agreement(label_T: Tensor, decision: RoutingDecision) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from rlroute.learning import adapt, learn
 from rlroute.model.moe import add_own_input, decide
 from rlroute.registry import make_router
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
-from rlroute.training.step import defined
+from rlroute.transfer import defined
 
 Form = Literal["own", "unit"]
 FORMS: tuple[Form, ...] = get_args(Form)

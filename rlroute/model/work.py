@@ -156,6 +156,7 @@ def measure(router: Router, x_TD: Tensor | None = None, contexts: Mapping[bool, 
     """
     router = _copy(router)
     if x_TD is None or contexts is None:
+        router = router.cpu()  # what is booked is the same on all devices
         x_TD, contexts = _some_rows(router)
     greedy, first_TD = Counter(), x_TD[: len(contexts[False].token_ids_T)].detach()
     with torch.random.fork_rng(devices=[x_TD.device] if x_TD.is_cuda else []):

@@ -116,8 +116,8 @@ class Mesh(Group):
         seen, self.exchange.traffic = self.exchange.traffic, Traffic()
         sums = torch.tensor([seen.bytes, seen.seconds], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
-        spent = {} if self.device == "cuda" else {"seconds": round(float(sums[1]) / self.size, 6)}
-        return {"bytes": int(sums[0])} | spent
+        sent, seconds = sums.tolist()
+        return {"bytes": int(sent)} | ({} if self.device == "cuda" else {"seconds": round(seconds / self.size, 6)})
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -19,7 +19,8 @@ from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
 from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
-from rlroute.training.step import Device, defined, forward, load_fractions, make_context, max_vio_L
+from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L, rounded
+from rlroute.transfer import numbers
 
 Decisions = Sequence[RoutingDecision]
 """By site."""
@@ -62,13 +63,16 @@ def evaluate(
                 totals.add_loss(explore, loss_MT, batch, token_bytes_V)
         if index < len(batches):
             totals.add_decisions(*made)
-    totals.add_up(group, device)
-    sampled_row = totals.losses(True) | {"overlap_L": totals.overlaps()} if True in modes else None
-    return totals.losses(False) | totals.balance() | {"sampled": sampled_row}
+    totals.add_up(group)
+    drawn = totals.losses(True) | {"overlap_L": totals.overlaps()} if True in modes else None
+    row: dict[str, Any]
+    row, scored_L = numbers((totals.losses(False) | totals.balance() | {"sampled": drawn}, totals.scored_L))
+    entropy_L = row["router_entropy_L"] if any(scored_L) else None
+    return row | {"router_entropy_L": entropy_L, "load_LE": rounded(row["load_LE"])}
 
 
 class _Totals:
-    """What the batches add up to.
+    """What the batches add up to. It stays on the device until :func:`numbers` reads it.
 
     Attributes:
         losses_23: of the greedy and of the sampled policy: nats, tokens and bytes of text.
@@ -79,7 +83,7 @@ class _Totals:
 
     def __init__(self, model: Transformer) -> None:
         device = model.embed.weight.device
-        self.losses_23 = torch.zeros(2, 3, dtype=torch.float64)
+        self.losses_23 = torch.zeros(2, 3, dtype=torch.float64, device=device)
         self.demand_L = [
             torch.zeros(router.shape.num_experts, dtype=torch.long, device=device) for router in model.routers
         ]
@@ -87,8 +91,10 @@ class _Totals:
         self.overlap_L2 = torch.zeros(len(self.demand_L), 2, dtype=torch.float64, device=device)
 
     def add_loss(self, explore: bool, loss_MT: Tensor, batch: Batch, token_bytes_V: np.ndarray) -> None:
-        nats, text_bytes = float(loss_MT.double().sum()), float(token_bytes_V[batch.targets_BS].sum())
-        self.losses_23[int(explore)] += torch.tensor([nats, batch.targets_BS.size, text_bytes], dtype=torch.float64)
+        text_bytes = float(token_bytes_V[batch.targets_BS].sum())
+        sums = (loss_MT.double().sum(), batch.targets_BS.size, text_bytes)
+        for total, more in zip(self.losses_23[int(explore)], sums, strict=True):
+            total += more
 
     def add_decisions(self, greedy: Decisions, drawn: Decisions | None = None) -> None:
         for site, decision in enumerate(greedy):
@@ -98,15 +104,19 @@ class _Totals:
             pairs = b.used_R.sum().double()
             self.overlap_L2[site] += torch.stack([pairs * metrics.overlap(b, a).nan_to_num(), pairs])
 
-    def add_up(self, group: Group, device: Device) -> None:
+    def add_up(self, group: Group) -> None:
         """Sum over the ranks of a group."""
-        self.losses_23 = self.losses_23.to(device.name)
         for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*self.demand_L, self.sums_L6], [self.overlap_L2]):
             group.add_up(tensors)  # apart: the order in which ranks are summed depends on what travels together
 
-    def losses(self, explore: bool) -> dict[str, float]:
-        nats, tokens, text_bytes = self.losses_23[int(explore)].tolist()
+    def losses(self, explore: bool) -> dict[str, Tensor]:
+        nats, tokens, text_bytes = self.losses_23[int(explore)]
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes}
+
+    @property
+    def scored_L(self) -> Tensor:
+        """Tokens with probabilities, by site."""
+        return self.sums_L6[:, 4]
 
     def balance(self) -> dict[str, Any]:
         """Return the balance of the greedy decisions, and what they ran, by site."""
@@ -114,19 +124,19 @@ class _Totals:
         tokens_L, used_L, ran_L, without_L, scored_L, entropy_L = self.sums_L6.t()
         return {
             "max_vio_L": max_vio_L(demand_L),
-            "cv_L": [defined(metrics.coefficient_of_variation(d)) for d in demand_L],
-            "load_entropy_L": [defined(metrics.load_entropy(d)) for d in demand_L],
-            "router_entropy_L": [defined(entropy) for entropy in entropy_L / scored_L] if scored_L.any() else None,
-            "dead_L": [int(metrics.dead_experts(d)) for d in demand_L],
-            "drop_rate": float((used_L - ran_L).sum() / used_L.sum().clamp(min=1)),
-            "pairs_L": (ran_L / tokens_L).tolist(),
-            "without_L": (without_L / tokens_L).tolist(),
+            "cv_L": [metrics.coefficient_of_variation(d) for d in demand_L],
+            "load_entropy_L": [metrics.load_entropy(d) for d in demand_L],
+            "router_entropy_L": entropy_L / scored_L,
+            "dead_L": [metrics.dead_experts(d) for d in demand_L],
+            "drop_rate": (used_L - ran_L).sum() / used_L.sum().clamp(min=1),
+            "pairs_L": ran_L / tokens_L,
+            "without_L": without_L / tokens_L,
             "load_LE": load_fractions(demand_L),
         }
 
-    def overlaps(self) -> list[float | None]:
-        """Return the share of the drawn pairs that are greedy ones too, by site; None where no pair was drawn."""
-        return [shared / count if count else None for shared, count in self.overlap_L2.tolist()]
+    def overlaps(self) -> Tensor:
+        """Return the share of the drawn pairs that are greedy ones too, by site; NaN where no pair was drawn."""
+        return self.overlap_L2[:, 0] / self.overlap_L2[:, 1]
 
 
 def _sums(decision: RoutingDecision) -> Tensor:
@@ -135,7 +145,7 @@ def _sums(decision: RoutingDecision) -> Tensor:
     These are: tokens, pairs, pairs that ran, tokens without any, tokens with probabilities, and the entropies of these.
     """
     ran_T, probs_TE = decision.token_sum(decision.kept_R.double()), decision.probs_TE
-    tokens = ran_T.new_tensor(decision.num_tokens)
+    tokens = ran_T.new_full((), decision.num_tokens)
     scored = 0 * tokens if probs_TE is None else tokens
     entropy = 0 * tokens if probs_TE is None else tokens * metrics.router_entropy(probs_TE).double()
     used = decision.used_R.sum().double()

@@ -1,9 +1,8 @@
 """Train one run from its configuration to its summary, resuming from its checkpoint if there is one."""
 
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +24,7 @@ from rlroute.records import RunFolder
 from rlroute.routing import Router
 from rlroute.schema import Asked, MadeFrom, Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink, warn
+from rlroute.training.ahead import Ahead, Diverged
 from rlroute.training.audit import audit
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
 from rlroute.training.data import Corpus, load_corpus, next_link, sample_batch, tokens_sha256
@@ -42,17 +42,9 @@ from rlroute.training.prepare import (
     validation_batches,
 )
 from rlroute.training.progress import Progress
-from rlroute.training.step import Device, StepResult, backward_batch, defined, load_fractions, max_vio_L
+from rlroute.training.step import Device, StepResult, backward_batch, load_fractions, max_vio_L, rounded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-class Diverged(Exception):
-    """A non-finite number turned up; ``what`` says where."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
 
 
 def train(
@@ -125,6 +117,7 @@ class _Run:
         self.made, self.group, self.wandb = made, group, wandb
         self.sink: Sink = OFF  # opened with the records
         self.cut = cut(config)
+        self.step_tokens = config.train.batch_size * config.data.seq_len
         if config.train.device == "cuda":  # a process may train run after run
             torch.cuda.reset_peak_memory_stats()
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
@@ -136,6 +129,9 @@ class _Run:
         self.steps = planned_steps(config, self.costs)
         self.choices = ChoiceLog(folder.path)
         self.progress = Progress()
+        self.ahead = Ahead(self.costs, self.step_tokens)
+        # The steps that a budget of FLOPs pays for hang on the pairs that ran, and choices are written at every step.
+        self.looks_always = config.train.budget == "flops" or config.train.record_choices
         self.saved: int | None = None  # the step of the newest checkpoint
         self.logged = 0.0  # seconds trained when the last row was written
         self.unseen = {"train", "eval"}  # in which this process has not yet looked at the routers' decisions
@@ -145,7 +141,7 @@ class _Run:
         row = self._resume()
         try:
             while (used := self._budget_used()) < 1.0:
-                self._step(used)
+                self._advance(used)
                 step = self.progress.step
                 on_step(step)
                 final = self._budget_used() >= 1.0
@@ -174,51 +170,72 @@ class _Run:
             )
         return self.progress.step / self.steps
 
-    def _step(self, used: float) -> None:
-        config, start = self.config.train, time.perf_counter()
-        step = self.progress.step
-        batch = sample_batch(self.corpus, seed=self.seed, step=step, **self.cut)
-        with self._first("train"):
-            result = backward_batch(
-                self.model,
-                batch,
-                self.device,
-                seed=self.seed,
-                step=step,
-                micro_batches=config.micro_batches,
-                group=self.group,
-                scope=config.balance_scope,
-                progress=used,
-                on_choices=partial(self.choices.write, step) if config.record_choices else None,
-            )
-        if not math.isfinite(result.loss):
-            raise Diverged("the language-model loss is not finite")
-        norms = self.optimizer.step(step, used)
-        if not math.isfinite(norms["grad_norm"] + norms["router_grad_norm"]):
-            raise Diverged("the gradient is not finite")
-        adapt(self.model.routers, result.sums_L, used)
-        self.progress.step += 1
-        self.progress.flops += self.costs.of_training(batch.tokens_BS.size, result.pairs_L)
-        self.steps = planned_steps(self.config, self.costs, self.progress.flops, self.progress.step)
-        self.progress.chain = next_link(self.progress.chain, batch)
+    def _advance(self, used: float) -> None:
+        """Take a step, and look at what was taken if it is time to."""
+        try:
+            result, norms = self._step(used)
+        except Exception:
+            self.ahead.look(self.progress)  # a run that had diverged before may raise anything
+            raise
+        if self.progress.step % self.config.train.log_every == 0:
+            self._log(result, norms)
+        elif self.looks_always:
+            self._look()
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Book the time of the block as spent on training."""
+        start = time.perf_counter()
+        yield
         seconds = time.perf_counter() - start
-        if config.budget == "time":  # which all ranks read off one clock
+        if self.config.train.budget == "time":  # which all ranks read off one clock
             seconds = self.group.agree(seconds)
         self.progress.seconds["train"] += seconds
-        if self.progress.step % config.log_every == 0:
-            self._log(result, norms)
 
-    def _log(self, result: StepResult, norms: dict[str, float]) -> None:
-        terms = {name: [defined(value) for value in values] for name, values in result.terms.items()}
-        measured = {"loss": result.loss, "terms": terms, "weights": result.weights, **norms}
+    def _step(self, used: float) -> tuple[StepResult, dict[str, float | Tensor]]:
+        """Take a step without waiting for the device."""
+        config, step = self.config.train, self.progress.step
+        with self._training():
+            batch = sample_batch(self.corpus, seed=self.seed, step=step, **self.cut)
+            with self._first("train"):
+                result = backward_batch(
+                    self.model,
+                    batch,
+                    self.device,
+                    seed=self.seed,
+                    step=step,
+                    micro_batches=config.micro_batches,
+                    group=self.group,
+                    scope=config.balance_scope,
+                    progress=used,
+                    on_choices=partial(self.choices.write, step) if config.record_choices else None,
+                )
+            norms = self.optimizer.step(step, used)
+            adapt(self.model.routers, result.sums_L, used)
+            self.ahead.take(self.progress, next_link(self.progress.chain, batch), result, norms)
+        return result, norms
+
+    def _look(self, row: Any = None) -> Any:
+        """Look at the steps that were taken, if there are any, and return the numbers of a row."""
+        if self.ahead.taken:
+            with self._training():
+                row = self.ahead.look(self.progress, row)
+            self.steps = planned_steps(self.config, self.costs, self.progress.flops, self.progress.step)
+        return row
+
+    def _log(self, result: StepResult, norms: dict[str, float | Tensor]) -> None:
+        measured: dict[str, Any] = {"loss": result.loss, "terms": result.terms, "weights": result.weights, **norms}
         measured |= {"max_vio_L": max_vio_L(result.demand_L), **result.per_token()}
-        if (traffic := self.group.traffic()) is not None and result.sums_L:
-            if "seconds" in traffic:
-                traffic["share"] = round(traffic["seconds"] / (self.progress.seconds["train"] - self.logged), 4)
+        traffic = self.group.traffic() if result.sums_L else None
+        if traffic is not None:
             measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(self._by_device(result))}}
+        measured, load_LE = self._look((measured, load_fractions(result.demand_L)))
+        if traffic is not None and "seconds" in traffic:
+            share = traffic["seconds"] / (self.progress.seconds["train"] - self.logged)
+            measured["traffic"]["share"] = round(share, 4)
         self.logged = self.progress.seconds["train"]
         self._append("metrics", self._row("train") | measured)
-        self._append("loads", {"step": self.progress.step, "load_LE": load_fractions(result.demand_L)})
+        self._append("loads", {"step": self.progress.step, "load_LE": rounded(load_LE)})
 
     def _by_device(self, result: StepResult) -> list[Tensor]:
         """Return the pairs that went to each device, of each site whose experts are cut into shards."""
@@ -232,15 +249,15 @@ class _Run:
             self.sink.log(name, row)
 
     def _row(self, kind: str) -> dict[str, Any]:
-        tokens = self.progress.step * self.config.train.batch_size * self.config.data.seq_len
         return {
             "kind": kind,
             "step": self.progress.step,
-            "tokens": tokens,
+            "tokens": self.progress.step * self.step_tokens,
             "seconds": round(self.progress.seconds["train"], 3),
         }
 
     def _evaluate(self, final: bool) -> dict[str, Any]:
+        self._look()
         start = time.perf_counter()
         with self.group.uncounted(), self._first("eval"):
             row = evaluate(
@@ -255,7 +272,7 @@ class _Run:
                 group=self.group,
             )
         self.progress.seconds["eval"] += time.perf_counter() - start
-        if not math.isfinite(row["loss"]) or (row["sampled"] and not math.isfinite(row["sampled"]["loss"])):
+        if row["loss"] is None or (row["sampled"] and row["sampled"]["loss"] is None):
             raise Diverged("the validation loss is not finite")
         row = self._row("eval") | row | {"chain": self.progress.chain}
         self._append("metrics", row)
@@ -281,6 +298,7 @@ class _Run:
             )
 
     def _checkpoint(self) -> None:
+        self._look()
         save_checkpoint(self.folder.path, self.model, self.optimizer, self.progress, self.folder.id, self.group)
         self.saved = self.progress.step
 
@@ -320,8 +338,7 @@ class _Run:
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress
-        per_step = config.train.batch_size * config.data.seq_len
-        tokens = progress.step * per_step
+        tokens = progress.step * self.step_tokens
         return {
             "schema": SCHEMA,
             "id": self.folder.id,
@@ -339,7 +356,10 @@ class _Run:
             "data": self.corpus.provenance,
             "model": self._costs(final, tokens),
             **claims(self.model.routers, config.model.gate_form),
-            "budget": {"kind": config.train.budget, "amount": config.train.budget_amount or self.steps * per_step},
+            "budget": {
+                "kind": config.train.budget,
+                "amount": config.train.budget_amount or self.steps * self.step_tokens,
+            },
             "seconds": {name: round(value, 3) for name, value in progress.seconds.items()},
             "tokens_per_second": round(tokens / progress.seconds["train"], 1) if progress.seconds["train"] else None,
             "ended": utc_now(),

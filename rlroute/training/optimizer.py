@@ -38,9 +38,9 @@ class Optimizer:
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
 
-    def step(self, step: int, progress: float) -> dict[str, float]:
+    def step(self, step: int, progress: float) -> dict[str, float | Tensor]:
         """Clip, update, clear the gradients; return the learning rate and both gradient norms as they were before
-        clipping.
+        clipping, which stay on the device.
 
         Args:
             step: optimizer steps done before this one (warm-up counts them).
@@ -57,13 +57,15 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return {"lr": rate} | norms
 
-    def _clip(self, parameters: list[nn.Parameter], limit: float) -> float:
+    def _clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         gradients = [(self.names[p], p.grad) for p in parameters if p.grad is not None]
+        if not gradients:
+            return self.shared[0].new_zeros(())  # of the device, unlike the norm of nothing
         norm = get_total_norm([g for name, g in gradients if not is_expert(name)])
         if experts := [g for name, g in gradients if is_expert(name)]:
             norm = (norm.square() + self.group.sum_over_shards(get_total_norm(experts).square())).sqrt()
         clip_grads_with_norm_(parameters, limit, norm)
-        return float(norm)
+        return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the state of each parameter by its name: its updates (a scalar), and two moments of its shape.

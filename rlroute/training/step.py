@@ -4,8 +4,6 @@ Shape suffixes: B sequences, S sequence length, T = B * S tokens, M routing samp
 experts.
 """
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from rlroute.model import Transformer
 from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Site
 from rlroute.training.data import Batch
 from rlroute.training.group import ALONE, Group
+from rlroute.transfer import put
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +34,26 @@ class Device:
         return torch.autocast(self.name, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepResult:
-    """What one batch yielded, before the optimizer step.
+    """What one batch yielded, before the optimizer step. It stays on the device: nothing has waited for it.
 
     Attributes:
-        loss: the language-model loss alone, nats per token.
-        terms: each term's value at each site, unweighted; 0 where a site has none of that name.
+        loss: the language-model loss alone, nats per token; float64.
+        terms: each term's value at each site, unweighted; 0 where a site has none of that name; float64 of shape (L,).
         weights: each term's weight at each site.
         sums_L: what ran and what the routers observed, by site, for ``adapt``.
-        pairs_L: pairs that ran, by site, of all routing samples.
-        without_L: rows for which no expert ran, by site.
+        pairs_L: pairs that ran, by site, of all routing samples; int64.
+        without_L: rows for which no expert ran, by site; int64.
         rows: valid rows, of all routing samples.
     """
 
-    loss: float
-    terms: dict[str, list[float]]
+    loss: Tensor
+    terms: dict[str, Tensor]
     weights: dict[str, list[float]]
     sums_L: list[dict[str, Tensor]]
-    pairs_L: list[int]
-    without_L: list[int]
+    pairs_L: Tensor
+    without_L: Tensor
     rows: int
 
     @property
@@ -62,10 +61,9 @@ class StepResult:
         """Pairs that chose each expert, by site."""
         return [sums["demand_E"] for sums in self.sums_L]
 
-    def per_token(self) -> dict[str, list[float]]:
+    def per_token(self) -> dict[str, Tensor]:
         """Return the pairs that ran per token, and the share of tokens for which none did, by site."""
-        counts = {"pairs_L": self.pairs_L, "without_L": self.without_L}
-        return {name: [number / self.rows for number in numbers] for name, numbers in counts.items()}
+        return {"pairs_L": self.pairs_L.double() / self.rows, "without_L": self.without_L.double() / self.rows}
 
 
 def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any) -> RoutingContext:
@@ -79,17 +77,17 @@ def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any)
     """
 
     def rows(values: Tensor) -> Tensor:
-        return values.reshape(-1).repeat(samples).to(device.name)
+        return values.reshape(-1).repeat(samples)
 
-    tokens_BS = torch.from_numpy(batch.tokens_BS)
-    sequences, length = tokens_BS.shape
+    sequences, length = batch.tokens_BS.shape
     return RoutingContext(
         site=0,
-        token_ids_T=rows(tokens_BS),
-        position_T=rows(torch.arange(length).expand(sequences, -1)),
-        sequence_T=rows(torch.from_numpy(batch.sequence_B)[:, None].expand(-1, length)),
+        token_ids_T=rows(put(batch.tokens_BS, device.name)),
+        position_T=rows(torch.arange(length, device=device.name).expand(sequences, -1)),
+        sequence_T=rows(put(batch.sequence_B, device.name)[:, None].expand(-1, length)),
         mask_T=torch.ones(sequences * length * samples, dtype=torch.bool, device=device.name),
         num_samples=samples,
+        num_sequences=sequences,
         **keys,
     )
 
@@ -101,7 +99,7 @@ def forward(
     tokens_BS = context.token_ids_T.view(-1, batch.tokens_BS.shape[1])
     with device.autocast():
         logits_BSV, decisions = model(tokens_BS, context)
-    targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).repeat(context.num_samples).to(device.name)
+    targets_T = put(batch.targets_BS, device.name).reshape(-1).repeat(context.num_samples)
     logits_TV = logits_BSV.flatten(0, 1)
     loss_T = functional.cross_entropy(
         logits_TV.float() if logits_TV.dtype != torch.float64 else logits_TV, targets_T, reduction="none"
@@ -134,7 +132,7 @@ def backward_batch(
     on_choices: Callable[[int, dict[Site, Tensor]], None] | None = None,
 ) -> StepResult:
     """Run a batch forward and backward, leaving the whole group's gradients in the parameters; the result is that of
-    the whole batch.
+    the whole batch. The host does not wait for the device.
 
     Args:
         model: the transformer.
@@ -151,10 +149,11 @@ def backward_batch(
     if scope == "batch":
         keys["sum_over_scope"] = group.sum_over_scope
     samples = max((router.num_samples for router in model.routers), default=1)
-    num_valid = batch.tokens_BS.size
-    loss = 0.0
-    values: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(model.routers))
-    weights: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(model.routers))
+    num_valid, sites = batch.tokens_BS.size, len(model.routers)
+    loss = torch.zeros((), dtype=torch.float64, device=device.name)
+    nothing = torch.zeros_like(loss)
+    values: dict[str, list[Tensor]] = defaultdict(lambda: [nothing] * sites)
+    weights: dict[str, list[float]] = defaultdict(lambda: [0.0] * sites)
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
     for number, micro in group.share(list(enumerate(split(batch, micro_batches)))):
         chosen: dict[Site, Tensor] | None = None if on_choices is None else {}
@@ -165,36 +164,32 @@ def backward_batch(
         feedback = Feedback(context=context, loss_MT=loss_MT.detach(), num_valid=num_valid)
         total = loss_MT.sum() / (num_valid * samples)
         learned = learn(model.routers, decisions, feedback, total)
-        loss += float(total.detach())
+        loss += total.detach()
         for site, terms in enumerate(learned.terms_L):
             for name, term in terms.items():
-                values[name][site] += float(term.value.detach())
+                values[name][site] = values[name][site] + term.value.detach().reshape(())
                 weights[name][site] = term.weight
         for sums, new in zip(sums_L, learned.sums_L, strict=True):
             for name, value in new.items():
                 sums[name] = sums[name] + value if name in sums else value
-    model_sums = torch.tensor([loss, *itertools.chain(*values.values())], dtype=torch.float64, device=device.name)
-    group.add_up([model_sums, *(value for sums in sums_L for value in sums.values())])
-    loss, *flat = model_sums.tolist()
-    sites = len(model.routers)
-    values = {name: flat[i * sites : (i + 1) * sites] for i, name in enumerate(values)}
+    terms_L = {name: torch.stack(value_L) for name, value_L in values.items()}
+    group.add_up([loss, *terms_L.values(), *(value for sums in sums_L for value in sums.values())])
     group.sum_gradients(model)
     ran_L2 = [torch.stack([sums["load_E"].sum(), sums["without"]]) for sums in sums_L]
-    pairs_L, without_L = torch.stack(ran_L2, dim=1).tolist() if ran_L2 else ([], [])
-    return StepResult(loss, values, dict(weights), sums_L, pairs_L, without_L, num_valid * samples)
+    pairs_L, without_L = torch.stack(ran_L2, dim=1) if sites else loss.new_zeros(2, 0)
+    return StepResult(loss, terms_L, dict(weights), sums_L, pairs_L, without_L, num_valid * samples)
 
 
-def defined(value: Tensor | float) -> float | None:
-    """Return a number, or None for what is not finite: records hold neither NaN nor infinity."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def load_fractions(demand_L: Sequence[Tensor]) -> list[Tensor]:
+    """Return each site's demand as fractions that sum to 1; zeros where nothing was chosen."""
+    return [demand_E.float() / demand_E.sum().clamp(min=1) for demand_E in demand_L]
 
 
-def load_fractions(demand_L: Sequence[Tensor]) -> list[list[float]]:
-    """Return each site's demand as fractions that sum to 1, to six digits; zeros where nothing was chosen."""
-    return [[round(float(f), 6) for f in demand_E.float() / demand_E.sum().clamp(min=1)] for demand_E in demand_L]
+def rounded(fractions_LE: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return load fractions to six digits, as records have them."""
+    return [[round(fraction, 6) for fraction in fractions_E] for fractions_E in fractions_LE]
 
 
-def max_vio_L(demand_L: Sequence[Tensor]) -> list[float | None]:
-    """Return MaxVio of each site."""
-    return [defined(metrics.max_vio(demand_E.float())) for demand_E in demand_L]
+def max_vio_L(demand_L: Sequence[Tensor]) -> list[Tensor]:
+    """Return MaxVio of each site; NaN where nothing was chosen."""
+    return [metrics.max_vio(demand_E.float()) for demand_E in demand_L]
