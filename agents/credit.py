@@ -14,7 +14,9 @@ Shape suffixes: T tokens, D model width, E experts, R routed pairs.
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from rlroute.limits import Positive
@@ -52,5 +54,7 @@ class CreditRouter(Router):
         decision = policy_decision(logits_TE, policy_TE, ids_TK, context)
         if decision.log_prob_R is None:
             return decision
-        path_R = self.config.scale / k * decision.log_prob_R.view(-1, k).cumsum(1).reshape(-1)
+        # Not cumsum, whose order on a GPU is not fixed; in float64, as it sums on the CPU.
+        paths = accumulate(decision.log_prob_R.double().view(-1, k).unbind(1))
+        path_R = self.config.scale / k * torch.stack(list(paths), dim=1).to(decision.log_prob_R.dtype).reshape(-1)
         return replace(decision, gates_R=decision.gates_R + path_R - path_R.detach())

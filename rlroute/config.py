@@ -247,6 +247,8 @@ class TrainConfig:
     kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
     threads: Annotated[int, Between(1, 1024)] = 1
     """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
+    deterministic: bool = False
+    """On cuda: the same run gives the same bits again, slower; on the CPU it does so anyway."""
 
     def check(self) -> None:
         """Refuse illegal values by name.

@@ -20,6 +20,7 @@ from rlroute.reading import read_run, untimed
 from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 from rlroute.training.checkpoint import load_weights
+from rlroute.training.determinism import deterministic
 from rlroute.training.evaluate import evaluate
 from rlroute.training.loop import DTYPES, train
 from rlroute.training.prepare import build_model
@@ -84,16 +85,17 @@ def check_weights(
     except RlrouteError as error:
         ledger.add("checkpoint", "weights", "damaged", "the run's", str(error))
         return
-    now = evaluate(
-        model,
-        hand.validation(config),
-        corpus.token_bytes_V,
-        Device(config.train.device, DTYPES[config.train.dtype]),
-        seed=seed,
-        step=run.summary["steps"],
-        progress=1.0,
-        sampled=True,
-    )
+    with deterministic(config.train.deterministic, config.train.device):
+        now = evaluate(
+            model,
+            hand.validation(config),
+            corpus.token_bytes_V,
+            Device(config.train.device, DTYPES[config.train.dtype]),
+            seed=seed,
+            step=run.summary["steps"],
+            progress=1.0,
+            sampled=True,
+        )
     different = list(differing({name: final.get(name) for name in now}, now))
     for field, recorded, found in different[:1]:
         why = f"weights evaluated again; {len(different)} figures differ{_elsewhere(run, config)}"

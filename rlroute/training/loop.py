@@ -28,6 +28,7 @@ from rlroute.training.ahead import Ahead, Diverged
 from rlroute.training.audit import audit
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
 from rlroute.training.data import Corpus, load_corpus, next_link, sample_batch, tokens_sha256
+from rlroute.training.determinism import deterministic
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.memory import check_memory
@@ -92,7 +93,8 @@ def train(
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
         try:
-            return cast(Summary, run.train(on_step))
+            with deterministic(config.train.deterministic, config.train.device):
+                return cast(Summary, run.train(on_step))
         finally:
             run.sink.close()
 

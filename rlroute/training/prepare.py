@@ -23,6 +23,7 @@ from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import MadeFrom
 from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.determinism import check_workspace
 from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.memory import check_memory
@@ -69,6 +70,8 @@ def expected_costs(config: RunConfig, corpus: Corpus, seed: int = 0) -> Costs:
 def _find_device(config: RunConfig) -> None:
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device = 'cuda': no CUDA device is there, legal is 'cpu'")
+    if config.train.deterministic:
+        check_workspace()
     resolve_backend(config.train.kernel, config.train.device)
 
 
