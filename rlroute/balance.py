@@ -78,13 +78,13 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     valid_T = context.mask_T.to(probs_TE.dtype)
     used_R = decision.used_R & context.mask_T[decision.token_ids_R]
     slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
-    demand_BE = slots_R.new_zeros(count * experts).index_add(0, slots_R, used_R.long()).view(count, experts)
-    demand_BE = demand_BE.to(probs_TE.dtype)
+    demand_BE = probs_TE.new_zeros(count * experts).index_add(0, slots_R, used_R.to(probs_TE.dtype)).view(count, -1)
     mass_BE = probs_TE.new_zeros(count, experts).index_add(0, rows_T, probs_TE * valid_T[:, None])
     tokens_B = probs_TE.new_zeros(count).index_add(0, rows_T, valid_T)
     f_BE = demand_BE / demand_BE.sum(1, keepdim=True).clamp(min=1)
     loss_B = experts * (f_BE * mass_BE / tokens_B[:, None].clamp(min=1)).sum(1)
-    return (loss_B * tokens_B).sum() / tokens_B.sum()
+    mean: Tensor = (loss_B * tokens_B).sum() / tokens_B.sum()
+    return mean
 
 
 def _sequences(context: RoutingContext) -> tuple[Tensor, int]:

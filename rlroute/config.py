@@ -249,6 +249,8 @@ class TrainConfig:
     """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
     deterministic: bool = False
     """On cuda: the same run gives the same bits again, slower; on the CPU it does so anyway."""
+    compile: bool = False
+    """Run the dense parts through torch.compile: faster after the first steps, and rounded otherwise."""
 
     def check(self) -> None:
         """Refuse illegal values by name.

@@ -296,6 +296,7 @@ def test_every_bench_has_its_own_options():
     for what, options in {
         "envs": ("--shapes", "--contenders", "--tune", "--out"),
         "layer": ("--routings", "--tune", "--store", "--path"),
+        "step": ("--shapes", "--device", "--tune"),
         "parallel": ("--device", "--contenders"),
         "sweep": ("--rounds", "--minutes"),
         "scale": ("--rounds", "--shapes"),

@@ -274,6 +274,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "gradients": (gradients.gradients, ("switch",)),
     "bench kernels": (benches.Kernels, ()),
     "bench layer": (benches.Layer, ()),
+    "bench step": (benches.Step, ()),
     "bench parallel": (benches.Parallel, ()),
     "bench envs": (benches.Envs, ()),
 }

@@ -75,6 +75,42 @@ class Measured(TypedDict):
     rows: list[Row]
 
 
+class StepTimes(TypedDict):
+    """What was measured of a training step."""
+
+    seconds: Positive
+    """Median of one step."""
+    time_over_base: Ratio
+    tokens_per_second: Positive
+    mfu: Amount
+    """Model FLOPs of a step, over those of a matrix product in the same time."""
+    mfu_of_vendor: Amount | None
+    held_bytes: Amount
+    peak_bytes: Amount
+    host_waits: Amount | None
+
+
+class StepRow(TypedDict):
+    """What was measured of one model."""
+
+    what: str
+    base: str
+    steps: Size
+    product_flops_per_second: Positive
+    vendor_flops_per_second: Positive | None
+    contenders: dict[str, Failed | StepTimes]
+
+
+class Stepped(TypedDict):
+    """The result of ``bench step``."""
+
+    bench: Literal["step"]
+    command: str
+    rounds: Size
+    environment: Where
+    rows: list[StepRow]
+
+
 class Recorded(TypedDict):
     """The runs whose loads a plan is for."""
 
@@ -196,16 +232,16 @@ def refusing(path: Path, what: str) -> Iterator[None]:
 
 
 def read_result(path: Path, what: str) -> Any:
-    """Return what a bench's file holds, Measured or Scaled.
+    """Return what a bench's file holds: Measured, Stepped or Scaled.
 
     Raises:
         StoreError: it cannot be read, or is none.
     """
     with refusing(path, what):
         result = parse_json(read_bytes(path, follow=True))
-        scaled = isinstance(result, dict) and result.get("bench") == "scale"
-        hold(result, Scaled if scaled else Measured)
-        if scaled:
+        bench = result.get("bench") if isinstance(result, dict) else None
+        hold(result, Scaled if bench == "scale" else Stepped if bench == "step" else Measured)
+        if bench == "scale":
             _refuse_unplanned(result)
     return result
 

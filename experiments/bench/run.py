@@ -5,8 +5,8 @@ print.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.bench import kernels as bench_kernels
 from rlroute.experiments.bench import layer as bench_layer
 from rlroute.experiments.bench import parallel as bench_parallel
+from rlroute.experiments.bench import step as bench_step
 from rlroute.experiments.bench.kernels import Shape, parse_shape
 from rlroute.experiments.bench.peers import contenders
 from rlroute.experiments.bench.results import read_result
@@ -25,6 +27,7 @@ from rlroute.experiments.bench.timing import choose, run_bench, to_markdown
 from rlroute.experiments.recipes.presets import routers_for
 from rlroute.kernels import resolve_backend, tiles
 from rlroute.records import storing, write_atomically
+from rlroute.training.prepare import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class Wanted:
         routings: of ``kernels``; all if there are none.
         names: contenders of ``kernels``, entries of ``layer``; all if there are none.
         rounds: interleaved repetitions.
+        steps: training steps of a repetition, of ``step``.
         minutes: no new row is begun after so many.
         out: the JSON file to write; tables go beside it.
         command: what is recorded as the command.
@@ -47,6 +51,7 @@ class Wanted:
     routings: Sequence[str] = ()
     names: Sequence[str] = ()
     rounds: int
+    steps: int = 4
     minutes: float
     out: Path
     command: str
@@ -101,6 +106,33 @@ def parallel(wanted: Wanted) -> str:
     return _run("parallel", bench_parallel.bench_parallel(shapes, wanted.rounds), wanted)
 
 
+def step(
+    wanted: Wanted, data: DataConfig, model: ModelConfig, train: TrainConfig, variants: Sequence[str], what: str = ""
+) -> str:
+    """Run ``bench step`` and return its tables.
+
+    Args:
+        wanted: of the bench; its names are entries, the device is that of ``train``.
+        data, model, train: what is trained, and how.
+        variants: ``eager``, ``compiled``, ``deterministic`` or ``both``; eager if there are none.
+        what: what the model is called; its sizes if nothing is said.
+
+    Raises:
+        ConfigError, DataError: an unknown entry, variant or device, a model that cannot be trained here; before any
+            work.
+        StoreError: the result cannot be written, before any work.
+    """
+    _check(train.device, wanted.rounds)
+    if wanted.shapes or wanted.routings:
+        raise ConfigError("bench step takes no shapes and no routings: it trains a whole model")
+    chosen = choose(variants, list(bench_step.VARIANTS), "variant") if variants else [bench_step.EAGER]
+    configs = bench_step.contenders(wanted.names or ("switch",), chosen, data, model, train)
+    check({config: [0] for config in configs.values()})
+    what = what or f"L={model.num_layers} D={model.d_model} F={model.d_expert} E={model.num_experts} K={model.k}"
+    rows = bench_step.bench_step(f"{what}, {train.dtype}", configs, wanted.rounds, wanted.steps, wanted.minutes)
+    return _run("step", rows, replace(wanted, device=train.device), bench_step.to_page)
+
+
 def envs(rounds: int) -> None:
     """Run ``bench envs`` and print each speed as it is known.
 
@@ -145,7 +177,7 @@ def read_table(path: Path) -> str:
         from rlroute.experiments.bench import scale_page  # SciPy is not there on every machine
 
         return scale_page.to_markdown(result)
-    return to_markdown(result)
+    return bench_step.to_page(result) if result["bench"] == "step" else to_markdown(result)
 
 
 def _check(device: str, rounds: int) -> None:
@@ -159,7 +191,12 @@ def _shapes(wanted: Sequence[str], standard: Sequence[Shape]) -> list[Shape]:
     return [parse_shape(text) for text in wanted] or list(standard)
 
 
-def _run(kind: str, rows: Iterator[dict[str, Any]], wanted: Wanted) -> str:
+def _run(
+    kind: str,
+    rows: Iterator[dict[str, Any]],
+    wanted: Wanted,
+    page: Callable[[Mapping[str, Any]], str] = to_markdown,
+) -> str:
     torch.set_num_threads(1)
     result = run_bench(
         rows,
@@ -170,6 +207,6 @@ def _run(kind: str, rows: Iterator[dict[str, Any]], wanted: Wanted) -> str:
         minutes=wanted.minutes,
         command=wanted.command,
     )
-    text = to_markdown(result)
+    text = page(result)
     write_atomically(wanted.out.with_suffix(".md"), text)
     return text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments import RESULTS
 from rlroute.experiments.cli.common import command_line, make_folder
 from rlroute.experiments.cli.include import name_broken
@@ -76,6 +77,36 @@ class Layer(Measured):
         name_broken(*self.contenders)
         wanted = benches.Wanted(device=self.device, names=self.contenders, **self.how())
         _say(benches.layer(wanted), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A whole training step, optimizer included, of the dense model and of routers (--train.device cuda: on a GPU)."""
+
+    rounds: Rounds = 15
+    """Interleaved repetitions, after two that warm up."""
+    minutes: Positive = 60.0
+    """No new round is begun after so many, once there are two."""
+    out: Path = OUT
+    """All figures, as JSON; the same as a table beside it, as Markdown."""
+    contenders: tuple[str, ...] = ("switch",)
+    """Entries besides the dense model."""
+    variants: tuple[str, ...] = ("eager",)
+    """eager, compiled, deterministic, both."""
+    steps: Annotated[int, Between(1, 10**4)] = 4
+    """Steps in a row of each repetition."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        """Measure, and print the table."""
+        from rlroute.experiments.bench import run as benches
+
+        name_broken(*self.contenders)
+        how: dict[str, Any] = {"rounds": self.rounds, "minutes": self.minutes, "out": self.out, "steps": self.steps}
+        wanted = benches.Wanted(names=self.contenders, command=command_line(), **how)
+        _say(benches.step(wanted, self.data, self.model, self.train, self.variants), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,18 +181,21 @@ class Stored:
         show(benches.read_table(self.out))
 
 
-@tyro.conf.configure(tyro.conf.OmitArgPrefixes)
 def bench(
-    what: Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
-    | Annotated[Layer, tyro.conf.subcommand("layer", prefix_name=False)]
-    | Annotated[Parallel, tyro.conf.subcommand("parallel", prefix_name=False)]
-    | Annotated[Envs, tyro.conf.subcommand("envs", prefix_name=False)]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep", prefix_name=False)]
-    | Annotated[Scale, tyro.conf.subcommand("scale", prefix_name=False)]
-    | Annotated[Stored, tyro.conf.subcommand("table", prefix_name=False)],
+    what: Annotated[
+        Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+        | Annotated[Layer, tyro.conf.subcommand("layer", prefix_name=False)]
+        | Annotated[Step, tyro.conf.subcommand("step", prefix_name=False)]
+        | Annotated[Parallel, tyro.conf.subcommand("parallel", prefix_name=False)]
+        | Annotated[Envs, tyro.conf.subcommand("envs", prefix_name=False)]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep", prefix_name=False)]
+        | Annotated[Scale, tyro.conf.subcommand("scale", prefix_name=False)]
+        | Annotated[Stored, tyro.conf.subcommand("table", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ],
 ) -> None:
-    """Benchmark experts, MoE layers or environments: interleaved rounds, times as ratios, one thread. Run it alone on
-    its machine.
+    """Benchmark experts, MoE layers, training steps or environments: interleaved rounds, times as ratios, one thread.
+    Run it alone on its machine.
     """
     check_fields(what, None)
     what.run()

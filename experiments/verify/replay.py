@@ -15,6 +15,7 @@ from rlroute.errors import RlrouteError
 from rlroute.experiments.verify.findings import Ledger
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.model import Transformer
+from rlroute.model.compiling import set_compiled
 from rlroute.provenance import environment
 from rlroute.reading import read_run, untimed
 from rlroute.registry import run_config
@@ -82,6 +83,7 @@ def check_weights(
     try:
         if load_weights(folder, model, run.id) is None or final is None or not again:
             return
+        set_compiled(model, config.train.compile)
     except RlrouteError as error:
         ledger.add("checkpoint", "weights", "damaged", "the run's", str(error))
         return

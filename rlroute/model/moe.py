@@ -20,6 +20,7 @@ from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
+from rlroute.model.compiling import DenseParts
 from rlroute.routing import Router, RoutingContext
 
 
@@ -125,7 +126,7 @@ def add_own_input(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Te
     return out_TD if decision.self_T is None else out_TD + decision.self_T[:, None].to(x_TD.dtype) * x_TD
 
 
-class MoELayer(nn.Module):
+class MoELayer(DenseParts):
     """Route, run the experts that were chosen and those that all tokens share."""
 
     def __init__(
@@ -154,11 +155,18 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             weights = self.experts.weights(dtype)
             finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation)
-        shared_TD = None if self.shared is None else self.shared(x_TD, decision.shared_gates_TS)
+        gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
+        shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = finish()
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
         return add_own_input(out_TD, decision, x_TD.to(dtype)), decision
+
+    def run_shared(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
+        """Return what the experts that every token runs give, shape (T, D)."""
+        assert self.shared is not None
+        shared_TD: Tensor = self.shared(x_TD, gates_TS)
+        return shared_TD
 
 
 class DenseMLP(nn.Module):
@@ -176,8 +184,8 @@ class DenseMLP(nn.Module):
             x_TD: hidden states.
             gates_TS: weights of S equal parts of the hidden width, which are then S experts.
         """
-        act_TF = activate(nn.functional.linear(x_TD, self.experts.in_EHD[0]), self.activation)
+        act_TF = activate(nn.functional.linear(x_TD, self.experts.in_EHD.squeeze(0)), self.activation)
         if gates_TS is not None:
             act_TSF = act_TF.view(*gates_TS.shape, -1)
             act_TF = (act_TSF * gates_TS[..., None].to(act_TF.dtype)).flatten(1)
-        return nn.functional.linear(act_TF, self.experts.out_EDF[0])
+        return nn.functional.linear(act_TF, self.experts.out_EDF.squeeze(0))

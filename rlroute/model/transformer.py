@@ -9,12 +9,15 @@ vocabulary.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, KeyedLinear, attention_site
+from rlroute.model.compiling import DenseParts
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
 from rlroute.routing import Router, RouterShape, RoutingContext, Site
 
@@ -40,7 +43,7 @@ class ModelShape:
     placement: Placement = HERE
 
 
-class Block(nn.Module):
+class Block(DenseParts):
     """Pre-norm attention, then a pre-norm feed-forward layer; each with experts where a router is given."""
 
     def __init__(self, config: ModelConfig, shape: ModelShape, layer: int, routers: Mapping[Site, Router]) -> None:
@@ -65,23 +68,36 @@ class Block(nn.Module):
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, dict[Site, RoutingDecision]]:
         """Return the residual stream after the block, and the decisions of its routed sites, in their order."""
         made: dict[Site, RoutingDecision] = {}
-        normed_BSD = self.attention_norm(x_BSD)
         if isinstance(self.attention, AttentionExperts):
             shape = self.attention.router.shape
-            y_BSD, made[shape.site] = self.attention(normed_BSD, context.at(shape, context.earlier))
+            y_BSD, made[shape.site] = self.attention(self.attention_norm(x_BSD), context.at(shape, context.earlier))
+            x_BSD = x_BSD + y_BSD
+            x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
+        elif self.moe is None:
+            dense_BSD: Tensor = self.part(Block.dense, x_BSD)
+            return dense_BSD, made
         else:
-            y_BSD = self.attention(normed_BSD)
-        x_BSD = x_BSD + y_BSD
-        x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
-        if self.moe is None:
-            assert self.mlp is not None
-            return x_BSD + self.mlp(x_TD).view_as(x_BSD), made
+            x_BSD, x_TD = self.part(Block.attend, x_BSD)
+        assert self.moe is not None
         shape = self.moe.router.shape
         y_TD, made[shape.site] = self.moe(x_TD, context.at(shape, {**context.earlier, **made}))
         return x_BSD + y_TD.view_as(x_BSD), made
 
+    def attend(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after plain attention, and its normed rows, shape (T, D)."""
+        normed_BSD = self.attention_norm(x_BSD)
+        x_BSD = x_BSD + self.attention(normed_BSD)
+        return x_BSD, self.ffn_norm(x_BSD).flatten(0, 1)
 
-class Transformer(nn.Module):
+    def dense(self, x_BSD: Tensor) -> Tensor:
+        """Return the residual stream after plain attention and a dense MLP."""
+        assert self.mlp is not None
+        x_BSD, x_TD = self.attend(x_BSD)
+        y_TD: Tensor = self.mlp(x_TD)
+        return x_BSD + y_TD.view_as(x_BSD)
+
+
+class Transformer(DenseParts):
     """Tokens to next-token logits, with the decision of each routed site beside them.
 
     Args:
@@ -123,11 +139,40 @@ class Transformer(nn.Module):
             tokens_BS: int64 token ids; with M routing samples the batch is repeated M times, sample-major.
             context: the context of the batch's B * S tokens; each site gets its own by :meth:`RoutingContext.at`.
         """
+        x_BSD, decisions = self.body(tokens_BS, context)
+        return self.logits(x_BSD), decisions
+
+    def losses(
+        self, tokens_BS: Tensor, targets_T: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, list[RoutingDecision]]:
+        """Return each row's own cross-entropy in nats, shape (T,), and the decision of each routed site.
+
+        Args:
+            tokens_BS, context: as :meth:`forward` takes them.
+            targets_T: int64, what follows each token.
+        """
+        x_BSD, decisions = self.body(tokens_BS, context)
+        loss_T: Tensor = self.part(Transformer.cross_entropy, x_BSD, targets_T)
+        return loss_T, decisions
+
+    def body(self, tokens_BS: Tensor, context: RoutingContext) -> tuple[Tensor, list[RoutingDecision]]:
+        """Return the residual stream after the last block, and the decision of each routed site."""
         x_BSD = self.embed(tokens_BS)
         for block in self.layers:
             x_BSD, made = block(x_BSD, context)
             context = replace(context, earlier={**context.earlier, **made})
-        return self.unembed(self.norm(x_BSD)), list(context.earlier.values())
+        return x_BSD, list(context.earlier.values())
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Return the logits of a residual stream, shape (B, S, V)."""
+        logits_BSV: Tensor = self.unembed(self.norm(x_BSD))
+        return logits_BSV
+
+    def cross_entropy(self, x_BSD: Tensor, targets_T: Tensor) -> Tensor:
+        """Return each row's cross-entropy in nats, in float32 at least; shape (T,)."""
+        logits_TV = self.logits(x_BSD).flatten(0, 1)
+        wide_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+        return functional.cross_entropy(wide_TV, targets_T, reduction="none")
 
 
 def sites(config: ModelConfig) -> dict[Site, int]:

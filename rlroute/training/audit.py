@@ -28,6 +28,7 @@ from rlroute.decision import RoutingDecision
 from rlroute.model import Transformer
 from rlroute.model.accounting import Costs
 from rlroute.model.checks import checked
+from rlroute.model.compiling import set_compiled
 from rlroute.model.work import measure
 from rlroute.routing import Router, RoutingContext
 from rlroute.schema import Dependence, Measured, MeasuredFlops, MeasuredMode
@@ -206,14 +207,19 @@ def audit(
 
 @contextmanager
 def _undisturbed(model: Transformer) -> Iterator[None]:
-    """Give back what a router may have moved against its contract: its numbers, and generators."""
+    """Give back what a router may have moved against its contract: its numbers, and generators. Nothing is compiled
+    meanwhile: what is hooked must be run.
+    """
     devices = [model.embed.weight.device] if model.embed.weight.is_cuda else []
     drawn, drawn_too = random.getstate(), np.random.get_state()
     held = [{name: value.clone() for name, value in router.state_dict().items()} for router in model.routers]
+    compiled = model.compiled
+    set_compiled(model, False)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        set_compiled(model, compiled)
         random.setstate(drawn)
         np.random.set_state(drawn_too)
         for router, state in zip(model.routers, held, strict=True):

@@ -48,12 +48,12 @@ def deterministic(wanted: bool, device: str = "cuda") -> Iterator[None]:
         return
     check_workspace()
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # Nothing reads what it has not written; filling every torch.empty would cost a pass over memory each.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

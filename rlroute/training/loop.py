@@ -17,6 +17,7 @@ from rlroute.learning import adapt
 from rlroute.limits import checked_seed
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.checks import checked
+from rlroute.model.compiling import set_compiled
 from rlroute.model.moe import MoELayer
 from rlroute.provenance import made_from, utc_now
 from rlroute.reading import last_row
@@ -124,6 +125,9 @@ class _Run:
             torch.cuda.reset_peak_memory_stats()
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
+        if config.train.compile:
+            torch.compiler.reset()  # what runs before this one in the same process were compiled to
+            set_compiled(self.model, True)
         self.identity = fingerprints(self.model, config.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)
         self.optimizer = Optimizer(self.model, config.train, group)

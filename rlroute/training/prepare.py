@@ -16,6 +16,7 @@ from rlroute.errors import ConfigError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs
+from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
 from rlroute.model.transformer import router_shapes, sites
 from rlroute.records import RunFolder, state
@@ -72,6 +73,8 @@ def _find_device(config: RunConfig) -> None:
         raise ConfigError("train.device = 'cuda': no CUDA device is there, legal is 'cpu'")
     if config.train.deterministic:
         check_workspace()
+    if config.train.compile:
+        check_compiler(config.train.device)
     resolve_backend(config.train.kernel, config.train.device)
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlroute import metrics
 from rlroute.learning import learn
@@ -97,13 +96,9 @@ def forward(
 ) -> tuple[Tensor, list[RoutingDecision]]:
     """Return each row's own next-token loss in nats, shape (M, T), and the decision of each routed site."""
     tokens_BS = context.token_ids_T.view(-1, batch.tokens_BS.shape[1])
-    with device.autocast():
-        logits_BSV, decisions = model(tokens_BS, context)
     targets_T = put(batch.targets_BS, device.name).reshape(-1).repeat(context.num_samples)
-    logits_TV = logits_BSV.flatten(0, 1)
-    loss_T = functional.cross_entropy(
-        logits_TV.float() if logits_TV.dtype != torch.float64 else logits_TV, targets_T, reduction="none"
-    )
+    with device.autocast():
+        loss_T, decisions = model.losses(tokens_BS, targets_T, context)
     return loss_T.view(context.num_samples, -1), decisions
 
 
