@@ -8,6 +8,7 @@ the pairs that ran, are held against it, and against the vendor's figure where t
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import warnings
@@ -74,6 +75,7 @@ class Trainee:
         self.optimizer = Optimizer(self.model, config.train)
         self.costs = costs(self.model, config.model, config.data.seq_len)
         self.device = Device(config.train.device, DTYPES[config.train.dtype])
+        self.loss: Any = 0.0
         self.pairs: list[Any] = []  # that ran in each step since they were last counted, by site
 
     @property
@@ -104,6 +106,7 @@ class Trainee:
         adapt(self.model.routers, result.sums_L, used)
         self.chain = next_link(self.chain, batch)
         self.pairs.append(result.pairs_L)
+        self.loss = result.loss
         self.done += 1
 
     def flops(self) -> float:
@@ -164,8 +167,10 @@ def bench_step(
     _take_rounds(contest, calls, base, rounds, device, until)
     rate = 2 * SIZE[device] ** 3 / _median(contest.seconds.pop(PRODUCT))
     rows = figures(contest, base, base)
-    for name in contest.seconds:
+    for name in list(contest.seconds):
         rows[name] |= _of_step(trainees[name], rows[name]["seconds"], rate)
+        if not math.isfinite(float(trainees[name].loss)):  # a model of nothing but NaN routes as no model does
+            rows[name] = {"failed": "its loss is not finite"}
     yield {
         "what": what,
         "base": base,

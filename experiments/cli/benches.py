@@ -10,7 +10,7 @@ import tyro
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments import RESULTS
-from rlroute.experiments.cli.common import command_line, make_folder
+from rlroute.experiments.cli.common import command_line, make_folder, with_preset
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.limits import Between, Positive, check_fields
@@ -95,6 +95,8 @@ class Step:
     """eager, compiled, deterministic, both."""
     steps: Annotated[int, Between(1, 10**4)] = 4
     """Steps in a row of each repetition."""
+    preset: str | None = None
+    """gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -106,7 +108,9 @@ class Step:
         name_broken(*self.contenders)
         how: dict[str, Any] = {"rounds": self.rounds, "minutes": self.minutes, "out": self.out, "steps": self.steps}
         wanted = benches.Wanted(names=self.contenders, command=command_line(), **how)
-        _say(benches.step(wanted, self.data, self.model, self.train, self.variants), self.out)
+        size = with_preset(self.preset, self.data, self.model, self.train)
+        what = self.preset or ""
+        _say(benches.step(wanted, size.data, size.model, size.train, self.variants, what), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rlroute.extras import missing
 from rlroute.limits import checked, option
 
 if TYPE_CHECKING:
+    from rlroute.experiments.recipes.sizes import Preset
     from rlroute.schema import RunRecord
 
 
@@ -156,6 +157,17 @@ def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig
 
 def command_line() -> str:
     return shlex.join(["rlroute", *sys.argv[1:]])
+
+
+def with_preset(preset: str | None, data: DataConfig, model: ModelConfig, train: TrainConfig) -> Preset:
+    """Return a preset with what the command line says in place of its own, or what is given where none is named.
+
+    Raises:
+        ConfigError: no preset is called that.
+    """
+    from rlroute.experiments.recipes import sizes
+
+    return sizes.with_preset(preset, data, model, train, {part: said(part) for part in ("data", "model", "train")})
 
 
 def said(part: str = "") -> set[str]:

@@ -21,6 +21,7 @@ from rlroute.experiments.cli.common import (
     publish,
     refuse_others,
     said,
+    with_preset,
 )
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
@@ -41,6 +42,7 @@ def train(
     entry: tyro.conf.Positional[str],
     seed: Seed = 0,
     tuned: bool = True,
+    preset: str | None = None,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
@@ -54,6 +56,8 @@ def train(
         entry: what to train.
         seed: of initial weights, data order and routing noise.
         tuned: use the entry's tuned settings; --no-tuned takes --train.lr and the router's defaults.
+        preset: gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given; nothing
+            is tuned.
     """
     from rlroute.experiments.comparison.marks import marks
     from rlroute.experiments.launch.runs import run_all
@@ -63,11 +67,13 @@ def train(
     if launch.concurrency is not None:
         raise ConfigError(f"--concurrency {launch.concurrency}: train trains one run")
 
-    steps = shared.train
+    size = with_preset(preset, shared.data, shared.model, shared.train)
+    steps = size.train
     if steps.micro_batches == 1:
         steps = replace(steps, micro_batches=launch.workers)
     name_broken(entry)
-    (config,) = build_comparison([entry], shared.data, shared.model, steps, tuned=tuned, said=said("train"))
+    tuned = tuned and preset is None
+    (config,) = build_comparison([entry], size.data, size.model, steps, tuned=tuned, said=said("train"))
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
     (record,) = run_all([Job(config, seed, command_line(), label=entry)], launch)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
@@ -83,6 +89,7 @@ def compare(
     budget: Budget = "tokens",
     seconds: Positive | None = None,
     tuned: bool = True,
+    preset: str | None = None,
     out: Path = Path("results"),
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
@@ -101,22 +108,26 @@ def compare(
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
         seconds: training time of each run under budget time; the figures are then not reproducible.
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
+        preset: gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given; nothing
+            is tuned.
         out: folder for table.md, table.csv and report.html.
     """
     if task == "clusters":
-        _refuse_of_text({"reference": reference, "budget": budget, "seconds": seconds, "tuned": tuned}, launch, shared)
+        options = {"reference": reference, "budget": budget, "seconds": seconds, "tuned": tuned, "preset": preset}
+        _refuse_of_text(options, launch, shared)
         compare_clusters(entries, seeds, out, launch.concurrency or cores())
         return
     from rlroute.experiments.comparison.budget import find_reference, with_budget
     from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.presets import ALL, all_entries, build_comparison, default_entries
 
+    size, tuned = with_preset(preset, shared.data, shared.model, shared.train), tuned and preset is None
     if budget != "tokens" and shared.train.budget != "tokens":
         raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
     name_broken(*entries)
     if not entries or entries == (ALL,):
-        entries = fitting_entries(all_entries() if entries else default_entries(), shared.data, shared.model)
-    configs = build_comparison(entries, shared.data, shared.model, shared.train, tuned=tuned, said=said("train"))
+        entries = fitting_entries(all_entries() if entries else default_entries(), size.data, size.model)
+    configs = build_comparison(entries, size.data, size.model, size.train, tuned=tuned, said=said("train"))
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     make_folder(out)
     named = list(zip(entries, configs, strict=True))
@@ -132,7 +143,7 @@ def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> 
     Raises:
         ConfigError: naming the first option.
     """
-    plain = {"reference": None, "budget": "tokens", "seconds": None, "tuned": True}
+    plain = {"reference": None, "budget": "tokens", "seconds": None, "tuned": True, "preset": None}
     takes = "ENTRIES, --seeds, --out and --concurrency"
     refuse_others("--task clusters", takes, options, plain)
     refuse_others("--task clusters", takes, replace(launch, concurrency=None), LAUNCH)
