@@ -144,10 +144,11 @@ def by_expert(features_TP: Tensor, seen_TQ: Tensor, plan: Plan) -> Tensor:
 
 def by_tile(features_TP: Tensor, seen_TQ: Tensor, plan: Plan) -> Tensor:
     """Return the same without waiting for the device: each tile's sum, and the sum of an expert's tiles."""
-    experts_G, rows_G = plan.tiles(TILE)
+    experts_G, rows_G, _ = plan.tiles(TILE)
     rows_GN = rows_G[:, None] + torch.arange(TILE, device=rows_G.device)
     counts_GN = (experts_G >= 0)[:, None] & (rows_GN < plan.starts_E[experts_G + 1][:, None])
     tokens_GN = plan.tokens_R[rows_GN.clamp(max=len(plan.tokens_R) - 1)]
     products_GPQ = (features_TP[tokens_GN] * counts_GN[..., None]).mT @ seen_TQ[tokens_GN]
     sums_EPQ = products_GPQ.new_zeros(plan.num_experts, *products_GPQ.shape[1:])
-    return sums_EPQ.index_add(0, experts_G.clamp(min=0), products_GPQ)
+    sums_EPQ = sums_EPQ.index_add(0, experts_G.clamp(min=0), products_GPQ)
+    return sums_EPQ
