@@ -6,21 +6,25 @@ are, and the metadata of the installed distribution has them.
 
 import re
 import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, requires
 
 from rlroute.errors import MissingDependencyError
 
 
 def missing(what: str, package: str, instead: str = "") -> MissingDependencyError:
-    """Return the error that names a package which is not installed, and the command that installs it with its extra.
+    """Return the error that names a package which is not installed, and the command that installs it with its extra; of
+    one that is installed and that something else keeps from being imported, what that is.
 
     Args:
         what: what needs it, as the subject of a sentence.
         package: the name of its distribution.
         instead: what does without it.
     """
-    command = f"pip install {shlex.join(needed_beside(package) or [package])}"
-    return MissingDependencyError("; ".join(filter(None, (f"{what} needs the package {package}: {command}", instead))))
+    cause, remedy = sys.exception(), f": pip install {shlex.join(needed_beside(package) or [package])}"
+    if isinstance(cause, ImportError) and (cause.name or package).partition(".")[0] != package:
+        remedy = f", whose import fails: {cause}"
+    return MissingDependencyError("; ".join(filter(None, (f"{what} needs the package {package}{remedy}", instead))))
 
 
 def needed_beside(package: str) -> list[str]:

@@ -47,6 +47,17 @@ def test_a_checkout_that_was_never_installed_names_the_package_alone(monkeypatch
     )
 
 
+def test_a_package_that_is_there_and_fails_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "plotly.py").write_text("from nowhere import nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "plotly", raising=False)
+    try:
+        import plotly  # noqa: F401
+    except ImportError:
+        said = str(missing("this", "plotly"))
+    assert said == "this needs the package plotly, whose import fails: No module named 'nowhere'"
+
+
 def test_no_text_advises_to_install_ours_from_an_index():
     files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     for folder in ("rlroute", "agents", "baselines", "envs", "experiments"):
