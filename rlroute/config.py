@@ -130,7 +130,7 @@ class DataConfig:
 class ModelConfig:
     """The decoder-only transformer that every router is put into."""
 
-    num_layers: Layers = 2
+    num_layers: Layers = 1
     d_model: Size = 64
     num_heads: Size = 4
     num_dense_layers: Whole = 0
@@ -138,7 +138,7 @@ class ModelConfig:
     num_experts: Experts = 16
     k: Count = 2
     """Experts per token."""
-    d_expert: Size = 32
+    d_expert: Size = 64
     """Hidden width of one expert."""
     num_shared_experts: Annotated[int, Between(0, 1024)] = 0
     """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
@@ -211,7 +211,7 @@ class ModelConfig:
 class TrainConfig:
     """How one run is trained."""
 
-    steps: Count = 320
+    steps: Count = 500
     """Optimizer steps under budget tokens; the most steps under the others."""
     batch_size: Size = 8
     """Sequences per step."""
