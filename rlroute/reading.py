@@ -41,8 +41,6 @@ LINE = 1 << 26
 FILE = 1 << 32
 """Bytes of the largest file of lines."""
 MOST_SITES = 10_000
-TIMED = frozenset({"seconds", "tokens_per_second", "traffic", "begun", "ended", "peak_memory"})
-"""What differs when the same run is trained again, in whatever part of a record."""
 MOST_ASKED = 1_000_000
 """Runs that are trained together, each entry with each seed."""
 _FILES = {"config": Described, "environment": Environment, "summary": Summary, "failed": Failure}
@@ -134,13 +132,6 @@ def failure(folder: Path) -> str | None:
     """
     note = read_part(folder, "failed")
     return None if note is None else str(note["reason"])
-
-
-def untimed(values: Any) -> Any:
-    """Return a part of a record, or a list of them, without what differs when the same run is trained again."""
-    if isinstance(values, Mapping):
-        return {name: untimed(value) for name, value in values.items() if name not in TIMED}
-    return [untimed(value) for value in values] if isinstance(values, list) else values
 
 
 def site_keys(model: Mapping[str, Any]) -> list[int | str]:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rlroute.config import RunConfig
-from rlroute.reading import read_part, read_rows, untimed
+from rlroute.reading import read_part, read_rows
+from rlroute.schema import untimed
 from rlroute.training.loop import train
 
 

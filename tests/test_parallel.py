@@ -28,10 +28,11 @@ from rlroute.model.accounting import costs, fingerprints, is_expert
 from rlroute.model.moe import HERE
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
-from rlroute.reading import read_runs, untimed
+from rlroute.reading import read_runs
 from rlroute.records import RunFolder
 from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision
+from rlroute.schema import untimed
 from rlroute.training import checkpoint, loop, manifest, prepare
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.group import ALONE

@@ -17,8 +17,9 @@ from rlroute import sink
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
-from rlroute.reading import read_described, read_part, untimed
+from rlroute.reading import read_described, read_part
 from rlroute.records import RunFolder
+from rlroute.schema import untimed
 from rlroute.training import loop
 from rlroute.values import flatten
 from tests import ROOT

@@ -17,9 +17,9 @@ from rlroute.experiments.verify.hand import AtHand
 from rlroute.model import Transformer
 from rlroute.model.compiling import set_compiled
 from rlroute.provenance import environment
-from rlroute.reading import read_run, untimed
+from rlroute.reading import read_run
 from rlroute.registry import run_config
-from rlroute.schema import RunRecord
+from rlroute.schema import RunRecord, untimed
 from rlroute.training.checkpoint import load_weights
 from rlroute.training.determinism import deterministic
 from rlroute.training.evaluate import evaluate

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlroute.decision import RoutingDecision
+from rlroute.decision import RoutingDecision, sort_by_expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +64,7 @@ def make_plan(decision: RoutingDecision) -> Plan:
     """Sort the pairs of a decision by expert."""
     pairs_R, experts_R, tokens_R = _bounded(decision)
     device = experts_R.device
-    narrow = torch.int16 if decision.num_experts < 2**15 else torch.int64  # a radix sort passes over fewer bits
-    sorted_R, order_R = torch.sort(experts_R.to(narrow), stable=True)
-    starts_E = torch.searchsorted(sorted_R, torch.arange(decision.num_experts + 1, device=device, dtype=narrow))
+    order_R, starts_E = sort_by_expert(experts_R, decision.num_experts)
     row_of_pair_R = torch.empty_like(order_R)
     row_of_pair_R[order_R] = torch.arange(len(order_R), device=device)
     row_of_pair_R = torch.where(experts_R < decision.num_experts, row_of_pair_R, -1)

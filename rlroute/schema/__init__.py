@@ -8,7 +8,7 @@ Shape suffixes: L routed sites, E experts.
 """
 
 from rlroute.schema.measured import Dependence, Measured, MeasuredFlops, MeasuredMode, RouterFlops
-from rlroute.schema.record import RunRecord, Stored
+from rlroute.schema.record import RunRecord, Stored, untimed
 from rlroute.schema.rows import EvalRow, LoadRow, Sampled, TrainRow
 from rlroute.schema.run import (
     Asked,
@@ -93,4 +93,5 @@ __all__ = [
     "TrainRow",
     "Vio",
     "Whole",
+    "untimed",
 ]
