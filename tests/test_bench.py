@@ -287,9 +287,17 @@ def test_the_gpu_command_runs_without_the_command_line_s_packages(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [step["outcome"] for step in summary["steps"].values()] == ["passed"] * 4
+    assert [step["outcome"] for step in summary["steps"].values()] == ["passed"] * 5
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"tests.txt", "kernels.json", "kernels.md", "layer.json", "layer.md", "comparison.jsonl"} <= names
+    assert {
+        "tests.txt",
+        "kernels.json",
+        "kernels.md",
+        "layer.json",
+        "layer.md",
+        "comparison.jsonl",
+        "step.json",
+    } <= names
     assert bench_kernels.BASE in (tmp_path / "out" / "kernels.md").read_text()
 
 
@@ -311,7 +319,7 @@ def test_a_step_that_is_stopped_leaves_no_process(tmp_path):
 
 def test_the_gpu_command_names_the_steps_there_are(capsys):
     assert bench_gpu._steps("layer,tests") == ["tests", "layer"] and bench_gpu._steps("") == list(bench_gpu.STEPS)
-    with pytest.raises(argparse.ArgumentTypeError, match="'kernel': legal are tests, kernels, layer, comparison"):
+    with pytest.raises(argparse.ArgumentTypeError, match="'kernel': legal are tests, kernels, layer, comparison, step"):
         bench_gpu._steps("kernel")
 
 

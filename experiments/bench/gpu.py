@@ -1,11 +1,11 @@
 """``make gpu``: everything that wants a CUDA device, in one command of at most ten minutes, without the command line's
 packages.
 
-``python3 -m rlroute.experiments.bench.gpu`` runs the card's tests, the benches with every installed peer, and a
-comparison of four routers and the dense model, each in a process group of its own with a time limit, and leaves tables,
-JSON and a summary in one folder. A step that fails or runs out of time does not hold up the others: what it had written
-stays, and no process of it does. ``make gpu ONLY=kernels,layer`` runs some of the steps. It needs torch, triton, numpy,
-safetensors, scipy and pytest; the comparison needs pydantic too, and says so before the first step.
+``python3 -m rlroute.experiments.bench.gpu`` runs the card's tests, the benches with every installed peer, a comparison
+of four routers and the dense model, and whole training steps, each in a process group of its own with a time limit, and
+leaves tables, JSON and a summary in one folder. A step that fails or runs out of time does not hold up the others: what
+it had written stays, and no process of it does. ``make gpu ONLY=kernels,layer`` runs some of the steps. It needs torch,
+triton, numpy, safetensors, scipy and pytest; the comparison needs pydantic too, and says so before the first step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.launch import runs
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.recipes.presets import build_comparison
+from rlroute.experiments.recipes.sizes import PRESETS as SIZES
 from rlroute.extras import missing
 from rlroute.kernels import resolve_backend
 from rlroute.provenance import environment
 from rlroute.records import write_atomically, write_compact, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"tests": 120, "kernels": 220, "layer": 60, "comparison": 180}
+LIMITS = {"tests": 100, "kernels": 190, "layer": 60, "comparison": 120, "step": 110}
 """Seconds of each step; 9 minutes 40 seconds together."""
 TESTS_AT_A_TIME = "8"
 """Most of a test's time is its kernels' compilation, on the CPU."""
@@ -113,7 +115,26 @@ def _recipe(device: str, quick: bool) -> tuple[DataConfig, ModelConfig, TrainCon
     )
 
 
-STEPS = {"tests": run_tests, "kernels": run_kernels, "layer": run_layer, "comparison": run_comparison}
+def run_step(out: Path, device: str, quick: bool) -> None:
+    """Run the bench of whole training steps until shortly before the limit."""
+    data, model, train = _recipe(device, quick)
+    variants, what = ["eager"], ""
+    if not quick:
+        what = "gpu-124m"
+        size, variants = SIZES[what], ["eager", "compiled"]
+        data, model, train = replace(size.data, spec="stdlib", tokenizer="bytes"), size.model, size.train
+    amount: dict[str, Any] = {"rounds": 2 if quick else 10, "minutes": (LIMITS["step"] - 60) / 60, "command": COMMAND}
+    wanted = benches.Wanted(names=("switch",), out=out / "step.json", **amount)
+    print(benches.step(wanted, data, model, train, variants, what))
+
+
+STEPS = {
+    "tests": run_tests,
+    "kernels": run_kernels,
+    "layer": run_layer,
+    "comparison": run_comparison,
+    "step": run_step,
+}
 
 
 def run_all(out: Path, device: str, quick: bool, only: list[str]) -> int:
