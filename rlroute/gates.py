@@ -29,8 +29,11 @@ def softmax_meaning(normalize: bool, k: int) -> str:
 
 
 def normalize_rows(scores: Tensor) -> Tensor:
-    """Divide each row by its sum, which all sigmoids of a row may underflow to 0."""
-    return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    """Divide each row by its sum, which all sigmoids of a row may underflow to 0.
+
+    The least divisor is DeepSeek-V3's 1e-20: by the least number of all, a gradient would overflow.
+    """
+    return scores / scores.sum(1, keepdim=True).clamp(min=1e-20)
 
 
 def constant_gates(ids_TK: Tensor, like: Tensor) -> Tensor:

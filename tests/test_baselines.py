@@ -238,6 +238,16 @@ def test_a_bias_below_all_scores_forbids_nothing() -> None:
     assert torch.equal(decide(router).expert_ids_R, free.expert_ids_R)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_whose_sigmoids_all_underflow_has_a_finite_gradient(dtype: torch.dtype) -> None:
+    router = make(BiasBalancedRouter).to(dtype)
+    torch.nn.init.constant_(router.scores.weight, -1.0)
+    decision = router(torch.full((3, D), 1000.0, dtype=dtype), make_context(3))
+    (decision.gates_R * torch.arange(6)).sum().backward()
+    assert not decision.gates_R.any() and router.scores.weight.grad is not None
+    assert bool(router.scores.weight.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_single_gate_is_the_score_itself(scale: float) -> None:
     decision = decide(make(BiasBalancedRouter, k=1, route_scale=scale))
