@@ -182,6 +182,7 @@ def waits_of(
 
 EVERY_TERM = "balance_weight=0.1,sequence_balance_weight=0.1,device_balance_weight=0.1,z_weight=0.1,entropy_weight=0.1"
 TIGHT = {"capacity_factor": 0.5}
+GROUPS = "score=sqrt_softplus,groups=2,expert_scales=true,norm_input=true,linear_bias=true,soft_cap=5,bias_rate=0.01"
 ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{name: (name, {}, {}) for name in (DENSE, *default_names())},
     **{f"{name}, tight, in parts": (name, TIGHT, {"micro_batches": 4}) for name in default_names()},
@@ -191,6 +192,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "samples": (f"reinforce:baseline=leave_one_out,charge_weight=0.1,discount=0.5,{EVERY_TERM}", TIGHT, {}),
     "one resampled": ("reinforce:resample=one", {}, {}),
     "optimism": ("bandit:exploration=optimism", TIGHT, {}),
+    "groups": (f"topk:{GROUPS}", TIGHT, {}),
     "positions": ("hash:table=position", {}, {}),
     "attention": ("switch", {"attention_experts": 4, "num_shared_experts": 1}, {}),
     "unit gates": ("noisy_topk", {"gate_form": "unit", "num_dense_layers": 1}, {}),
