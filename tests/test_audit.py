@@ -253,6 +253,10 @@ def test_a_malformed_decision_is_refused_by_name(how: str, tmp_path: Path) -> No
 # Honest routers, and runs that stay what they are
 
 
+FEWER_PAIRS = {("gshard", "training")}
+"""Where a router runs a number of pairs that varies."""
+
+
 @pytest.mark.parametrize("name", any_router_names())
 def test_our_routers_are_as_they_say(name: str, tmp_path: Path) -> None:
     config = default_config(name, MODEL.d_model, MODEL.num_experts)
@@ -260,7 +264,8 @@ def test_our_routers_are_as_they_say(name: str, tmp_path: Path) -> None:
     assert marks([record]) == {}
     found = measured(record)
     for mode in ("training", "evaluation"):
-        assert found[mode]["pairs_L"] == [2, 2] and found[mode]["repeats"]
+        assert found[mode]["repeats"]
+        assert found[mode]["pairs_L"] == [2, 2] or (name, mode) in FEWER_PAIRS
         for part in ("later", "others"):
             assert found[mode][part] == {"routes_L": [0, 0], "drops_L": [0, 0], "outputs": 0}
     assert found["flops"]["booked_L"] == found["flops"]["measured_L"]

@@ -70,7 +70,7 @@ def undisturbed(tmp_path_factory):
 
 CORPUS = "synth:documents=64,length=64"
 BAD_INPUT = {
-    "unknown router": (("train", "swich"), ("'swich'", "did you mean 'switch'", "bias_balanced, credit, hash")),
+    "unknown router": (("train", "swich"), ("'swich'", "did you mean 'switch'", "legal are ", "noisy_topk")),
     "one unknown router of several": (("compare", "hash", "dens"), ("'dens'", "did you mean 'dense'")),
     "unknown field": (
         ("train", "switch:blance_weight=1"),
