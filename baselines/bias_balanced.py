@@ -2,17 +2,22 @@
 
 Loss-free balancing, Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437).
 
+The paper's step goes by the sign of the error in load. It also tries one by its size: here relative to the mean load,
+so that the rate does not hang on the size of a batch. torchtitan subtracts the step's mean, so that biases do not drift
+together.
+
 For k = 1 the gate is the score itself: normalised over one expert it would be a constant.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlroute.config import RouterConfig
 from rlroute.gates import normalize_rows
-from rlroute.limits import NonNegative, Positive
+from rlroute.limits import NonNegative, Positive, Share
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
@@ -25,6 +30,12 @@ class BiasBalancedRouter(Router):
 
         update_rate: NonNegative = 0.001
         """How far a bias moves per step (the papers' u or gamma)."""
+        rule: Literal["sign", "magnitude", "centred"] = "sign"
+        """What the rate multiplies: the sign of the mean load less the expert's; that difference over the mean load; or
+        the sign less its mean over experts.
+        """
+        until: Share = 1.0
+        """The share of the budget after which biases stay; DeepSeek-V3 ends at 14.3 of 14.8 trillion tokens, 0.966."""
         route_scale: Positive = 1.0
         """Factor on all gates; DeepSeek-V3 uses 2.5."""
         init_std: NonNegative = 0.02
@@ -55,5 +66,13 @@ class BiasBalancedRouter(Router):
 
     def adapt(self, sums: Sums, progress: float) -> None:
         """Raise the bias of experts that less than the mean chose, lower that of the others."""
-        demand_E = sums["demand_E"].to(self.bias_E.dtype)
-        self.bias_E += self.config.update_rate * torch.sign(demand_E.mean() - demand_E)
+        if progress < self.config.until:
+            self.bias_E += self.config.update_rate * self._error(sums["demand_E"].to(self.bias_E.dtype))
+
+    def _error(self, demand_E: Tensor) -> Tensor:
+        """Return how far each expert's load is below the mean, as the rule sees it; shape (E,)."""
+        below_E = demand_E.mean() - demand_E
+        if self.config.rule == "magnitude":
+            return below_E / demand_E.mean().clamp(min=torch.finfo(demand_E.dtype).tiny)
+        sign_E = torch.sign(below_E)
+        return sign_E - sign_E.mean() if self.config.rule == "centred" else sign_E

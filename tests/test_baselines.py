@@ -263,9 +263,38 @@ def test_a_bias_moves_by_the_rate_towards_the_mean() -> None:
     assert router.bias_E.tolist() == [-0.5, 0.5, -0.25, 0.25]
 
 
-def test_the_bias_alone_balances_collapsed_scores() -> None:
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [
+        ("sign", [-0.5, 0.5, 0.5, 0.0]),
+        ("centred", [-0.625, 0.375, 0.375, -0.125]),
+        ("magnitude", [-0.5, 1 / 3, 1 / 6, 0.0]),
+    ],
+)
+def test_the_step_of_each_rule_is_that_of_its_definition(rule: str, steps: list[float]) -> None:
+    """None hangs on the size of the batch, and where nothing was chosen, none moves."""
+    for batch in (1, 1000):
+        router = make(BiasBalancedRouter, experts=4, update_rate=0.5, rule=rule)
+        router.adapt(Sums({"demand_E": batch * torch.tensor([12, 2, 4, 6])}, []), 0.0)
+        assert router.bias_E.tolist() == pytest.approx(steps)
+    router = make(BiasBalancedRouter, experts=4, rule=rule)
+    router.adapt(Sums({"demand_E": torch.zeros(4, dtype=torch.int64)}, []), 0.0)
+    assert router.bias_E.tolist() == [0.0] * 4
+
+
+def test_biases_stay_after_their_share_of_the_budget() -> None:
+    moved = []
+    for until, progress in ((1.0, 0.99), (0.5, 0.49), (0.5, 0.5), (0.5, 0.51), (0.0, 0.0)):
+        router = make(BiasBalancedRouter, until=until)
+        router.adapt(Sums({"demand_E": torch.arange(8)}, []), progress)
+        moved.append(bool(router.bias_E.any()))
+    assert moved == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("rule", ["sign", "magnitude", "centred"])
+def test_the_bias_alone_balances_collapsed_scores(rule: str) -> None:
     router, x_TD, context = (
-        make(BiasBalancedRouter, update_rate=0.01, init_std=0.3),
+        make(BiasBalancedRouter, update_rate=0.01, init_std=0.3, rule=rule),
         draw(512, D) + 2,
         make_context(512),
     )
@@ -312,6 +341,8 @@ def test_uniform_routing_sees_nothing_and_spreads_evenly() -> None:
         (NoisyTopKRouter, {"load_weight": -0.1}, r"noisy_topk\.load_weight = -0\.1: legal are numbers from 0"),
         (BiasBalancedRouter, {"update_rate": -1.0}, r"bias_balanced\.update_rate = -1\.0: legal are numbers from 0"),
         (BiasBalancedRouter, {"route_scale": 0.0}, r"bias_balanced\.route_scale = 0\.0: legal are numbers above 0"),
+        (BiasBalancedRouter, {"rule": "step"}, r"rule = 'step': legal are 'sign', 'magnitude', 'centred'"),
+        (BiasBalancedRouter, {"until": 1.5}, r"bias_balanced\.until = 1\.5: legal are numbers from 0 to 1"),
         (HashRouter, {"table": "even"}, r"hash\.table = 'even': legal are 'random', 'balanced', 'position'"),
     ],
 )
