@@ -152,8 +152,10 @@ def test_the_test_above_would_notice_a_batch_dependent_rule():
 
 
 def test_independence_covers_nearly_every_router():
-    """A router that calls itself batch-dependent escapes the equality test; at most its balance terms may excuse it."""
-    assert {entry.partition(":")[0] for entry in independent_entries()} == set(default_names())
+    """A router that calls itself batch-dependent escapes the equality test; its balance terms may excuse it, or a rule
+    that is over a micro-batch.
+    """
+    assert {entry.partition(":")[0] for entry in independent_entries()} == set(default_names()) - {"quantile"}
 
 
 @pytest.mark.parametrize("entry", ["switch", "reinforce"])
