@@ -97,7 +97,7 @@ class Picky(Threshold):
         return super().refuses(config, shape)
 
 
-STRANGERS = {"expert_choice_like": ExpertChoice, "threshold": Threshold, "picky": Picky}
+STRANGERS = {"expert_choice_like": ExpertChoice, "threshold_like": Threshold, "picky": Picky}
 
 
 def install(monkeypatch: Any, *names: str) -> None:

@@ -213,13 +213,13 @@ def test_layer_bench_refuses_who_is_named_and_refuses_a_shape_before_any_work(mo
 
 
 def test_layer_bench_takes_any_choice_and_its_routers_see_their_credit(monkeypatch, tmp_path):
-    install(monkeypatch, "threshold", "expert_choice_like")
-    run(benches.layer, tmp_path, names=["threshold", "threshold:threshold=1.5", "expert_choice_like"])
+    install(monkeypatch, "threshold_like", "expert_choice_like")
+    run(benches.layer, tmp_path, names=["threshold_like", "threshold_like:threshold=1.5", "expert_choice_like"])
     for row in json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]:
         assert not [values for values in row["contenders"].values() if "failed" in values]
-    router = bench_layer.make_router(bench_layer.config_of("threshold", SHAPE, "cpu").router, router_shape(SHAPE))
+    router = bench_layer.make_router(bench_layer.config_of("threshold_like", SHAPE, "cpu").router, router_shape(SHAPE))
     monkeypatch.setattr(bench_layer, "make_router", lambda config, shape: router)
-    layer_passes("threshold", torch.randn(24, 16))["training"]()
+    layer_passes("threshold_like", torch.randn(24, 16))["training"]()
     assert router.seen["credit"][0] > 0
 
 

@@ -187,9 +187,9 @@ def test_who_chooses_makes_no_difference_to_what_is_counted():
 
 
 def test_expert_choice_and_variable_k_are_trained_and_shown_with_what_ran(monkeypatch):
-    install(monkeypatch, "expert_choice_like", "threshold")
+    install(monkeypatch, "expert_choice_like", "threshold_like")
     rows = []
-    for entry in ("expert_choice_like", "threshold:threshold=0.2", "threshold:threshold=1.5", "hash"):
+    for entry in ("expert_choice_like", "threshold_like:threshold=0.2", "threshold_like:threshold=1.5", "hash"):
         outcome = train(entry, TASK, "own", 0, SHORT)
         json.dumps(vars(outcome), allow_nan=False)
         rows.append({"task": "uniform", "gate": "own", "entry": entry, "outcomes": [vars(outcome)]})
@@ -201,7 +201,7 @@ def test_expert_choice_and_variable_k_are_trained_and_shown_with_what_ran(monkey
     assert nobody.loss == nobody.sampled_loss == float(held_out.y_TW.square().mean(1).mean())
     text = to_markdown(rows)
     (said,) = (line for line in text.splitlines() if line.startswith("Not one expert"))
-    assert "threshold:threshold=1.5 ran 0.00 pairs per token, and none for 100.0% of tokens" in said
+    assert "threshold_like:threshold=1.5 ran 0.00 pairs per token, and none for 100.0% of tokens" in said
     assert f"expert_choice_like ran 1.00 pairs per token, and none for {experts.without:.1%}" in said
     assert "hash" not in said and (hashed.pairs, hashed.without) == (1.0, 0.0)
 
@@ -221,10 +221,10 @@ def test_a_token_s_own_input_counts_where_a_router_weighs_it(monkeypatch):
 
 
 def test_routers_see_how_much_of_the_training_is_done_and_the_credit_of_their_pairs(monkeypatch):
-    install(monkeypatch, "threshold")
-    router = clusters._router("threshold", TASK, 0)
+    install(monkeypatch, "threshold_like")
+    router = clusters._router("threshold_like", TASK, 0)
     monkeypatch.setattr(clusters, "_router", lambda entry, task, seed: router)
-    train("threshold", TASK, "own", 0, Ladder(steps=4, tokens=32))
+    train("threshold_like", TASK, "own", 0, Ladder(steps=4, tokens=32))
     assert router.seen["progress"] == [0, 0.25, 0.5, 0.75] and all(credit > 0 for credit in router.seen["credit"])
 
 

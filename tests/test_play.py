@@ -122,8 +122,8 @@ def test_losses_of_a_batch_are_those_of_the_experts_taken():
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_in_a_batch_a_token_without_an_expert_costs_what_skipping_it_costs(samples, monkeypatch):
-    install(monkeypatch, "threshold")
-    player, envs = player_of("TokenBandits-v0", "threshold", samples=samples)
+    install(monkeypatch, "threshold_like")
+    player, envs = player_of("TokenBandits-v0", "threshold_like", samples=samples)
     chosen, decide, again = player.chosen, playing.decide, []
 
     def listen(router, x_TD, context, config):
@@ -146,19 +146,19 @@ def test_in_a_batch_a_token_without_an_expert_costs_what_skipping_it_costs(sampl
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("environment", ["TokenBandit-v0", "Dispatch-v0"])
 def test_where_none_is_no_action_its_router_is_refused_before_any_work(environment, samples, monkeypatch):
-    install(monkeypatch, "threshold")
+    install(monkeypatch, "threshold_like")
     monkeypatch.setattr(RouterPlayer, "learn", lambda *arguments: pytest.fail("work was begun"))
     if environment == "Dispatch-v0" and samples == 2:
         reason = "wants 2 outcomes of each token"
     else:
         reason = "router 'threshold' left a token without an expert.*legal is rlroute/TokenBandits-v0"
     with pytest.raises(ConfigError, match=reason):
-        play(environment, ("reinforce", f"threshold:samples={samples}"), 4, 0, QUICK)
+        play(environment, ("reinforce", f"threshold_like:samples={samples}"), 4, 0, QUICK)
 
 
 def test_who_learns_to_leave_tokens_without_an_expert_is_refused_by_name(monkeypatch):
-    install(monkeypatch, "threshold")
-    player, envs = player_of("TokenBandit-v0", "threshold", threshold=0.01)
+    install(monkeypatch, "threshold_like")
+    player, envs = player_of("TokenBandit-v0", "threshold_like", threshold=0.01)
 
     def take_nobody(sums, progress):
         player.router.config = replace(player.router.config, threshold=1.5)
@@ -169,9 +169,9 @@ def test_who_learns_to_leave_tokens_without_an_expert_is_refused_by_name(monkeyp
 
 
 def test_variable_k_and_expert_choice_play_where_they_can(monkeypatch):
-    install(monkeypatch, "threshold", "expert_choice_like")
+    install(monkeypatch, "threshold_like", "expert_choice_like")
     how = Learning(updates=2, copies=4, rollout=2)
-    several, *_ = play("TokenBandit-v0", ("threshold:threshold=0.01,noise=0.0",), 8, 0, how)
+    several, *_ = play("TokenBandit-v0", ("threshold_like:threshold=0.01,noise=0.0",), 8, 0, how)
     batch, *_ = play("TokenBandits-v0", ("expert_choice_like",), 8, 0, how)
     assert math.isfinite(several.score) and math.isfinite(batch.score)
     with pytest.raises(ConfigError, match="'expert_choice_like' decides over a batch"):
@@ -187,8 +187,8 @@ def test_who_refuses_the_only_site_that_there_is_is_refused_by_name(monkeypatch)
 
 
 def test_gates_change_nothing_so_their_credit_is_there_and_0(monkeypatch):
-    install(monkeypatch, "threshold")
-    player, envs = player_of("TokenBandits-v0", "threshold")
+    install(monkeypatch, "threshold_like")
+    player, envs = player_of("TokenBandits-v0", "threshold_like")
     weight = player.router.scores.weight.detach().clone()
     monkeypatch.setattr(player.router, "objective", lambda decision, feedback: {})
     player.learn(envs, Learning(updates=4, copies=4, rollout=2))
