@@ -5,11 +5,13 @@ Shape suffixes: T tokens, D model width, E experts, K experts per token, C token
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rlroute.baselines.expert_choice import ExpertChoiceRouter
+from rlroute.baselines.sinkhorn import SinkhornRouter, balanced
 from rlroute.experiments.laws.steps import gates_TE, spread
 from rlroute.routing import Router, RoutingDecision
 from tests.conftest import D, draw, make_context, make_shape
@@ -51,3 +53,49 @@ def test_experts_never_take_padding() -> None:
     mask_T = torch.arange(64) % 4 == 0
     decision = decide(make(ExpertChoiceRouter, k=4), mask_T=mask_T)  # 32 places an expert, 16 tokens
     assert decision.load_E().tolist() == [16] * 8 and not bool(gates_TE(decision)[~mask_T].any())
+
+
+# sinkhorn
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_marginals_of_the_plan_are_equal(padded: bool) -> None:
+    scores_TE = skewed(96, 8)
+    mask_T = (torch.arange(96) % 3 != 0) | torch.tensor(not padded)
+    plan_TE = balanced(scores_TE, mask_T, 100).exp()
+    torch.testing.assert_close(plan_TE.sum(1), torch.ones(96).double(), rtol=0, atol=1e-12)
+    loads_E = plan_TE[mask_T].sum(0)
+    torch.testing.assert_close(loads_E, torch.full_like(loads_E, int(mask_T.sum()) / 8), rtol=0, atol=1e-6)
+
+
+def test_the_plan_is_that_of_plain_scaling() -> None:
+    """Without logarithms, as it is written down."""
+    scores_TE = skewed(40, 5)
+    kernel_TE, row_T, column_E = scores_TE.exp().numpy(), np.ones(40), np.ones(5)
+    row_T = 1 / (kernel_TE @ column_E)
+    for _ in range(7):
+        column_E = (40 / 5) / (kernel_TE.T @ row_T)
+        row_T = 1 / (kernel_TE @ column_E)
+    want_TE = torch.from_numpy(row_T[:, None] * kernel_TE * column_E)
+    torch.testing.assert_close(balanced(scores_TE, torch.ones(40).bool(), 7).exp(), want_TE)
+
+
+def test_a_plan_of_great_scores_or_of_padding_alone_is_finite() -> None:
+    mask_T = torch.ones(12).bool()
+    assert bool(balanced(1e6 * draw(12, 4).float(), mask_T, 20).isfinite().all())
+    assert bool(balanced(draw(12, 4).float(), ~mask_T, 20).isfinite().all())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_plan_chooses_in_training_and_the_logits_otherwise(k: int) -> None:
+    router = make(SinkhornRouter, k=k)
+    training, greedy = decide(router), decide(router, explore=False)
+    logits_TE = greedy.logits_TE
+    assert logits_TE is not None
+    plan_TE = balanced(logits_TE, torch.ones(64).bool(), 20)
+    assert torch.equal(training.expert_ids_R.view(-1, k).sort(1).values, plan_TE.topk(k).indices.sort(1).values)
+    assert torch.equal(greedy.expert_ids_R.view(-1, k), logits_TE.topk(k).indices)
+    want_TE = logits_TE.sigmoid() if k == 1 else logits_TE.softmax(1)  # Megatron-Core's
+    ids_TK = training.expert_ids_R.view(-1, k)
+    assert torch.equal(training.gates_R.view(-1, k), want_TE.gather(1, ids_TK))
+    assert int(training.load_E().max()) < int(greedy.load_E().max())
