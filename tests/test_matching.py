@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
+from rlroute.baselines.base import BaseRouter, assign
 from rlroute.baselines.expert_choice import ExpertChoiceRouter
 from rlroute.baselines.sinkhorn import SinkhornRouter, balanced
 from rlroute.experiments.laws.steps import gates_TE, spread
@@ -99,3 +101,60 @@ def test_the_plan_chooses_in_training_and_the_logits_otherwise(k: int) -> None:
     ids_TK = training.expert_ids_R.view(-1, k)
     assert torch.equal(training.gates_R.view(-1, k), want_TE.gather(1, ids_TK))
     assert int(training.load_E().max()) < int(greedy.load_E().max())
+
+
+# base
+
+
+def best(scores_TE: Tensor, k: int) -> float:
+    """The optimum of the linear program, by scipy."""
+    tokens, experts = scores_TE.shape
+    if k == 1:
+        places = scores_TE.repeat_interleave(tokens // experts, dim=1).numpy()
+        return float(places[linear_sum_assignment(places, maximize=True)].sum())
+    rows = np.kron(np.eye(tokens), np.ones(experts)), np.kron(np.ones(tokens), np.eye(experts))
+    equal = [k] * tokens + [k * tokens / experts] * experts
+    return -float(linprog(-scores_TE.flatten().numpy(), A_eq=np.vstack(rows), b_eq=equal, bounds=(0, 1)).fun)
+
+
+@pytest.mark.parametrize("skew", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(64, 4, 1), (256, 16, 1), (512, 16, 1), (48, 8, 2), (40, 8, 5)])
+def test_base_comes_close_to_the_best_balanced_assignment(tokens: int, experts: int, k: int, skew: bool) -> None:
+    scores_TE = skewed(tokens, experts) if skew else draw(tokens, experts)
+    found, want = float((scores_TE * assign(scores_TE, k, 512, BaseRouter.Config().rounds)).sum()), best(scores_TE, k)
+    assert want * (1 - 1e-3) < found < want + 1e-6
+
+
+SCORES = {
+    "skewed": skewed(1200, 8),
+    "equal": torch.zeros(1200, 8),
+    "all the same": draw(1, 8).expand(1200, 8),
+    "two kinds": (torch.arange(1200)[:, None] + torch.arange(8)) % 2 * 1.0,
+    "great": 1e6 * skewed(1200, 8).float(),
+}
+
+
+@pytest.mark.parametrize("rounds", [1, 20])
+@pytest.mark.parametrize("scores", SCORES)
+def test_base_is_exactly_balanced_whatever_the_scores(scores: str, rounds: int) -> None:
+    """In every group of at most so many tokens, to 1 where they cannot be shared evenly; k different experts each."""
+    for tokens, k, group in [(1200, 1, 512), (1200, 3, 400), (1199, 2, 512), (7, 1, 512), (1, 3, 512), (9, 8, 4)]:
+        taken_TE = assign(SCORES[scores][:tokens], k, group, rounds)
+        assert taken_TE.shape == (tokens, 8) and taken_TE.sum(1).tolist() == [k] * tokens
+        groups = taken_TE.tensor_split(-(-tokens // group))
+        for part_TE in groups:
+            load_E = part_TE.sum(0)
+            assert len(part_TE) <= group and int(load_E.max() - load_E.min()) == (len(part_TE) * k % 8 != 0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_base_assigns_in_training_and_is_greedy_otherwise(k: int) -> None:
+    router = make(BaseRouter, k=k, group=32)
+    training, greedy = decide(router), decide(router, explore=False)
+    assert training.load_E().tolist() == [8 * k] * 8 != greedy.load_E().tolist()
+    logits_TE = greedy.logits_TE
+    assert logits_TE is not None
+    assert torch.equal(greedy.expert_ids_R.view(-1, k), logits_TE.topk(k).indices)
+    for decision in (training, greedy):
+        want_R = logits_TE[decision.token_ids_R, decision.expert_ids_R].sigmoid()
+        assert torch.equal(decision.gates_R, want_R)
