@@ -1,0 +1,99 @@
+"""Routers that run more experts for one token than for another: Expert Threshold, top-p, ReMoE.
+
+Shape suffixes: T tokens, D model width, E experts, K slots per token, B bins.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlroute.baselines.threshold import ThresholdRouter, quantile
+from rlroute.experiments.laws.steps import gates_TE, same, spread
+from rlroute.routing import Router, RoutingDecision
+from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
+
+
+def make(router: type[Router], experts: int = 8, k: int = 2, **config: Any) -> Any:
+    """A router whose scores differ."""
+    return spread(router(router.Config(**config), make_shape(experts, k)).double())
+
+
+def scores_of(decision: RoutingDecision) -> tuple[Tensor, Tensor]:
+    """Return logits_TE and probs_TE."""
+    assert decision.logits_TE is not None and decision.probs_TE is not None
+    return decision.logits_TE.detach(), decision.probs_TE.detach()
+
+
+def run(router: Router, x_TD: Tensor) -> RoutingDecision:
+    """Let a router see a step; return what it decided before it moved."""
+    decision: RoutingDecision = router(x_TD, make_context(len(x_TD)))
+    router.adapt(sums_of(router, decision, make_feedback(make_context(len(x_TD)))), 0.0)
+    return decision
+
+
+# threshold
+
+
+def test_an_expert_runs_where_its_score_is_above_its_threshold_in_training_as_in_evaluation() -> None:
+    router = make(ThresholdRouter)
+    run(router, draw(256, D, seed=5))
+    training, greedy = (router(draw(64, D), make_context(64, explore=explore)) for explore in (True, False))
+    assert same(training.detach(), greedy.detach())
+    want_TE = torch.zeros(64, 8).double()
+    for token, logits_E in enumerate(scores_of(training)[0].tolist()):
+        for expert, threshold in enumerate(router.threshold_E.tolist()):
+            score = 1 / (1 + math.exp(-logits_E[expert]))
+            want_TE[token, expert] = score if score > threshold else 0.0
+    torch.testing.assert_close(gates_TE(training), want_TE, rtol=0, atol=1e-12)
+    assert len(set((want_TE > 0).sum(1).tolist())) > 2  # few experts for one token, many for another
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (16, 1), (4, 3), (4, 4)])
+def test_the_mean_k_is_on_target_and_every_expert_has_its_share(experts: int, k: int) -> None:
+    """Of a stream of which all tokens like much the same experts, and like others after a while."""
+    router = make(ThresholdRouter, experts, k)
+    for shift in (0.5, -0.5):
+        for step in range(12):
+            run(router, draw(512, D, seed=step) + shift)
+        decision = router(draw(4096, D, seed=99) + shift, make_context(4096))
+        share_E = decision.load_E() / 4096
+        assert float(share_E.sum()) == pytest.approx(k, rel=0.05)
+        assert float((share_E - k / experts).abs().max()) < 0.03
+
+
+def test_the_first_thresholds_are_those_of_normal_inputs() -> None:
+    for experts, k in ((8, 2), (16, 1), (4, 4)):
+        decision = make_untrained(experts, k)(draw(4096, D), make_context(4096))
+        assert float(decision.load_E().sum()) / 4096 == pytest.approx(k, rel=0.1)
+
+
+def make_untrained(experts: int, k: int) -> Router:
+    return ThresholdRouter(ThresholdRouter.Config(), make_shape(experts, k)).double()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.875, 1.0])
+def test_quantiles_of_a_histogram_are_those_of_its_values(share: float) -> None:
+    values_TE = draw(999, 3).sigmoid()
+    counts_EB = torch.stack([torch.histc(values_TE[:, e], 1024, 0, 1) for e in range(3)]).long()
+    torch.testing.assert_close(quantile(counts_EB, share), values_TE.quantile(share, dim=0), rtol=0, atol=1e-2)
+
+
+def test_a_step_without_tokens_moves_no_threshold() -> None:
+    router = make(ThresholdRouter)
+    before_E = router.threshold_E.clone()
+    nobody = make_context(12, mask_T=torch.zeros(12).bool())
+    decision = router(draw(12, D), nobody)
+    router.adapt(sums_of(router, decision, make_feedback(nobody, num_valid=1)), 0.0)
+    assert torch.equal(router.threshold_E, before_E) and not bool(router.started)
+
+
+@pytest.mark.parametrize("router", [ThresholdRouter])
+def test_few_slots_keep_the_best(router: type[Router]) -> None:
+    whole, cut = (make(router, slots=slots)(draw(64, D), make_context(64)) for slots in (None, 2))
+    best_TE = gates_TE(whole)
+    assert whole.k == 8 and cut.k == 2 and int((best_TE > 0).sum(1).max()) > 2
+    kept_TE = torch.zeros_like(best_TE).scatter(1, best_TE.topk(2).indices, best_TE.topk(2).values)
+    assert torch.equal(gates_TE(cut), kept_TE)
