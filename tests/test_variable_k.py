@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlroute.baselines.threshold import ThresholdRouter, quantile
+from rlroute.baselines.top_p import TopPRouter
 from rlroute.experiments.laws.steps import gates_TE, same, spread
 from rlroute.routing import Router, RoutingDecision
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
@@ -90,10 +91,40 @@ def test_a_step_without_tokens_moves_no_threshold() -> None:
     assert torch.equal(router.threshold_E, before_E) and not bool(router.started)
 
 
-@pytest.mark.parametrize("router", [ThresholdRouter])
+@pytest.mark.parametrize("router", [ThresholdRouter, TopPRouter])
 def test_few_slots_keep_the_best(router: type[Router]) -> None:
     whole, cut = (make(router, slots=slots)(draw(64, D), make_context(64)) for slots in (None, 2))
     best_TE = gates_TE(whole)
     assert whole.k == 8 and cut.k == 2 and int((best_TE > 0).sum(1).max()) > 2
     kept_TE = torch.zeros_like(best_TE).scatter(1, best_TE.topk(2).indices, best_TE.topk(2).values)
     assert torch.equal(gates_TE(cut), kept_TE)
+
+
+# top_p
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.4, 0.9, 1.0])
+def test_the_set_is_the_smallest_whose_mass_reaches_p(p: float) -> None:
+    decision = make(TopPRouter, p=p)(draw(64, D), make_context(64))
+    probs_TE = scores_of(decision)[1]
+    for gates_E, probs_E in zip(gates_TE(decision).tolist(), probs_TE.tolist(), strict=True):
+        ranked, taken = sorted(range(8), key=lambda e: -probs_E[e]), [0]
+        taken = ranked[:1]
+        while sum(probs_E[e] for e in taken) < p - 1e-12:
+            taken.append(ranked[len(taken)])
+        assert {e for e in range(8) if gates_E[e]} == set(taken)
+        assert [gates_E[e] for e in taken] == pytest.approx([probs_E[e] for e in taken])
+
+
+def test_equal_probabilities_are_taken_in_the_order_of_experts() -> None:
+    router = make(TopPRouter, p=0.3)
+    decision = router(torch.zeros(5, D).double(), make_context(5))
+    assert decision.expert_ids_R.view(5, 8).tolist() == [[0, 1, 2, 8, 8, 8, 8, 8]] * 5
+
+
+def test_the_entropy_of_the_probabilities_is_a_loss() -> None:
+    router, context = make(TopPRouter, dynamic_weight=0.3), make_context(12)
+    decision = router(draw(12, D), context)
+    term = router.objective(decision, make_feedback(context, num_valid=48))["dynamic"]
+    entropy = -(scores_of(decision)[1] * scores_of(decision)[1].log()).sum(1)
+    assert term.weight == 0.3 and float(term.value.detach()) == pytest.approx(float(entropy.sum()) / 48)
