@@ -4,16 +4,18 @@ Shape suffixes: T tokens, D model width, E experts, K slots per token, B bins.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlroute.baselines.remoe import ReMoERouter
 from rlroute.baselines.threshold import ThresholdRouter, quantile
 from rlroute.baselines.top_p import TopPRouter
 from rlroute.experiments.laws.steps import gates_TE, same, spread
-from rlroute.routing import Router, RoutingDecision
+from rlroute.routing import Router, RoutingDecision, Sums
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
 
 
@@ -128,3 +130,52 @@ def test_the_entropy_of_the_probabilities_is_a_loss() -> None:
     term = router.objective(decision, make_feedback(context, num_valid=48))["dynamic"]
     entropy = -(scores_of(decision)[1] * scores_of(decision)[1].log()).sum(1)
     assert term.weight == 0.3 and float(term.value.detach()) == pytest.approx(float(entropy.sum()) / 48)
+
+
+# remoe
+
+
+def test_gates_are_relu_and_nothing_else_runs() -> None:
+    decision = make(ReMoERouter)(draw(64, D), make_context(64))
+    logits_TE, _ = scores_of(decision)
+    assert torch.equal(gates_TE(decision), logits_TE.clamp(min=0))
+    assert torch.equal(decision.token_sum(torch.ones_like(decision.gates_R)), (logits_TE > 0).double().sum(1))
+    nobody = make(ReMoERouter)(torch.zeros(3, D).double(), make_context(3))
+    assert not bool(nobody.used_R.any()) and scores_of(nobody)[1].tolist() == [[1 / 8] * 8] * 3
+
+
+def test_the_penalty_is_that_of_the_paper() -> None:
+    router, context = make(ReMoERouter), make_context(12, mask_T=torch.arange(12) != 5)
+    router.shape = replace(router.shape, num_sites=3)
+    router.penalty.fill_(0.25)
+    decision = router(draw(12, D), context)
+    rows = [row for token, row in enumerate(gates_TE(decision).tolist()) if token != 5]
+    f_E = [8 / (2 * 11) * sum(row[e] > 0 for row in rows) for e in range(8)]
+    want = 0.25 * sum(f_E[e] * row[e] for row in rows for e in range(8)) / (3 * 11)
+    term = router.objective(decision, make_feedback(context, num_valid=44))["sparsity"]
+    assert term.weight * float(term.value.detach()) == pytest.approx(want * 11 / 44)
+
+
+@pytest.mark.parametrize(("mine", "other", "power"), [(30, 20, 1), (10, 20, -1), (20, 20, 0), (30, 0, -1)])
+def test_the_penalty_follows_the_mean_k_of_all_layers(mine: int, other: int, power: int) -> None:
+    router = make(ReMoERouter)
+    both = [{"demand_E": torch.tensor([pairs, 0]), "tokens": torch.tensor(10)} for pairs in (mine, other)]
+    router.adapt(Sums(both[0], both), 0.0)
+    assert float(router.penalty) == pytest.approx(1e-8 * 1.2**power)
+
+
+def test_the_controller_brings_k_to_its_target() -> None:
+    """Of a router that is taught to run five of eight experts."""
+    x_TD, context = draw(128, D) + 1, make_context(128)  # around 0, half of the scores are positive whatever is learned
+    taught_TE = scores_of(make(ReMoERouter)(x_TD, context))[0].relu()
+    router, ran = make(ReMoERouter), []
+    optimizer, feedback = torch.optim.Adam(router.parameters(), lr=0.01), make_feedback(context)
+    for _ in range(240):
+        decision = router(x_TD, context)
+        lost = (decision.logits_TE.relu() - taught_TE).square().sum(1).mean()
+        optimizer.zero_grad()
+        (lost + router.objective(decision, feedback)["sparsity"].value).backward()
+        optimizer.step()
+        router.adapt(sums_of(router, decision, feedback), 0.0)
+        ran.append(int(decision.load_E().sum()) / 128)
+    assert ran[0] > 5 and sum(ran[-120:]) / 120 == pytest.approx(2, rel=0.2)
