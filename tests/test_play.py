@@ -151,7 +151,7 @@ def test_where_none_is_no_action_its_router_is_refused_before_any_work(environme
     if environment == "Dispatch-v0" and samples == 2:
         reason = "wants 2 outcomes of each token"
     else:
-        reason = "router 'threshold' left a token without an expert.*legal is rlroute/TokenBandits-v0"
+        reason = "router 'threshold_like' left a token without an expert.*legal is rlroute/TokenBandits-v0"
     with pytest.raises(ConfigError, match=reason):
         play(environment, ("reinforce", f"threshold_like:samples={samples}"), 4, 0, QUICK)
 
@@ -164,7 +164,7 @@ def test_who_learns_to_leave_tokens_without_an_expert_is_refused_by_name(monkeyp
         player.router.config = replace(player.router.config, threshold=1.5)
 
     monkeypatch.setattr(player.router, "adapt", take_nobody)
-    with pytest.raises(ConfigError, match="router 'threshold' left a token without an expert"):
+    with pytest.raises(ConfigError, match="router 'threshold_like' left a token without an expert"):
         player.learn(envs, Learning(updates=2, copies=4, rollout=2))
 
 
