@@ -215,7 +215,7 @@ def test_an_operator_that_nobody_can_count_is_named(tmp_path: Path) -> None:
 
 def test_the_bandit_and_the_value_head_get_the_steps_that_they_are_owed() -> None:
     """At the README's size: gradients run through neither the bandit nor the input of the head."""
-    model = ModelConfig(d_model=96, d_expert=96)
+    model = ModelConfig(num_layers=2, d_model=96, d_expert=96)
     data, train = DataConfig(spec="stdlib"), TrainConfig(steps=400, batch_size=16)
     corpus = load_corpus("synth:vocab=256,documents=40", None)
 

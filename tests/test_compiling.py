@@ -104,7 +104,7 @@ def test_without_a_compiler_a_run_is_refused_before_any_work(monkeypatch, tmp_pa
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     config = RunConfig(data=DataConfig(spec="stdlib", eval_tokens=2048), train=TrainConfig(compile=True))
     with pytest.raises(
-        ConfigError, match=r"train\.compile = True: torch.compile does not work here on cpu, legal is False: .*no-comp"
+        ConfigError, match=r"train\.compile = True: torch.compile does not work here on cpu, .*CxxCompiler"
     ):
         check({config: [0]})
     with pytest.raises(ConfigError, match=r"train\.compile"):

@@ -15,7 +15,7 @@ from rlroute.training.prepare import build_model, check, meta_model
 from tests.policies import any_router_names, default_config
 
 DATA = DataConfig(spec="synth:vocab=64,documents=64,length=128", seq_len=16, eval_tokens=64)
-MODEL = ModelConfig(d_model=16, num_heads=2, num_experts=8, d_expert=8, num_dense_layers=1)
+MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, d_expert=8, num_dense_layers=1)
 TRAIN = TrainConfig(steps=20, batch_size=4, eval_every=10)
 CORPUS = load_corpus(DATA.spec, None)
 
