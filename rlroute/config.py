@@ -236,7 +236,7 @@ class TrainConfig:
     """What is equal between runs."""
     budget_amount: Positive | None = None
     """Training FLOPs (budget flops) or seconds (budget time)."""
-    eval_every: Count = 25
+    eval_every: Count = 40
     log_every: Count = 10
     checkpoint_every: Count = 100
     record_choices: bool = False

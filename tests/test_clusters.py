@@ -72,6 +72,7 @@ def test_the_same_seed_gives_the_same_outcome(entry):
     assert (first.overlap is None) == (first.sampled_loss is None) == (entry in ("switch", "hash"))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_in_processes_of_their_own_the_outcomes_are_the_same():
     rows = clusters.compare(["hash"], [0], SHORT, 2, lambda text: None)

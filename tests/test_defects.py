@@ -172,6 +172,7 @@ def test_it_is_named_with_its_place_and_the_others_go_on(where, error, faulty, t
     assert [path.parent.name[:5] for path in (tmp_path / "runs").glob("*/summary.json")] == ["hash-"]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("how", "error"),

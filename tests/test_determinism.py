@@ -106,7 +106,7 @@ def test_the_watch_lets_the_others_pass():
     }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [pytest.param("plain", marks=pytest.mark.slow), "with all else"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_nothing_in_a_run_lacks_a_deterministic_form(entry, shape):
     """Two steps, an evaluation and the audit, with the switch on."""

@@ -200,7 +200,7 @@ def test_a_broken_file_is_one_line_and_holds_up_nobody_else(kind, plain):
     for command in (
         ("routers",),
         ("train", "hash", *TINY),
-        ("compare", "hash", *TINY, *LOCAL, "--seeds", "1", "--no-tuned"),
+        ("compare", "hash", *TINY, *LOCAL, "--seeds", "1"),
     ):
         done = rlroute(*command, *include)
         (named,) = (line for line in done.err.splitlines() if line.startswith("left out: "))
@@ -237,6 +237,7 @@ def test_a_check_of_its_own_is_one_line(plain):
     assert "router plain: AssertionError: wide" in said and f"{plain}, line " in said
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("there", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -143,6 +143,7 @@ def refuses_in_one_line(done: subprocess.CompletedProcess[str], *named: str) -> 
         assert name in done.stderr
 
 
+@pytest.mark.slow
 def test_core_alone_trains_and_its_command_names_what_is_missing(installed) -> None:
     core = installed()
     code = (
@@ -159,6 +160,7 @@ def test_core_alone_trains_and_its_command_names_what_is_missing(installed) -> N
     refuses_in_one_line(core.rlroute("train switch"), "tyro")
 
 
+@pytest.mark.slow
 def test_cli_alone_trains_compares_and_prints(installed) -> None:
     cli = installed("cli")
     assert cli.rlroute("--version").stdout.startswith("rlroute ")

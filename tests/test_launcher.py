@@ -106,6 +106,7 @@ def test_a_run_that_a_third_process_takes_first_is_waited_for_again(monkeypatch,
     assert train_job(job, Launch(store=tmp_path, retries=1), print) == "" and len(tries) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_second_command_on_a_run_waits_says_so_and_marks_nothing(launcher, site, tmp_path):

@@ -139,6 +139,7 @@ def test_workers_equal_one_process_for_every_router(workers, expert_parallel, ch
     assert_equal_to(alone, workers, expert_parallel, chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "expert_parallel", "chunks"), [(1, 1, 1), (2, 1, 1), pytest.param(4, 4, 2, marks=pytest.mark.slow)]
 )
@@ -445,6 +446,7 @@ def failing_checkpoint(store):
     return None
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_rank_cannot_write_is_none_and_the_one_before_stays(tmp_path):
     assert run_ranks(failing_checkpoint, 2, tmp_path) == ["WorkerError", "StoreError"]
     assert [p.name for p in tmp_path.glob("*/*checkpoint-*")] == ["checkpoint-00000004"]

@@ -88,6 +88,7 @@ def test_the_batched_form_takes_a_batch_of_tokens_a_step():
     assert greedy.score > 0.9
 
 
+@pytest.mark.slow
 def test_a_router_learns_to_dispatch():
     names = ("uniform", "reinforce:discount=0.9,baseline=ema")
     uniform, greedy, _ = play("Dispatch-v0", names, 32, 0, Learning(updates=400))
@@ -222,6 +223,7 @@ def test_what_cannot_play_is_refused_by_name(monkeypatch):
     player_of("TokenBandits-v0")
 
 
+@pytest.mark.slow
 def test_cartpole_is_played_by_the_same_agent_code():
     """A short run that already balances far longer than a coin does; the whole of it is `rlroute play CartPole-v1`."""
     how = Learning(updates=25, copies=8, rollout=128, lr=0.03)

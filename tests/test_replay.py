@@ -85,6 +85,7 @@ def test_replay_gives_the_losses_of_a_run_bit_for_bit(name: str, tmp_path: Path)
     assert ChoiceLog(tmp_path / replay.run_id(0)).sha256() == ChoiceLog(tmp_path / source.run_id(0)).sha256()
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "name", ["switch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("variable k", "expert choice"))]

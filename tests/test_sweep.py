@@ -72,6 +72,7 @@ def ended_runs(store):
     return {path.parent.name: figures(path.parent) for path in store.glob("*/summary.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_sweep_whose_driver_is_stopped_goes_on(blow, tmp_path, marked, site):
     """Two of its runs have ended by then, and the others wait in their seventh step."""

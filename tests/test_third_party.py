@@ -17,6 +17,7 @@ from tests.distributions import ROUTER, install
 from tests.tiny import STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_new_process_lists_and_compares_it(tmp_path):
     path = os.pathsep.join((str(ROOT), install(tmp_path / "site")))

@@ -370,6 +370,7 @@ def test_a_renamed_router_is_named(kept, store):
     assert [line for line in lines if "made_from/routers" in line or "config/router" in line], lines
 
 
+@pytest.mark.slow
 def test_an_edited_compact_file_is_named_too(trained, tmp_path):
     lines = [json.loads(line) for line in (trained / "all.jsonl").read_text().splitlines()]
     for name, (path, value, field) in LONE.items():
