@@ -150,5 +150,4 @@ def by_tile(features_TP: Tensor, seen_TQ: Tensor, plan: Plan) -> Tensor:
     tokens_GN = plan.tokens_R[rows_GN.clamp(max=len(plan.tokens_R) - 1)]
     products_GPQ = (features_TP[tokens_GN] * counts_GN[..., None]).mT @ seen_TQ[tokens_GN]
     sums_EPQ = products_GPQ.new_zeros(plan.num_experts, *products_GPQ.shape[1:])
-    sums_EPQ = sums_EPQ.index_add(0, experts_G.clamp(min=0), products_GPQ)
-    return sums_EPQ
+    return sums_EPQ.index_add(0, experts_G.clamp(min=0), products_GPQ)

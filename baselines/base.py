@@ -90,10 +90,8 @@ def _places(scores_GNE: Tensor, k: int, rounds: int) -> Tensor:
     taken_GNE = torch.zeros_like(gain_GNE, dtype=torch.bool)
     wanted_GN = torch.full_like(gain_GNE[..., 0], k)
     for turn in range(experts):
-        gain_GN = gain_GNE[..., turn].masked_fill(
-            wanted_GN == experts - turn, float("inf")
-        )  # must take all that follow
-        gain_GN = gain_GN.masked_fill(wanted_GN == 0, float("-inf"))
+        must_GN = wanted_GN == experts - turn  # take this expert and all that follow
+        gain_GN = gain_GNE[..., turn].masked_fill(must_GN, float("inf")).masked_fill(wanted_GN == 0, float("-inf"))
         ids_GC = top_k(gain_GN, load + (turn < more))
         taken_GNE[..., turn].scatter_(1, ids_GC, value=True)
         wanted_GN = wanted_GN - taken_GNE[..., turn].to(wanted_GN.dtype)

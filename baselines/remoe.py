@@ -16,10 +16,9 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlroute.config import RouterConfig
-from rlroute.gates import normalize_rows
+from rlroute.gates import gates_of, normalize_rows
 from rlroute.limits import Between, Positive
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
@@ -57,7 +56,7 @@ class ReMoERouter(Router):
         logits_TE, experts = self.scores(x_TD), self.shape.num_experts
         ids_TK = context.choose(logits_TE.masked_fill(logits_TE <= 0, float("-inf")), experts)
         gates_TE = logits_TE.relu()
-        gates_TK = functional.pad(gates_TE, (0, 1)).gather(1, ids_TK)
+        gates_TK = gates_of(gates_TE, ids_TK)
         probs_TE = normalize_rows(gates_TE + FLOOR)
         return RoutingDecision.token_choice(ids_TK, gates_TK, experts, logits_TE=logits_TE, probs_TE=probs_TE)
 

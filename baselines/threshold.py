@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlroute.config import RouterConfig
-from rlroute.gates import normalize_rows
+from rlroute.gates import gates_of, normalize_rows
 from rlroute.limits import BelowOne, Count, Positive
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
@@ -60,7 +59,7 @@ class ThresholdRouter(Router):
         above_TE = scores_TE > self.threshold_E
         slots = min(self.config.slots or experts, experts)
         ids_TK = context.choose(scores_TE.masked_fill(~above_TE, float("-inf")), slots)
-        gates_TK = functional.pad(scores_TE, (0, 1)).gather(1, ids_TK)
+        gates_TK = gates_of(scores_TE, ids_TK)
         return RoutingDecision.token_choice(
             ids_TK, gates_TK, experts, logits_TE=logits_TE, probs_TE=normalize_rows(scores_TE)
         )

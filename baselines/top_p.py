@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlroute.balance import entropy_T
 from rlroute.config import RouterConfig
+from rlroute.gates import gates_of
 from rlroute.limits import Count, NonNegative, Share
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import top_k
@@ -54,7 +54,7 @@ class TopPRouter(Router):
         outside_TE = (before_TE >= self.config.p) & (before_TE > 0)  # at p = 0 the first is taken as well
         slots = min(self.config.slots or experts, experts)
         ids_TK = context.choose(probs_TE.masked_fill(outside_TE, float("-inf")), slots)
-        gates_TK = functional.pad(probs_TE, (0, 1)).gather(1, ids_TK)
+        gates_TK = gates_of(probs_TE, ids_TK)
         return RoutingDecision.token_choice(ids_TK, gates_TK, experts, logits_TE=logits_TE, probs_TE=probs_TE)
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, E experts, K experts per token.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlroute.routing import RoutingContext, RoutingDecision
 
@@ -34,6 +35,11 @@ def normalize_rows(scores: Tensor) -> Tensor:
     The least divisor is DeepSeek-V3's 1e-20: by the least number of all, a gradient would overflow.
     """
     return scores / scores.sum(1, keepdim=True).clamp(min=1e-20)
+
+
+def gates_of(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """Return the chosen experts' scores as gates, 0 for an unused slot; shape (T, K)."""
+    return functional.pad(scores_TE, (0, 1)).gather(1, ids_TK)
 
 
 def constant_gates(ids_TK: Tensor, like: Tensor) -> Tensor:

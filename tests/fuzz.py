@@ -3,6 +3,8 @@
 A reader answers, or refuses with an RlrouteError; the command line also ends with code 2 and says why. Anything else,
 a hang of half a minute included, is a fault: it is printed with the reader, the seed and the number of its case, which
 ``--seed N --case C READER`` runs again alone.
+
+Longer than most: every reader has its way of making bad input.
 """
 
 import argparse

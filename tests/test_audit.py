@@ -254,7 +254,7 @@ def test_a_malformed_decision_is_refused_by_name(how: str, tmp_path: Path) -> No
 
 MATCH = {"base": ("training",), "expert_choice": ("training", "evaluation"), "sinkhorn": ("training",)}
 """Where tokens compete for experts: there a route hangs on all others."""
-IN_TRAINING = {"reads later tokens in training", "mixes sequences in training"}
+IN_TRAINING = {"non-causal in training", "mixes sequences in training"}
 MARKS = {"base": IN_TRAINING, "expert_choice": {"non-causal", "mixes sequences"}, "sinkhorn": IN_TRAINING}
 VARY_K = ("remoe", "threshold", "top_p")
 """Where more pairs run than k for a token."""

@@ -1,5 +1,7 @@
 """The command line, in tiny runs: what it trains, what it leaves alone, and that the same command prints the same
 table.
+
+Longer than most: every command has its turn.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -562,3 +565,23 @@ def test_without_docstrings_routers_have_their_papers(compared):
         [sys.executable, "-OO", "-m", "rlroute", "routers"], capture_output=True, text=True, cwd=ROOT, timeout=HANG
     )
     assert done.stdout == ran("routers")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compare", "nonsense"),
+        ("compare", "--task", "clusters", "nonsense", "--out", "a/b/c"),
+        ("gradients", "nonsense"),
+        ("export", "a/b.jsonl", "--store", "none"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_is_refused_leaves_no_folder(command, tmp_path, monkeypatch):
+    """Neither those that it made, however deep; what was there before stays, be it empty."""
+    monkeypatch.chdir(tmp_path)
+    refused(rlroute(*command))
+    assert not contents(Path())
+    Path("results").mkdir()
+    refused(rlroute(*command))
+    assert Path("results").is_dir()

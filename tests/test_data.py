@@ -1,4 +1,7 @@
-"""Corpora are the same bytes everywhere and split by document; a batch is a pure function of (corpus, seed, step)."""
+"""Corpora are the same bytes everywhere and split by document; a batch is a pure function of (corpus, seed, step).
+
+Longer than most: each kind of corpus is refused, split and read in the same ways.
+"""
 
 import dataclasses
 import glob

@@ -1,6 +1,8 @@
 """What a run is made from belongs to what it is: whatever of it changes, no run is handed out, continued or pooled.
 
 Each change is made to a run that has ended and to one that has not, by hand in the places where it would be made.
+
+Longer than most: everything a run is made from has its own change.
 """
 
 import json

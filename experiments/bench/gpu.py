@@ -30,7 +30,7 @@ from rlroute.experiments.bench import run as benches
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.launch import runs
-from rlroute.experiments.launch.jobs import Job, Launch
+from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.recipes.sizes import PRESETS as SIZES
 from rlroute.extras import missing
@@ -86,7 +86,7 @@ def run_comparison(out: Path, device: str, quick: bool) -> None:
         for seed in range(2)
         for config in build_comparison(ENTRIES, data, model, train, tuned=False)
     ]
-    records = runs.run_all(jobs, Launch(store=out / "runs", launcher="local"))
+    records = runs.run_all(together(jobs), Launch(store=out / "runs", launcher="local"))
     write_compact(records, out / "comparison.jsonl")
     table = to_markdown(build_table(records))
     write_atomically(out / "comparison.md", table)

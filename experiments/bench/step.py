@@ -9,11 +9,9 @@ the pairs that ran, are held against it, and against the vendor's figure where t
 from __future__ import annotations
 
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -21,7 +19,15 @@ from typing import Any
 import torch
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
-from rlroute.experiments.bench.timing import Contest, figures, peak_bytes, reason
+from rlroute.experiments.bench.timing import (
+    Call,
+    Contest,
+    figures,
+    measure,
+    median,
+    peak_bytes,
+    set_apart,
+)
 from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.text import NOTHING, markdown, si, with_ends
 from rlroute.learning import adapt
@@ -159,13 +165,17 @@ def bench_step(
     trainees: dict[str, Trainee] = {}
     contest = Contest()
     for name, each in configs.items():
-        with _set_apart(contest, name, base):
+        with set_apart(contest, name, base):
             trainees[name] = Trainee(each, corpus, count)
     device = config.train.device
-    calls: dict[str, tuple[Callable[[], object], int]] = {name: (t, count) for name, t in trainees.items()}
-    calls[PRODUCT] = (_product(device, DTYPES[config.train.dtype]), PRODUCTS)
-    _take_rounds(contest, calls, base, rounds, device, until)
-    rate = 2 * SIZE[device] ** 3 / _median(contest.seconds.pop(PRODUCT))
+    calls: dict[str, Call] = {**trainees, PRODUCT: _product(device, DTYPES[config.train.dtype])}
+    clock = _cuda_seconds if device == "cuda" else None
+    timed = measure(calls, base, rounds, device == "cuda", clock=clock, warm=WARM, until=until)
+    if PRODUCT in timed.failed:
+        raise RuntimeError(f"the {PRODUCT} failed: {timed.failed[PRODUCT]}")
+    rate = PRODUCTS * 2 * SIZE[device] ** 3 / median(timed.seconds.pop(PRODUCT))
+    contest.failed |= timed.failed
+    contest.seconds = {name: [taken / count for taken in values] for name, values in timed.seconds.items()}
     rows = figures(contest, base, base)
     for name in list(contest.seconds):
         rows[name] |= _of_step(trainees[name], rows[name]["seconds"], rate)
@@ -182,48 +192,8 @@ def bench_step(
     }
 
 
-@contextmanager
-def _set_apart(contest: Contest, name: str, base: str) -> Iterator[None]:
-    """Set a contender that fails apart, with its reason; the base must not fail."""
-    try:
-        yield
-    except Exception as error:
-        if name in (base, PRODUCT):
-            raise
-        contest.seconds.pop(name, None)
-        contest.failed[name] = reason(error)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what it held when it ran out of memory
-
-
-def _take_rounds(
-    contest: Contest,
-    calls: Mapping[str, tuple[Callable[[], object], int]],
-    base: str,
-    rounds: int,
-    device: str,
-    until: float,
-) -> None:
-    """Time each contender once a round, in a new order each; seconds are of one step."""
-    order = random.Random(0)
-    contest.seconds = {name: [] for name in calls}
-    for turn in range(WARM + rounds):
-        if turn >= WARM + 2 and time.monotonic() > until:
-            break  # two rounds have an interval
-        for name in order.sample(list(contest.seconds), len(contest.seconds)):
-            call, count = calls[name]
-            with _set_apart(contest, name, base):
-                seconds = _seconds(call, device) / count
-                if turn >= WARM:
-                    contest.seconds[name].append(seconds)
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    """Return the seconds until the device is idle again; on the CPU those of the process, as in other benches."""
-    if device == "cpu":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
+def _cuda_seconds(call: Call) -> float:
+    """Return the seconds until the device is idle again, launches included: a step is what a user waits for."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -240,10 +210,6 @@ def _product(device: str, dtype: torch.dtype) -> Callable[[], None]:
             torch.mm(a, b)
 
     return multiply
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _of_step(trainee: Trainee, seconds: float, rate: float) -> dict[str, Any]:

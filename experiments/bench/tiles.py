@@ -13,7 +13,7 @@ import torch
 
 from rlroute.experiments.bench.kernels import Shape, make_problem, passes
 from rlroute.experiments.bench.peers import Problem, ours
-from rlroute.experiments.bench.timing import measure
+from rlroute.experiments.bench.timing import measure, median
 from rlroute.kernels import sparse, tiles
 from rlroute.kernels.tiles import BUCKETS, INTERPRETER, Entry, Tile, Tiles, chip_of, pick_tiles, pinned, with_entry
 
@@ -105,12 +105,10 @@ def _seconds(problem: Problem, entry: Entry, rounds: int) -> float:
     try:
         work = passes(problem, lambda: ours(problem))["forward+backward"]
         seconds = measure({"ours": work}, "ours", rounds, problem.x_TD.is_cuda).seconds["ours"]
-    except (
-        Exception
-    ) as error:  # a candidate that wants more shared memory or registers than there are is out of the race
+    except Exception as error:  # who wants more shared memory or registers than there are is out of the race
         if "out of resource" not in str(error).lower():
             raise
         return float("inf")
     finally:
         tiles.pin(before)
-    return sorted(seconds)[len(seconds) // 2]
+    return median(seconds)

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,41 @@ class Contest:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def measure(calls: Mapping[str, Call], ours: str, rounds: int, cuda: bool) -> Contest:
-    """Time each call once a round, after one that warms up.
+def measure(
+    calls: Mapping[str, Call],
+    ours: str,
+    rounds: int,
+    cuda: bool,
+    *,
+    clock: Callable[[Call], float] | None = None,
+    warm: int = 1,
+    until: float = math.inf,
+) -> Contest:
+    """Time each call once a round, after some rounds that warm up.
 
     Args:
         calls: the contenders' work.
         ours: the one whose failure is an error.
         rounds: how often.
         cuda: whether the work is on a GPU, which is then timed by its own events.
+        clock: calls one and returns its seconds, in place of these.
+        warm: rounds that warm up.
+        until: no round is begun after this time (``time.monotonic``), once two were timed, which have an interval.
     """
+    clock = clock or (_cuda_seconds if cuda else _cpu_seconds)
     contest, order = Contest({name: [] for name in calls}), random.Random(0)
-    for turn in range(rounds + 1):
+    for turn in range(warm + rounds):
+        if turn >= warm + 2 and time.monotonic() > until:
+            break
         # In a new order each round: what a call finds in caches and allocator is what the one before it left there.
         for name in order.sample(list(contest.seconds), len(contest.seconds)):
             values = contest.seconds[name]
             if len(values) == TRIAL and _hopeless(values, contest.seconds[ours]):
                 continue
-            try:
-                elapsed = _cuda_seconds(calls[name]) if cuda else _cpu_seconds(calls[name])
-            except Exception as error:
-                _record(contest, name, ours, error)
-                continue
-            if turn:
-                values.append(elapsed)
+            with set_apart(contest, name, ours):
+                elapsed = clock(calls[name])
+                if turn >= warm:
+                    values.append(elapsed)
     return contest
 
 
@@ -72,14 +85,18 @@ def _hopeless(values: Sequence[float], ours: Sequence[float]) -> bool:
     return all(a > HOPELESS * b for a, b in zip(values, ours, strict=False))
 
 
-def _record(contest: Contest, name: str, ours: str, error: Exception) -> None:
-    """Set a contender that failed apart; ours must not fail."""
-    if name == ours:
-        raise error
-    del contest.seconds[name]
-    contest.failed[name] = reason(error)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what it held when it ran out of memory
+@contextmanager
+def set_apart(contest: Contest, name: str, ours: str) -> Iterator[None]:
+    """Set a contender that fails inside apart, with its reason; ours must not fail."""
+    try:
+        yield
+    except Exception as error:
+        if name == ours:
+            raise
+        contest.seconds.pop(name, None)
+        contest.failed[name] = reason(error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what it held when it ran out of memory
 
 
 def reason(error: Exception) -> str:
@@ -106,6 +123,11 @@ def _cuda_seconds(call: Call) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the upper median."""
+    return sorted(values)[len(values) // 2]
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float | None]:
@@ -153,11 +175,11 @@ def figures(contest: Contest, ours: str, base: str, **per_second: float) -> dict
     """
     rows: dict[str, Any] = {name: {"failed": why} for name, why in contest.failed.items()}
     for name, values in contest.seconds.items():
-        median = sorted(values)[len(values) // 2]
+        middle = median(values)
         rows[name] = {
             "rounds": len(values),
-            "seconds": median,
-            **{f"{unit}_per_second": amount / median for unit, amount in per_second.items()},
+            "seconds": middle,
+            **{f"{unit}_per_second": amount / middle for unit, amount in per_second.items()},
             "time_over_base": ratio(values, contest.seconds[base]),
             "speed_of_ours": ratio(values, contest.seconds[ours]),
         }

@@ -10,7 +10,8 @@ import tyro
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments import RESULTS
-from rlroute.experiments.cli.common import command_line, make_folder, with_preset
+from rlroute.experiments.cli.common import command_line, with_preset
+from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.limits import Between, Positive, check_fields

@@ -117,14 +117,6 @@ def publish(records: list[RunRecord], out: Path, reference: str | None) -> None:
         print(f"{where}, no report: {error if known else missing('the report', error.name or 'it')}")
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder that a command will write into, before its work."""
-    from rlroute.records import storing
-
-    with storing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 def refuse_others(what: str, takes: str, given: object, default: object) -> None:
     """Refuse options that do not apply, which are those that differ from their defaults.
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import command_line, make_folder, refuse_others
+from rlroute.experiments.cli.common import command_line, refuse_others
+from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.limits import Between, Count, Positive, Seed

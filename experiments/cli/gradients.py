@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from rlroute.experiments.cli.common import command_line, make_folder
+from rlroute.experiments.cli.common import command_line
+from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 

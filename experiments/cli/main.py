@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 
 from rlroute.errors import RlrouteError
+from rlroute.experiments.cli.folders import leaving_nothing
 from rlroute.experiments.cli.output import surviving
 from rlroute.experiments.cli.parsing import parse
 from rlroute.extras import missing, needed_beside
@@ -24,7 +25,8 @@ def main() -> None:
                 signal.signal(signum, _stop)
     with surviving():
         try:
-            _run()
+            with leaving_nothing():
+                _run()
         except RlrouteError as error:
             print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
             sys.exit(2)

@@ -12,7 +12,8 @@ from typing import Annotated
 import tyro
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.cli.common import RUNS, Store, make_folder, select
+from rlroute.experiments.cli.common import RUNS, Store, select
+from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.foreign import printable

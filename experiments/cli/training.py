@@ -17,12 +17,12 @@ from rlroute.experiments.cli.common import (
     Shared,
     command_line,
     fitting_entries,
-    make_folder,
     publish,
     refuse_others,
     said,
     with_preset,
 )
+from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show

@@ -5,7 +5,7 @@ summary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from operator import and_
 from typing import Any
 
@@ -40,9 +40,12 @@ def _marks(measured: Measured, k: int, model: Mapping[str, Any]) -> Iterable[tup
 
 def _leaks(measured: Measured) -> Iterable[tuple[str, str]]:
     """Say what a token depends on that it may not, worst first: an earlier mark stands for the later ones."""
-    said_L = list(accumulate(measured["causal_L"], and_))  # behind a router that is not causal, nobody can be
+    causal_L, two_L = measured["causal_L"], measured.get("two_rules_L", [])
     for mode in MODES:
         where = _where(mode)
+        # What a router says of its greedy route it need not say of a rule that only training has.
+        mine_L = [said and not (mode == "training" and two) for said, two in zip_longest(causal_L, two_L)]
+        said_L = accumulate(mine_L, and_)  # behind a router that is not causal, nobody can be
         if not _mode(measured, mode)["repeats"]:
             yield f"not repeatable{where}", f"the same tokens are routed otherwise a second time in {mode}"
             continue  # whatever it depends on cannot be told

@@ -3,6 +3,8 @@
 Shape suffixes: L routed sites.
 """
 
+from typing import NotRequired
+
 from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
 
 from rlroute.schema.values import Amount, Part, Signed, Whole
@@ -62,7 +64,9 @@ class Measured(TypedDict):
     tokens: Whole
     """How many."""
     causal_L: list[bool]
-    """What each site's router says of itself."""
+    """Whether each site's router says that no greedy route depends on later tokens."""
+    two_rules_L: NotRequired[list[bool]]
+    """Whether it says that training has another rule, which may; older records do not say."""
     training: MeasuredMode
     """With exploration."""
     evaluation: MeasuredMode

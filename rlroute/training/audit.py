@@ -199,6 +199,7 @@ def audit(
         return {
             "tokens": batch.tokens_BS.size,
             "causal_L": [router.causal for router in model.routers],
+            "two_rules_L": [router.two_rules for router in model.routers],
             "training": training,
             "evaluation": evaluation,
             "flops": _flops(model, costs, sampled, clean),
