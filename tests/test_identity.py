@@ -467,7 +467,7 @@ def test_a_table_says_from_what_it_was_made():
 
 
 def test_records_of_schema_1_are_read_say_so_and_are_never_mixed():
-    old = read_runs(ROOT / "experiments" / "results" / "comparison.jsonl")
+    old = read_runs(ROOT / "experiments" / "results" / "reward-flops.jsonl")
     assert "recorded before schema 2" in dict(build_table(old).notes)["Made from"]
     new = [changed(run, "config.schema", 2) for run in old[:8]]
     with pytest.raises(ComparisonError, match=r"config\.schema differs"):
@@ -481,8 +481,10 @@ def test_records_of_schema_1_are_read_say_so_and_are_never_mixed():
 # --- the id and the hash
 
 
-def test_the_hash_of_a_record_of_any_schema_is_that_of_its_configuration():
-    for run in read_runs(ROOT / "experiments" / "results" / "comparison.jsonl"):
+@pytest.mark.parametrize(("name", "schema"), [("reward-flops", 1), ("comparison", 2)])
+def test_the_hash_of_a_record_of_any_schema_is_that_of_its_configuration(name, schema):
+    for run in read_runs(ROOT / "experiments" / "results" / f"{name}.jsonl"):
+        assert run.config["schema"] == schema
         described = run.config
         assert content_hash(described["config"], described["schema"]) == described["config_hash"]
         assert run_id(described["router"], described["config_hash"], described["seed"]) == run.id

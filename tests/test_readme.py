@@ -15,6 +15,7 @@ import pytest
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.laws.contract import LAWS
+from rlroute.experiments.recipes.tuned import settings_of
 from rlroute.reading import read_runs
 from rlroute.registry import run_config
 from tests import ROOT
@@ -36,19 +37,15 @@ def test_published_tables_are_what_the_stored_records_say(page, tables):
 
 
 def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():
-    tuning = json.loads((RESULTS / "tuning.json").read_text())
-    found = {}
-    for row in tuning["trials"]:  # best first within an entry
-        found.setdefault(row["entry"], row["overrides"])
+    tuning = json.loads((ROOT / "experiments" / "recipes" / "tuning.json").read_text())
     records = read_runs(RESULTS / "comparison.jsonl")
     assert not {record.config["seed"] for record in records} & set(tuning["seeds"])
+    assert {record.config["config"]["train"]["steps"] for record in records} == {tuning["steps"]}
     for record in records:
-        best = found[record.config["router"]]
         config = record.config["config"]
         now = run_config(config).to_dict()  # fields that are newer than the record take their defaults
         assert {part: {name: now[part][name] for name in config[part]} for part in config} == config
-        assert config["train"] | best["train"] == config["train"]
-        assert config["router"] | best.get("router", {}) == config["router"]
+        assert settings_of(now) == "tuned"
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from rlroute.errors import StoreError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.verify.store import verify
 from rlroute.reading import read_runs
+from rlroute.records import write_compact
 from tests import ROOT
 from tests.commands import TINY, contents, ran, rlroute
 from tests.test_identity import checkout, git, head
@@ -120,9 +121,13 @@ def test_an_untouched_store_and_its_export_are_passed_over_in_silence(trained):
     assert contents(trained) == before
 
 
-def test_published_records_of_schema_1_are_what_they_say_as_far_as_they_say_it():
+@pytest.mark.parametrize(("name", "schema"), [("reward-time", 1), ("comparison", 2)])
+def test_published_records_are_what_they_say_as_far_as_their_schema_says_it(name, schema, tmp_path):
     pytest.importorskip("sympy")
-    assert found(ROOT / "experiments" / "results" / "comparison.jsonl") == []
+    published = read_runs(ROOT / "experiments" / "results" / f"{name}.jsonl")
+    assert {run.config["schema"] for run in published} == {schema}
+    write_compact([run for run in published if run.config["seed"] == 1], tmp_path / "some.jsonl")
+    assert all("run is 'missing'" in line for line in found(tmp_path / "some.jsonl"))  # those of the other seeds
 
 
 def test_the_command_says_what_where_and_ends_with_1(store):

@@ -72,7 +72,7 @@ class Device:
 
 
 MODELS = (
-    Model("rlroute's comparison", 2048, 96, 96, 16, 2, 2, 2, "experiments/results/comparison.jsonl"),
+    Model("rlroute's comparison", 1024, 64, 64, 16, 2, 1, 2, "experiments/results/comparison.jsonl"),
     Model("Mixtral 8x7B", 4096, 4096, 14336, 8, 2, 32, 2, "Jiang et al. 2024, arXiv 2401.04088, table 1"),
     Model("DeepSeek-V3", 4096, 7168, 2048, 256, 8, 58, 2, "arXiv 2412.19437, section 4.2"),
 )
