@@ -15,12 +15,15 @@ except ImportError as error:
 
 IDS = {
     "rlroute/TokenBandit-v0": "token_bandit:TokenBandit",
+    "rlroute/TokenBanditHard-v0": "token_bandit:TokenBandit",
     "rlroute/TokenBandits-v0": "token_bandit:TokenBandits",
     "rlroute/Dispatch-v0": "dispatch:Dispatch",
 }
 """Each environment's module and the stem of its classes: ``<stem>Env`` steps one copy, ``<stem>VectorEnv`` many at
 once.
 """
+SETTINGS = {"rlroute/TokenBanditHard-v0": {"experts": 64, "features": 64, "sigma": 0.6, "skew": 1.2}}
+"""What an environment is registered with, where that differs from its defaults."""
 
 
 for _id, _stem in IDS.items():
@@ -28,4 +31,5 @@ for _id, _stem in IDS.items():
         _id,
         entry_point=f"rlroute.envs.{_stem}Env",
         vector_entry_point=f"rlroute.envs.{_stem}VectorEnv",
+        kwargs=SETTINGS.get(_id, {}),
     )

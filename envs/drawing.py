@@ -1,4 +1,4 @@
-"""Pictures of environments: rows of bars, as text or as pixels, without a drawing library.
+"""Pictures of environments: rows of bars, as text or as pixels.
 
 Shape suffixes: K bars, H pixel rows, W pixel columns.
 """
@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlroute.extras import missing
+
 BLOCKS = " ▁▂▃▄▅▆▇█"
-BAR, GAP, HEIGHT = 12, 4, 60
+GAP, TITLE, HEIGHT, NUMBERS = 6, 22, 60, 18
 WIDTH = 640
-PAPER, INK, MARK = (255, 255, 255), (70, 110, 160), (215, 95, 30)
+NUMBERED = 18
+"""Bars so wide have their numbers below."""
+PAPER, TEXT, INK, MARK = (255, 255, 255), (60, 60, 60), (70, 110, 160), (215, 95, 30)
 
 
 class Panel(NamedTuple):
@@ -41,16 +45,29 @@ def ansi_frame(panels: list[Panel]) -> str:
 
 
 def rgb_frame(panels: list[Panel]) -> NDArray[np.uint8]:
-    """Return the panels one above the other, uint8 of shape (H, W, 3); every frame of an environment has the same
-    shape.
+    """Return the panels one above the other, each under its title, uint8 of shape (H, W, 3); every frame of an
+    environment has the same shape.
+
+    Bars have their numbers below where there is room for them; a marked bar has its own in any case.
+
+    Raises:
+        MissingDependencyError: Pillow is not installed.
     """
-    frame = np.full((len(panels) * (HEIGHT + GAP) + GAP, WIDTH, 3), PAPER, dtype=np.uint8)
-    for row, (_, bars, marked) in enumerate(panels):
-        bottom = (row + 1) * (HEIGHT + GAP)
-        pitch = min(BAR + GAP, (WIDTH - GAP) // len(bars)) or 1
-        heights = np.rint(np.clip(bars, 0, 1) * HEIGHT).astype(int)
-        for i, height in enumerate(heights):
-            left = GAP + i * pitch
-            colour = MARK if i == marked else INK
-            frame[bottom - max(height, 1) : bottom, left : left + max(pitch - GAP, 1)] = colour
-    return frame
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise missing("a picture of render_mode='rgb_array'", "pillow", "'ansi' does without") from error
+    image = Image.new("RGB", (WIDTH, len(panels) * (TITLE + HEIGHT + NUMBERS) + GAP), PAPER)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
+    for row, (title, bars, marked) in enumerate(panels):
+        top = row * (TITLE + HEIGHT + NUMBERS)
+        bottom, pitch = top + TITLE + HEIGHT, (WIDTH - 2 * GAP) / len(bars)
+        pen.text((GAP, top + TITLE / 2), title, TEXT, font, anchor="lm")
+        pen.line((GAP, bottom, WIDTH - GAP, bottom), TEXT)
+        for i, height in enumerate(np.clip(bars, 0, 1) * HEIGHT):
+            left, colour = GAP + i * pitch, MARK if i == marked else INK
+            pen.rectangle((left + 1, bottom - max(height, 1), left + max(pitch - 2, 1), bottom - 1), colour)
+            if i == marked or pitch >= NUMBERED:
+                middle = (left + pitch / 2, bottom + NUMBERS / 2)
+                pen.text(middle, str(i), MARK if i == marked else TEXT, font, anchor="mm")
+    return np.asarray(image)

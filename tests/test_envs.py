@@ -17,8 +17,9 @@ import numpy as np
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from rlroute.envs import IDS
-from rlroute.errors import ConfigError
+from rlroute.envs import IDS, drawing
+from rlroute.envs.drawing import Panel, ansi_frame, rgb_frame
+from rlroute.errors import ConfigError, MissingDependencyError
 from tests import ROOT
 from tests.conftest import HANG
 
@@ -229,6 +230,21 @@ def test_pictures(name):
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.min() < 255
     lines = frames["ansi"].splitlines()
     assert 2 <= len(lines) <= 4 and all(line.endswith("|") for line in lines)
+
+
+def test_every_panel_of_a_picture_has_its_own_words_and_a_marked_bar_its_number():
+    panels = [Panel(title, np.full(40, 0.5), marked) for title in ("affinity", "queue") for marked in (-1, 7, 8)]
+    pictures = [rgb_frame([panel]) for panel in panels]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    titles = [picture[: drawing.TITLE] for picture in pictures]
+    assert all((a == b).all() == (i // 3 == j // 3) for i, a in enumerate(titles) for j, b in enumerate(titles))
+
+
+def test_without_pillow_a_picture_is_refused_in_one_line_and_text_is_drawn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingDependencyError, match=r"rgb_array.* needs the package pillow.*'ansi' does without"):
+        rgb_frame([Panel("queue", np.ones(3))])
+    assert ansi_frame([Panel("queue", np.ones(3))])
 
 
 @EACH

@@ -231,3 +231,12 @@ def test_the_bench_puts_every_environment_beside_its_peer():
     assert [(s.name, s.copies) for s in speeds] == [(name, copies) for copies in COPIES for name in CONTENDERS]
     assert all(s.ratio["mean"] == 1.0 for s in speeds if s.name == PEER) and all(s.steps_per_second > 0 for s in speeds)
     assert "TokenBandit-v0   n=64 " in speed_text(speeds[4])
+
+
+def test_the_hard_bandit_leaves_room_between_the_frequent_expert_and_bayes():
+    env = gymnasium.make("rlroute.envs:rlroute/TokenBanditHard-v0")
+    ladder = env.unwrapped.world.config.clusters.ladder()
+    score = {name: (ladder["uniform"] - loss) / (ladder["uniform"] - ladder["oracle"]) for name, loss in ladder.items()}
+    assert env.action_space.n == 64 and env.observation_space.shape == (64,)
+    assert score["fixed"] == pytest.approx(0.28, abs=0.01) and score["bayes"] == pytest.approx(0.89, abs=0.01)
+    assert gymnasium.make("rlroute.envs:rlroute/TokenBanditHard-v0", experts=8).action_space.n == 8

@@ -32,8 +32,8 @@ def play(
     intervals.
 
     Args:
-        environment: TokenBandit-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which REINFORCE shows on three
-            seeds that it is right (it takes one router and none of the options).
+        environment: TokenBandit-v0, TokenBanditHard-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which
+            REINFORCE shows on three seeds that it is right (it takes one router and none of the options).
         policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference
             policies if none are given.
         table: the tokens of a bandit, from `rlroute export-tokens`; synthetic clusters without one.
