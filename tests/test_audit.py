@@ -26,7 +26,7 @@ from rlroute.provenance import made_from
 from rlroute.records import RunFolder
 from rlroute.registry import router_class
 from rlroute.schema import RunRecord
-from rlroute.training import loop
+from rlroute.training import audit, loop
 from rlroute.training.data import load_corpus
 from rlroute.training.group import ALONE
 from rlroute.training.prepare import build_model, expected_costs, flops_per_step, planned_steps
@@ -39,6 +39,12 @@ from tests.toys import ToyRouter, installed
 DATA = DataConfig(spec="synth:vocab=32,documents=40", seq_len=16, eval_tokens=64)
 MODEL = ModelConfig(num_layers=2, d_model=16, num_heads=2, num_experts=8, k=2, d_expert=16)
 TRAIN = TrainConfig(steps=5, batch_size=4, warmup_steps=1, eval_every=3, log_every=1, checkpoint_every=5)
+
+
+@pytest.fixture(autouse=True)
+def at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it; the other tests look at fewer places."""
+    monkeypatch.setattr(audit, "PLACES", 32)
 
 
 def run_of(router: Any, model: ModelConfig = MODEL, **train: Any) -> RunConfig:

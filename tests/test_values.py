@@ -310,7 +310,7 @@ def test_every_numeric_option_refuses_what_it_cannot_be(
     (tmp_path / "sweep.toml").write_text('entries = ["hash"]\n[base]\ndata.spec = "synth:documents=64,length=64"\n')
     before = contents(tmp_path)
     values = ["-1", "1" + "0" * 30] + (["nan", "inf", "-inf", "1e999"] if float in kinds else [])
-    for value in values:
+    for value in values[: 1 if "." in name and command != "train" else None]:  # the same fields as those of `train`
         if float in kinds and value.startswith("1") and "e" not in value:
             continue  # a large float is one
         option = f"--{name.replace('_', '-')}"

@@ -181,11 +181,11 @@ def waits_of(
 
 
 EVERY_TERM = "balance_weight=0.1,sequence_balance_weight=0.1,device_balance_weight=0.1,z_weight=0.1,entropy_weight=0.1"
-TIGHT = {"capacity_factor": 0.5}
+ONE, TIGHT = {"num_layers": 1}, {"capacity_factor": 0.5}
 GROUPS = "score=sqrt_softplus,groups=2,expert_scales=true,norm_input=true,linear_bias=true,soft_cap=5,bias_rate=0.01"
 ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{name: (name, {}, {}) for name in (DENSE, *default_names())},
-    **{f"{name}, tight, in parts": (name, TIGHT, {"micro_batches": 4}) for name in default_names()},
+    **{name: (name, ONE, {}) for name in (DENSE, *default_names())},
+    **{f"{name}, tight, in parts": (name, ONE | TIGHT, {"micro_batches": 2}) for name in default_names()},
     "by sequence": ("switch", TIGHT | {"capacity_rows": "sequence", "capacity_order": "gate"}, {}),
     "by device": ("switch", TIGHT | {"devices": 2, "capacity_of": "device", "capacity_groups": 2}, {}),
     "every term": (f"switch:jitter=0.1,{EVERY_TERM}", {"devices": 2}, {"micro_batches": 2}),
