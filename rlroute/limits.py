@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rlroute.errors import ConfigError
@@ -198,8 +199,21 @@ def _plain(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, wanted) and not isinstance(value, bool):
             return _number(value, hint, where)
     elif hint is Any or isinstance(value, typing.get_origin(hint) or hint):
+        if isinstance(value, Path):
+            _look_for(value, where)
         return hint(value) if hint in (str, bool) else value
     raise ConfigError(f"{where} = {_shown(value)}: want {getattr(hint, '__name__', hint)}")
+
+
+def _look_for(path: Path, where: str) -> None:
+    """Refuse a path that cannot even be looked for: its name is too long, say, or lies where nobody may look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{where} = {_shown(str(path))}: {why}") from error
 
 
 def _number(value: Any, hint: Any, where: str) -> Any:

@@ -367,3 +367,23 @@ def test_plain_values_differ_where_a_leaf_does_or_where_one_has_none() -> None:
     assert not list(differing(one, json.loads(json.dumps(one)))) and not list(differing({}, {}))
     whole = dict(flatten(one, "run", joint=".", nested=lambda value: isinstance(value, dict)))
     assert whole == {"run.lr": 1, "run.of.a": None, "run.of.b": [1, 2], "run.same.x": [3, {"y": 4}]}
+
+
+@pytest.mark.parametrize("path", ["9" * 300, "a/" * 3000], ids=["a name too long", "a path too long"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "runs",
+        "table",
+        "verify",
+        "sweep",
+        "export x --store",
+        "train hash --store",
+        "play TokenBandit-v0 --table",
+        "bench scale --out",
+    ],
+)
+def test_a_path_that_cannot_be_looked_for_is_refused(command: str, path: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refused(rlroute(*command.split(), path))
+    assert "File name too long" in said and len(said) < 300 and not contents(tmp_path)
