@@ -325,7 +325,7 @@ def test_a_path_that_is_there_is_no_glob(tree: Path) -> None:
     assert train | valid == {b"x,y0", b"x,y1"}
 
 
-@pytest.mark.parametrize("pattern", ["", "/", "*", "a/", "nothing", "a/*/", "a\0b", "[", "**/nothing"])
+@pytest.mark.parametrize("pattern", ["", "/", "*", "a/", "nothing", "a/*/", "a\0b", "\ud800", "[", "**/nothing"])
 def test_a_glob_of_no_file_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.chdir(tree)
     with pytest.raises(DataError, match="no file matches"):

@@ -59,7 +59,7 @@ def find_files(scheme: str, pattern: str) -> list[Found]:
         DataError: nothing matches, or something that is neither file nor folder; or a folder cannot be read.
     """
     what = f"corpus {f'{scheme}:{pattern}'!r}"
-    paths = [] if "\0" in pattern or pattern.endswith("/") else [Path(found) for found in _expand(what, pattern)]
+    paths = [Path(found) for found in _expand(what, pattern)] if _can_name_a_file(pattern) else []
     if not paths:
         raise DataError(f"{what}: no file matches {pattern!r}; legal is a glob that matches at least one")
     root = os.path.commonpath([path.parent for path in paths])
@@ -70,6 +70,13 @@ def listed(names: Sequence[str]) -> str:
     """Return some of the names, for a message."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(repr, names[:SHOWN])) + more
+
+
+def _can_name_a_file(pattern: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(pattern) and not pattern.endswith("/")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _expand(what: str, pattern: str) -> Iterable[str]:
