@@ -76,9 +76,9 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     """
     rows_T, count, experts = *_sequences(context), decision.num_experts
     valid_T = context.mask_T.to(probs_TE.dtype)
-    used_R = decision.used_R & context.mask_T[decision.token_ids_R]
+    chosen_R = decision.demanded_R & context.mask_T[decision.token_ids_R]
     slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
-    demand_BE = probs_TE.new_zeros(count * experts).index_add(0, slots_R, used_R.to(probs_TE.dtype)).view(count, -1)
+    demand_BE = probs_TE.new_zeros(count * experts).index_add(0, slots_R, chosen_R.to(probs_TE.dtype)).view(count, -1)
     mass_BE = probs_TE.new_zeros(count, experts).index_add(0, rows_T, probs_TE * valid_T[:, None])
     tokens_B = probs_TE.new_zeros(count).index_add(0, rows_T, valid_T)
     f_BE = demand_BE / demand_BE.sum(1, keepdim=True).clamp(min=1)
@@ -105,8 +105,8 @@ def overload_T(decision: RoutingDecision, context: RoutingContext) -> Tensor:
     experts = decision.num_experts
     demand_E = context.sum_over_scope(decision.demand_E(context.mask_T).double())
     over_E = torch.cat([experts * demand_E / demand_E.sum().clamp(min=1) - 1, demand_E.new_zeros(1)])  # 0 for unused
-    chosen_T = decision.token_sum(decision.used_R.double()).clamp(min=1)
-    return decision.token_sum(over_E[decision.expert_ids_R]) / chosen_T
+    chosen_R = decision.demanded_R.double()
+    return decision.token_sum(over_E[decision.expert_ids_R] * chosen_R) / decision.token_sum(chosen_R).clamp(min=1)
 
 
 def router_z(logits_TE: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class RoutingDecision:
         """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,),
         int64.
         """
-        return self._count(torch.ones_like(self.kept_R) if self.chosen_R is None else self.chosen_R, mask_T)
+        return self._count(self.demanded_R, mask_T)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,),
@@ -160,6 +160,11 @@ class RoutingDecision:
     def used_R(self) -> Tensor:
         """Say of each pair whether it is one: not an unused slot; bool."""
         return self.expert_ids_R < self.num_experts
+
+    @property
+    def demanded_R(self) -> Tensor:
+        """Say of each pair whether it counts as demand: one that was chosen, and no unused slot; bool."""
+        return self.used_R if self.chosen_R is None else self.used_R & self.chosen_R
 
     def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
         if mask_T is not None:
