@@ -1,14 +1,14 @@
-"""Top-k whose router hears from all experts: the forward is sparse, the router's gradient is as if every expert had been
-chosen.
+"""Top-k whose router hears from all experts: a sparse forward, and for the router the gradient as if every expert had
+been chosen.
 
 DenseMixer, Yao et al. 2025 (https://openreview.net/forum?id=4HGIIekCx3; https://github.com/yaof20/DenseMixer): the
 gradient goes straight through the choice. With p the softmax over all experts and N the sum of the chosen p, the output
 is sum_e g_e y_e, where g_e is p_e / N for the chosen and 0 for the others, and the gradient of these 0 is that of
-p_e / N with N held, as in the released code. (Its comments have another form, in which the others' gradients run through
-N too.) An expert that was not chosen learns nothing, nor does the token's hidden state from it.
+p_e / N with N held, as in the released code. (Its comments have another form, in which N is differentiated through
+them too.) An expert that was not chosen learns nothing, nor does the token's hidden state from it.
 
-So in training every expert runs for every token, and only evaluation is sparse: what ran is counted. Demand, and so what
-the balance loss reads, is of the chosen alone. A capacity, where there is one, goes to the chosen first.
+So in training every expert runs for every token, and only evaluation is sparse: what ran is counted. Demand, and so
+what the balance loss reads, is of the chosen alone. A capacity, where there is one, goes to the chosen first.
 
 Shape suffixes: T tokens, D model width, E experts (ranked, in E slots), R routed pairs.
 """
