@@ -11,8 +11,8 @@ In training the gate of an expert that is not the largest is p with probability 
 gradient of p. That is Heun's third-order rule: f(p) - f(0), what the expert was worth against none, is about
 p (f'(p) + 3 f'(p / 3)) / 4. The gate of the largest is p.
 
-Where no other expert is near, p is 1 and tells the router nothing. Phi-3.5-MoE has jitter 0.01: the scores of a young
-router lie further apart, and nearly all of its gates would be 1. An expert that is forced counts as near.
+Where no other expert is near, p is 1 and tells the router nothing. The authors' code has jitter 0.1, Phi-3.5-MoE 0.01,
+with which nearly all gates of a young router are 1. An expert that is forced counts as near.
 
 Shape suffixes: T tokens, D model width, E experts, K choices.
 """
@@ -85,8 +85,8 @@ class SparseMixerRouter(Router):
 
     def _gates(self, left_TE: Tensor, ids_TK: Tensor, context: RoutingContext) -> Tensor:
         """Return the gate of each choice, of shape (T, K)."""
-        shares = []
-        for ids_T1 in ids_TK.split(1, dim=1):
+        shares: list[Tensor] = []
+        for ids_T1 in torch.split(ids_TK, 1, dim=1):
             far_TE = far(left_TE.detach(), self.config.jitter).scatter(1, ids_T1, False)
             share_T1 = left_TE.masked_fill(far_TE, float("-inf")).softmax(1).gather(1, ids_T1)
             if context.explore:

@@ -61,7 +61,7 @@ def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_val
 
 def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     """Return the terms of a router's configuration, and its own."""
-    return regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
+    return regularisers(router, decision, feedback) | router.objective(decision, feedback)
 
 
 def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:

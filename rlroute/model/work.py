@@ -220,7 +220,7 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
     with torch.enable_grad():
         decision = _decide(router, x_TD * 1, context, forward)  # of no leaf, as in a model
         with noted(*whose), forward:
-            terms = regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
+            terms = regularisers(router, decision, feedback) | router.objective(decision, feedback)
         weights = (decision.gates_R, decision.self_T, decision.shared_gates_TS)
         loss = weighted([terms]) + sum(part.sum() for part in weights if part is not None and part.requires_grad)
         if decision.gates_R.requires_grad:
