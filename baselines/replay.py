@@ -78,7 +78,7 @@ class ReplayRouter(Router):
         self.source = source = make_router(config.recorded()[0].router_at(shape.site), shape)
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
-        self.batch_dependent = source.batch_dependent
+        self.batch_dependent, self.wishes = source.batch_dependent, source.wishes
 
     @classmethod
     def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:

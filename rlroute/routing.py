@@ -25,6 +25,7 @@ from rlroute.errors import ConfigError, DecisionError
 from rlroute.sampling import top_k
 
 __all__ = [
+    "WISHES",
     "Feedback",
     "LinearScores",
     "Router",
@@ -35,6 +36,9 @@ __all__ = [
     "Sums",
     "Term",
 ]
+
+WISHES = frozenset({"outputs"})
+"""What routers may wish for: see :attr:`Router.wishes`."""
 
 Site = int | str
 """The key of a place with a router: n for the feed-forward layer of block n, "n.attention" for its attention."""
@@ -222,6 +226,7 @@ class RouterShape:
         site_index, num_sites: which of how many routed sites this is.
         devices: over so many are the experts spread evenly.
         num_shared_experts: S, experts that every token runs besides.
+        grants: what the site hands to routers that wish for it.
     """
 
     d_model: int
@@ -235,6 +240,7 @@ class RouterShape:
     num_sites: int = 1
     devices: int = 1
     num_shared_experts: int = 0
+    grants: frozenset[str] = WISHES
 
     def key(self, name: str) -> tuple[int, str]:
         """Return the key from which the draws for a weight or table called ``name`` derive."""
@@ -264,6 +270,8 @@ class Router(nn.Module):
         two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment,
             say).
         publishes: which of "logits" and "probs" its decisions carry; terms that read others are refused.
+        wishes: what it asks of its layer beyond the gated sums: "outputs" for ``outputs_RD`` of the decisions that it
+            observes. It is refused where the site has not that.
         batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so
             that two micro-batches cannot equal one batch.
 
@@ -279,6 +287,7 @@ class Router(nn.Module):
     stochastic: bool = False
     two_rules: bool = False
     publishes: frozenset[str] = frozenset({"logits", "probs"})
+    wishes: frozenset[str] = frozenset()
     batch_dependent: bool = False
     held_weight: Tensor | None
 
@@ -329,6 +338,8 @@ class Router(nn.Module):
         """
         if not 1 <= shape.k <= shape.num_experts:
             return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
+        if vain := cls.wishes - shape.grants:
+            return f"it wishes for {', '.join(sorted(vain))} of the experts, which site {shape.site} does not hand out"
         for name, weight in config.term_weights.items():
             if weight and not cls.carries(name):
                 return f"{name} = {weight}: its decisions do not carry what that term reads, legal is 0"
