@@ -41,7 +41,7 @@ class NoisyTopKRouter(Router):
         super().__init__(config, shape)
         self.scores = LinearScores(shape, "scores", 0.0)
         self.noise = LinearScores(shape, "noise", 0.0)
-        self.batch_dependent |= config.importance_weight > 0 or config.load_weight > 0
+        self.batch_dependent |= config.load_weight > 0
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k largest noisy logits; the clean ones where not exploring."""
@@ -60,18 +60,10 @@ class NoisyTopKRouter(Router):
         )
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the importance and the load loss."""
+        """Return the load loss; that of importance is a term of the configuration."""
         context = feedback.context
-        valid_T = context.mask_T.to(decision.gates_R.dtype)
-        gates_R = decision.gates_R * valid_T[decision.token_ids_R]
-        importance_E = gates_R.new_zeros(self.shape.num_experts).index_add(0, decision.expert_ids_R, gates_R)
-        load_E = (self._chosen_probability(decision) * valid_T[:, None]).sum(0)
-        return {
-            "importance": Term(
-                feedback.share * cv_squared(context.sum_over_scope(importance_E)), self.config.importance_weight
-            ),
-            "load": Term(feedback.share * cv_squared(context.sum_over_scope(load_E)), self.config.load_weight),
-        }
+        load_E = (self._chosen_probability(decision) * context.mask_T[:, None]).sum(0)
+        return {"load": Term(feedback.share * cv_squared(context.sum_over_scope(load_E)), self.config.load_weight)}
 
     def _chosen_probability(self, decision: RoutingDecision) -> Tensor:
         """Return P(x, i), the probability that expert i stays among the k largest if its own noise is drawn anew; shape

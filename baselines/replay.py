@@ -10,7 +10,7 @@ Scores, gates and terms are those of the recorded run's router, which learns as 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -38,7 +38,7 @@ class ReplayRouter(Router):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if any(self.term_weights.values()):
+            if any(getattr(self, f.name) != f.default for f in fields(RouterConfig)):
                 raise ConfigError(f"router replay:run={self.run}: the weights of terms are those of the recorded run")
             if not self.sha256:
                 object.__setattr__(self, "sha256", ChoiceLog(Path(self.run)).sha256())
@@ -75,11 +75,10 @@ class ReplayRouter(Router):
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.terms = config.recorded()[0].router_at(shape.site)
-        self.source = source = make_router(self.terms, shape)
+        self.source = source = make_router(config.recorded()[0].router_at(shape.site), shape)
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
-        self.batch_dependent = source.batch_dependent
+        self.batch_dependent, self.wishes = source.batch_dependent, source.wishes
 
     @classmethod
     def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
@@ -94,6 +93,11 @@ class ReplayRouter(Router):
         if (found := ChoiceLog(Path(config.run)).sha256()) != config.sha256:
             return f"run = {config.run!r} has choices of SHA-256 {found}, want {config.sha256}"
         return super().refuses(config, shape) or router_class(recorded.name).refuses(recorded, shape)
+
+    @property
+    def original(self) -> Router:
+        """The recorded router."""
+        return self.source
 
     @property
     def num_samples(self) -> int:

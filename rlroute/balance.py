@@ -7,33 +7,33 @@ looks balanced; pooled over layers, layers that collapse onto different experts 
 Shape suffixes: T tokens, E experts, B sequences, G devices (as many columns as experts, the surplus empty).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlroute.config import RouterConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError
-from rlroute.routing import Feedback, RoutingContext, Term
+from rlroute.routing import Feedback, Router, RoutingContext, Term
 
 
-def regularisers(config: RouterConfig, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
+def regularisers(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     """Return the terms to which a router's configuration gives a weight, so that every router can be run with the same
     balance.
 
     Raises:
         ConfigError: a term reads what the decision does not carry.
     """
-    context, terms = feedback.context, dict[str, Term]()
-    for field, weight in config.term_weights.items():
-        if weight:
-            scores_TE = decision.logits_TE if field == "z_weight" else decision.probs_TE
-            if scores_TE is None:
-                raise ConfigError(f"router {config.name}.{field} = {weight}: its decisions carry no scores, legal is 0")
+    router = router.original
+    weights: dict[str, float | Tensor] = dict(router.config.term_weights)
+    if router.held_weight is not None:
+        weights["balance_weight"] = router.held_weight.clone()  # which moves before the step is logged
+    terms = dict[str, Term]()
+    for field, weight in weights.items():
+        if isinstance(weight, Tensor) or weight:
             name = field.removesuffix("_weight")
-            terms[name] = Term(_REGULARISERS[name](scores_TE, decision, context, feedback), weight)
+            terms[name] = Term(_REGULARISERS[name](router, decision, feedback), weight)
     return terms
 
 
@@ -61,13 +61,36 @@ def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routing
     return (device_E.max() + 1) * (f_G * mass_G / mass_E.detach().sum()).sum()
 
 
+def communication_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return :func:`device_balance` with devices as receivers (DeepSeek-V2, arXiv 2405.04434: the communication loss):
+    f counts the tokens that are sent to a device, each once however many of its experts take it.
+
+    The paper divides by the most devices that a token may reach; here it is by the devices that tokens reach, so that 1
+    is perfect balance under any limit.
+    """
+    if context.expert_device_E is None:
+        return probs_TE.new_ones(())
+    device_E = context.expert_device_E
+    experts = len(device_E)
+    sent_R = decision.demanded_R & context.mask_T[decision.token_ids_R]
+    slots_R = decision.token_ids_R * experts + device_E[decision.expert_ids_R.clamp(max=experts - 1)]
+    pairs_TG = probs_TE.new_zeros(len(probs_TE) * experts).index_add(0, slots_R, sent_R.to(probs_TE.dtype))
+    sent_G = context.sum_over_scope((pairs_TG.view(-1, experts) > 0).to(probs_TE.dtype).sum(0))
+    mass_E = _mass(probs_TE, decision, context)
+    mass_G = mass_E.new_zeros(experts).index_add(0, device_E, mass_E)
+    return (device_E.max() + 1) * (sent_G / sent_G.sum().clamp(min=1) * mass_G / mass_E.detach().sum()).sum()
+
+
 def _demand_and_mass(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, Tensor]:
     """Return how often each expert was chosen and the sum of its probabilities, over the valid tokens of the balance
     scope.
     """
-    mask_T = context.mask_T
-    demand_E = context.sum_over_scope(decision.demand_E(mask_T).to(probs_TE.dtype))
-    return demand_E, context.sum_over_scope((probs_TE[:, : decision.num_experts] * mask_T[:, None]).sum(0))
+    demand_E = context.sum_over_scope(decision.demand_E(context.mask_T).to(probs_TE.dtype))
+    return demand_E, _mass(probs_TE, decision, context)
+
+
+def _mass(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    return context.sum_over_scope((probs_TE[:, : decision.num_experts] * context.mask_T[:, None]).sum(0))
 
 
 def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
@@ -76,9 +99,9 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     """
     rows_T, count, experts = *_sequences(context), decision.num_experts
     valid_T = context.mask_T.to(probs_TE.dtype)
-    used_R = decision.used_R & context.mask_T[decision.token_ids_R]
+    chosen_R = decision.demanded_R & context.mask_T[decision.token_ids_R]
     slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
-    demand_BE = probs_TE.new_zeros(count * experts).index_add(0, slots_R, used_R.to(probs_TE.dtype)).view(count, -1)
+    demand_BE = probs_TE.new_zeros(count * experts).index_add(0, slots_R, chosen_R.to(probs_TE.dtype)).view(count, -1)
     mass_BE = probs_TE.new_zeros(count, experts).index_add(0, rows_T, probs_TE * valid_T[:, None])
     tokens_B = probs_TE.new_zeros(count).index_add(0, rows_T, valid_T)
     f_BE = demand_BE / demand_BE.sum(1, keepdim=True).clamp(min=1)
@@ -105,8 +128,8 @@ def overload_T(decision: RoutingDecision, context: RoutingContext) -> Tensor:
     experts = decision.num_experts
     demand_E = context.sum_over_scope(decision.demand_E(context.mask_T).double())
     over_E = torch.cat([experts * demand_E / demand_E.sum().clamp(min=1) - 1, demand_E.new_zeros(1)])  # 0 for unused
-    chosen_T = decision.token_sum(decision.used_R.double()).clamp(min=1)
-    return decision.token_sum(over_E[decision.expert_ids_R]) / chosen_T
+    chosen_R = decision.demanded_R.double()
+    return decision.token_sum(over_E[decision.expert_ids_R] * chosen_R) / decision.token_sum(chosen_R).clamp(min=1)
 
 
 def router_z(logits_TE: Tensor) -> Tensor:
@@ -121,6 +144,39 @@ def cv_squared(values_E: Tensor) -> Tensor:
     return values_E.var(correction=0) / values_E.mean().square().clamp(min=torch.finfo(values_E.dtype).tiny)
 
 
+def importance(decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return CV^2 of the experts' summed gates over the balance scope (Shazeer et al. 2017, arXiv 1701.06538)."""
+    counts_R = decision.used_R & context.mask_T[decision.token_ids_R]
+    gates_R = torch.where(counts_R, decision.gates_R, torch.zeros_like(decision.gates_R))
+    experts_R = decision.expert_ids_R.clamp(max=decision.num_experts - 1)
+    sums_E = gates_R.new_zeros(decision.num_experts).index_add(0, experts_R, gates_R)
+    return cv_squared(context.sum_over_scope(sums_E))
+
+
+def simbal(weights_ED: Tensor) -> Tensor:
+    """Return sum_ij |W W^T - I|_ij of score weights W (SimBal, arXiv 2506.14038): 0 where scores keep distances."""
+    gram_EE = weights_ED @ weights_ED.t()
+    return (gram_EE - torch.eye(len(gram_EE), dtype=gram_EE.dtype, device=gram_EE.device)).abs().sum()
+
+
+def hold_max_vio(router: Router, sums: Mapping[str, Tensor]) -> None:
+    """Move the weight of a router's f.P loss towards its target of MaxVio, where it has one.
+
+    Routers can then be compared at matched balance. The step is a fixed one, up or down; the weight is never below 0.
+
+    Args:
+        router: any.
+        sums: of the step, ``demand_E`` among them.
+    """
+    router = router.original
+    target, weight = router.config.target_max_vio, router.held_weight
+    if target is not None and weight is not None:
+        demand_E = sums["demand_E"].double()
+        max_vio = demand_E.max() / demand_E.mean() - 1  # NaN where nothing was chosen: the weight then stays
+        sign = (max_vio > target).to(weight.dtype) - (max_vio < target).to(weight.dtype)
+        weight.add_(router.config.balance_rate * sign).clamp_(min=0)
+
+
 def entropy_T(probs_TE: Tensor) -> Tensor:
     """Return the entropy of each row in nats, shape (T,)."""
     above_0_TE = probs_TE.clamp(min=torch.finfo(probs_TE.dtype).tiny)  # at exactly 0 the gradient is 0 * infinity
@@ -128,11 +184,33 @@ def entropy_T(probs_TE: Tensor) -> Tensor:
     return entropy
 
 
-_REGULARISERS: dict[str, Callable[[Tensor, RoutingDecision, RoutingContext, Feedback], Tensor]] = {
-    "entropy": lambda probs_TE, d, context, feedback: feedback.mean(-entropy_T(probs_TE)),
-    "balance": lambda probs_TE, d, context, feedback: feedback.share * load_balance(probs_TE, d, context),
-    "z": lambda logits_TE, d, context, feedback: feedback.mean(router_z(logits_TE)),
-    "device_balance": lambda probs_TE, d, context, feedback: feedback.share * device_balance(probs_TE, d, context),
-    "sequence_balance": lambda probs_TE, d, context, feedback: feedback.share * sequence_balance(probs_TE, d, context),
+def _probs(decision: RoutingDecision) -> Tensor:
+    if decision.probs_TE is None:
+        raise ConfigError("a balance or entropy term reads probabilities: the decision carries none")
+    return decision.probs_TE
+
+
+def _mean_z(router: Router, decision: RoutingDecision, feedback: Feedback) -> Tensor:
+    if decision.logits_TE is None:
+        raise ConfigError("z_weight reads logits: the decision carries none")
+    return feedback.mean(router_z(decision.logits_TE))
+
+
+def _of_probs(
+    loss: Callable[[Tensor, RoutingDecision, RoutingContext], Tensor],
+) -> Callable[[Router, RoutingDecision, Feedback], Tensor]:
+    return lambda router, decision, f: f.share * loss(_probs(decision), decision, f.context)
+
+
+_REGULARISERS: dict[str, Callable[[Router, RoutingDecision, Feedback], Tensor]] = {
+    "entropy": lambda router, decision, feedback: feedback.mean(-entropy_T(_probs(decision))),
+    "balance": _of_probs(load_balance),
+    "z": _mean_z,
+    "device_balance": _of_probs(device_balance),
+    "sequence_balance": _of_probs(sequence_balance),
+    "communication_balance": _of_probs(communication_balance),
+    "importance": lambda router, decision, feedback: feedback.share * importance(decision, feedback.context),
+    "simbal": lambda router, decision, feedback: feedback.share * simbal(router.score_weights),
 }
-"""What a weight of :class:`rlroute.config.RouterConfig` weighs, of probabilities or (z) logits."""
+"""What a weight of :class:`rlroute.config.RouterConfig` weighs: a term's sum over the step's micro-batches is its
+value."""

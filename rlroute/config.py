@@ -66,6 +66,22 @@ class RouterConfig:
     """
     sequence_balance_weight: NonNegative = 0.0
     """Weight of the f.P loss within each sequence; DeepSeek-V3 (arXiv 2412.19437) uses 1e-4."""
+    communication_balance_weight: NonNegative = 0.0
+    """Weight of the f.P loss over devices as receivers of tokens (DeepSeek-V2, arXiv 2405.04434: 0.02); no gradient
+    where one device holds all.
+    """
+    importance_weight: NonNegative = 0.0
+    """Weight of CV^2 of the experts' summed gates over the balance scope (Shazeer et al. 2017, arXiv 1701.06538)."""
+    simbal_weight: NonNegative = 0.0
+    """Weight of the distance of the score weights' Gram matrix from the identity (SimBal, arXiv 2506.14038)."""
+    orthogonal: bool = False
+    """Score weights start with orthonormal rows, as SimBal has it."""
+    target_max_vio: NonNegative | None = None
+    """The weight of the f.P loss starts at `balance_weight` and moves after each step, up where the step's MaxVio is
+    above this, else down; none: it stays.
+    """
+    balance_rate: Positive = 0.001
+    """How far that weight moves in a step."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"router {self.name}")
@@ -85,12 +101,18 @@ class RouterConfig:
         """The weights of the terms that every router with scores can have, by field: see
         :func:`rlroute.balance.regularisers`.
         """
-        return {name: getattr(self, name) for name in (f.name for f in fields(RouterConfig))}
+        return {f.name: getattr(self, f.name) for f in fields(RouterConfig) if f.name.endswith("_weight")}
+
+    @property
+    def balances(self) -> bool:
+        """Whether there is an f.P loss, be its weight 0 at the start."""
+        return self.balance_weight > 0 or self.target_max_vio is not None
 
     @property
     def mixes_tokens(self) -> bool:
         """Whether one of these terms mixes the tokens of a micro-batch."""
-        return self.balance_weight > 0 or self.device_balance_weight > 0
+        mixing = (self.device_balance_weight, self.communication_balance_weight, self.importance_weight)
+        return self.balances or any(mixing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a router decides: which (token, expert) pairs to run and with what weight.
 
-Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), E experts, K slots per token, C tokens
-per expert, R routed (token, expert) pairs, S shared experts.
+Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, E experts, K slots per
+token, C tokens per expert, R routed (token, expert) pairs, S shared experts.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class RoutingDecision:
         self_T: the weight of the token's own input in the layer's output (identity experts, MoE++, arXiv 2410.07348);
             None for 0.
         shared_gates_TS: the gate of each shared expert; None for 1.
+        fill_TD: what is added to the layer's output as it is (for experts that do not run, say); None for nothing.
+        outputs_RD: each pair's output before its gate, differentiable, 0 where it did not run; set by the layer, where
+            the router wishes for it.
         max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for.
             Further ones are dropped, first choices before second ones and then by position.
         memo: read by the router that made it (value estimates, noise, thresholds), and through
@@ -60,11 +63,14 @@ class RoutingDecision:
     chosen_R: Tensor | None = None
     self_T: Tensor | None = None
     shared_gates_TS: Tensor | None = None
+    fill_TD: Tensor | None = None
+    outputs_RD: Tensor | None = None
     max_pairs: int | None = None
     memo: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in (("self_T", self.self_T), ("shared_gates_TS", self.shared_gates_TS)):
+        for name in ("self_T", "shared_gates_TS", "fill_TD"):
+            value: Tensor | None = getattr(self, name)
             if value is not None and (value.dim() != len(name.rpartition("_")[2]) or len(value) != self.num_tokens):
                 raise DecisionError(
                     f"{name} has shape {tuple(value.shape)}: want one row for each of {self.num_tokens} tokens"
@@ -148,7 +154,7 @@ class RoutingDecision:
         """Count the pairs that *chose* each expert (before capacity drops), over the tokens in ``mask_T``; shape (E,),
         int64.
         """
-        return self._count(torch.ones_like(self.kept_R) if self.chosen_R is None else self.chosen_R, mask_T)
+        return self._count(self.demanded_R, mask_T)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,),
@@ -160,6 +166,11 @@ class RoutingDecision:
     def used_R(self) -> Tensor:
         """Say of each pair whether it is one: not an unused slot; bool."""
         return self.expert_ids_R < self.num_experts
+
+    @property
+    def demanded_R(self) -> Tensor:
+        """Say of each pair whether it counts as demand: one that was chosen, and no unused slot; bool."""
+        return self.used_R if self.chosen_R is None else self.used_R & self.chosen_R
 
     def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
         if mask_T is not None:

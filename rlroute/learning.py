@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlroute.balance import regularisers
+from rlroute.balance import hold_max_vio, regularisers
 from rlroute.errors import DecisionError
 from rlroute.faults import noted
 from rlroute.routing import Feedback, Router, RoutingDecision, Site, Sums, Term
@@ -66,9 +66,11 @@ def _by_site(routers: Sequence[Router], decisions: Sequence[RoutingDecision], fe
 
 def weighted(terms_L: Sequence[dict[str, Term]]) -> Tensor | float:
     """Return the sum of the weighted terms over sites; a term of weight 0 is left out, so that it cannot touch a
-    gradient.
+    gradient. (One whose weight is on the device is not looked at.)
     """
-    return sum((term.weight * term.value for terms in terms_L for term in terms.values() if term.weight), start=0.0)
+    terms = (term for terms in terms_L for term in terms.values())
+    counting = (term for term in terms if isinstance(term.weight, Tensor) or term.weight)
+    return sum((term.weight * term.value for term in counting), start=0.0)
 
 
 def count(decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ def count(decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
 
 def _terms(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     with noted(router.config.name, router.shape.site):
-        return regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
+        return regularisers(router, decision, feedback) | router.objective(decision, feedback)
 
 
 def _sums(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
@@ -111,3 +113,4 @@ def adapt(routers: Sequence[Router], sums_L: Sequence[dict[str, Tensor]], progre
         peers = [other for other, its_kind in zip(sums_L, kinds, strict=True) if its_kind == kind]
         with noted(router.config.name, router.shape.site):
             router.adapt(Sums(sums, peers), progress)
+            hold_max_vio(router, sums)

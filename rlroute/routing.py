@@ -25,6 +25,7 @@ from rlroute.errors import ConfigError, DecisionError
 from rlroute.sampling import top_k
 
 __all__ = [
+    "WISHES",
     "Feedback",
     "LinearScores",
     "Router",
@@ -35,6 +36,9 @@ __all__ = [
     "Sums",
     "Term",
 ]
+
+WISHES = frozenset({"outputs"})
+"""What routers may wish for: see :attr:`Router.wishes`."""
 
 Site = int | str
 """The key of a place with a router: n for the feed-forward layer of block n, "n.attention" for its attention."""
@@ -184,7 +188,7 @@ class Term(NamedTuple):
     """A named part of a router's objective: the loop adds ``weight * value`` to the loss and logs both."""
 
     value: Tensor
-    weight: float
+    weight: float | Tensor
 
 
 class Sums(dict[str, Tensor]):
@@ -222,6 +226,7 @@ class RouterShape:
         site_index, num_sites: which of how many routed sites this is.
         devices: over so many are the experts spread evenly.
         num_shared_experts: S, experts that every token runs besides.
+        grants: what the site hands to routers that wish for it.
     """
 
     d_model: int
@@ -235,6 +240,7 @@ class RouterShape:
     num_sites: int = 1
     devices: int = 1
     num_shared_experts: int = 0
+    grants: frozenset[str] = WISHES
 
     def key(self, name: str) -> tuple[int, str]:
         """Return the key from which the draws for a weight or table called ``name`` derive."""
@@ -264,12 +270,14 @@ class Router(nn.Module):
         two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment,
             say).
         publishes: which of "logits" and "probs" its decisions carry; terms that read others are refused.
+        wishes: what it asks of its layer beyond the gated sums: "outputs" for ``outputs_RD`` of the decisions that it
+            observes. It is refused where the site has not that.
         batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so
             that two micro-batches cannot equal one batch.
 
     Attributes:
         config, shape: what it was made of.
-        terms: the configuration whose term weights apply; ``config`` unless the router sets another.
+        held_weight: the weight of the f.P loss that holds ``config.target_max_vio``, a buffer; None without a target.
     """
 
     Config: ClassVar[type[RouterConfig]]
@@ -279,7 +287,9 @@ class Router(nn.Module):
     stochastic: bool = False
     two_rules: bool = False
     publishes: frozenset[str] = frozenset({"logits", "probs"})
+    wishes: frozenset[str] = frozenset()
     batch_dependent: bool = False
+    held_weight: Tensor | None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -291,8 +301,34 @@ class Router(nn.Module):
             raise ConfigError(f"router {config.name}: {reason}")
         super().__init__()
         self.config, self.shape = config, shape
-        self.terms = config
         self.batch_dependent = self.batch_dependent or config.mixes_tokens
+        held = config.target_max_vio is not None
+        self.register_buffer("held_weight", torch.tensor(config.balance_weight) if held else None)
+        if held:
+            self.learns_from = self.learns_from | {"load"}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let score weights start orthogonal where the configuration says so, whichever router makes them."""
+        if name == "scores" and isinstance(value, LinearScores) and self.config.orthogonal:
+            value.orthogonalise(self.shape)
+        super().__setattr__(name, value)
+
+    @property
+    def original(self) -> Router:
+        """The router whose configuration says which terms there are: itself, unless it stands in for another."""
+        return self
+
+    @property
+    def score_weights(self) -> Tensor:
+        """The weights of its linear scores, shape (E, D).
+
+        Raises:
+            ConfigError: it has none.
+        """
+        scores = getattr(self, "scores", None)
+        if not isinstance(scores, LinearScores):
+            raise ConfigError(f"router {self.config.name} has no linear scores")
+        return scores.weight
 
     @classmethod
     def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
@@ -302,15 +338,36 @@ class Router(nn.Module):
         """
         if not 1 <= shape.k <= shape.num_experts:
             return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
+        if vain := cls.wishes - shape.grants:
+            return f"it wishes for {', '.join(sorted(vain))} of the experts, which site {shape.site} does not hand out"
         for name, weight in config.term_weights.items():
             if weight and not cls.carries(name):
                 return f"{name} = {weight}: its decisions do not carry what that term reads, legal is 0"
-        return None
+        if config.target_max_vio is not None and not cls.carries("balance_weight"):
+            return f"target_max_vio = {config.target_max_vio}: its decisions carry no probabilities, legal is none"
+        if not (config.simbal_weight or config.orthogonal):
+            return None
+        scores = cls._scores(config, shape)
+        if config.simbal_weight and not (scores and scores.weight.requires_grad):
+            return f"simbal_weight = {config.simbal_weight}: it has no linear scores that learn, legal is 0"
+        return None if scores else f"orthogonal = {config.orthogonal}: it has no linear scores, legal is false"
+
+    @classmethod
+    def _scores(cls, config: RouterConfig, shape: RouterShape) -> LinearScores | None:
+        """Return the linear scores that it would have, without weights; None where it has none."""
+        with torch.device("meta"):
+            router = cls(replace(config, simbal_weight=0.0, orthogonal=False), shape)
+        scores = getattr(router, "scores", None)
+        return scores if isinstance(scores, LinearScores) else None
 
     @classmethod
     def carries(cls, weight: str) -> bool:
-        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, else probabilities."""
-        return ("logits" if weight == "z_weight" else "probs") in cls.publishes
+        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, gates that learn for
+        ``importance_weight``, else probabilities.
+        """
+        if weight == "importance_weight":
+            return "gate" in cls.learns_from
+        return ("logits" if weight in ("z_weight", "simbal_weight") else "probs") in cls.publishes
 
     @property
     def num_samples(self) -> int:
@@ -356,3 +413,13 @@ class LinearScores(nn.Linear):
     def __init__(self, shape: RouterShape, name: str, std: float, columns: int | None = None) -> None:
         super().__init__(shape.d_model, shape.num_experts if columns is None else columns, bias=False)
         shape.init(self.weight, name, std)
+
+    @torch.no_grad()
+    def orthogonalise(self, shape: RouterShape) -> None:
+        """Start anew with orthonormal rows, drawn from a key; with orthonormal columns where there are more rows."""
+        shape.init(self.weight, "scores.orthogonal", 1.0)
+        if not self.weight.is_meta:
+            rows_fit = len(self.weight) <= self.weight.shape[1]
+            basis, triangle = torch.linalg.qr(self.weight.t() if rows_fit else self.weight)
+            basis = basis * torch.sign(triangle.diagonal())  # else the signs are the library's
+            self.weight.copy_(basis.t() if rows_fit else basis)

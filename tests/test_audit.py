@@ -262,7 +262,7 @@ MATCH = {"base": ("training",), "expert_choice": ("training", "evaluation"), "si
 """Where tokens compete for experts: there a route hangs on all others."""
 IN_TRAINING = {"non-causal in training", "mixes sequences in training"}
 MARKS = {"base": IN_TRAINING, "expert_choice": {"non-causal", "mixes sequences"}, "sinkhorn": IN_TRAINING}
-VARY_K = ("remoe", "threshold", "top_p")
+VARY_K = ("dense_mixer", "remoe", "threshold", "top_p")
 """Where more pairs run than k for a token."""
 
 

@@ -149,8 +149,8 @@ def test_importance_and_load_losses_are_those_of_the_paper(k: int) -> None:
     ]
     load_E = torch.tensor(probability_TE, dtype=torch.float64).sum(0)
     importance_E = torch.zeros(12, 5).double().scatter(1, ids_TK, gates_TK).sum(0)
-    terms = router.objective(
-        decision, make_feedback(context, num_valid=48)
+    terms = terms_of(
+        router, decision, make_feedback(context, num_valid=48)
     )  # this micro-batch is a quarter of the step
     assert {name: term.weight for name, term in terms.items()} == {"importance": 0.1, "load": 0.1}
     for name, values_E in {"importance": importance_E, "load": load_E}.items():

@@ -45,7 +45,9 @@ def test_a_sound_router_passes_every_law_in_each_configuration(file):
     head, *verdicts, end = ran("check", file).splitlines()
     assert head == f"plain ({file})" and all(line.startswith("pass ") for line in verdicts)
     assert [line.split()[1] for line in verdicts] == [law.__name__.removeprefix("law_") for law in LAWS]
-    assert end == f"{len(LAWS)} pass in 2 configurations"  # with the terms that any router with probabilities can have
+    assert (
+        end == f"{len(LAWS)} pass in 4 configurations"
+    )  # with terms, of decisions and of weights, and a balance that is held
 
 
 @pytest.mark.parametrize("kind", FAULTS)

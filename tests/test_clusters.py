@@ -234,9 +234,13 @@ def test_who_refuses_the_shape_is_left_out_with_its_reason_where_nobody_is_named
     asked = []
     monkeypatch.setattr(clusters, "compare", lambda entries, *rest: asked.extend(entries) or [])
     compare_clusters((), 1, tmp_path, 1)
-    assert asked == [name for name in default_names() if name != "picky"] and "picky" in default_names()
+    left_out = ["default_moe", "picky"]
+    assert asked == [name for name in default_names() if name not in left_out] and "picky" in default_names()
     (said,) = capsys.readouterr().err.splitlines()
-    assert said == "left out: picky (num_experts = 8 at site 1: legal are 5 behind another site)"
+    assert said == (
+        "left out: default_moe (it wishes for outputs of the experts, which site 0 does not hand out); "
+        "picky (num_experts = 8 at site 1: legal are 5 behind another site)"
+    )
 
 
 def test_who_is_named_and_refuses_the_shape_is_refused_before_any_work(monkeypatch):

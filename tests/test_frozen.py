@@ -1,6 +1,7 @@
 """The frozen router sees content and learns nothing."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from rlroute.training.optimizer import Optimizer
 from tests.conftest import D, draw, make_context, make_shape
 
 
-def make(**weights: float) -> FrozenRouter:
+def make(**weights: Any) -> FrozenRouter:
     return FrozenRouter(FrozenRouter.Config(**weights), make_shape(8, 2)).double()
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlroute.balance import (
+    communication_balance,
     device_balance,
     entropy_T,
     load_balance,
@@ -232,8 +233,8 @@ def test_dense_layers_in_between_hand_nothing_on_and_lose_nothing() -> None:
 
 # Terms by configuration
 
-TERMS = ("entropy", "balance", "z", "device_balance", "sequence_balance")
-WEIGHTS = {f"{name}_weight": 0.1 * (n + 1) for n, name in enumerate(TERMS)}
+TERMS = ("entropy", "balance", "z", "device_balance", "sequence_balance", "communication_balance")
+WEIGHTS: dict[str, Any] = {f"{name}_weight": 0.1 * (n + 1) for n, name in enumerate(TERMS)}
 
 
 def by_definition(decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
@@ -246,6 +247,7 @@ def by_definition(decision: RoutingDecision, feedback: Feedback) -> dict[str, Te
         "z": router_z(decision.logits_TE).mean(),
         "device_balance": device_balance(decision.probs_TE, decision, context),
         "sequence_balance": sequence_balance(decision.probs_TE, decision, context),
+        "communication_balance": communication_balance(decision.probs_TE, decision, context),
     }
 
 
@@ -254,7 +256,7 @@ def test_every_scored_router_takes_its_terms_from_its_configuration(name: str) -
     """Gradients are those of the sum written out by hand, beside what the router has of its own."""
     cls = router_class(name)
     gradients = []
-    for weights in (dict.fromkeys(WEIGHTS, 0.0), WEIGHTS):
+    for weights in (dict[str, Any].fromkeys(WEIGHTS, 0.0), WEIGHTS):
         router = cls(cls.Config(**weights), make_shape(8, 2, devices=4)).double()
         context = make_context(12, samples=router.num_samples).at(router.shape, {})
         decision = router(draw(12 * router.num_samples, 6), context)
@@ -276,7 +278,8 @@ def test_every_scored_router_takes_its_terms_from_its_configuration(name: str) -
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", [n for n in default_names() if not router_class(n).publishes])
 def test_routers_without_scores_refuse_terms_by_name_before_any_work(name: str, weight: str) -> None:
-    config = router_class(name).Config(**{weight: 0.5})
+    weights: dict[str, Any] = {weight: 0.5}
+    config = router_class(name).Config(**weights)
     with pytest.raises(ConfigError, match=rf"router {name}: {weight} = 0\.5: .* legal is 0"):
         check({RunConfig(router=config): [0]})
 

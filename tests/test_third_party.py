@@ -5,6 +5,7 @@ does not fit.
 import json
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_it_learns_and_takes_its_fields_from_the_entry(site, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     config = json.loads((folder / "config.json").read_text())["config"]["router"]
     assert {"name": "fragile", "fault": "none", "step": 7, "seed": 0}.items() <= config.items()
-    assert config.keys() - {"name", "fault", "step", "seed"} == RouterConfig().term_weights.keys()
+    assert config.keys() - {"name", "fault", "step", "seed"} == asdict(RouterConfig()).keys()
     assert all(row["router_grad_norm"] > 0 for row in rows(folder, "train"))
     assert "'stp'" in refused(rlroute("train", "fragile:stp=7", "--store", tmp_path / "runs", *TINY))
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlroute.agents import bandit
 from rlroute.baselines.switch import SwitchRouter
-from rlroute.config import DENSE, DataConfig, ModelConfig, TrainConfig
+from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, TrainConfig
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import make_plan
 from rlroute.registry import default_names
@@ -180,7 +180,7 @@ def waits_of(
     return seen
 
 
-EVERY_TERM = "balance_weight=0.1,sequence_balance_weight=0.1,device_balance_weight=0.1,z_weight=0.1,entropy_weight=0.1"
+EVERY_TERM = ",".join(f"{name}=0.1" for name in RouterConfig().term_weights if name != "importance_weight")
 ONE, TIGHT = {"num_layers": 1}, {"capacity_factor": 0.5}
 GROUPS = "score=sqrt_softplus,groups=2,expert_scales=true,norm_input=true,linear_bias=true,soft_cap=5,bias_rate=0.01"
 ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -188,7 +188,8 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{f"{name}, tight, in parts": (name, ONE | TIGHT, {"micro_batches": 2}) for name in default_names()},
     "by sequence": ("switch", TIGHT | {"capacity_rows": "sequence", "capacity_order": "gate"}, {}),
     "by device": ("switch", TIGHT | {"devices": 2, "capacity_of": "device", "capacity_groups": 2}, {}),
-    "every term": (f"switch:jitter=0.1,{EVERY_TERM}", {"devices": 2}, {"micro_batches": 2}),
+    "every term": (f"switch:jitter=0.1,importance_weight=0.1,{EVERY_TERM}", {"devices": 2}, {"micro_batches": 2}),
+    "held": ("switch:target_max_vio=0.5,balance_rate=0.1", {}, {"micro_batches": 2}),
     "samples": (f"reinforce:baseline=leave_one_out,charge_weight=0.1,discount=0.5,{EVERY_TERM}", TIGHT, {}),
     "one resampled": ("reinforce:resample=one", {}, {}),
     "optimism": ("bandit:exploration=optimism", TIGHT, {}),

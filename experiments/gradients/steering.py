@@ -34,9 +34,9 @@ def log_policy(decision: RoutingDecision) -> Tensor:
 
 def weights(decision: RoutingDecision) -> dict[str, Tensor]:
     """Return what a token's output is weighted by: the gates of its pairs and, where there are any, those of its own
-    input and of shared experts.
+    input and of shared experts, and what is added as it is.
     """
-    named = {name: getattr(decision, name) for name in ("gates_R", "self_T", "shared_gates_TS")}
+    named = {name: getattr(decision, name) for name in ("gates_R", "self_T", "shared_gates_TS", "fill_TD")}
     return {name: value for name, value in named.items() if value is not None}
 
 

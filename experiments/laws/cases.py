@@ -19,7 +19,11 @@ SHAPES = [(12, 8, 2), (12, 8, 1), (6, 3, 3), (1, 4, 2), (12, 16, 4)]
 """(T, E, k), with k = E and a single token among them."""
 OTHER_SHAPES = [(12, experts, k) for experts in (*range(2, 17), 24, 32, 64) for k in (1, 2, 3, 4, 6, 8) if k <= experts]
 """For a router that takes none of these."""
-TERMS = {field.name: 0.5 for field in fields(RouterConfig)}
+TERMS = dict.fromkeys(RouterConfig().term_weights, 0.5)
+OF_WEIGHTS: dict[str, Any] = {"simbal_weight": TERMS.pop("simbal_weight"), "orthogonal": True}
+"""What only routers with linear scores can have."""
+HELD: dict[str, Any] = {"balance_weight": 0.5, "target_max_vio": 0.5}
+"""An f.P loss whose weight moves."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +89,30 @@ class Case:
 
 def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
     """The default; each other value of a choice, each switch turned, each number of its own that is 0 set to 1/2; all
-    terms that any router with scores can have; and no weight at all."""
+    terms that any router with scores can have, those of score weights, and a balance that is held; and no weight at
+    all."""
     found: list[dict[str, Any]] = [{}]
+    shared = {field.name for field in fields(RouterConfig)}
     for name, hint in get_type_hints(type(config)).items():
+        if name in shared:
+            continue
         value = getattr(config, name)
         if get_origin(hint) is Literal:
             found += [{name: other} for other in get_args(hint) if other != value]
         elif isinstance(value, bool):
             found.append({name: not value})
-        elif isinstance(value, float) and value == 0 and name not in TERMS:
+        elif isinstance(value, float) and value == 0:
             found.append({name: 0.5})
     weights = {field.name: 0.0 for field in fields(config) if field.name.endswith("_weight")}
     terms = {name: weight for name, weight in TERMS.items() if router.carries(name)}
-    found += [terms] if terms else []
+    found += [terms, OF_WEIGHTS, HELD] if terms else []
     return found + ([weights] if any(getattr(config, name) for name in weights) else [])
 
 
 def cases(
     router: type[Router], config: RouterConfig, needs: Callable[[int], dict[str, Any]] = lambda experts: {}
 ) -> Iterator[Case]:
-    """Yield the cases of a router; of its choices those that go together with the others.
+    """Yield the cases of a router; of its choices those that go together with the others, for some shape.
 
     Args:
         router: its class.
@@ -113,7 +121,10 @@ def cases(
     """
     for change in changes(router, config):
         try:
-            yield Case(router, replace(config, **change), tuple(change), needs)
-        except ConfigError:  # a rule between fields forbids it
-            if not change:
-                raise
+            case = Case(router, replace(config, **change), tuple(change), needs)
+            _ = case.shapes
+        except ConfigError:  # a rule between fields forbids it, or it has not what a term reads
+            if change:
+                continue
+            case = Case(router, config, (), needs)
+        yield case

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlroute import learning
 from rlroute.balance import regularisers
 from rlroute.learning import learn
+from rlroute.model.wishes import stand_in
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 
 D, V = 6, 11
@@ -61,7 +62,7 @@ def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_val
 
 def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     """Return the terms of a router's configuration, and its own."""
-    return regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
+    return regularisers(router, decision, feedback) | router.objective(decision, feedback)
 
 
 def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:
@@ -132,13 +133,13 @@ def backward(router: Router, batch: Batch, *, terms: bool = True, interrupted: b
     token.
     """
     router.zero_grad()
-    decision = router(batch.x_TD, batch.context)
+    decision = stand_in(router, router(batch.x_TD, batch.context), batch.x_TD)
     if interrupted:
         evaluate(router)
     used_R = decision.used_R & batch.context.mask_T[decision.token_ids_R]
     credit_R = batch.credit_TE[decision.token_ids_R, decision.expert_ids_R.clamp(max=decision.num_experts - 1)]
     loss = torch.where(used_R, decision.gates_R * credit_R, 0.0).sum() / batch.num_valid
-    for added in (decision.self_T, decision.shared_gates_TS):
+    for added in (decision.self_T, decision.shared_gates_TS, decision.fill_TD):
         if added is not None:
             worth_T = batch.credit_TE[:, 0] * batch.context.mask_T
             loss = loss + (worth_T * added.view(len(worth_T), -1).sum(1)).sum() / batch.num_valid

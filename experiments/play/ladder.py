@@ -35,7 +35,7 @@ from rlroute.experiments.statistics import wilson
 from rlroute.experiments.text import NOTHING, between, markdown
 from rlroute.kernels import gather_linear, make_plan
 from rlroute.learning import adapt, learn
-from rlroute.model.moe import add_own_input, decide
+from rlroute.model.moe import add_beside_pairs, decide
 from rlroute.registry import make_router
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
 from rlroute.transfer import defined
@@ -129,7 +129,7 @@ class _Layer:
         plan = make_plan(decision)
         gated_RW = decision.gates_R[plan.pairs_R, None] * gather_linear(z_TW, plan, self.experts_EWW)
         out_TW = torch.zeros_like(y_TW).index_add(0, plan.tokens_R, gated_RW)
-        out_TW = add_own_input(out_TW, decision, z_TW)
+        out_TW = add_beside_pairs(out_TW, decision, z_TW)
         return (out_TW - y_TW).square().mean(1), decision
 
 
@@ -180,6 +180,7 @@ def router_shape(task: Clusters, seed: int) -> RouterShape:
         vocab_size=vocabulary,
         seed=seed,
         token_counts_V=torch.ones(vocabulary, dtype=torch.long),
+        grants=frozenset(),
     )
 
 

@@ -101,6 +101,7 @@ class RouterPlayer:
             vocab_size=spec.vocabulary,
             seed=seed,
             token_counts_V=torch.ones(spec.vocabulary, dtype=torch.long),
+            grants=frozenset(),
         )
         self.model = ModelConfig(num_experts=spec.num_experts, k=1)
         self.router: Router = make_router(config, shape)

@@ -51,7 +51,8 @@ def _facts(router: type[Router]) -> str:
 
 
 def _fields_table(config: type[RouterConfig]) -> str:
-    own = [f for f in fields(config) if f.name not in {shared.name for shared in fields(RouterConfig)}]
+    shared = {f.name: f.default for f in fields(RouterConfig)}
+    own = [f for f in fields(config) if f.name not in shared or f.default != shared[f.name]]
     return _table(config, [f.name for f in own]) if own else ""
 
 

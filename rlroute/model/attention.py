@@ -12,7 +12,7 @@ from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.kernels import gather_linear, linear_combine, make_plan
-from rlroute.model.moe import add_own_input, compute_dtype, decide
+from rlroute.model.moe import add_beside_pairs, compute_dtype, decide
 from rlroute.routing import Router, RoutingContext, Site
 
 
@@ -121,7 +121,7 @@ class AttentionExperts(nn.Module):
         y_RP = self._attend(q_RP, x_BSD, decision, plan.pairs_R)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = linear_combine(y_RP, plan, self.out_EDP.to(dtype), decision.gates_R, self.backend)
-        return add_own_input(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), decision
+        return add_beside_pairs(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), decision
 
     def _attend(self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor) -> Tensor:
         """Let the queries of each pair, in the plan's order, attend to their sequence; shapes (R, P)."""

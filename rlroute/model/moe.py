@@ -18,6 +18,7 @@ from rlroute.errors import ConfigError, DecisionError
 from rlroute.faults import noted
 from rlroute.kernels import ExpertWeights, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
+from rlroute.model import wishes
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
 from rlroute.model.compiling import DenseParts
@@ -94,7 +95,7 @@ def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
     router's gate (``unit``): 1 over the pairs of its token.
 
     A gate of exactly 0 keeps its value: its pair runs for its gradient alone. ``self_T`` and the gates of shared
-    experts stay as they are.
+    experts stay as they are, and so does ``fill_TD``.
     """
     if form == "own":
         return decision
@@ -121,9 +122,11 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
         return apply_gate_form(decision, config.gate_form)
 
 
-def add_own_input(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Tensor:
-    """Return a layer's output with each token's own input, weighted as the decision says."""
-    return out_TD if decision.self_T is None else out_TD + decision.self_T[:, None].to(x_TD.dtype) * x_TD
+def add_beside_pairs(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Tensor:
+    """Return a layer's output with what the decision adds to its pairs: each token's own input, and its fill."""
+    if decision.self_T is not None:
+        out_TD = out_TD + decision.self_T[:, None].to(x_TD.dtype) * x_TD
+    return out_TD if decision.fill_TD is None else out_TD + decision.fill_TD.to(x_TD.dtype)
 
 
 class MoELayer(DenseParts):
@@ -152,15 +155,19 @@ class MoELayer(DenseParts):
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run."""
         dtype = compute_dtype(x_TD)
         decision = decide(self.router, x_TD, context, self.config)
+        by_pair = "outputs" in self.router.wishes
         with torch.autocast(x_TD.device.type, enabled=False):
-            weights = self.experts.weights(dtype)
-            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation)
+            weights, rows_TD = self.experts.weights(dtype), x_TD.to(dtype)
+            run = wishes.by_pair(rows_TD, decision) if by_pair else (rows_TD, decision)
+            finish = self.start(*run, weights, self.backend, self.config.activation)
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = finish()
+            if by_pair:
+                out_TD, decision = wishes.combine(out_TD, decision)
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        return add_own_input(out_TD, decision, x_TD.to(dtype)), decision
+        return add_beside_pairs(out_TD, decision, x_TD.to(dtype)), decision
 
     def run_shared(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
         """Return what the experts that every token runs give, shape (T, D)."""

@@ -19,7 +19,7 @@ from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, KeyedLinear, attention_site
 from rlroute.model.compiling import DenseParts
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
-from rlroute.routing import Router, RouterShape, RoutingContext, Site
+from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +202,7 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             # The experts of attention are replicas on every device, and none of them is shared.
             devices=(config.devices or shape.placement.shards) if isinstance(site, int) else 1,
             num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
+            grants=WISHES if isinstance(site, int) else frozenset(),
         )
         for index, (site, count) in enumerate(experts.items())
     ]

@@ -25,6 +25,7 @@ from rlroute.balance import regularisers
 from rlroute.faults import noted
 from rlroute.learning import adapt, count, weighted
 from rlroute.model.checks import check, named
+from rlroute.model.wishes import stand_in
 from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision
 
 ROWS = 256
@@ -219,9 +220,10 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
     feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=loss_MT.shape[1])
     with torch.enable_grad():
         decision = _decide(router, x_TD * 1, context, forward)  # of no leaf, as in a model
+        decision = stand_in(router, decision, x_TD)
         with noted(*whose), forward:
-            terms = regularisers(router.terms, decision, feedback) | router.objective(decision, feedback)
-        weights = (decision.gates_R, decision.self_T, decision.shared_gates_TS)
+            terms = regularisers(router, decision, feedback) | router.objective(decision, feedback)
+        weights = (decision.gates_R, decision.self_T, decision.shared_gates_TS, decision.fill_TD)
         loss = weighted([terms]) + sum(part.sum() for part in weights if part is not None and part.requires_grad)
         if decision.gates_R.requires_grad:
             decision.gates_R.retain_grad()

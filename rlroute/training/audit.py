@@ -148,7 +148,7 @@ def _routes_differ(a: RoutingDecision, b: RoutingDecision) -> Tensor:
     """Say of each row whether its pairs, their gates, or what is added beside them differ."""
     pairs_a, pairs_b = (_table(d, torch.ones_like(d.expert_ids_R)) for d in (a, b))
     differ_T = (pairs_a != pairs_b).any(1)
-    used = ((_table(d, d.gates_R * d.used_R), d.self_T, d.shared_gates_TS) for d in (a, b))
+    used = ((_table(d, d.gates_R * d.used_R), d.self_T, d.shared_gates_TS, d.fill_TD) for d in (a, b))
     for one, other in zip(*used, strict=True):
         if one is not None and other is not None and one.numel():
             one, other = (value.view(len(differ_T), -1) for value in (one, other))

@@ -49,7 +49,7 @@ class StepResult:
 
     loss: Tensor
     terms: dict[str, Tensor]
-    weights: dict[str, list[float]]
+    weights: dict[str, list[float | Tensor]]
     sums_L: list[dict[str, Tensor]]
     pairs_L: Tensor
     without_L: Tensor
@@ -148,7 +148,7 @@ def backward_batch(
     loss = torch.zeros((), dtype=torch.float64, device=device.name)
     nothing = torch.zeros_like(loss)
     values: dict[str, list[Tensor]] = defaultdict(lambda: [nothing] * sites)
-    weights: dict[str, list[float]] = defaultdict(lambda: [0.0] * sites)
+    weights: dict[str, list[float | Tensor]] = defaultdict(lambda: [0.0] * sites)
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
     for number, micro in group.share(list(enumerate(split(batch, micro_batches)))):
         chosen: dict[Site, Tensor] | None = None if on_choices is None else {}

@@ -1,0 +1,48 @@
+"""What a layer hands to routers that wish for it (:attr:`rlroute.routing.Router.wishes`); without a wish nothing here
+runs.
+
+Outputs by pair: each pair runs as a token of its own with a gate of 1, through the same engine or across the same
+shards, and gates and sums are made here. The products are those of the plain way; rows are copied, and kept.
+
+Shape suffixes: T tokens, D model width, K slots per token, R routed pairs.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlroute.decision import RoutingDecision
+from rlroute.routing import Router
+
+
+def by_pair(x_TD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDecision]:
+    """Return each pair's row, shape (R, D), and a decision over these rows whose output are the outputs of the
+    pairs.
+    """
+    if decision.k is None:
+        rows_RD = x_TD[decision.token_ids_R]
+    else:
+        rows_RD = x_TD[:, None].expand(-1, decision.k, -1).reshape(-1, x_TD.shape[1])
+    ids_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
+    gates_R1 = torch.ones_like(ids_R, dtype=x_TD.dtype)[:, None]
+    return rows_RD, RoutingDecision.token_choice(ids_R[:, None], gates_R1, decision.num_experts)
+
+
+def combine(outputs_RD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDecision]:
+    """Return each token's gated sum of its pairs' outputs, shape (T, D), and the decision with these outputs."""
+    gated_RD = decision.gates_R[:, None] * outputs_RD
+    if decision.k is not None:
+        out_TD = gated_RD.view(decision.num_tokens, decision.k, -1).sum(1)
+    else:
+        out_TD = gated_RD.new_zeros(decision.num_tokens, gated_RD.shape[1])
+        out_TD = out_TD.index_add(0, decision.token_ids_R, gated_RD)
+    return out_TD.to(outputs_RD.dtype), replace(decision, outputs_RD=outputs_RD)
+
+
+def stand_in(router: Router, decision: RoutingDecision, x_TD: Tensor) -> RoutingDecision:
+    """Return what a router that stands alone would be handed: its inputs, as if they were outputs of experts."""
+    if "outputs" not in router.wishes:
+        return decision
+    ran_R1 = (decision.kept_R & decision.used_R)[:, None]
+    return replace(decision, outputs_RD=x_TD.detach()[decision.token_ids_R] * ran_R1)
