@@ -466,7 +466,7 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 
 COMMANDS = (
     *("train", "compare", "sweep", "routers", "check", "runs", "table", "report", "verify", "export"),
-    *("export-tokens", "tune", "play", "bench", "gradients"),
+    *("export-tokens", "tune", "play", "bench", "gradients", "trace"),
 )
 
 
