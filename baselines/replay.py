@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlroute.choices import ChoiceLog
+from rlroute.choices import ChoiceArrays, ChoiceLog
 from rlroute.config import RouterConfig, RunConfig
 from rlroute.errors import ConfigError, StoreError
 from rlroute.reading import read_described
@@ -33,15 +33,27 @@ class ReplayRouter(Router):
 
         run: str
         """Folder of a run that was trained with ``--train.record-choices``, on the same seed, data and batch."""
+        trace: str = ""
+        """A file that ``rlroute trace RUN --out FILE.npz`` wrote, or one like it: its choices are taken in place of the
+        run's own.
+        """
         sha256: str = ""
-        """Of its choices, and so a part of this run's identity: filled in where it is empty, else they must have it."""
+        """Of the choices, and so a part of this run's identity: filled in where it is empty, else they must have it."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
             if any(getattr(self, f.name) != f.default for f in fields(RouterConfig)):
                 raise ConfigError(f"router replay:run={self.run}: the weights of terms are those of the recorded run")
             if not self.sha256:
-                object.__setattr__(self, "sha256", ChoiceLog(Path(self.run)).sha256())
+                object.__setattr__(self, "sha256", self.choices_sha256())
+
+        def choices_sha256(self) -> str:
+            """Return the SHA-256 of the choices as they lie there.
+
+            Raises:
+                StoreError: there are none.
+            """
+            return (ChoiceArrays(Path(self.trace)) if self.trace else ChoiceLog(Path(self.run))).sha256()
 
         def recorded(self) -> tuple[RunConfig, int]:
             """Return the recorded run's configuration, and its seed.
@@ -67,7 +79,7 @@ class ReplayRouter(Router):
                 f"{at}.{name}": sha for at, router in config.by_place.items() for name, sha in router.reads().items()
             }
             told = json.dumps([seed, routers, code], sort_keys=True)
-            choices = {"choices": ChoiceLog(Path(self.run)).sha256()}
+            choices = {"choices": self.choices_sha256()}
             return choices | {"routers": hashlib.sha256(told.encode()).hexdigest()} | files
 
     gate_meaning = "the recorded router's"
@@ -75,7 +87,9 @@ class ReplayRouter(Router):
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
-        self.source = source = make_router(config.recorded()[0].router_at(shape.site), shape)
+        run, _ = config.recorded()
+        self.micro_batches = run.train.micro_batches
+        self.source = source = make_router(run.router_at(shape.site), shape)
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
         self.batch_dependent, self.wishes = source.batch_dependent, source.wishes
@@ -90,8 +104,10 @@ class ReplayRouter(Router):
         recorded = run.router_at(shape.site)
         if seed != shape.seed:
             return f"run = {config.run!r} has seed {seed}: legal is that, not {shape.seed}"
-        if (found := ChoiceLog(Path(config.run)).sha256()) != config.sha256:
+        if (found := config.choices_sha256()) != config.sha256:
             return f"run = {config.run!r} has choices of SHA-256 {found}, want {config.sha256}"
+        if config.trace and (sites := ChoiceArrays(Path(config.trace)).sites) != shape.num_sites:
+            return f"trace = {config.trace!r} has {sites} layers: legal are the model's {shape.num_sites} sites"
         return super().refuses(config, shape) or router_class(recorded.name).refuses(recorded, shape)
 
     @property
@@ -107,10 +123,18 @@ class ReplayRouter(Router):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Let the recorded router decide, with its recorded choices in training."""
         if context.micro_batch is not None:
-            ids = ChoiceLog(Path(self.config.run)).read(context.step, context.micro_batch, context.site)
-            context = replace(context, choices={context.site: put(ids, x_TD.device)})
+            ids_NK = self._recorded(context.step, context.micro_batch, len(x_TD))
+            context = replace(context, choices={context.site: put(ids_NK, x_TD.device)})
         decision: RoutingDecision = self.source(x_TD, context)
         return decision
+
+    def _recorded(self, step: int, micro_batch: int, tokens: int) -> Tensor:
+        shape, config = self.shape, self.config
+        if not config.trace:
+            return ChoiceLog(Path(config.run)).read(step, micro_batch, shape.site)
+        rows = slice(micro_batch * tokens, (micro_batch + 1) * tokens)
+        whole = self.micro_batches * tokens
+        return ChoiceArrays(Path(config.trace)).read(step, rows, whole, shape.site_index, shape.num_experts)
 
     def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
         """Return the recorded router's own terms."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rlroute.foreign import printable
 
@@ -58,6 +58,17 @@ def si(value: float) -> str:
     """Return three digits and a unit prefix."""
     power = min(max(int(math.log10(abs(value))) // 3, 0), 4) if value else 0
     return f"{value / 1000**power:.3g}{' ' * (power > 0)}{'kMGT'[power - 1] if power else ''}"
+
+
+def rounded(value: Any) -> Any:
+    """Return plain data with numbers of six digits; what is infinite or unknown, which JSON does not know, is None."""
+    if isinstance(value, Mapping):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def listed(names: Sequence[str]) -> str:

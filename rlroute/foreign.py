@@ -150,8 +150,8 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
         return value
     if not depth:
         raise Unfit(f" is nested deeper than {DEPTH} levels")
-    if isinstance(value, list) and set(map(type, value)) == {float} and all(map(math.isfinite, value)):
-        return value  # the fast way of nearly all numbers
+    if isinstance(value, list) and _all_numbers(value):
+        return value  # the fast way of nearly all of them
     for name, part in value.items() if isinstance(value, dict) else enumerate(value):
         try:
             if isinstance(name, str) and not name.isprintable():
@@ -160,6 +160,14 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
         except Unfit as error:
             raise Unfit(error.reason, name, *error.path) from None
     return value
+
+
+def _all_numbers(values: list[Any]) -> bool:
+    """Whether a list holds legal numbers of one type alone."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return bool(min(values) > -WHOLE and max(values) < WHOLE)
+    return kinds == {float} and all(map(math.isfinite, values))
 
 
 def _refuse_leaf(value: Any) -> None:

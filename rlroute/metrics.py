@@ -2,10 +2,11 @@
 
 Balance is not defined where nothing was chosen: it is NaN there, and all experts are dead.
 
-Shape suffixes: T tokens, E experts, R routed pairs.
+Shape suffixes: T tokens, E experts, K experts per token, R routed pairs, N values.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,35 @@ def load_entropy(load_E: Tensor) -> Tensor:
     """
     fractions_E = load_E.double() / load_E.sum()
     return torch.special.entr(fractions_E).sum() / math.log(len(load_E)) if len(load_E) > 1 else fractions_E.sum()
+
+
+def gini(load_E: Tensor) -> Tensor:
+    """Return the mean difference between two experts' loads over twice the mean load: 0 is perfect balance, 1 - 1/E
+    total collapse (LPR, arXiv 2506.21328, measures by it).
+    """
+    ordered_E, experts = load_E.double().sort().values, len(load_E)
+    above_E = 2 * torch.arange(experts, device=load_E.device) - experts + 1  # how many lie below, less those above
+    return (above_E * ordered_E).sum() / (experts * ordered_E.sum())
+
+
+def min_over_max(load_E: Tensor) -> Tensor:
+    """Return the lowest load over the highest (LPR, arXiv 2506.21328): 1 is perfect balance, 0 where an expert has
+    nothing.
+    """
+    return load_E.min().double() / load_E.max()
+
+
+def percentiles(values_N: Tensor, percents: Sequence[float]) -> Tensor:
+    """Return percentiles of values, those between two of them by linear interpolation. NaN is left out, and is the
+    answer where there is nothing else.
+    """
+    ordered_N = values_N[~values_N.isnan()].double().sort().values
+    at = torch.tensor(percents, dtype=torch.float64, device=values_N.device) / 100
+    if not len(ordered_N):
+        return torch.full_like(at, math.nan)
+    place = at * (len(ordered_N) - 1)
+    low = ordered_N[place.floor().long()]
+    return low + (place - place.floor()) * (ordered_N[place.ceil().long()] - low)
 
 
 def router_entropy(probs_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -61,3 +91,13 @@ def overlap(decision: RoutingDecision, other: RoutingDecision) -> Tensor:
     mine_R, theirs_R = (d.token_ids_R * columns + d.expert_ids_R for d in (decision, other))
     chosen_N = other.used_R.new_zeros(other.num_tokens * columns).index_fill(0, theirs_R, True)
     return (chosen_N[mine_R] & decision.used_R).sum().double() / decision.used_R.sum()
+
+
+def shared_T(one_TK: Tensor, other_TK: Tensor) -> Tensor:
+    """Return how many experts of a token are in both of two choices, in any order; ids below 0 are none.
+
+    Args:
+        one_TK, other_TK: ids, none twice for a token; the two K may differ.
+    """
+    ordered_TK = torch.cat([one_TK, other_TK], 1).sort(1).values
+    return ((ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)).sum(1)

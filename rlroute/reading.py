@@ -63,7 +63,7 @@ def read_runs(path: Path) -> list[RunRecord]:
     with _naming(path):
         file, folder = path.is_file(), path.is_dir()
     if file:
-        records = [_record(line, where, Stored) for where, line in _lines(path, follow=True)]
+        records = [_record(line, where, Stored) for where, line in read_lines(path, follow=True)]
     elif folder:
         records = [read_run(summary.parent) for summary in path.glob("*/summary.json")]
     else:
@@ -176,7 +176,7 @@ def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
         StoreError: it cannot be read, or a line is no such row.
     """
     rows = []
-    for where, row in _lines(path, torn_ok):
+    for where, row in read_lines(path, torn_ok):
         with _naming(where):
             _hold_row(row, path)
         rows.append(row)
@@ -227,8 +227,12 @@ def _last_line(path: Path) -> bytes | None:
             window *= 2
 
 
-def _lines(path: Path, torn_ok: bool = False, *, follow: bool = False) -> Iterator[tuple[str, Row]]:
-    """Yield the objects of a file, one a line, each with what it is called."""
+def read_lines(path: Path, torn_ok: bool = False, *, follow: bool = False) -> Iterator[tuple[str, Row]]:
+    """Yield the objects of a file, one a line, each with what it is called.
+
+    Raises:
+        StoreError: the file cannot be read, or a line is no object or too long.
+    """
     with _naming(path), reading(path, FILE, follow=follow) as file:
         number = 0
         while line := file.readline(LINE + 1):

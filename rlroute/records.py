@@ -56,12 +56,23 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         StoreError: the folder cannot be written; what was there before stays.
     """
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file bit by bit; it takes the place of what was there once the block has ended well.
+
+    Raises:
+        StoreError: the folder cannot be written; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storing(path):
         temporary.unlink(missing_ok=True)  # of a process that was killed, whose number this one has got
         try:
-            with _open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
-                file.write(text)
+            with os.fdopen(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

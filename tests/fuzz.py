@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 
 from rlroute.agents.sb3 import Sb3Router
 from rlroute.choices import ChoiceLog
@@ -39,6 +40,11 @@ from rlroute.experiments.comparison.text import to_csv, to_markdown
 from rlroute.experiments.launch.spec import read_spec
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.report.runs import list_runs, run_text, to_grid
+from rlroute.experiments.traces.flips import flips
+from rlroute.experiments.traces.measure import measure
+from rlroute.experiments.traces.reading import open_trace
+from rlroute.experiments.traces.text import to_json
+from rlroute.experiments.traces.write import write
 from rlroute.reading import failure, last_row, read_runs
 from rlroute.records import state, write_compact
 from rlroute.registry import run_config
@@ -379,6 +385,32 @@ def choices(folder: Path, random: Random) -> None:
     log.read(random.choice((0, 2, 3, 2**40)), 0, 0)
 
 
+def trace(folder: Path, random: Random) -> None:
+    """A trace of another program, changed, is measured, held against itself and written, or refused."""
+    ids_TLK = np.arange(24).reshape(4, 3, 2) % 8
+    path = folder / f"trace{random.choice(('.npy', '.npz', '.safetensors', '.jsonl'))}"
+    if path.suffix == ".npy":
+        np.save(path, ids_TLK.astype(random.choice(("int16", "uint8", ">i4", "float32", "O"))))
+    elif path.suffix == ".npz":
+        np.savez(path, ids_TLK, random.choice((ids_TLK, ids_TLK.astype("int8"), ids_TLK - 3, ids_TLK[0], ids_TLK[:0])))
+    elif path.suffix == ".safetensors":
+        save_file({"a": ids_TLK, "b": random.choice((ids_TLK, ids_TLK.astype("float32")))}, path)
+    else:
+        rows = [{"step": 0, "layer": n, "num_tokens": 4, "topk": 2, "block": "decoder"} for n in range(3)]
+        lines = [json.dumps(row | {"top_indices": ids_TLK[:, n].tolist()}) for n, row in enumerate(rows)]
+        path.write_text("\n".join(lines) + "\n")
+    if path.suffix == ".npz" and random.random() < 0.7:
+        change_archive(path, random)
+    elif path.suffix == ".jsonl":
+        path.write_bytes(_changed(path.read_bytes(), random))
+    elif random.random() < 0.9:
+        path.write_bytes(several(partial(_either, random=random), path.read_bytes(), random))
+    opened = open_trace(str(path), folder)
+    to_json([measure(opened)], flips(opened, opened), "command")
+    for end in (".npz", ".jsonl"):
+        write(opened, folder / f"again{end}")
+
+
 def _either(data: bytes, random: Random) -> bytes:
     return b"%a" % random.choice(HOSTILE) if random.random() < 0.3 else change_bytes(data, random)
 
@@ -451,6 +483,7 @@ CASES: tuple[Case, ...] = (
     sb3,
     tokens,
     choices,
+    trace,
     checkpoint,
     corpus,
     tokenizer,

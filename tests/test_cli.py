@@ -269,8 +269,11 @@ def test_report_says_where_it_is(compared, tmp_path):
 
 def test_routers_lists_every_router_with_its_paper():
     text = ran("routers")
-    assert [part.split()[0] for part in text.split("\n\n")] == router_names()
-    for part in text.split("\n\n"):
+    *parts, refused = text.split("\n\n")
+    assert [part.split()[0] for part in parts] == router_names()
+    assert refused.startswith("Refused: ")
+    assert all(f"    {name}, " in refused for name in ("Soft MoE", "SMEAR", "Lory"))
+    for part in parts:
         assert "learns from: " in part
         assert "fields: " in part
     assert "arXiv 2202.01169" in text
@@ -466,7 +469,7 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 
 COMMANDS = (
     *("train", "compare", "sweep", "routers", "check", "runs", "table", "report", "verify", "export"),
-    *("export-tokens", "tune", "play", "bench", "gradients"),
+    *("export-tokens", "tune", "play", "bench", "gradients", "trace"),
 )
 
 

@@ -22,7 +22,14 @@ from tests.conftest import capped, make_context
 BALANCED = torch.full((8,), 5)
 COLLAPSED = torch.tensor([0, 0, 40, 0, 0, 0, 0, 0])
 SKEWED = torch.tensor([1, 2, 3, 4, 5, 6, 7, 12])
-OF_LOADS = [metrics.max_vio, metrics.coefficient_of_variation, metrics.load_entropy, metrics.dead_experts]
+OF_LOADS = [
+    metrics.max_vio,
+    metrics.coefficient_of_variation,
+    metrics.load_entropy,
+    metrics.gini,
+    metrics.min_over_max,
+    metrics.dead_experts,
+]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,8 @@ OF_LOADS = [metrics.max_vio, metrics.coefficient_of_variation, metrics.load_entr
         (metrics.max_vio, 0.0, 7.0, 12 / 5 - 1),
         (metrics.coefficient_of_variation, 0.0, math.sqrt(7), float(np.std(SKEWED.numpy()) / 5)),
         (metrics.load_entropy, 1.0, 0.0, -sum(n / 40 * math.log(n / 40) for n in SKEWED.tolist()) / math.log(8)),
+        (metrics.gini, 0.0, 7 / 8, (-7 - 2 * 5 - 3 * 3 - 4 + 5 + 6 * 3 + 7 * 5 + 12 * 7) / (8 * 40)),
+        (metrics.min_over_max, 1.0, 0.0, 1 / 12),
         (metrics.dead_experts, 0, 7, 0),
     ],
 )
@@ -51,7 +60,7 @@ def test_neither_order_nor_scale_nor_dtype_of_the_counts_matters(
 
 
 def test_a_single_expert_is_balanced() -> None:
-    assert [float(metric(torch.tensor([7]))) for metric in OF_LOADS] == [0.0, 0.0, 1.0, 0.0]
+    assert [float(metric(torch.tensor([7]))) for metric in OF_LOADS] == [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
 
 def test_an_expert_is_dead_below_the_share_not_at_it() -> None:
@@ -101,7 +110,7 @@ def test_overlap_is_over_the_pairs_that_the_first_chose() -> None:
 
 def test_where_nothing_was_chosen_no_balance_is_defined_all_experts_are_dead_and_nothing_was_dropped() -> None:
     nothing_E = torch.zeros(8, dtype=torch.long)
-    assert all(math.isnan(float(metric(nothing_E))) for metric in OF_LOADS[:3])
+    assert all(math.isnan(float(metric(nothing_E))) for metric in OF_LOADS[:-1])
     assert int(metrics.dead_experts(nothing_E)) == 8
     decision = RoutingDecision.token_choice(torch.full((3, 2), 4), torch.ones(3, 2), 4)
     assert float(metrics.drop_rate(decision)) == float(metrics.drop_rate(capped(decision, 1))) == 0
@@ -134,8 +143,36 @@ def test_metrics_of_loads_are_those_of_their_definitions(loads: list[int]) -> No
     assert float(metrics.coefficient_of_variation(load_E)) == pytest.approx(deviation / fair, abs=1e-12)
     evenness = entropy([n / sum(loads) for n in loads]) / math.log(len(loads))
     assert float(metrics.load_entropy(load_E)) == pytest.approx(evenness, abs=1e-12)
+    apart = mean([float(abs(one - other)) for one in loads for other in loads])
+    assert float(metrics.gini(load_E)) == pytest.approx(apart / (2 * fair), abs=1e-12)
+    assert float(metrics.min_over_max(load_E)) == pytest.approx(min(loads) / max(loads))
     assert int(metrics.dead_experts(load_E)) == sum(n < 0.05 * fair for n in loads)
     assert float(balance.cv_squared(load_E.double())) == pytest.approx((deviation / fair) ** 2, abs=1e-12)
+
+
+@slowly
+@given(st.lists(st.floats(-9, 9) | st.just(math.nan), min_size=1, max_size=9), st.integers(0, 100))
+def test_percentiles_are_those_of_their_definition(values: list[float], percent: int) -> None:
+    """As many as that lie below, the distance between two neighbours shared in proportion; NaN counts for nothing."""
+    ordered = sorted(value for value in values if not math.isnan(value))
+    (found,) = metrics.percentiles(torch.tensor(values), [percent]).tolist()
+    if not ordered:
+        assert math.isnan(found)
+        return
+    whole, part = divmod(percent * (len(ordered) - 1), 100)
+    want = ordered[whole] if not part else ordered[whole] * (1 - part / 100) + ordered[whole + 1] * part / 100
+    assert found == pytest.approx(want, abs=1e-5)
+
+
+CHOICES = st.lists(st.tuples(*[st.permutations([-1, -1, 0, 1, 2, 3])] * 2), min_size=1, max_size=5)
+
+
+@slowly
+@given(CHOICES, st.integers(1, 6), st.integers(1, 6))
+def test_shared_experts_are_those_of_both_sets(rows: list[tuple[list[int], list[int]]], k: int, other_k: int) -> None:
+    one, other = [row[:k] for row, _ in rows], [row[:other_k] for _, row in rows]
+    want = [len({*a} & {*b} - {-1}) for a, b in zip(one, other, strict=True)]
+    assert metrics.shared_T(torch.tensor(one), torch.tensor(other)).tolist() == want
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlroute.baselines.replay import ReplayRouter
@@ -16,6 +17,8 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.launch.runs import run_all
+from rlroute.experiments.traces.reading import open_trace
+from rlroute.experiments.traces.write import write
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
 from rlroute.registry import router_class, run_config
@@ -104,6 +107,44 @@ def test_two_sites_of_a_block_are_replayed_and_so_is_a_capacity(tmp_path: Path) 
     replay = replay_of(source, tmp_path)
     train(replay, 0, tmp_path)
     assert losses(tmp_path, replay) == losses(tmp_path, source)
+
+
+def test_a_run_is_replayed_from_the_trace_that_it_wrote(tmp_path: Path) -> None:
+    """Bit for bit; and with other choices in the file it is another run."""
+    source = run_of("switch", attention_experts=4)
+    train(source, 0, tmp_path)
+    run, path = tmp_path / source.run_id(0), tmp_path / "trace.npz"
+    write(open_trace(str(run), tmp_path), path)
+    replay = replace(source, router=ReplayRouter.Config(run=str(run), trace=str(path)))
+    train(replay, 0, tmp_path)
+    assert losses(tmp_path, replay) == losses(tmp_path, source)
+    with np.load(path) as file:
+        steps = [(file[name] + 1) % 4 for name in file.files]
+    np.savez(path, *steps)
+    with pytest.raises(ConfigError, match="has choices of SHA-256"):
+        check({replay: [0]})
+    other = replace(source, router=ReplayRouter.Config(run=str(run), trace=str(path)))
+    train(other, 0, tmp_path)
+    assert losses(tmp_path, other)[0] != losses(tmp_path, source)[0]
+
+
+def test_a_trace_that_is_not_of_the_runs_shapes_is_refused(tmp_path: Path) -> None:
+    source = run_of("hash")
+    train(source, 0, tmp_path)
+    run = str(tmp_path / source.run_id(0))
+
+    def replay(*steps: np.ndarray) -> RunConfig:
+        np.savez(tmp_path / "other.npz", *steps)
+        return replace(source, router=ReplayRouter.Config(run=run, trace=str(tmp_path / "other.npz")))
+
+    with pytest.raises(ConfigError, match="has 3 layers: legal are the model's 2 sites"):
+        check({replay(np.zeros((64, 3, 2), np.int16)): [0]})
+    with pytest.raises(StoreError, match="holds 60 tokens for step 0: want 64"):
+        train(replay(np.zeros((60, 2, 2), np.int16)), 0, tmp_path)
+    with pytest.raises(DecisionError, match=r"have shape \(32, 3\): want \(32, 2\)"):
+        train(replay(np.zeros((64, 2, 3), np.int16)), 0, tmp_path)
+    with pytest.raises(StoreError, match="holds no step 1: it has 1"):
+        train(replay(np.tile(np.array([0, 1]), (64, 2, 1))), 0, tmp_path)
 
 
 def test_choices_are_taken_rather_than_made_again(tmp_path: Path) -> None:

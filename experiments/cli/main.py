@@ -67,6 +67,7 @@ def _run() -> None:
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.include import without_includes
     from rlroute.experiments.cli.stored import export, export_tokens, report, routers, runs, table, verify
+    from rlroute.experiments.cli.traces import trace
     from rlroute.experiments.cli.training import compare, sweep, train, tune
 
     commands = (
@@ -85,6 +86,7 @@ def _run() -> None:
         play,
         bench,
         gradients,
+        trace,
     )
     description = (
         "Compare the routers of mixture-of-experts transformers inside identical models. "

@@ -16,7 +16,7 @@ from rlroute.experiments.gradients.signal import over_seeds, over_seeds_by_facto
 from rlroute.experiments.report.html import render_page
 from rlroute.experiments.report.style import new_figure, style_of
 from rlroute.experiments.statistics import Interval
-from rlroute.experiments.text import NOTHING, markdown, plus_minus, two_digits
+from rlroute.experiments.text import NOTHING, markdown, plus_minus, rounded, two_digits
 from rlroute.kernels import resolve_backend
 from rlroute.provenance import environment
 
@@ -120,7 +120,7 @@ def to_json(
         "rows": [_row_data(row) | {name: _plain(of(row)) for name, of in derived.items()} for row in rows],
         "unmeasured": [asdict(item) for item in unmeasured],
     }
-    return json.dumps(_rounded(figures), separators=(",", ":")) + "\n"
+    return json.dumps(rounded(figures), separators=(",", ":")) + "\n"
 
 
 def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, command: str) -> str:
@@ -211,14 +211,3 @@ def _plain(interval: Interval | None) -> dict[str, Any] | None:
 
 def _row_data(row: Row) -> dict[str, Any]:
     return asdict(row) | {"choices": [{"mean_cosine": asdict(signal.mean_cosine)} for signal in row.choices]}
-
-
-def _rounded(value: Any) -> Any:
-    """Return plain data with numbers of six digits, and without infinities, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -17,13 +17,35 @@ from rlroute.registry import broken, router_class, router_file, router_names
 from rlroute.routing import Router, RouterShape
 from rlroute.values import needed_fields
 
+REFUSED = {
+    "Soft MoE": (
+        "Puigcerver et al. 2023 (arXiv 2308.00951)",
+        "each slot of an expert holds a weighted mean of all tokens, and each token gets a weighted sum of all slots",
+    ),
+    "SMEAR": (
+        "Muqeeth et al. 2023 (arXiv 2306.03745)",
+        "the weights of all experts are averaged into one by each example's routing distribution, and that one runs",
+    ),
+    "Lory": (
+        "Zhong et al. 2024 (arXiv 2405.03133)",
+        "the weights of all experts are averaged into one for each segment, by what the segment before it holds",
+    ),
+}
+"""What is called a router elsewhere and cannot be one here: its paper, and what it does instead of choosing."""
+NO_PAIRS = (
+    "A router here answers with (token, expert) pairs and a gate for each. What mixes tokens or weights has no pairs: "
+    "neither loads, capacity nor the sparse kernel would mean anything."
+)
+
 
 def routers_text() -> str:
     """Describe every router that can be loaded: what it does, its paper, its fields and their defaults, and what holds
-    for these: what it learns from, its gate, the shapes that it refuses.
+    for these: what it learns from, its gate, the shapes that it refuses. Then what cannot be a router, and why.
     """
     left_out = broken()
-    return printable("\n\n".join(_router_text(name) for name in router_names() if name not in left_out))
+    texts = [_router_text(name) for name in router_names() if name not in left_out]
+    refused = [f"{name}, {paper}: {reason}" for name, (paper, reason) in REFUSED.items()]
+    return printable("\n\n".join([*texts, "\n    ".join([f"Refused: {NO_PAIRS}", *refused])]))
 
 
 def _router_text(name: str) -> str:

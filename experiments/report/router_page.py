@@ -11,7 +11,7 @@ from itertools import pairwise
 from textwrap import dedent
 
 from rlroute.config import RouterConfig
-from rlroute.experiments.report.listing import default_instance, default_text, refusals
+from rlroute.experiments.report.listing import NO_PAIRS, REFUSED, default_instance, default_text, refusals
 from rlroute.experiments.text import markdown
 from rlroute.registry import router_class, router_names
 from rlroute.routing import Router
@@ -27,7 +27,7 @@ as in `reinforce:baseline=ema,balance_weight=2`; how to write one is in [CONTRIB
 def routers_page() -> str:
     """Return the page."""
     names = [name for name in router_names() if router_class(name).__module__.startswith("rlroute.")]
-    return "\n".join([HEAD, *map(_section, names), _shared()])
+    return "\n".join([HEAD, *map(_section, names), _shared(), _refused()])
 
 
 def _section(name: str) -> str:
@@ -59,6 +59,11 @@ def _fields_table(config: type[RouterConfig]) -> str:
 def _shared() -> str:
     names = [f.name for f in fields(RouterConfig)]
     return f"## Fields of every router with scores\n\n{_table(RouterConfig, names)}"
+
+
+def _refused() -> str:
+    lines = [[name, paper, reason] for name, (paper, reason) in REFUSED.items()]
+    return f"## What cannot be a router here\n\n{NO_PAIRS}\n\n{markdown(['refused', 'paper', 'why'], lines, '<<<')}\n"
 
 
 def _table(config: type[RouterConfig], names: list[str]) -> str:
