@@ -21,7 +21,6 @@ from rlroute.limits import (
     Between,
     Count,
     Experts,
-    Layers,
     NonNegative,
     Positive,
     Size,
@@ -30,6 +29,7 @@ from rlroute.limits import (
     checked_seed,
     refuse_product,
 )
+from rlroute.variants import LayerVariants
 
 SCHEMA = 2
 """Of records. 1 did not say from which code and data a run was made; it can still be read."""
@@ -127,14 +127,11 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(LayerVariants):
     """The decoder-only transformer that every router is put into."""
 
-    num_layers: Layers = 1
     d_model: Size = 64
     num_heads: Size = 4
-    num_dense_layers: Whole = 0
-    """The first n layers keep a dense MLP of the same active width."""
     num_experts: Experts = 16
     k: Count = 2
     """Experts per token."""
@@ -189,8 +186,7 @@ class ModelConfig:
                 f"model.d_model = {self.d_model}: "
                 f"must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
             )
-        if self.num_dense_layers > self.num_layers:
-            raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
+        self.check_variants(self.num_shared_experts)
         if self.devices and self.num_experts % self.devices:
             raise ConfigError(f"model.devices = {self.devices}: must divide model.num_experts = {self.num_experts}")
         if self.capacity_of == "device" and not self.devices:

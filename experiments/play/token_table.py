@@ -85,7 +85,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).to(device.name)
     weights, experts = moe.experts.weights(torch.float32), config.model.num_experts
     if moe.shared is not None:  # every token runs these, whatever its route
-        residual_TD = residual_TD + moe.shared(x_TD, decisions[-1].shared_gates_TS)
+        residual_TD = residual_TD + moe.run_shared(x_TD, decisions[-1].shared_gates_TS)
 
     def loss(y_TD: Tensor) -> Tensor:
         logits_TV = model.unembed(model.norm(residual_TD + y_TD)).float()

@@ -21,6 +21,7 @@ from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
 from rlroute.model.compiling import DenseParts
+from rlroute.model.linear import KeyedLinear
 from rlroute.routing import Router, RoutingContext
 
 
@@ -117,6 +118,11 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
                 raise DecisionError(
                     f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts"
                 )
+            if gates_TS is not None and config.shared_gate != "none":
+                raise DecisionError(
+                    f"shared_gates_TS with model.shared_gate = {config.shared_gate!r}: one of them weighs the shared "
+                    "experts, legal is 'none'"
+                )
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
 
@@ -138,6 +144,8 @@ class MoELayer(DenseParts):
         self.experts = Experts(config, layer, seed, placement.held(config.num_experts), config.d_expert)
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
+        gate = (config.d_model, 1, config.d_model**-0.5, seed, f"layers.{layer}.shared_gate")
+        self.shared_gate = None if config.shared_gate == "none" else KeyedLinear(*gate)
 
     @property
     def pair_parameters(self) -> int:
@@ -165,6 +173,8 @@ class MoELayer(DenseParts):
     def run_shared(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
         """Return what the experts that every token runs give, shape (T, D)."""
         assert self.shared is not None
+        if self.shared_gate is not None:
+            gates_TS = self.shared_gate(x_TD).sigmoid()  # one for all of them together
         shared_TD: Tensor = self.shared(x_TD, gates_TS)
         return shared_TD
 

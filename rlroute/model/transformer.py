@@ -16,8 +16,9 @@ from torch.nn import functional
 from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
-from rlroute.model.attention import Attention, AttentionExperts, KeyedLinear, attention_site
+from rlroute.model.attention import Attention, AttentionExperts, attention_site
 from rlroute.model.compiling import DenseParts
+from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
 from rlroute.routing import Router, RouterShape, RoutingContext, Site
 
