@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlroute.errors import ConfigError
-from rlroute.limits import Layers, Whole
+from rlroute.limits import Count, Layers, Size, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,17 @@ class LayerVariants:
     num_layers: Layers = 1
     num_dense_layers: Whole = 0
     """The first n layers keep a dense MLP of the same active width."""
+    moe_every: Count = 1
+    """After those, every m-th block has experts, the others a dense MLP (2: GShard, Switch, Llama 4)."""
+    d_dense: Size | None = None
+    """Hidden width of the dense MLPs in a model with experts; none: what a token runs in a layer of experts."""
     shared_gate: Literal["none", "sigmoid"] = "none"
     """sigmoid: a learned sigmoid(w x) weighs what the shared experts give (Qwen1.5-MoE)."""
+
+    @property
+    def moe_layers(self) -> range:
+        """The blocks that have experts."""
+        return range(self.num_dense_layers + self.moe_every - 1, self.num_layers, self.moe_every)
 
     def check_variants(self, num_shared_experts: int) -> None:
         """Refuse variants that cannot be together, by name.
@@ -27,6 +36,14 @@ class LayerVariants:
         """
         if self.num_dense_layers > self.num_layers:
             raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
+        routed = self.num_layers - self.num_dense_layers
+        if self.moe_every > max(routed, 1):
+            raise ConfigError(
+                f"model.moe_every = {self.moe_every}: legal are 1 to {max(routed, 1)}, "
+                "the layers after model.num_dense_layers"
+            )
+        if self.d_dense is not None and len(self.moe_layers) == self.num_layers:
+            raise ConfigError(f"model.d_dense = {self.d_dense}: no layer is dense, legal is none")
         if self.shared_gate != "none" and not num_shared_experts:
             raise ConfigError(
                 f"model.shared_gate = {self.shared_gate!r} with model.num_shared_experts = 0: legal is 'none'"

@@ -70,7 +70,16 @@ MUTANTS = [
             "seeding.init_normal(self.embed.weight, config.d_model**-0.5,",
             "seeding.init_normal(self.embed.weight, 1.0,",
         ),
-        ("no layer is dense", "range(config.num_dense_layers, config.num_layers)", "range(config.num_layers)"),
+    ),
+    *faults(
+        "rlroute/variants.py",
+        "tests/test_transformer.py",
+        ("no layer is dense", "range(self.num_dense_layers + self.moe_every - 1, ", "range(self.moe_every - 1, "),
+    ),
+    *faults(
+        "rlroute/variants.py",
+        "tests/test_layer_variants.py",
+        ("every block after the dense ones has experts", "self.num_layers, self.moe_every)", "self.num_layers)"),
     ),
     *faults(
         "rlroute/model/transformer.py",

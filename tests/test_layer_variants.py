@@ -14,6 +14,8 @@ from rlroute.config import ModelConfig
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels.activations import activate
 from rlroute.model.accounting import costs, fingerprints
+from rlroute.model.attention import AttentionExperts
+from rlroute.model.transformer import sites
 from rlroute.routing import RoutingContext, RoutingDecision
 from tests.conftest import draw, make_context
 from tests.test_flops import counted, expected
@@ -28,6 +30,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "unused slots, own input": {"rule": "threshold", "own": 0.5},
     "experts choose": {"rule": "experts"},
     "a bound": {"share": 0.8},
+}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "every second block": {"moe_every": 2},
+    "every second after a dense one": {"num_dense_layers": 1, "moe_every": 2},
+    "wide dense blocks": {"num_dense_layers": 1, "d_dense": 20},
+    "every third, narrow dense ones": {"moe_every": 3, "d_dense": 5, "num_shared_experts": 1, "attention_experts": 4},
 }
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 
@@ -84,16 +92,51 @@ def test_a_variant_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
+# Which blocks have experts
+
+
+@pytest.mark.parametrize(
+    ("layers", "dense", "every", "want"),
+    [
+        (6, 0, 1, [0, 1, 2, 3, 4, 5]),
+        (6, 0, 2, [1, 3, 5]),
+        (6, 1, 2, [2, 4]),
+        (6, 2, 3, [4]),
+        (6, 2, 4, [5]),
+        (3, 3, 1, []),
+    ],
+)
+def test_the_blocks_with_experts_are_every_m_th_after_the_first_n(
+    layers: int, dense: int, every: int, want: list[int]
+) -> None:
+    config = small_config(num_layers=layers, num_dense_layers=dense, moe_every=every, attention_experts=4)
+    config.check()
+    model = make_model("switch", config)
+    assert [n for n, block in enumerate(model.blocks) if block.moe is not None] == want
+    assert [n for n, block in enumerate(model.blocks) if isinstance(block.attention, AttentionExperts)] == want
+    assert list(sites(config)) == [site for n in want for site in (f"{n}.attention", n)]
+    assert [router.shape.site for router in model.routers] == list(sites(config))
+
+
+@pytest.mark.parametrize(("router", "want"), [("switch", [7, None, 7, None]), (None, [7, 18, 7, 18])])
+def test_dense_blocks_have_a_width_of_their_own(router: str | None, want: list[int | None]) -> None:
+    """And where the model is dense throughout, its other blocks have the active width of those with experts."""
+    config = small_config(num_layers=4, moe_every=2, d_dense=7, num_shared_experts=1)
+    widths = [block.mlp and block.mlp.experts.out_EDF.shape[2] for block in make_model(router, config).blocks]
+    assert widths == want
+
+
 # What they cost, and where they start
 
 
-@each_variant
+@pytest.mark.parametrize("fields", [*VARIANTS.values(), *BLOCKS.values()], ids=[*VARIANTS, *BLOCKS])
 @pytest.mark.parametrize("router", [None, "switch"])
 def test_booked_flops_and_parameters_are_those_that_run(fields: dict[str, Any], router: str | None) -> None:
     config = small_config(num_layers=3, **fields)
     model = make_model(router, config)
     booked = expected(model, config, 8)["flops_per_token"]
-    assert booked + 2 * config.d_model * 7 * config.num_layers == counted(router, config, 8, 11)
+    masked = 2 * config.d_model * 7 * config.num_layers
+    assert booked + masked == counted(router, config, 8, 11)
     assert costs(model, config, 8).total_parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -127,6 +170,12 @@ def test_a_router_that_gates_shared_experts_itself_is_refused_beside_the_models_
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"shared_gate": "sigmoid"}, r"model\.shared_gate = 'sigmoid' with model\.num_shared_experts = 0"),
+    (
+        {"num_layers": 4, "num_dense_layers": 1, "moe_every": 4},
+        r"model\.moe_every = 4: legal are 1 to 3, the layers aft",
+    ),
+    ({"num_layers": 2, "moe_every": 0}, r"model\.moe_every = 0: legal are"),
+    ({"num_layers": 2, "d_dense": 8}, r"model\.d_dense = 8: no layer is dense, legal is none"),
     ({"shared_gate": "softmax"}, r"model\.shared_gate = 'softmax': legal are 'none', 'sigmoid'"),
 ]
 

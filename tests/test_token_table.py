@@ -91,6 +91,11 @@ def test_the_table_is_played(store, tmp_path):
 
 
 def test_runs_without_experts_or_weights_are_refused(store, tmp_path):
+    record = run_of(store, "switch")
+    model = record.config["config"]["model"] | {"num_layers": 3, "moe_every": 2}
+    changed = replace(record, config=record.config | {"config": record.config["config"] | {"model": model}})
+    with pytest.raises(ConfigError, match="has a dense last layer"):
+        token_table(changed, store, 64)
     with pytest.raises(ConfigError, match="has no MoE layer"):
         token_table(run_of(store, "dense"), store, 64)
     with pytest.raises(StoreError, match="holds no checkpoint"):

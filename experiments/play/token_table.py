@@ -46,13 +46,15 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         tokens: about how many; whole batches.
 
     Raises:
-        ConfigError: the run has no MoE layer, or was made from other code or data.
+        ConfigError: the run's last layer has no experts, or it was made from other code or data.
         StoreError: its checkpoint is not there.
         CheckpointError, DataError: its checkpoint or its corpus cannot be read.
     """
     config = run_config(record.config["config"])
-    if config.router is None or config.model.num_dense_layers == config.model.num_layers:
+    if config.router is None or not config.model.moe_layers:
         raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
+    if config.model.num_layers - 1 not in config.model.moe_layers:
+        raise ConfigError(f"run {record.id} has a dense last layer: want one whose last layer has experts")
     corpus = load_corpus(config.data.spec, config.data.tokenizer)
     refuse_changed(RunFolder(store, config, record.config["seed"]), made_from(config, corpus.provenance))
     model = build_model(config, corpus, record.config["seed"])

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: RMSNorm, rotary positions, causal attention, experts in every layer but the first n.
+"""A decoder-only transformer: RMSNorm, rotary positions, causal attention, experts in all blocks or in some.
 
 A routed site is a place with a router: the feed-forward layer of a block, and its attention where that has experts too.
 
@@ -59,7 +59,8 @@ class Block(DenseParts):
         self.moe = (
             None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend, shape.placement)
         )
-        self.mlp = DenseMLP(config, layer, shape.seed, config.active_width) if router is None else None
+        width = config.active_width if layer in config.moe_layers else config.d_dense or config.active_width
+        self.mlp = DenseMLP(config, layer, shape.seed, width) if router is None else None
 
     @property
     def routed(self) -> list[AttentionExperts | MoELayer]:
@@ -179,7 +180,7 @@ class Transformer(DenseParts):
 def sites(config: ModelConfig) -> dict[Site, int]:
     """Return the number of experts at each routed site, first to last."""
     found: dict[Site, int] = {}
-    for layer in range(config.num_dense_layers, config.num_layers):
+    for layer in config.moe_layers:
         if config.attention_experts:
             found[attention_site(layer)] = config.attention_experts
         found[layer] = config.num_experts
