@@ -139,8 +139,8 @@ class ModelConfig(LayerVariants):
     """Hidden width of one expert."""
     num_shared_experts: Annotated[int, Between(0, 1024)] = 0
     """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
-    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
-    """Between an expert's projections; swiglu is gated and has a third weight matrix."""
+    activation: Literal["swiglu", "gelu", "relu", "swiglu_clamped", "geglu", "relu_squared"] = "swiglu"
+    """Between an expert's projections; the three with glu are gated and have a third weight matrix."""
     gate_form: Literal["own", "unit"] = "own"
     """own: the gate as published (1/k where it does not learn); unit: value 1/k, gradient of the router's gate."""
     capacity_factor: Positive | None = None

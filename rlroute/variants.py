@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlroute.errors import ConfigError
-from rlroute.limits import Count, Layers, Size, Whole
+from rlroute.limits import BelowOne, Count, Layers, Size, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,12 @@ class LayerVariants:
     """Hidden width of the dense MLPs in a model with experts; none: what a token runs in a layer of experts."""
     shared_gate: Literal["none", "sigmoid"] = "none"
     """sigmoid: a learned sigmoid(w x) weighs what the shared experts give (Qwen1.5-MoE)."""
+    expert_bias: bool = False
+    """Routed experts have biases of both projections (GPT-OSS); shared ones and dense layers have none."""
+    gate_at: Literal["output", "input"] = "output"
+    """What a pair's gate weighs: its expert's output, or its input (Llama 4)."""
+    expert_dropout: BelowOne = 0.0
+    """In training this share of the activations inside routed experts is 0 (Switch, arXiv 2101.03961, table 4)."""
 
     @property
     def moe_layers(self) -> range:

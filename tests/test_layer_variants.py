@@ -3,27 +3,48 @@
 Shape suffixes: T tokens, D model width, F expert width, H hidden rows, E experts, R pairs.
 """
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlroute.config import ModelConfig
+from rlroute import seeding
+from rlroute.config import ModelConfig, RunConfig
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels.activations import activate
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.attention import AttentionExperts
 from rlroute.model.transformer import sites
+from rlroute.registry import router_class
 from rlroute.routing import RoutingContext, RoutingDecision
+from rlroute.training.loop import train
+from rlroute.training.optimizer import Optimizer
 from tests.conftest import draw, make_context
+from tests.runs import figures, interrupted
 from tests.test_flops import counted, expected
-from tests.tiny import make_model, shake, small_config
+from tests.tiny import DATA, MODEL, TRAIN, make_model, shake, small_config
 from tests.toys import toy_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gate of shared experts": {"num_shared_experts": 2, "shared_gate": "sigmoid"},
+    "biases": {"expert_bias": True},
+    "clamped swiglu": {"activation": "swiglu_clamped"},
+    "geglu": {"activation": "geglu", "num_shared_experts": 1},
+    "squared relu": {"activation": "relu_squared"},
+    "gates at the input": {"gate_at": "input"},
+    "dropout": {"expert_dropout": 0.4},
+    "all of it": {
+        "num_shared_experts": 1,
+        "shared_gate": "sigmoid",
+        "expert_bias": True,
+        "activation": "swiglu_clamped",
+        "gate_at": "input",
+        "expert_dropout": 0.25,
+    },
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "top": {},
@@ -43,25 +64,55 @@ each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS
 # Values and gradients
 
 
-def expert(moe: Any, number: int, x_D: Tensor) -> Tensor:
-    """One expert's output for one row."""
+def formula(name: str, hidden_H: Tensor) -> Tensor:
+    """The activations, as their papers write them."""
+    if name == "relu_squared":
+        return hidden_H.clamp(min=0) ** 2
+    gate_F, up_F = hidden_H.chunk(2)
+    if name == "geglu":
+        return gate_F * 0.5 * (1 + torch.erf(gate_F / math.sqrt(2))) * up_F
+    if name == "swiglu_clamped":
+        gate_F, up_F = torch.minimum(gate_F, torch.tensor(7.0)), up_F.clamp(-7, 7)
+        return gate_F / (1 + torch.exp(-1.702 * gate_F)) * (up_F + 1)
+    return gate_F / (1 + torch.exp(-gate_F)) * up_F
+
+
+def expert(moe: Any, number: int, x_D: Tensor, gate: Tensor, kept_F: Tensor | float) -> Tensor:
+    """What a pair adds to its token."""
     config, experts = moe.config, moe.experts
-    return experts.out_EDF[number] @ activate((experts.in_EHD[number] @ x_D)[None], config.activation)[0]
+    before, after = (gate, 1.0) if config.gate_at == "input" else (1.0, gate)
+    hidden_H = experts.in_EHD[number] @ (before * x_D)
+    if config.expert_bias:
+        hidden_H = hidden_H + experts.in_bias_EH[number]
+    y_D = experts.out_EDF[number] @ (formula(config.activation, hidden_H) * kept_F)
+    return after * (y_D + experts.out_bias_ED[number] if config.expert_bias else y_D)
+
+
+def kept(moe: Any, decision: RoutingDecision, context: RoutingContext, pair: int) -> Tensor | float:
+    """What dropout multiplies the activations of a pair by: drawn from the keys of its token and its expert."""
+    share, token = moe.config.expert_dropout, decision.token_ids_R[pair : pair + 1]
+    if not share or context.micro_batch is None:
+        return 1.0
+    key = seeding.derive_key(context.seed, "expert dropout", context.site, context.step)
+    rows = (context.sample_T[token], context.sequence_T[token], context.position_T[token])
+    drawn_F = seeding.keyed_uniform(key, (*rows, decision.expert_ids_R[pair : pair + 1]), (6,))[0]
+    return (drawn_F >= share).double() / (1 - share)
 
 
 def shared_experts(moe: Any, x_D: Tensor) -> Tensor:
     """What all tokens run."""
     in_HD, out_DF = moe.shared.experts.in_EHD[0], moe.shared.experts.out_EDF[0]
-    y_D = out_DF @ activate((in_HD @ x_D)[None], moe.config.activation)[0]
+    y_D = out_DF @ formula(moe.config.activation, in_HD @ x_D)
     return y_D if moe.config.shared_gate == "none" else y_D * torch.sigmoid(moe.shared_gate.weight[0] @ x_D)
 
 
-def by_hand(moe: Any, x_TD: Tensor, decision: RoutingDecision) -> Tensor:
+def by_hand(moe: Any, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
     """The layer's output, token by token and pair by pair."""
     rows = [0 * x_D for x_D in x_TD]
     for pair in torch.nonzero(decision.kept_R & decision.used_R).flatten().tolist():
-        token = int(decision.token_ids_R[pair])
-        rows[token] = rows[token] + decision.gates_R[pair] * expert(moe, int(decision.expert_ids_R[pair]), x_TD[token])
+        token, number = int(decision.token_ids_R[pair]), int(decision.expert_ids_R[pair])
+        y_D = expert(moe, number, x_TD[token], decision.gates_R[pair], kept(moe, decision, context, pair))
+        rows[token] = rows[token] + y_D
     for token, x_D in enumerate(x_TD):
         if decision.self_T is not None:
             rows[token] = rows[token] + decision.self_T[token] * x_D
@@ -82,7 +133,7 @@ def layer(fields: dict[str, Any], router: dict[str, Any]) -> tuple[Any, Tensor, 
 def test_a_variant_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str, Any], layers: dict[str, Any]) -> None:
     moe, x_TD, context = layer(fields | layers, router)
     out_TD, decision = moe(x_TD, context)
-    want_TD = by_hand(moe, x_TD, decision)
+    want_TD = by_hand(moe, x_TD, decision, context)
     torch.testing.assert_close(out_TD, want_TD, rtol=0, atol=1e-12)
     leaves = [x_TD, *moe.parameters()]
     found, want = (
@@ -90,6 +141,41 @@ def test_a_variant_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str
     )
     for one, other in zip(found, want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_clamped", "geglu", "relu_squared"])
+def test_activations_are_their_formulas_at_large_inputs_too(name: str) -> None:
+    hidden_NH = (20 * draw(40, 6)).requires_grad_()
+    outputs = activate(hidden_NH, name), torch.stack([formula(name, hidden_H) for hidden_H in hidden_NH])
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), hidden_NH)[0] for y in outputs), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_of_training_alone_and_keeps_the_mean() -> None:
+    moe, x_TD, context = layer({"expert_dropout": 0.4}, {})
+    for other in (replace(context, micro_batch=None), replace(context, micro_batch=None, explore=True)):
+        assert torch.equal(moe(x_TD, other)[0], layer({}, {})[0](x_TD, other)[0]), "evaluation, greedy or sampled"
+    steps = torch.stack([moe(x_TD, replace(context, step=step, explore=False))[0] for step in range(100)])
+    assert len({float(step.detach().sum()) for step in steps}) == 100, "every step drops others"
+    greedy_TD = moe(x_TD, replace(context, micro_batch=None, explore=False))[0]
+    spread_TD = steps.std(0) / 10 + 1e-9
+    assert ((steps.mean(0) - greedy_TD) / spread_TD).abs().max() < 5
+
+
+def test_biases_have_no_weight_decay_and_projections_have() -> None:
+    optimizer = Optimizer(make_model("switch", small_config(expert_bias=True)), TRAIN)
+    decayed = {optimizer.names[p] for p in optimizer.adamw.param_groups[0]["params"]}
+    experts = {name.rpartition(".")[2]: name in decayed for name in optimizer.names.values() if "experts" in name}
+    assert experts == {"in_EHD": True, "out_EDF": True, "in_bias_EH": False, "out_bias_ED": False}
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    model = replace(MODEL, num_layers=2, num_dense_layers=1, d_dense=12, **VARIANTS["all of it"])
+    config = RunConfig(data=DATA, model=model, router=router_class("switch").Config(), train=TRAIN)
+    stopped = interrupted(config, tmp_path / "stopped", at=6)
+    train(config, 0, tmp_path / "stopped")
+    train(config, 0, tmp_path / "whole")
+    assert figures(stopped) == figures(tmp_path / "whole" / stopped.name)
 
 
 # Which blocks have experts
@@ -144,12 +230,14 @@ def test_booked_flops_and_parameters_are_those_that_run(fields: dict[str, Any], 
 def test_a_variant_moves_no_other_weight_at_the_start(fields: dict[str, Any]) -> None:
     config = small_config(**fields)
     plain = make_model("switch", small_config(num_shared_experts=config.num_shared_experts))
-    others, changed = dict(plain.named_parameters()), {"experts", "shared_gate"}
+    others, added = dict(plain.named_parameters()), {"shared_gate", "in_bias_EH", "out_bias_ED"}
     for name, parameter in make_model("switch", config).named_parameters():
-        if name in others and parameter.shape == others[name].shape:
+        if name not in others:
+            assert added & set(name.split(".")), name
+        elif parameter.shape == others[name].shape:
             assert torch.equal(parameter, others[name]), name
         else:
-            assert changed & set(name.split(".")), name
+            assert "experts.in_EHD" in name and config.activation == "relu_squared", "half as many rows"
 
 
 @each_variant

@@ -16,7 +16,7 @@ from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.faults import noted
-from rlroute.kernels import ExpertWeights, expert_mlp
+from rlroute.kernels import ExpertWeights, Form, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
@@ -26,9 +26,9 @@ from rlroute.routing import Router, RoutingContext
 
 
 def _start_here(
-    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str
+    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str, form: Form
 ) -> Callable[[], Tensor]:
-    return partial(expert_mlp, x_TD, decision, weights, backend, activation)
+    return partial(expert_mlp, x_TD, decision, weights, backend, activation, form)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Placement:
 
     shards: int = 1
     shard: int = 0
-    start: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str], Callable[[], Tensor]] = _start_here
+    start: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str, Form], Callable[[], Tensor]] = _start_here
 
     def held(self, num_experts: int) -> range:
         """Return the experts held here.
@@ -69,7 +69,14 @@ class Experts(nn.Module):
     """The experts held here. Each one's initial weights derive from its own key, whatever process holds it."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, seed: int, held: range, d_expert: int, key: str = "experts"
+        self,
+        config: ModelConfig,
+        layer: int,
+        seed: int,
+        held: range,
+        d_expert: int,
+        key: str = "experts",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), config.d_model))
@@ -78,10 +85,13 @@ class Experts(nn.Module):
         for row, expert in enumerate(held):
             seeding.init_normal(self.in_EHD[row], config.d_model**-0.5, seed, f"layers.{layer}.{key}.in", expert)
             seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.{key}.out", expert)
+        self.in_bias_EH = nn.Parameter(torch.zeros(self.in_EHD.shape[:2])) if bias else None
+        self.out_bias_ED = nn.Parameter(torch.zeros(self.out_EDF.shape[:2])) if bias else None
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in the compute precision."""
-        return ExpertWeights(self.in_EHD.to(dtype), self.out_EDF.to(dtype))
+        biases = (None if bias is None else bias.to(dtype) for bias in (self.in_bias_EH, self.out_bias_ED))
+        return ExpertWeights(self.in_EHD.to(dtype), self.out_EDF.to(dtype), *biases)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -141,7 +151,8 @@ class MoELayer(DenseParts):
         super().__init__()
         self.config, self.backend, self.start = config, backend, placement.start
         self.router = router
-        self.experts = Experts(config, layer, seed, placement.held(config.num_experts), config.d_expert)
+        held = placement.held(config.num_experts)
+        self.experts = Experts(config, layer, seed, held, config.d_expert, bias=config.expert_bias)
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
         gate = (config.d_model, 1, config.d_model**-0.5, seed, f"layers.{layer}.shared_gate")
@@ -150,25 +161,34 @@ class MoELayer(DenseParts):
     @property
     def pair_parameters(self) -> int:
         """The weights that a pair runs."""
-        return self.experts.in_EHD[0].numel() + self.experts.out_EDF[0].numel()
+        return sum(parameter[0].numel() for parameter in self.experts.parameters())
 
     def pair_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of a pair."""
-        return 2 * self.pair_parameters
+        """Forward FLOPs of a pair; biases are added, which does not count."""
+        return 2 * (self.experts.in_EHD[0].numel() + self.experts.out_EDF[0].numel())
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run."""
         dtype = compute_dtype(x_TD)
         decision = decide(self.router, x_TD, context, self.config)
         with torch.autocast(x_TD.device.type, enabled=False):
-            weights = self.experts.weights(dtype)
-            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation)
+            weights, form = self.experts.weights(dtype), self._form(decision, context)
+            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation, form)
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = finish()
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
         return add_own_input(out_TD, decision, x_TD.to(dtype)), decision
+
+    def _form(self, decision: RoutingDecision, context: RoutingContext) -> Form:
+        """Return what the experts do in this forward."""
+        at_input, dropout, keys_R = self.config.gate_at == "input", self.config.expert_dropout, None
+        if dropout and context.training:
+            rows = (context.sample_T, context.sequence_T, context.position_T)
+            key = seeding.derive_key(context.seed, "expert dropout", context.site, context.step)
+            keys_R = seeding.row_keys(key, (*(row_T[decision.token_ids_R] for row_T in rows), decision.expert_ids_R))
+        return Form(at_input, dropout, keys_R)
 
     def run_shared(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
         """Return what the experts that every token runs give, shape (T, D)."""

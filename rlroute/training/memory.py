@@ -4,6 +4,7 @@ import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
+from rlroute.kernels.activations import hidden_rows
 from rlroute.machine import memory
 
 
@@ -16,7 +17,7 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
         expert_shards: into how many shards the experts are cut.
     """
     model, width = config.model, config.model.d_model
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = hidden_rows(model.activation, 1) + 1
     routed = len(model.moe_layers) if config.router is not None else 0
     dense = model.num_layers - len(model.moe_layers)
     shared = model.num_shared_experts * model.d_expert
