@@ -22,6 +22,10 @@ class LayerVariants:
     """Hidden width of the dense MLPs in a model with experts; none: what a token runs in a layer of experts."""
     shared_gate: Literal["none", "sigmoid"] = "none"
     """sigmoid: a learned sigmoid(w x) weighs what the shared experts give (Qwen1.5-MoE)."""
+    d_latent: Size | None = None
+    """Width in which routed experts read and write, between two projections that all of them share (LatentMoE); none:
+    the model's.
+    """
     expert_bias: bool = False
     """Routed experts have biases of both projections (GPT-OSS); shared ones and dense layers have none."""
     gate_at: Literal["output", "input"] = "output"

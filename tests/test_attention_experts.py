@@ -170,7 +170,17 @@ EVERYWHERE: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"expert_bias": True, "activation": "swiglu_clamped", "num_shared_experts": 1, "shared_gate": "sigmoid"},
         {"rule": "threshold"},
     ),
-    ({"expert_bias": True, "gate_at": "input", "expert_dropout": 0.3, "num_layers": 3, "moe_every": 2}, {}),
+    (
+        {
+            "expert_bias": True,
+            "d_latent": 5,
+            "gate_at": "input",
+            "expert_dropout": 0.3,
+            "num_layers": 3,
+            "moe_every": 2,
+        },
+        {},
+    ),
 ]
 """Models and routers that one process and two must compute alike."""
 

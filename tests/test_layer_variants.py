@@ -37,7 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "squared relu": {"activation": "relu_squared"},
     "gates at the input": {"gate_at": "input"},
     "dropout": {"expert_dropout": 0.4},
+    "a latent width": {"d_latent": 3, "num_shared_experts": 1},
     "all of it": {
+        "d_latent": 5,
         "num_shared_experts": 1,
         "shared_gate": "sigmoid",
         "expert_bias": True,
@@ -81,11 +83,13 @@ def expert(moe: Any, number: int, x_D: Tensor, gate: Tensor, kept_F: Tensor | fl
     """What a pair adds to its token."""
     config, experts = moe.config, moe.experts
     before, after = (gate, 1.0) if config.gate_at == "input" else (1.0, gate)
-    hidden_H = experts.in_EHD[number] @ (before * x_D)
+    inner_D = x_D if config.d_latent is None else moe.down.weight @ x_D
+    hidden_H = experts.in_EHD[number] @ (before * inner_D)
     if config.expert_bias:
         hidden_H = hidden_H + experts.in_bias_EH[number]
     y_D = experts.out_EDF[number] @ (formula(config.activation, hidden_H) * kept_F)
-    return after * (y_D + experts.out_bias_ED[number] if config.expert_bias else y_D)
+    y_D = after * (y_D + experts.out_bias_ED[number] if config.expert_bias else y_D)
+    return y_D if config.d_latent is None else moe.up.weight @ y_D
 
 
 def kept(moe: Any, decision: RoutingDecision, context: RoutingContext, pair: int) -> Tensor | float:
@@ -230,14 +234,14 @@ def test_booked_flops_and_parameters_are_those_that_run(fields: dict[str, Any], 
 def test_a_variant_moves_no_other_weight_at_the_start(fields: dict[str, Any]) -> None:
     config = small_config(**fields)
     plain = make_model("switch", small_config(num_shared_experts=config.num_shared_experts))
-    others, added = dict(plain.named_parameters()), {"shared_gate", "in_bias_EH", "out_bias_ED"}
+    others, added = dict(plain.named_parameters()), {"shared_gate", "in_bias_EH", "out_bias_ED", "down", "up"}
     for name, parameter in make_model("switch", config).named_parameters():
         if name not in others:
             assert added & set(name.split(".")), name
         elif parameter.shape == others[name].shape:
             assert torch.equal(parameter, others[name]), name
         else:
-            assert "experts.in_EHD" in name and config.activation == "relu_squared", "half as many rows"
+            assert "experts." in name and (config.d_latent or config.activation == "relu_squared"), "of another shape"
 
 
 @each_variant
@@ -245,6 +249,16 @@ def test_the_backbone_is_what_the_dense_model_shares(fields: dict[str, Any]) -> 
     config = small_config(**fields)
     routed, dense = (fingerprints(make_model(name, config), config)["backbone"] for name in ("switch", None))
     assert routed == dense
+
+
+def test_projections_of_a_latent_width_count_once_a_token() -> None:
+    """Whatever its k; a pair runs the narrow experts alone."""
+    config = small_config(num_layers=1, d_latent=3)
+    model = make_model("hash", config)
+    booked = costs(model, config, 8)
+    plain = costs(make_model("hash", small_config(num_layers=1)), small_config(num_layers=1), 8)
+    assert booked.fixed_flops - plain.fixed_flops == 2 * 2 * 3 * 8
+    assert booked.pair_flops_L == (2 * 3 * 6 * 3,) and plain.pair_flops_L == (2 * 3 * 6 * 8,)
 
 
 # What is refused

@@ -69,7 +69,7 @@ def test_every_expert_s_loss_is_the_model_s_own(store, monkeypatch):
 
 def test_what_every_token_runs_belongs_to_every_expert_s_loss(tmp_path):
     """With shared experts, the loss of skipping all routed ones is the model's own without any pair."""
-    model = replace(MODEL, num_shared_experts=1)
+    model = replace(MODEL, num_shared_experts=1, shared_gate="sigmoid", d_latent=8)
     train(build_entry("hash", DATA, model, TRAIN), 0, tmp_path)
     (record,) = read_runs(tmp_path)
     table = token_table(record, tmp_path, 64)

@@ -239,6 +239,7 @@ def test_sizes_that_cannot_be_are_refused_before_anything_of_that_size_is_made(
         {"activation": "gelu"},
         {"num_dense_layers": 1},
         {"moe_every": 2, "d_dense": 300},
+        {"d_latent": 16, "num_shared_experts": 1},
         {"attention_experts": 4},
     ],
     ids=str,

@@ -22,7 +22,6 @@ from torch.nn import functional
 from rlroute.config import RunConfig
 from rlroute.envs.tables import TokenTable
 from rlroute.errors import CheckpointError, ConfigError, StoreError
-from rlroute.kernels import expert_mlp
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
 from rlroute.provenance import made_from
@@ -85,7 +84,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
         hook.remove()
     residual_TD, x_TD = (tensor.flatten(0, 1).float() for tensor in seen)
     targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).to(device.name)
-    weights, experts = moe.experts.weights(torch.float32), config.model.num_experts
+    experts = config.model.num_experts
     if moe.shared is not None:  # every token runs these, whatever its route
         residual_TD = residual_TD + moe.run_shared(x_TD, decisions[-1].shared_gates_TS)
 
@@ -96,7 +95,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     def alone(expert: int) -> Tensor:
         ids_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
         decision = RoutingDecision.token_choice(ids_T1, torch.ones_like(ids_T1, dtype=torch.float32), experts)
-        return expert_mlp(x_TD, decision, weights, moe.backend, config.model.activation)
+        return moe.start_experts(x_TD, decision, context)()
 
     losses_TE = torch.stack([loss(alone(expert)) for expert in range(experts)], dim=1)
     domains = batch.domains_BS

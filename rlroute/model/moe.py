@@ -16,7 +16,7 @@ from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.faults import noted
-from rlroute.kernels import ExpertWeights, Form, expert_mlp
+from rlroute.kernels import PLAIN, ExpertWeights, Form, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
@@ -26,7 +26,7 @@ from rlroute.routing import Router, RoutingContext
 
 
 def _start_here(
-    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str, form: Form
+    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str, form: Form = PLAIN
 ) -> Callable[[], Tensor]:
     return partial(expert_mlp, x_TD, decision, weights, backend, activation, form)
 
@@ -76,14 +76,17 @@ class Experts(nn.Module):
         held: range,
         d_expert: int,
         key: str = "experts",
+        *,
+        width: int | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), config.d_model))
-        self.out_EDF = nn.Parameter(torch.empty(len(held), config.d_model, d_expert))
+        width = width or config.d_model
+        self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), width))
+        self.out_EDF = nn.Parameter(torch.empty(len(held), width, d_expert))
         std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
         for row, expert in enumerate(held):
-            seeding.init_normal(self.in_EHD[row], config.d_model**-0.5, seed, f"layers.{layer}.{key}.in", expert)
+            seeding.init_normal(self.in_EHD[row], width**-0.5, seed, f"layers.{layer}.{key}.in", expert)
             seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.{key}.out", expert)
         self.in_bias_EH = nn.Parameter(torch.zeros(self.in_EHD.shape[:2])) if bias else None
         self.out_bias_ED = nn.Parameter(torch.zeros(self.out_EDF.shape[:2])) if bias else None
@@ -151,12 +154,19 @@ class MoELayer(DenseParts):
         super().__init__()
         self.config, self.backend, self.start = config, backend, placement.start
         self.router = router
-        held = placement.held(config.num_experts)
-        self.experts = Experts(config, layer, seed, held, config.d_expert, bias=config.expert_bias)
+        held, width, latent = placement.held(config.num_experts), config.d_model, config.d_latent
+        self.experts = Experts(
+            config, layer, seed, held, config.d_expert, width=latent or width, bias=config.expert_bias
+        )
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
-        gate = (config.d_model, 1, config.d_model**-0.5, seed, f"layers.{layer}.shared_gate")
-        self.shared_gate = None if config.shared_gate == "none" else KeyedLinear(*gate)
+
+        def keyed(name: str, d_in: int, d_out: int) -> KeyedLinear:
+            return KeyedLinear(d_in, d_out, d_in**-0.5, seed, f"layers.{layer}.{name}")
+
+        self.shared_gate = None if config.shared_gate == "none" else keyed("shared_gate", width, 1)
+        self.down = None if latent is None else keyed("latent.down", width, latent)
+        self.up = None if latent is None else keyed("latent.up", latent, width)
 
     @property
     def pair_parameters(self) -> int:
@@ -169,17 +179,28 @@ class MoELayer(DenseParts):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run."""
-        dtype = compute_dtype(x_TD)
         decision = decide(self.router, x_TD, context, self.config)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            weights, form = self.experts.weights(dtype), self._form(decision, context)
-            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation, form)
+        finish = self.start_experts(x_TD, decision, context)
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            out_TD = finish()
+        out_TD = finish()
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        return add_own_input(out_TD, decision, x_TD.to(dtype)), decision
+        return add_own_input(out_TD, decision, x_TD.to(compute_dtype(x_TD))), decision
+
+    def start_experts(self, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext) -> Callable[[], Tensor]:
+        """Begin to run the pairs of a decision; return a function that returns their gated sums, shape (T, D)."""
+        dtype, device = compute_dtype(x_TD), x_TD.device.type
+        x_TD = x_TD if self.down is None else self.down(x_TD)
+        with torch.autocast(device, enabled=False):
+            weights, form = self.experts.weights(dtype), self._form(decision, context)
+            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation, form)
+
+        def finish_wide() -> Tensor:
+            with torch.autocast(device, enabled=False):
+                out_TD = finish()
+            return out_TD if self.up is None else self.up(out_TD)
+
+        return finish_wide
 
     def _form(self, decision: RoutingDecision, context: RoutingContext) -> Form:
         """Return what the experts do in this forward."""

@@ -21,10 +21,12 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
     routed = len(model.moe_layers) if config.router is not None else 0
     dense = model.num_layers - len(model.moe_layers)
     shared = model.num_shared_experts * model.d_expert
-    hidden = routed * (model.num_experts // expert_shards * model.d_expert + shared)
+    inner = model.d_latent or width
+    hidden = routed * shared
     hidden += dense * (model.d_dense or model.active_width) + (model.num_layers - dense - routed) * model.active_width
     attention = 0 if model.attention_experts and routed else 4 * width**2 * model.num_layers
-    return 2 * vocab_size * width + attention + hidden * width * matrices
+    experts = routed * (model.num_experts // expert_shards) * model.d_expert * inner * matrices
+    return 2 * vocab_size * width + attention + hidden * width * matrices + experts
 
 
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
