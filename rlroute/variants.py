@@ -32,6 +32,8 @@ class LayerVariants:
     """What a pair's gate weighs: its expert's output, or its input (Llama 4)."""
     expert_dropout: BelowOne = 0.0
     """In training this share of the activations inside routed experts is 0 (Switch, arXiv 2101.03961, table 4)."""
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32: at least. bfloat16: the routers' matrix products and scores, the known-bad control (Switch, table 2)."""
 
     @property
     def moe_layers(self) -> range:

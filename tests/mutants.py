@@ -128,8 +128,8 @@ MUTANTS = [
         "tests/test_step.py",
         (
             "routers run in bfloat16",
-            "with torch.autocast(x_TD.device.type, enabled=False):\n        with named",
-            "with torch.autocast(x_TD.device.type, torch.bfloat16):\n        with named",
+            "torch.autocast(device, torch.bfloat16, enabled=low)",
+            "torch.autocast(device, torch.bfloat16, enabled=True)",
         ),
     ),
     *faults(
@@ -265,8 +265,8 @@ MUTANTS = [
         ("no weight decay", '"weight_decay": config.weight_decay', '"weight_decay": 0.0'),
         (
             "vectors decay",
-            'if p.dim() <= 1], "weight_decay": 0.0',
-            'if p.dim() <= 1], "weight_decay": config.weight_decay',
+            'if p not in matrices], "weight_decay": 0.0',
+            'if p not in matrices], "weight_decay": config.weight_decay',
         ),
         (
             "routers decay",

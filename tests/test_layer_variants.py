@@ -13,22 +13,26 @@ import torch
 from torch import Tensor
 
 from rlroute import seeding
-from rlroute.config import ModelConfig, RunConfig
+from rlroute.config import ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError
+from rlroute.kernels import Form, expert_mlp
 from rlroute.kernels.activations import activate
+from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.attention import AttentionExperts
 from rlroute.model.transformer import sites
-from rlroute.registry import router_class
+from rlroute.registry import default_names, router_class
 from rlroute.routing import RoutingContext, RoutingDecision
 from rlroute.training.loop import train
 from rlroute.training.optimizer import Optimizer
+from rlroute.training.step import Device, backward_batch
 from tests.conftest import draw, make_context
 from tests.runs import figures, interrupted
 from tests.test_flops import counted, expected
-from tests.tiny import DATA, MODEL, TRAIN, make_model, shake, small_config
+from tests.tiny import DATA, MODEL, TRAIN, make_batch, make_model, run_batch, shake, small_config
 from tests.toys import toy_model
 
+CPU = Device("cpu", torch.float32)
 VARIANTS: dict[str, dict[str, Any]] = {
     "gate of shared experts": {"num_shared_experts": 2, "shared_gate": "sigmoid"},
     "biases": {"expert_bias": True},
@@ -182,6 +186,40 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert figures(stopped) == figures(tmp_path / "whole" / stopped.name)
 
 
+# Routers in bfloat16
+
+
+@pytest.mark.parametrize("name", default_names())
+def test_every_router_decides_and_learns_in_bfloat16(name: str) -> None:
+    model = make_model(name, small_config(num_layers=1, router_dtype="bfloat16"), dtype=torch.float32)
+    result = backward_batch(model, make_batch(4), CPU, seed=0, step=0, micro_batches=2)
+    adapt(model.routers, result.sums_L, 0.5)
+    _, decisions = run_batch(model, make_batch(), CPU)
+    values = (getattr(decisions[0], field) for field in ("gates_R", "logits_TE", "probs_TE"))
+    assert all(value.dtype == torch.float32 for value in values if value is not None)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_scores_in_bfloat16_are_rounded_products_of_rounded_factors() -> None:
+    seen: list[Tensor] = []
+    model = make_model("switch", small_config(num_layers=1, router_dtype="bfloat16"), dtype=torch.float32)
+    model.routers[0].register_forward_hook(lambda router, inputs, decision: seen.append(inputs[0]))
+    _, (decision,) = run_batch(shake(model), make_batch(), CPU)
+    weight: Any = model.routers[0].get_parameter("scores.weight")
+    exact_TE, logits_TE = seen[0] @ weight.t(), decision.logits_TE
+    assert logits_TE is not None and torch.equal(logits_TE, logits_TE.bfloat16().float())
+    rounded_TE = (seen[0].bfloat16() @ weight.bfloat16().t()).float()
+    assert torch.equal(logits_TE, rounded_TE) and 1e-4 < (logits_TE - exact_TE).abs().max() < 0.2
+
+
+def test_routers_in_bfloat16_are_refused_in_a_model_of_float64() -> None:
+    model, train = ModelConfig(router_dtype="bfloat16"), TrainConfig(dtype="float64")
+    with pytest.raises(
+        ConfigError, match=r"model\.router_dtype = 'bfloat16' with train\.dtype 'float64': legal is 'fl"
+    ):
+        RunConfig(model=model, train=train)
+
+
 # Which blocks have experts
 
 
@@ -268,6 +306,22 @@ def test_a_router_that_gates_shared_experts_itself_is_refused_beside_the_models_
     moe, x_TD, context = layer({"num_shared_experts": 2, "shared_gate": "sigmoid"}, {"shared": True})
     with pytest.raises(DecisionError, match=r"router toys at site 0: shared_gates_TS with model\.shared_gate = 'sigm"):
         moe(x_TD, context)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({"in_bias_EH": draw(4, 6)}, r"in_bias_EH is \(4, 6\): want \(4, 12\)"),
+        ({"out_bias_ED": draw(3, 8)}, r"out_bias_ED is \(3, 8\): want \(4, 8\)"),
+        ({"out_bias_ED": draw(4, 8).float()}, r"out_bias_ED is torch\.float32, x_TD torch\.float64"),
+        ({"out_bias_ED": draw(8, 4).t()}, r"out_bias_ED has strides"),
+    ],
+)
+def test_biases_that_do_not_fit_are_refused(bias: dict[str, Tensor], message: str) -> None:
+    moe, x_TD, context = layer({}, {})
+    _, decision = moe(x_TD, context)
+    with pytest.raises(DecisionError, match=message):
+        expert_mlp(x_TD, decision, moe.experts.weights(torch.float64), form=Form(**bias))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

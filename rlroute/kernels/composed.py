@@ -23,24 +23,33 @@ class Form:
     """What an expert does besides its projections and its activation.
 
     Attributes:
+        in_bias_EH, out_bias_ED: added behind the projections, where they are there.
         gate_at_input: whether the gate weighs the expert's input (Llama 4) and not its output.
         dropout: the share of an expert's activations that is dropped.
         keys_R: int64, for each pair of the decision the key that its dropped activations are drawn from; None where
             nothing is dropped.
     """
 
+    in_bias_EH: Tensor | None = None
+    out_bias_ED: Tensor | None = None
     gate_at_input: bool = False
     dropout: float = 0.0
     keys_R: Tensor | None = None
 
     @property
+    def biases(self) -> dict[str, Tensor]:
+        """The biases that are there, by name."""
+        found = {"in_bias_EH": self.in_bias_EH, "out_bias_ED": self.out_bias_ED}
+        return {name: bias for name, bias in found.items() if bias is not None}
+
+    @property
     def plain(self) -> bool:
         """Whether the fused engines take it."""
-        return not self.gate_at_input and self.keys_R is None
+        return not self.biases and not self.gate_at_input and self.keys_R is None
 
 
 PLAIN = Form()
-"""The gate weighs the output, nothing is dropped."""
+"""No biases, the gate weighs the output, nothing is dropped."""
 
 
 def composed_mlp(
@@ -48,8 +57,6 @@ def composed_mlp(
     decision: RoutingDecision,
     in_EHD: Tensor,
     out_EDF: Tensor,
-    in_bias_EH: Tensor | None,
-    out_bias_ED: Tensor | None,
     backend: str,
     activation: str,
     form: Form,
@@ -61,14 +68,14 @@ def composed_mlp(
     if form.gate_at_input:  # a projection is linear: its rows are weighed in place of its inputs
         hidden_RH = hidden_RH * gates_R.index_select(0, plan.pairs_R)[:, None].to(hidden_RH.dtype)
         gates_R = torch.ones_like(gates_R)
-    if in_bias_EH is not None:  # an embedding: its gradient is summed in an order that does not change
-        hidden_RH = hidden_RH + functional.embedding(experts_R, in_bias_EH)
+    if form.in_bias_EH is not None:  # an embedding: its gradient is summed in an order that does not change
+        hidden_RH = hidden_RH + functional.embedding(experts_R, form.in_bias_EH)
     act_RF = _drop(activate(hidden_RH, activation), plan, form)
     out_TD = linear_combine(act_RF, plan, out_EDF, gates_R, backend)
-    if out_bias_ED is None:
+    if form.out_bias_ED is None:
         return out_TD
     idle_R1 = (torch.arange(len(experts_R), device=experts_R.device) >= plan.starts_E[-1])[:, None]
-    bias_RD = functional.embedding(experts_R, out_bias_ED).masked_fill(idle_R1, 0)
+    bias_RD = functional.embedding(experts_R, form.out_bias_ED).masked_fill(idle_R1, 0)
     return out_TD + combine(bias_RD, plan, gates_R, backend)
 
 

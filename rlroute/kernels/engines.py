@@ -34,19 +34,10 @@ device.
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of E experts: ``in_EHD`` (gate rows above up rows for a gated activation), ``out_EDF``, and their
-    biases, where they have any.
-    """
+    """The weights of E experts: ``in_EHD`` (gate rows above up rows for a gated activation) and ``out_EDF``."""
 
     in_EHD: Tensor
     out_EDF: Tensor
-    in_bias_EH: Tensor | None = None
-    out_bias_ED: Tensor | None = None
-
-    @property
-    def there(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
 def choose_backend(requested: str, device: str) -> str:
@@ -98,10 +89,10 @@ def expert_mlp(
 ) -> Tensor:
     """Run the kept pairs of ``decision`` and sum each token's gated expert outputs.
 
-    Differentiable in ``x_TD``, the weights and ``decision.gates_R``. The gradient of a gate is <dL/dout_t, y_r>, y_r
-    being the pair's ungated expert output, whatever the gate's value (but where it weighs the input); pairs that were
-    dropped or unused get 0. A router whose gates are constants asks for it with ``gates.requires_grad_()`` and finds it
-    in ``decision.gates_R.grad``.
+    Differentiable in ``x_TD``, weights, biases and ``decision.gates_R``. The gradient of a gate is <dL/dout_t, y_r>,
+    y_r being the pair's ungated expert output, whatever the gate's value (but where it weighs the input); pairs that
+    were dropped or unused get 0. A router whose gates are constants asks for it with ``gates.requires_grad_()`` and
+    finds it in ``decision.gates_R.grad``.
 
     Args:
         x_TD: hidden states of shape (T, D).
@@ -109,7 +100,7 @@ def expert_mlp(
         weights: tensors of the dtype and on the device of ``x_TD``.
         backend: a name from :func:`resolve_backend`.
         activation: one of ``rlroute.kernels.activations``.
-        form: where the gate is, and what is dropped.
+        form: biases, where the gate is, and what is dropped.
 
     Returns:
         out_TD; tokens without pairs get zeros.
@@ -120,18 +111,19 @@ def expert_mlp(
             variable ``RLROUTE_CHECK_VALUES`` is 1 (expert ids by the CPU engine always): ids out of range, gates that
             are not finite.
     """
-    _check(x_TD, decision, weights, activation)
+    _check(x_TD, decision, weights, activation, form)
     if os.environ.get(CHECK_VALUES) == "1":
         check_values(decision)
-    if form.plain and activation in ACTIVATIONS and weights.in_bias_EH is None and weights.out_bias_ED is None:
-        return _engine(backend)(x_TD, decision, weights.in_EHD, weights.out_EDF, activation)
+    if form.plain and activation in ACTIVATIONS:
+        return _engine(backend)(x_TD, decision, *weights, activation)
     if backend == "triton" and x_TD.dtype == torch.float64:
         raise DecisionError("x_TD is float64: the triton engine takes float32, bfloat16 and float16")
     return composed_mlp(x_TD, decision, *weights, backend, activation, form)
 
 
-def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, activation: str) -> None:
+def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, activation: str, form: Form) -> None:
     """Compare what the host knows; no value is read, so no device is waited for."""
+    there = weights._asdict() | form.biases
     experts, width, inner = weights.out_EDF.shape
     want = (experts, hidden_rows(activation, inner), width)
     if weights.in_EHD.shape != want:
@@ -140,8 +132,8 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, acti
             f"want {want} for {activation} and out_EDF {(experts, width, inner)}"
         )
     for name, rows in (("in_bias_EH", want[1]), ("out_bias_ED", width)):
-        if (bias := getattr(weights, name)) is not None and bias.shape != (experts, rows):
-            raise DecisionError(f"{name} is {tuple(bias.shape)}: want {(experts, rows)}")
+        if name in there and there[name].shape != (experts, rows):
+            raise DecisionError(f"{name} is {tuple(there[name].shape)}: want {(experts, rows)}")
     if x_TD.shape != (decision.num_tokens, width):
         raise DecisionError(f"x_TD is {tuple(x_TD.shape)}: want {(decision.num_tokens, width)} by decision and weights")
     if decision.num_experts != experts:
@@ -152,14 +144,14 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, acti
             raise DecisionError(f"{name} is {tuple(getattr(decision, name).shape)}: want ({pairs},) as token_ids_R")
     if decision.gates_R.dtype not in (x_TD.dtype, torch.float32):
         raise DecisionError(f"gates_R is {decision.gates_R.dtype}: legal are float32 and {x_TD.dtype} as x_TD")
-    for name, tensor in weights.there.items():
+    for name, tensor in there.items():
         if tensor.dtype != x_TD.dtype:
             raise DecisionError(f"{name} is {tensor.dtype}, x_TD {x_TD.dtype}: want one dtype")
     pairs_of = {name: getattr(decision, name) for name in ("token_ids_R", "expert_ids_R", "kept_R", "gates_R")}
-    for name, tensor in (weights.there | pairs_of).items():
+    for name, tensor in (there | pairs_of).items():
         if tensor.device != x_TD.device:
             raise DecisionError(f"{name} is on {tensor.device}, x_TD on {x_TD.device}: want one device")
-    for name, tensor in ({"x_TD": x_TD} | weights.there).items():
+    for name, tensor in ({"x_TD": x_TD} | there).items():
         if not tensor.is_contiguous():
             raise DecisionError(
                 f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}: want contiguous"

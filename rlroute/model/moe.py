@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -93,8 +93,13 @@ class Experts(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in the compute precision."""
-        biases = (None if bias is None else bias.to(dtype) for bias in (self.in_bias_EH, self.out_bias_ED))
-        return ExpertWeights(self.in_EHD.to(dtype), self.out_EDF.to(dtype), *biases)
+        return ExpertWeights(self.in_EHD.to(dtype), self.out_EDF.to(dtype))
+
+    def form(self, dtype: torch.dtype) -> Form:
+        """Return the biases in the compute precision."""
+        if self.in_bias_EH is None or self.out_bias_ED is None:
+            return PLAIN
+        return Form(self.in_bias_EH.to(dtype), self.out_bias_ED.to(dtype))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -121,23 +126,40 @@ def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
 def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelConfig) -> RoutingDecision:
     """Return a router's decision as it is run: gates in their final form, pairs over capacity dropped.
 
-    Routers are in float32 at least: one in bfloat16 diverges (Switch, arXiv 2101.03961, table 2).
+    Routers are in float32 at least unless the configuration says otherwise: one in bfloat16 diverges (Switch, arXiv
+    2101.03961, table 2).
     """
-    with torch.autocast(x_TD.device.type, enabled=False):
-        with named(router, context.site), noted(router.config.name, context.site):
+    device, low = x_TD.device.type, config.router_dtype == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, enabled=low), named(router, context.site):
+        with noted(router.config.name, context.site):
             decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
-            gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
-            if gates_TS is not None and gates_TS.shape[1] != shared:
-                raise DecisionError(
-                    f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts"
-                )
-            if gates_TS is not None and config.shared_gate != "none":
-                raise DecisionError(
-                    f"shared_gates_TS with model.shared_gate = {config.shared_gate!r}: one of them weighs the shared "
-                    "experts, legal is 'none'"
-                )
+        _check_shared_gates(decision, router, config)
+    with torch.autocast(device, enabled=False):
+        decision = widened(decision) if low else decision
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
+
+
+def widened(decision: RoutingDecision) -> RoutingDecision:
+    """Return a decision with what it says in bfloat16 in float32: the same values, which terms and kernels take."""
+    names = [f.name for f in fields(decision)]
+    narrow = {
+        name: value for name in names if getattr(value := getattr(decision, name), "dtype", None) == torch.bfloat16
+    }
+    return replace(decision, **{name: value.float() for name, value in narrow.items()})
+
+
+def _check_shared_gates(decision: RoutingDecision, router: Router, config: ModelConfig) -> None:
+    gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
+    if gates_TS is None:
+        return
+    if gates_TS.shape[1] != shared:
+        raise DecisionError(f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts")
+    if config.shared_gate != "none":
+        raise DecisionError(
+            f"shared_gates_TS with model.shared_gate = {config.shared_gate!r}: one of them weighs the shared experts, "
+            "legal is 'none'"
+        )
 
 
 def add_own_input(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Tensor:
@@ -192,7 +214,7 @@ class MoELayer(DenseParts):
         dtype, device = compute_dtype(x_TD), x_TD.device.type
         x_TD = x_TD if self.down is None else self.down(x_TD)
         with torch.autocast(device, enabled=False):
-            weights, form = self.experts.weights(dtype), self._form(decision, context)
+            weights, form = self.experts.weights(dtype), self._form(decision, context, dtype)
             finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation, form)
 
         def finish_wide() -> Tensor:
@@ -202,14 +224,14 @@ class MoELayer(DenseParts):
 
         return finish_wide
 
-    def _form(self, decision: RoutingDecision, context: RoutingContext) -> Form:
+    def _form(self, decision: RoutingDecision, context: RoutingContext, dtype: torch.dtype) -> Form:
         """Return what the experts do in this forward."""
         at_input, dropout, keys_R = self.config.gate_at == "input", self.config.expert_dropout, None
         if dropout and context.training:
             rows = (context.sample_T, context.sequence_T, context.position_T)
             key = seeding.derive_key(context.seed, "expert dropout", context.site, context.step)
             keys_R = seeding.row_keys(key, (*(row_T[decision.token_ids_R] for row_T in rows), decision.expert_ids_R))
-        return Form(at_input, dropout, keys_R)
+        return replace(self.experts.form(dtype), gate_at_input=at_input, dropout=dropout, keys_R=keys_R)
 
     def run_shared(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
         """Return what the experts that every token runs give, shape (T, D)."""

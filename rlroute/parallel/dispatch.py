@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,12 +111,12 @@ class ExpertParallel:
     def _forms(self, form: Form, pairs_N: Tensor, sent_PC: list[list[int]], received_PC: list[list[int]]) -> list[Form]:
         """Return what the owners do with each chunk's rows."""
         if form.keys_R is None:
-            return [PLAIN] * self.chunks
+            return [replace(form, gate_at_input=False)] * self.chunks
         forms = []
         for chunk, keys_N in enumerate(self._by_chunk(form.keys_R[pairs_N], sent_PC)):
             flight = self._flight(sent_PC, received_PC, chunk)
             flight.depart(keys_N, back=False)
-            forms.append(Form(dropout=form.dropout, keys_R=flight.land()))
+            forms.append(replace(form, gate_at_input=False, keys_R=flight.land()))
         return forms
 
     def _flight(self, sent_PC: list[list[int]], received_PC: list[list[int]], chunk: int) -> Flight:
