@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from rlroute.errors import ConfigError
+from rlroute.heads import Heads
 from rlroute.limits import (
     MOST_EXPERTS,
     MOST_SEQUENCES,
@@ -127,12 +128,10 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Heads):
     """The decoder-only transformer that every router is put into."""
 
     num_layers: Layers = 1
-    d_model: Size = 64
-    num_heads: Size = 4
     num_dense_layers: Whole = 0
     """The first n layers keep a dense MLP of the same active width."""
     num_experts: Experts = 16
@@ -162,10 +161,6 @@ class ModelConfig:
     """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that
     hold them.
     """
-    attention_experts: Annotated[int, Between(0, 2**14)] = 0
-    """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv
-    2404.07413); 0: none.
-    """
     rope_base: Positive = 10_000.0
 
     @property
@@ -184,11 +179,7 @@ class ModelConfig:
         refuse_product(sizes, MOST_EXPERTS, "experts in all")
         if self.k > self.num_experts:
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}")
-        if self.d_model % (2 * self.num_heads):
-            raise ConfigError(
-                f"model.d_model = {self.d_model}: "
-                f"must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
-            )
+        self.check_heads(self.k)
         if self.num_dense_layers > self.num_layers:
             raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
         if self.devices and self.num_experts % self.devices:
@@ -198,12 +189,6 @@ class ModelConfig:
         if self.capacity_rows == "sequence" and self.capacity_groups > 1:
             raise ConfigError(
                 f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1"
-            )
-        if self.attention_experts and (self.k > self.attention_experts or self.num_heads % self.k):
-            raise ConfigError(
-                f"model.attention_experts = {self.attention_experts} "
-                f"with k = {self.k} and num_heads = {self.num_heads}: "
-                "k must divide the heads, and is at most the experts"
             )
 
 

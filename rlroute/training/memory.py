@@ -21,7 +21,9 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
     shared = model.num_shared_experts * model.d_expert
     hidden = routed * (model.num_experts // expert_shards * model.d_expert + shared)
     hidden += (model.num_layers - routed) * model.active_width
-    attention = 0 if model.attention_experts and routed else 4 * width**2 * model.num_layers
+    heads = 2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads)
+    head = model.attention_width // model.num_heads
+    attention = 0 if model.attention_experts and routed else heads * head * width * model.num_layers
     return 2 * vocab_size * width + attention + hidden * width * matrices
 
 
