@@ -2,6 +2,7 @@
 # make fast       one case of each quick test (no processes, none of the files that mostly run whole commands): a first answer within a minute
 # make check      format, lint, types, import order                         make slow     the tests that take minutes
 # make aot        registers and shared memory of the Triton kernels on three chips
+# make parity     our routers against every router class of transformers: the tests, and the table with its figures
 # make envs       the environments under the checkers of Gymnasium 1.2.2, of the newest one, and of Stable-Baselines3, whose PPO learns them
 # make fuzz       ten minutes of damaged and hostile files for every reader, each of which answers or refuses in one line
 # make soak       sixty random kills over sweeps (driver, runs, workers, Ray itself, nodes), which end all the same
@@ -18,7 +19,7 @@ INSTALLED := .venv/.installed
 # Twice quiet: errors alone are shown.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: soak compare test fast check slow mutants fuzz envs aot versions dist gpu clean
+.PHONY: soak compare test fast check parity slow mutants fuzz envs aot versions dist gpu clean
 
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
@@ -39,6 +40,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+parity: $(INSTALLED)
+	$(PYTEST) tests/test_parity.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
@@ -91,7 +96,7 @@ versions:
 		$$pip torch==$$torch && $$pip --no-deps triton==$$triton || exit 1; \
 		$$home/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 			o = p['optional-dependencies']; \
-			print(*[r for r in p['dependencies'] + sum(map(o.get, ('cli', 'ray', 'report', 'envs', 'dev')), []) \
+			print(*[r for r in p['dependencies'] + sum(map(o.get, ('cli', 'ray', 'report', 'envs', 'hf', 'dev')), []) \
 			if not r.startswith(('torch', 'triton', 'rlroute'))], sep='\n')" > $$home/wanted.txt || exit 1; \
 		$$pip -r $$home/wanted.txt && $$pip --no-deps -e . || exit 1; \
 		$$home/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"; \

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from rlroute.errors import ConfigError
+from rlroute.heads import Heads
 from rlroute.limits import (
     MOST_EXPERTS,
     MOST_SEQUENCES,
@@ -149,11 +150,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(LayerVariants):
+class ModelConfig(Heads, LayerVariants):
     """The decoder-only transformer that every router is put into."""
 
-    d_model: Size = 64
-    num_heads: Size = 4
     num_experts: Experts = 16
     k: Count = 2
     """Experts per token."""
@@ -181,10 +180,6 @@ class ModelConfig(LayerVariants):
     """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that
     hold them.
     """
-    attention_experts: Annotated[int, Between(0, 2**14)] = 0
-    """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv
-    2404.07413); 0: none.
-    """
     rope_base: Positive = 10_000.0
 
     @property
@@ -203,11 +198,7 @@ class ModelConfig(LayerVariants):
         refuse_product(sizes, MOST_EXPERTS, "experts in all")
         if self.k > self.num_experts:
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}")
-        if self.d_model % (2 * self.num_heads):
-            raise ConfigError(
-                f"model.d_model = {self.d_model}: "
-                f"must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
-            )
+        self.check_heads(self.k)
         self.check_variants(self.num_shared_experts)
         if self.devices and self.num_experts % self.devices:
             raise ConfigError(f"model.devices = {self.devices}: must divide model.num_experts = {self.num_experts}")
@@ -216,12 +207,6 @@ class ModelConfig(LayerVariants):
         if self.capacity_rows == "sequence" and self.capacity_groups > 1:
             raise ConfigError(
                 f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1"
-            )
-        if self.attention_experts and (self.k > self.attention_experts or self.num_heads % self.k):
-            raise ConfigError(
-                f"model.attention_experts = {self.attention_experts} "
-                f"with k = {self.k} and num_heads = {self.num_heads}: "
-                "k must divide the heads, and is at most the experts"
             )
 
 

@@ -173,14 +173,14 @@ MUTANTS = [
     *faults(
         "rlroute/model/accounting.py",
         "tests/test_flops.py",
-        ("attention costs nothing", "+ 2 * plain_attention * (seq_len + 1) * config.d_model", "+ 0"),
+        ("attention costs nothing", "+ 2 * plain_attention * (seq_len + 1) * config.attention_width", "+ 0"),
         ("attention sees every key", "plain_attention * (seq_len + 1)", "plain_attention * (2 * seq_len)"),
         ("experts cost nothing", "self.fixed_flops + round(flops)", "self.fixed_flops"),
         ("embeddings are multiplied", "(fixed - model.embed.weight.numel() - norms)", "(fixed - norms)"),
         (
             "routers cost nothing",
-            "* config.d_model\n        + sum(work.greedy for work in work_L),",
-            "* config.d_model,",
+            "* config.attention_width\n        + sum(work.greedy for work in work_L),",
+            "* config.attention_width,",
         ),
     ),
     *faults(

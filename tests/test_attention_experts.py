@@ -14,7 +14,7 @@ from torch import Tensor
 from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.model.accounting import is_expert
-from rlroute.model.attention import Attention, Rotary
+from rlroute.model.attention import Attention, AttentionExperts, Rotary
 from rlroute.parallel.local import run_ranks
 from rlroute.routing import RoutingDecision
 from rlroute.training.group import ALONE
@@ -232,3 +232,11 @@ def test_the_device_case_above_routes_by_devices_and_drops_by_them() -> None:
         assert int(runs.max()) <= math.ceil(0.7 * 2 * 32 / 4)
     assert not all(bool(decision.kept_R[decision.used_R].all()) for decision in decisions)
     assert min(result.terms["device_balance"]) > 1
+
+
+def test_the_width_of_heads_is_free_and_their_number_of_keys_is_not() -> None:
+    (attention,) = make_model("switch", replace(CONFIG, head_width=6)).routed[:1]
+    assert isinstance(attention, AttentionExperts)
+    assert attention.query_EPD.shape == (5, 12, 8) and attention.kv.weight.shape == (24, 8)
+    with pytest.raises(ConfigError, match=r"model\.num_kv_heads = 2 with model\.attention_experts: legal is 0"):
+        replace(CONFIG, num_kv_heads=2).check()

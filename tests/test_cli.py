@@ -487,7 +487,7 @@ COMMANDS = (
         (("table", "--qqq"), "unknown option '--qqq': rlroute table --help lists what there is"),
         (("train", "hash", "--seed", "x"), "--seed"),
         (("train", "hash", "--launcher", "x"), "('auto', 'ray', 'local')"),
-        (("train",), "Missing from rlroute train"),
+        (("train",), "rlroute train wants an ENTRY: a router"),
         (("--tyro-print-completion", "csh"), "csh"),
         (("table", os.fsdecode(b"r\xffns")), "b'r\\xffns' is not UTF-8"),
         (("train", "hash", "--store", os.fsdecode(b"\xff")), "b'\\xff' is not UTF-8"),

@@ -25,6 +25,7 @@ SHAPES: list[dict[str, Any]] = [
     {"num_experts": 6, "k": 3, "num_shared_experts": 2},
     {"num_layers": 3, "num_dense_layers": 1, "d_model": 16, "num_heads": 4, "activation": "gelu"},
     {"k": 1, "d_expert": 5, "num_shared_experts": 1, "num_dense_layers": 2},
+    {"num_heads": 6, "num_kv_heads": 2, "head_width": 4},
 ]
 
 
@@ -55,7 +56,7 @@ def test_booked_flops_are_those_that_run(
     config = small_config(**fields)
     model = make_model(router, config, seq_len=length, vocab_size=vocab_size)
     booked = expected(model, config, length)["flops_per_token"]
-    masked = 2 * config.d_model * (length - 1) * config.num_layers
+    masked = 2 * config.attention_width * (length - 1) * config.num_layers
     assert booked + masked == counted(router, config, length, vocab_size)
 
 

@@ -353,6 +353,8 @@ def test_every_field_is_part_of_the_hash() -> None:
             {"model": {"capacity_rows": "sequence", "capacity_groups": 2}},
             "model.capacity_groups = 2: with capacity_rows 'sequence' legal is 1",
         ),
+        ({"model": {"head_width": 5}}, "model.head_width = 5: must be even"),
+        ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads = 3: must divide model.num_heads = 4"),
         ({"model": {"attention_experts": 1}}, "model.attention_experts = 1 with k = 2 and num_heads = 4"),
         ({"model": {"attention_experts": 8, "k": 3}}, "model.attention_experts = 8 with k = 3 and num_heads = 4"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.experiments.recipes.sizes import PRESETS, with_preset
+from rlroute.experiments.recipes.sizes import PRESETS, SIZES, with_preset
 from rlroute.training.prepare import check, expected_costs
 from tests.commands import refused, rlroute
 
@@ -15,7 +15,7 @@ NOTHING_SAID: dict[str, set[str]] = {"data": set(), "model": set(), "train": set
 GIVEN = (DataConfig(seq_len=64), ModelConfig(k=1), TrainConfig(lr=0.5, steps=7))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SIZES)
 def test_a_preset_has_the_active_parameters_of_its_name_and_can_be_trained(name: str) -> None:
     preset = PRESETS[name]
     config = build_entry("switch", preset.data, preset.model, replace(preset.train, device="cpu", dtype="float32"))
@@ -38,10 +38,13 @@ def test_what_is_said_goes_before_a_preset() -> None:
 
 
 def test_another_preset_is_refused_by_every_command_that_takes_one() -> None:
-    with pytest.raises(ConfigError, match="preset 'gpu-1t': legal are gpu-30m, gpu-124m, gpu-350m"):
+    with pytest.raises(
+        ConfigError,
+        match="legal are gpu-30m, gpu-124m, gpu-350m, and those that `rlroute presets` lists",
+    ):
         with_preset("gpu-1t", *GIVEN, NOTHING_SAID)
     for command in (("train", "switch"), ("compare", "switch"), ("bench", "step")):
-        assert "preset 'gpu-1t': legal are gpu-30m" in refused(rlroute(*command, "--preset", "gpu-1t"))
+        assert "legal are gpu-30m, gpu-124m" in refused(rlroute(*command, "--preset", "gpu-1t"))
     assert "--preset gpu-30m does not apply" in refused(rlroute("compare", "--task", "clusters", "--preset", "gpu-30m"))
 
 

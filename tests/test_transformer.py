@@ -53,10 +53,13 @@ class Oracle:
         return x_D / ((x_D * x_D).sum() / len(x_D)).sqrt() * self.weights[f"{name}.weight"]
 
     def attention(self, x_SD: list[Tensor], name: str) -> list[Tensor]:
-        """One sequence; the heads of query, key and value lie one after the other."""
-        heads, width = self.config.num_heads, self.config.d_model
-        rows = [self.weights[f"{name}.qkv.weight"] @ x_D for x_D in x_SD]
-        parts = [[row.view(3, heads, width // heads)[:, head] for row in rows] for head in range(heads)]
+        """One sequence; the heads of query, key and value lie one after the other, and neighbouring query heads share
+        one of the others.
+        """
+        heads, shared = self.config.num_heads, self.config.num_kv_heads or self.config.num_heads
+        rows = [(self.weights[f"{name}.qkv.weight"] @ x_D).view(heads + 2 * shared, -1) for x_D in x_SD]
+        places = [(head, heads + head * shared // heads) for head in range(heads)]
+        parts = [[row[[query, key, key + shared]] for row in rows] for query, key in places]
         outputs = [torch.cat(found) for found in zip(*(self.head(part) for part in parts), strict=True)]
         return [self.weights[f"{name}.out.weight"] @ output for output in outputs]
 
@@ -124,6 +127,8 @@ class Oracle:
 CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "dense": (None, {}),
     "dense, gelu, one head": (None, {"activation": "gelu", "num_heads": 1}),
+    "dense, heads of another width": (None, {"head_width": 6}),
+    "dense, shared keys and values": (None, {"num_heads": 4, "num_kv_heads": 2, "head_width": 2}),
     "switch": ("switch", {}),
     "switch, one expert a token, relu": ("switch", {"k": 1, "activation": "relu"}),
     "hash, shared experts": ("hash", {"num_shared_experts": 2}),

@@ -10,7 +10,7 @@ import tyro
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments import RESULTS
-from rlroute.experiments.cli.common import command_line, with_preset
+from rlroute.experiments.cli.common import command_line, said, with_preset
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
@@ -97,7 +97,9 @@ class Step:
     steps: Annotated[int, Between(1, 10**4)] = 4
     """Steps in a row of each repetition."""
     preset: str | None = None
-    """gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given."""
+    """gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for those that
+    are given, and the contender where none is.
+    """
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -106,10 +108,11 @@ class Step:
         """Measure, and print the table."""
         from rlroute.experiments.bench import run as benches
 
-        name_broken(*self.contenders)
-        how: dict[str, Any] = {"rounds": self.rounds, "minutes": self.minutes, "out": self.out, "steps": self.steps}
-        wanted = benches.Wanted(names=self.contenders, command=command_line(), **how)
         size = with_preset(self.preset, self.data, self.model, self.train)
+        contenders = (size.entry,) if size.entry and "contenders" not in said() else self.contenders
+        name_broken(*contenders)
+        how: dict[str, Any] = {"rounds": self.rounds, "minutes": self.minutes, "out": self.out, "steps": self.steps}
+        wanted = benches.Wanted(names=contenders, command=command_line(), **how)
         what = self.preset or ""
         _say(benches.step(wanted, size.data, size.model, size.train, self.variants, what), self.out)
 

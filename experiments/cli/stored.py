@@ -1,5 +1,5 @@
-"""The commands that read what is there: ``routers``, ``runs``, ``table``, ``report``, ``verify``, ``export`` and
-``export-tokens``.
+"""The commands that read what is there: ``routers``, ``presets``, ``runs``, ``table``, ``report``, ``verify``,
+``export`` and ``export-tokens``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ def routers(markdown: bool = False) -> None:
 
     name_broken()
     print(routers_page() if markdown else routers_text())
+
+
+def presets(markdown: bool = False) -> None:
+    """List the published models that --preset knows: experts, router, parameters here and as published. NAME-tiny is
+    the same router in a model that trains on a CPU in minutes.
+
+    Args:
+        markdown: as a page: docs/presets.md.
+    """
+    from rlroute.experiments.report.preset_page import presets_grid, presets_page
+
+    if markdown:
+        print(presets_page())
+    else:
+        show_grid(presets_grid())
 
 
 def runs(store: Store = RUNS, run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ID")] = "") -> None:

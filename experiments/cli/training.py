@@ -39,7 +39,7 @@ TUNING = Launch(store=Path("tuning"))
 
 
 def train(
-    entry: tyro.conf.Positional[str],
+    entry: tyro.conf.Positional[str] = "",
     seed: Seed = 0,
     tuned: bool = True,
     preset: str | None = None,
@@ -53,11 +53,11 @@ def train(
     --train.micro-batches, a multiple of it.
 
     Args:
-        entry: what to train.
+        entry: what to train; with a preset by default its own.
         seed: of initial weights, data order and routing noise.
         tuned: use the entry's tuned settings; --no-tuned takes --train.lr and the router's defaults.
-        preset: gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given; nothing
-            is tuned.
+        preset: gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for
+            those that are given; nothing is tuned.
     """
     from rlroute.experiments.comparison.marks import marks
     from rlroute.experiments.launch.runs import run_all
@@ -68,7 +68,9 @@ def train(
         raise ConfigError(f"--concurrency {launch.concurrency}: train trains one run")
 
     size = with_preset(preset, shared.data, shared.model, shared.train)
-    steps = size.train
+    entry, steps = entry or size.entry, size.train
+    if not entry:
+        raise ConfigError("rlroute train wants an ENTRY: a router (rlroute routers), or dense")
     if steps.micro_batches == 1:
         steps = replace(steps, micro_batches=launch.workers)
     name_broken(entry)
@@ -95,7 +97,7 @@ def compare(
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
     """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the entries that
-    have been tuned.
+    have been tuned, with a preset that of the preset.
 
     Args:
         entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`; `all`:
@@ -108,8 +110,8 @@ def compare(
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
         seconds: training time of each run under budget time; the figures are then not reproducible.
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
-        preset: gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given; nothing
-            is tuned.
+        preset: gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for
+            those that are given; nothing is tuned.
         out: folder for table.md, table.csv and report.html.
     """
     if task == "clusters":
@@ -125,6 +127,8 @@ def compare(
     if budget != "tokens" and shared.train.budget != "tokens":
         raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
     name_broken(*entries)
+    if not entries and size.entry:
+        entries = (size.entry,)
     if not entries or entries == (ALL,):
         entries = fitting_entries(all_entries() if entries else default_entries(), size.data, size.model)
     configs = build_comparison(entries, size.data, size.model, size.train, tuned=tuned, said=said("train"))

@@ -21,6 +21,7 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, Search, together
 from rlroute.experiments.recipes.entries import none_where_legal
 from rlroute.experiments.recipes.presets import build_comparison
+from rlroute.experiments.recipes.sizes import Preset, find_preset
 from rlroute.experiments.text import markdown
 from rlroute.foreign import DEPTH, Unfit, plain, read_bytes, why
 from rlroute.reading import rows_so_far
@@ -28,7 +29,7 @@ from rlroute.records import mark, storing
 from rlroute.registry import router_class, run_config
 from rlroute.values import flatten, from_dict
 
-SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha", "tuned")
+SECTIONS = ("entries", "seeds", "base", "grid", "random", "resources", "asha", "tuned", "preset")
 SEARCH = "SEARCH"
 """The file that marks a store of trials, some of which were stopped early."""
 RESOURCES = ("cpus", "gpus", "workers", "expert_parallel", "exchange_chunks")
@@ -50,6 +51,7 @@ class Spec:
         seeds: of every run.
         base: what all runs share, by dotted path.
         choices: what varies: one run per choice, entry and seed.
+        preset: what the file says comes on top of; None: the defaults.
         tuned: whether entries have their tuned settings where the file says nothing.
         resources: fields of :class:`Launch`: what a run gets.
         grace, reduction: of successive halving; None where every run goes to its end.
@@ -60,6 +62,7 @@ class Spec:
     seeds: tuple[int, ...]
     base: Choice
     choices: tuple[Choice, ...]
+    preset: str | None = None
     tuned: bool = True
     resources: dict[str, Any] = field(default_factory=dict)
     grace: int | None = None
@@ -87,7 +90,9 @@ class Spec:
         return list(jobs.values())
 
     def _config(self, entry: str) -> RunConfig:
-        (config,) = build_comparison([entry], DataConfig(), ModelConfig(), TrainConfig(), tuned=self.tuned)
+        size = find_preset(self.preset)
+        tuned = self.tuned and self.preset is None
+        (config,) = build_comparison([entry], size.data, size.model, size.train, tuned=tuned)
         return config
 
     def _check_router_fields(self, configs: Sequence[RunConfig]) -> None:
@@ -128,12 +133,14 @@ def read_spec(path: Path) -> Spec:
     _only(sections["asha"], ("grace", "reduction"), "[asha]")
     base, grid, draws = _flat(sections["base"]), _grid(sections["grid"]), _random(sections["random"])
     _refuse_twice({"[base]": base, "[grid]": grid[0], "[random.fields]": draws[0]})
+    preset = _preset(text.get("preset"))
     spec = Spec(
         name=path.stem,
-        entries=_entries(text.get("entries")),
+        entries=_entries(text.get("entries", [preset.entry] if preset.entry else None)),
         seeds=_seeds(text.get("seeds", 1)),
         base=base,
         choices=tuple(a | b for a in grid for b in draws),
+        preset=text.get("preset"),
         tuned=_flag(text.get("tuned", True), "tuned"),
         resources=sections["resources"],
         grace=_whole(sections["asha"].get("grace"), "[asha] grace") if "asha" in text else None,
@@ -142,6 +149,12 @@ def read_spec(path: Path) -> Spec:
     from_dict(Launch, spec.resources, "[resources]").check()
     _refuse_many({"entries": len(spec.entries), "choices": len(spec.choices), "seeds": len(spec.seeds)})
     return spec
+
+
+def _preset(value: Any) -> Preset:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"preset = {value!r}: want a text")
+    return find_preset(value)
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models and steps for one GPU, by active parameters: what ``--preset`` stands for.
+"""What ``--preset`` stands for: models and steps for one GPU, by active parameters; published models; their tiny forms.
 
 Memory is that of weights, gradients and both moments in float32, 16 bytes a parameter, and of what a micro-batch keeps;
 ``docs/gpu.md`` has both.
@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.errors import ConfigError
+from rlroute.experiments.recipes.catalogue import CATALOGUE, Published, tiny
 
 Part = TypeVar("Part", DataConfig, ModelConfig, TrainConfig)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A data, a model and a training configuration."""
+    """A data, a model and a training configuration, and the entry where none is named; "": it has none."""
 
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    entry: str = ""
 
 
 _DATA = DataConfig(seq_len=1024, eval_tokens=262_144)
@@ -34,7 +37,7 @@ _TRAIN = TrainConfig(
     device="cuda",
     dtype="bfloat16",
 )
-PRESETS = {
+SIZES = {
     "gpu-30m": Preset(
         _DATA,
         ModelConfig(num_layers=8, d_model=512, num_heads=8, num_experts=32, k=4, d_expert=384),
@@ -54,11 +57,45 @@ PRESETS = {
 """The learning rates are usual ones for such widths, not tuned."""
 
 
+def _published(published: Published) -> Preset:
+    train = replace(_TRAIN, steps=100_000, batch_size=1024, micro_batches=64, lr=3e-4, warmup_steps=2_000)
+    return Preset(replace(_DATA, seq_len=4096), published.model, train, published.entry)
+
+
+def _tiny(published: Published) -> Preset:
+    return Preset(DataConfig(), tiny(published.model), TrainConfig(), published.entry)
+
+
+PRESETS = (
+    SIZES
+    | {name: _published(published) for name, published in CATALOGUE.items()}
+    | {f"{name}-tiny": _tiny(published) for name, published in CATALOGUE.items()}
+)
+"""By name. Steps, batches and learning rates of published models are ours, and not tuned."""
+
+
+def find_preset(name: str | None) -> Preset:
+    """Return a preset; the defaults where none is named.
+
+    Raises:
+        ConfigError: no preset is called that.
+    """
+    if name is None:
+        return Preset(DataConfig(), ModelConfig(), TrainConfig())
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(
+            f"preset {name!r}{hint}: legal are {', '.join(SIZES)}, and those that `rlroute presets` lists"
+        )
+    return PRESETS[name]
+
+
 def with_preset(
     name: str | None, data: DataConfig, model: ModelConfig, train: TrainConfig, said: Mapping[str, Set[str]]
 ) -> Preset:
-    """Return a preset, with the fields that were said on purpose in place of its own; what is given where none is
-    named.
+    """Return a preset, with the fields that were said on purpose in place of its own; what is given, and no entry,
+    where none is named.
 
     Args:
         name: the preset's.
@@ -70,13 +107,12 @@ def with_preset(
     """
     if name is None:
         return Preset(data, model, train)
-    if name not in PRESETS:
-        raise ConfigError(f"preset {name!r}: legal are {', '.join(PRESETS)}")
-    chosen = PRESETS[name]
+    chosen = find_preset(name)
     return Preset(
         _over(chosen.data, data, said["data"]),
         _over(chosen.model, model, said["model"]),
         _over(chosen.train, train, said["train"]),
+        chosen.entry,
     )
 
 

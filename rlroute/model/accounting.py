@@ -154,7 +154,7 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
         router_parameters=router + buffers,
         fixed_parameters=fixed + sum(work.active_parameters for work in work_L),
         fixed_flops=2 * (fixed - model.embed.weight.numel() - norms)
-        + 2 * plain_attention * (seq_len + 1) * config.d_model
+        + 2 * plain_attention * (seq_len + 1) * config.attention_width
         + sum(work.greedy for work in work_L),
         pair_parameters_L=tuple(site.pair_parameters for site in routed),
         pair_flops_L=tuple(site.pair_flops(seq_len) for site in routed),

@@ -50,26 +50,30 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, seq_len: int, layer: int, seed: int) -> None:
         super().__init__()
-        width, self.num_heads = config.d_model, config.num_heads
-        std = width**-0.5
-        self.qkv = KeyedLinear(width, 3 * width, std, seed, f"layers.{layer}.attention.qkv")
-        self.out = KeyedLinear(
-            width, width, std / (2 * config.num_layers) ** 0.5, seed, f"layers.{layer}.attention.out"
+        width, inner, self.num_heads = config.d_model, config.attention_width, config.num_heads
+        self.kv_heads, head = config.num_kv_heads or self.num_heads, inner // self.num_heads
+        std_out = inner**-0.5 / (2 * config.num_layers) ** 0.5
+        self.qkv = KeyedLinear(
+            width, inner + 2 * self.kv_heads * head, width**-0.5, seed, f"layers.{layer}.attention.qkv"
         )
-        self.rotary = Rotary(width // self.num_heads, seq_len, config.rope_base)
+        self.out = KeyedLinear(inner, width, std_out, seed, f"layers.{layer}.attention.out")
+        self.rotary = Rotary(head, seq_len, config.rope_base)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the attention output, shape (B, S, D)."""
-        batch, length, width = x_BSD.shape
+        batch, length, _ = x_BSD.shape
+        queries, shared = self.num_heads, self.kv_heads
         qk_BNSH, v_BNSH = (
             self.qkv(x_BSD)
-            .view(batch, length, 3 * self.num_heads, -1)
+            .view(batch, length, queries + 2 * shared, -1)
             .transpose(1, 2)
-            .split((2 * self.num_heads, self.num_heads), dim=1)
+            .split((queries + shared, shared), dim=1)
         )
-        q_BNSH, k_BNSH = self.rotary(qk_BNSH).chunk(2, dim=1)
+        q_BNSH, k_BNSH = self.rotary(qk_BNSH).split((queries, shared), dim=1)
+        if shared < queries:
+            k_BNSH, v_BNSH = (part.repeat_interleave(queries // shared, dim=1) for part in (k_BNSH, v_BNSH))
         y_BNSH = functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
-        y_BSD: Tensor = self.out(y_BNSH.transpose(1, 2).reshape(batch, length, width))
+        y_BSD: Tensor = self.out(y_BNSH.transpose(1, 2).flatten(2))
         return y_BSD
 
 
@@ -84,12 +88,12 @@ class AttentionExperts(nn.Module):
         super().__init__()
         self.config, self.router, self.backend = config, router, backend
         self.num_heads = config.num_heads // config.k
-        width, head = config.d_model, config.d_model // config.num_heads
+        width, head = config.d_model, config.attention_width // config.num_heads
         inner, key = self.num_heads * head, f"layers.{layer}.attention"
         self.kv = KeyedLinear(width, 2 * inner, width**-0.5, seed, f"{key}.kv")
         self.query_EPD = nn.Parameter(torch.empty(config.attention_experts, inner, width))
         self.out_EDP = nn.Parameter(torch.empty(config.attention_experts, width, inner))
-        std_out = (2 * config.num_layers * width) ** -0.5
+        std_out = (2 * config.num_layers * config.attention_width) ** -0.5
         for expert in range(config.attention_experts):
             seeding.init_normal(self.query_EPD[expert], width**-0.5, seed, f"{key}.experts.query", expert)
             seeding.init_normal(self.out_EDP[expert], std_out, seed, f"{key}.experts.out", expert)

@@ -24,7 +24,9 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
     inner = model.d_latent or width
     hidden = routed * shared
     hidden += dense * (model.d_dense or model.active_width) + (model.num_layers - dense - routed) * model.active_width
-    attention = 0 if model.attention_experts and routed else 4 * width**2 * model.num_layers
+    heads = 2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads)
+    head = model.attention_width // model.num_heads
+    attention = 0 if model.attention_experts and routed else heads * head * width * model.num_layers
     experts = routed * (model.num_experts // expert_shards) * model.d_expert * inner * matrices
     return 2 * vocab_size * width + attention + hidden * width * matrices + experts
 

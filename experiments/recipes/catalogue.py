@@ -1,0 +1,212 @@
+"""Published mixtures of experts: the router and the shape of each, what its authors print of it, and a tiny form.
+
+What a preset says is the model's and the router's; data, batch and learning rate are ours. Figures are in billions of
+parameters, to as many digits as their authors print. Where ours are further from them than one unit of the last digit,
+and than 1 %, ``differs`` says why: what our transformer cannot express, and what stands in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlroute.config import ModelConfig
+
+NOT_PUBLISHED = "not published"
+_SIGMOID = "topk:score=sigmoid,bias_rate=0.001"
+_LATENT_ATTENTION = "latent attention: heads of d_model / num_heads stand in"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published model.
+
+    Attributes:
+        entry: its router.
+        model: its transformer, as far as ours can express it.
+        vocab_size: V.
+        total, active: parameters, and those of a token, as printed.
+        source: where they and the shape are from.
+        balance: what balances its loads, where the entry does not say so.
+        differs: why our figures differ, where they do.
+        input_counts: whether the printed ``active`` has the embedding of the input in it.
+    """
+
+    entry: str
+    model: ModelConfig
+    vocab_size: int
+    total: str
+    active: str
+    source: str
+    balance: str = ""
+    differs: str = ""
+    input_counts: bool = True
+
+
+def _model(
+    layers: int, width: int, heads: int, kv_heads: int = 0, head_width: int = 0, **fields: object
+) -> ModelConfig:
+    return replace(
+        ModelConfig(),
+        num_layers=layers,
+        d_model=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_width=head_width,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def _experts(experts: int, k: int, width: int, shared: int = 0, dense: int = 0) -> dict[str, int]:
+    return {
+        "num_experts": experts,
+        "k": k,
+        "d_expert": width,
+        "num_shared_experts": shared,
+        "num_dense_layers": dense,
+    }
+
+
+CATALOGUE: dict[str, Published] = {
+    "mixtral": Published(
+        entry="topk",
+        model=_model(32, 4096, 32, 8, **_experts(8, 2, 14336)),
+        vocab_size=32_000,
+        total="46.7",
+        active="12.9",
+        source="Mixtral 8x7B, arXiv 2401.04088",
+        balance=NOT_PUBLISHED,
+    ),
+    "grok-1": Published(
+        entry="topk:normalize=false",
+        model=_model(64, 6144, 48, 8, 128, **_experts(8, 2, 32768)),
+        vocab_size=131_072,
+        total="314",
+        active="79",
+        source="Grok-1, model card: 314B, a quarter of it active",
+        balance=NOT_PUBLISHED,
+        differs="the printed share of a quarter is rounded; one matrix for both embeddings: two stand in",
+    ),
+    "dbrx": Published(
+        entry="topk:balance_weight=0.05",
+        model=_model(40, 6144, 48, 8, **_experts(16, 4, 10752)),
+        vocab_size=100_352,
+        total="132",
+        active="36",
+        source="DBRX, model card",
+    ),
+    "qwen3-moe": Published(
+        entry="topk",
+        model=_model(48, 2048, 32, 4, 128, **_experts(128, 8, 768)),
+        vocab_size=151_936,
+        total="30.5",
+        active="3.3",
+        source="Qwen3-30B-A3B, arXiv 2505.09388",
+        balance="f.P over the global batch, weight not published",
+    ),
+    "deepseek-moe": Published(
+        entry="topk:normalize=false,balance_weight=0.001",
+        model=_model(28, 2048, 16, **_experts(64, 6, 1408, shared=2, dense=1)),
+        vocab_size=102_400,
+        total="16.4",
+        active="2.8",
+        source="DeepSeekMoE 16B, arXiv 2401.06066",
+    ),
+    "deepseek-v2": Published(
+        entry=(
+            "topk:normalize=false,route_scale=16,groups=8,groups_kept=3,group_score=max,"
+            "balance_weight=0.003,device_balance_weight=0.05"
+        ),
+        model=_model(60, 5120, 128, devices=8, **_experts(160, 6, 1536, shared=2, dense=1)),
+        vocab_size=102_400,
+        total="236",
+        active="21",
+        source="DeepSeek-V2, arXiv 2405.04434",
+        differs=_LATENT_ATTENTION,
+    ),
+    "deepseek-v3": Published(
+        entry=(f"{_SIGMOID},bias_until=0.966,sequence_balance_weight=0.0001,route_scale=2.5,groups=8,groups_kept=4"),
+        model=_model(61, 7168, 128, **_experts(256, 8, 2048, shared=1, dense=3)),
+        vocab_size=129_280,
+        total="671",
+        active="37",
+        source="DeepSeek-V3, arXiv 2412.19437",
+        differs=_LATENT_ATTENTION,
+    ),
+    "kimi-k2": Published(
+        entry=f"{_SIGMOID},route_scale=2.827",
+        model=_model(61, 7168, 64, **_experts(384, 8, 2048, shared=1, dense=1)),
+        vocab_size=163_840,
+        total="1040",
+        active="32.6",
+        source="Kimi K2, arXiv 2507.20534",
+        balance="its rate not published",
+        differs=_LATENT_ATTENTION,
+    ),
+    "olmoe": Published(
+        entry="topk:normalize=false,balance_weight=0.01,z_weight=0.001",
+        model=_model(16, 2048, 16, **_experts(64, 8, 1024)),
+        vocab_size=50_304,
+        total="6.92",
+        active="1.28",
+        source="OLMoE-1B-7B, arXiv 2409.02060",
+    ),
+    "gpt-oss": Published(
+        entry="topk:order=choose_first,linear_bias=true",
+        model=_model(36, 2880, 64, 8, 64, **_experts(128, 4, 2880)),
+        vocab_size=201_088,
+        total="116.8",
+        active="5.13",
+        source="gpt-oss-120b, arXiv 2508.10925",
+        balance=NOT_PUBLISHED,
+        input_counts=False,
+    ),
+    "jetmoe": Published(
+        entry="topk:order=choose_first,balance_weight=0.01,z_weight=0.001",
+        model=_model(24, 2048, 32, 0, 128, attention_experts=8, **_experts(8, 2, 5632)),
+        vocab_size=32_000,
+        total="8.52",
+        active="2.2",
+        source="JetMoE-8B, arXiv 2404.07413",
+        differs="one matrix for both embeddings: two stand in, a third of the difference; the rest is unknown",
+    ),
+    "ernie-4.5": Published(
+        entry="topk:bias_rate=0.001",
+        model=_model(28, 2560, 20, 4, **_experts(64, 6, 1536, shared=2, dense=1)),
+        vocab_size=103_424,
+        total="21",
+        active="3",
+        source="ERNIE-4.5-21B-A3B, model card",
+        balance="its rate not published",
+        differs="one matrix for both embeddings: two stand in; the printed figures are rounded down",
+    ),
+    "nemotron-h": Published(
+        entry=f"{_SIGMOID},route_scale=2.5",
+        model=_model(23, 2688, 32, 2, 128, activation="relu", **_experts(128, 6, 1856, shared=2)),
+        vocab_size=131_072,
+        total="31.6",
+        active="3.2",
+        source="Nemotron 3 Nano 30B-A3B, technical report",
+        differs="23 Mamba-2 layers beside 6 of attention: attention before each of the 23 layers of experts stands in",
+        input_counts=False,
+    ),
+}
+"""By name, the older first."""
+
+
+def tiny(published: ModelConfig) -> ModelConfig:
+    """Return a model of the same make that trains on a CPU in minutes: 16 experts at most, of which at most 4 run; two
+    layers of width 64 whose active experts are together 128 wide.
+    """
+    k, heads = min(published.k, 4), 4
+    return replace(
+        published,
+        num_layers=2,
+        d_model=64,
+        num_heads=heads,
+        num_kv_heads=2 if published.num_kv_heads else 0,
+        head_width=0,
+        num_experts=min(published.num_experts, 16),
+        k=k,
+        d_expert=128 // k,
+        num_dense_layers=min(published.num_dense_layers, 1),
+    )
