@@ -21,7 +21,6 @@ from rlroute.limits import (
     Between,
     Count,
     Experts,
-    Layers,
     NonNegative,
     Positive,
     Size,
@@ -30,6 +29,7 @@ from rlroute.limits import (
     checked_seed,
     refuse_product,
 )
+from rlroute.variants import LayerVariants
 
 SCHEMA = 2
 """Of records. 1 did not say from which code and data a run was made; it can still be read."""
@@ -149,14 +149,11 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(LayerVariants):
     """The decoder-only transformer that every router is put into."""
 
-    num_layers: Layers = 1
     d_model: Size = 64
     num_heads: Size = 4
-    num_dense_layers: Whole = 0
-    """The first n layers keep a dense MLP of the same active width."""
     num_experts: Experts = 16
     k: Count = 2
     """Experts per token."""
@@ -164,8 +161,8 @@ class ModelConfig:
     """Hidden width of one expert."""
     num_shared_experts: Annotated[int, Between(0, 1024)] = 0
     """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
-    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
-    """Between an expert's projections; swiglu is gated and has a third weight matrix."""
+    activation: Literal["swiglu", "gelu", "relu", "swiglu_clamped", "geglu", "relu_squared"] = "swiglu"
+    """Between an expert's projections; the three with glu are gated and have a third weight matrix."""
     gate_form: Literal["own", "unit"] = "own"
     """own: the gate as published (1/k where it does not learn); unit: value 1/k, gradient of the router's gate."""
     capacity_factor: Positive | None = None
@@ -211,8 +208,7 @@ class ModelConfig:
                 f"model.d_model = {self.d_model}: "
                 f"must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions)"
             )
-        if self.num_dense_layers > self.num_layers:
-            raise ConfigError(f"model.num_dense_layers = {self.num_dense_layers}: legal are 0 to {self.num_layers}")
+        self.check_variants(self.num_shared_experts)
         if self.devices and self.num_experts % self.devices:
             raise ConfigError(f"model.devices = {self.devices}: must divide model.num_experts = {self.num_experts}")
         if self.capacity_of == "device" and not self.devices:
@@ -344,6 +340,10 @@ class RunConfig:
             _want(name, getattr(self, name), kind)
             getattr(self, name).check()
         object.__setattr__(self, "data", self.data.settled())  # what a record says does not hang on another default
+        if self.train.dtype == "float64" and self.model.router_dtype != "float32":
+            raise ConfigError(
+                f"model.router_dtype = {self.model.router_dtype!r} with train.dtype 'float64': legal is 'float32'"
+            )
         sizes = {"train.batch_size": self.train.batch_size, "data.seq_len": self.data.seq_len}
         refuse_product(sizes, MOST_TOKENS, "tokens a step")
         _want("router", self.router, RouterConfig | None)

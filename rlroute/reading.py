@@ -342,7 +342,7 @@ def _hold_config(config: Mapping[str, Any]) -> tuple[list[int], int]:
     model.check()
     _known(DataConfig, config["data"], "config.data")
     train = _known(TrainConfig, config["train"], "config.train")
-    if (count := (model.num_layers - model.num_dense_layers) * (2 if model.attention_experts else 1)) > MOST_SITES:
+    if (count := len(model.moe_layers) * (2 if model.attention_experts else 1)) > MOST_SITES:
         raise Unfit(f" has {count} routed sites: legal are {MOST_SITES}", "config", "model")
     routed = config["router"]["name"] != DENSE or config.get("others")
     return list(sites(model).values()) if routed else [], train.log_every

@@ -97,6 +97,11 @@ class RoutingContext:
         return replace(self, site=shape.site, expert_device_E=device_E, earlier=earlier)
 
     @property
+    def training(self) -> bool:
+        """Whether this is a step of training: evaluation may ``explore`` too."""
+        return self.micro_batch is not None
+
+    @property
     def previous(self) -> RoutingDecision | None:
         """The decision of the site just before; None at the first."""
         return list(self.earlier.values())[-1] if self.earlier else None

@@ -48,9 +48,19 @@ def keyed_uniform(key: int, keys_N: tuple[Tensor, ...], shape: tuple[int, ...]) 
     Returns:
         A tensor of shape (N, *shape) with a resolution of 2**-23.
     """
+    return uniform(row_keys(key, keys_N), shape)
+
+
+def row_keys(key: int, keys_N: tuple[Tensor, ...]) -> Tensor:
+    """Return one int64 key for each row, from the arguments of :func:`keyed_uniform`."""
     state_N = torch.full_like(keys_N[0], key)
     for part_N in keys_N:
         state_N = _mix((state_N ^ part_N) + _GOLDEN)
+    return state_N
+
+
+def uniform(state_N: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Draw what :func:`keyed_uniform` does, from the keys that :func:`row_keys` returned."""
     slots = torch.arange(1, math.prod(shape) + 1, device=state_N.device) * _GOLDEN
     bits = (_mix(state_N[:, None] + slots) >> 41) & (2**23 - 1)
     return ((bits.to(torch.float32) + 0.5) * 2.0**-23).view(-1, *shape)

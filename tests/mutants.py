@@ -70,7 +70,16 @@ MUTANTS = [
             "seeding.init_normal(self.embed.weight, config.d_model**-0.5,",
             "seeding.init_normal(self.embed.weight, 1.0,",
         ),
-        ("no layer is dense", "range(config.num_dense_layers, config.num_layers)", "range(config.num_layers)"),
+    ),
+    *faults(
+        "rlroute/variants.py",
+        "tests/test_transformer.py",
+        ("no layer is dense", "range(self.num_dense_layers + self.moe_every - 1, ", "range(self.moe_every - 1, "),
+    ),
+    *faults(
+        "rlroute/variants.py",
+        "tests/test_layer_variants.py",
+        ("every block after the dense ones has experts", "self.num_layers, self.moe_every)", "self.num_layers)"),
     ),
     *faults(
         "rlroute/model/transformer.py",
@@ -119,8 +128,8 @@ MUTANTS = [
         "tests/test_step.py",
         (
             "routers run in bfloat16",
-            "with torch.autocast(x_TD.device.type, enabled=False):\n        with named",
-            "with torch.autocast(x_TD.device.type, torch.bfloat16):\n        with named",
+            "torch.autocast(device, torch.bfloat16, enabled=low)",
+            "torch.autocast(device, torch.bfloat16, enabled=True)",
         ),
     ),
     *faults(
@@ -256,8 +265,8 @@ MUTANTS = [
         ("no weight decay", '"weight_decay": config.weight_decay', '"weight_decay": 0.0'),
         (
             "vectors decay",
-            'if p.dim() <= 1], "weight_decay": 0.0',
-            'if p.dim() <= 1], "weight_decay": config.weight_decay',
+            'if p not in matrices], "weight_decay": 0.0',
+            'if p not in matrices], "weight_decay": config.weight_decay',
         ),
         (
             "routers decay",

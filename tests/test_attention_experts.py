@@ -166,6 +166,21 @@ EVERYWHERE: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"num_experts": 8, "devices": 4, "capacity_factor": 0.7, "capacity_of": "device"},
         {"rule": "devices", "device_balance_weight": 0.5},
     ),
+    (
+        {"expert_bias": True, "activation": "swiglu_clamped", "num_shared_experts": 1, "shared_gate": "sigmoid"},
+        {"rule": "threshold"},
+    ),
+    (
+        {
+            "expert_bias": True,
+            "d_latent": 5,
+            "gate_at": "input",
+            "expert_dropout": 0.3,
+            "num_layers": 3,
+            "moe_every": 2,
+        },
+        {},
+    ),
 ]
 """Models and routers that one process and two must compute alike."""
 
@@ -204,7 +219,7 @@ def test_two_processes_compute_what_one_does(shards: int) -> None:
 
 def test_the_device_case_above_routes_by_devices_and_drops_by_them() -> None:
     """Four devices of two experts, whatever processes hold them: else it would show nothing."""
-    fields, router = EVERYWHERE[-1]
+    fields, router = next(case for case in EVERYWHERE if "devices" in case[0])
     model = toy_model(small_config(**fields), **router)
     batch = make_batch(4)
     _, decisions = forward(model, batch, make_context(batch, CPU64, seed=0, step=0, explore=True), CPU64)

@@ -40,7 +40,11 @@ SHAPES = {
     "with all else": replace(
         MODEL, capacity_factor=1.0, num_shared_experts=1, gate_form="unit", attention_experts=4, devices=2
     ),
+    "variants": replace(
+        MODEL, num_shared_experts=1, shared_gate="sigmoid", expert_bias=True, gate_at="input", expert_dropout=0.2
+    ),
 }
+CASES = [("switch", "variants"), *((entry, "with all else") for entry in ENTRIES)]
 
 SCANS = {"cumsum", "cumsum_", "cumprod", "cumprod_", "logcumsumexp", "_logcumsumexp"}
 RAISES = {
@@ -106,8 +110,9 @@ def test_the_watch_lets_the_others_pass():
     }
 
 
-@pytest.mark.parametrize("shape", [pytest.param("plain", marks=pytest.mark.slow), "with all else"])
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("entry", "shape"), [*CASES, *(pytest.param(entry, "plain", marks=pytest.mark.slow) for entry in ENTRIES)]
+)
 def test_nothing_in_a_run_lacks_a_deterministic_form(entry, shape):
     """Two steps, an evaluation and the audit, with the switch on."""
     corpus, config = load_corpus(DATA.spec, "bytes"), build_entry(entry, DATA, SHAPES[shape], TRAIN)

@@ -69,7 +69,7 @@ def test_every_expert_s_loss_is_the_model_s_own(store, monkeypatch):
 
 def test_what_every_token_runs_belongs_to_every_expert_s_loss(tmp_path):
     """With shared experts, the loss of skipping all routed ones is the model's own without any pair."""
-    model = replace(MODEL, num_shared_experts=1)
+    model = replace(MODEL, num_shared_experts=1, shared_gate="sigmoid", d_latent=8)
     train(build_entry("hash", DATA, model, TRAIN), 0, tmp_path)
     (record,) = read_runs(tmp_path)
     table = token_table(record, tmp_path, 64)
@@ -91,6 +91,11 @@ def test_the_table_is_played(store, tmp_path):
 
 
 def test_runs_without_experts_or_weights_are_refused(store, tmp_path):
+    record = run_of(store, "switch")
+    model = record.config["config"]["model"] | {"num_layers": 3, "moe_every": 2}
+    changed = replace(record, config=record.config | {"config": record.config["config"] | {"model": model}})
+    with pytest.raises(ConfigError, match="has a dense last layer"):
+        token_table(changed, store, 64)
     with pytest.raises(ConfigError, match="has no MoE layer"):
         token_table(run_of(store, "dense"), store, 64)
     with pytest.raises(StoreError, match="holds no checkpoint"):

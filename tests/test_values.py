@@ -233,7 +233,15 @@ def test_sizes_that_cannot_be_are_refused_before_anything_of_that_size_is_made(
 @pytest.mark.parametrize("entry", ["dense", "hash", "switch", "reinforce:baseline=value"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"num_shared_experts": 2}, {"activation": "gelu"}, {"num_dense_layers": 1}, {"attention_experts": 4}],
+    [
+        {},
+        {"num_shared_experts": 2},
+        {"activation": "gelu"},
+        {"num_dense_layers": 1},
+        {"moe_every": 2, "d_dense": 300},
+        {"d_latent": 16, "num_shared_experts": 1},
+        {"attention_experts": 4},
+    ],
     ids=str,
 )
 def test_the_least_that_a_model_needs_is_below_what_it_has_and_near_it(entry: str, fields: dict[str, Any]) -> None:

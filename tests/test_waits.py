@@ -197,6 +197,12 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "positions": ("hash:table=position", {}, {}),
     "attention": ("switch", {"attention_experts": 4, "num_shared_experts": 1}, {}),
     "unit gates": ("noisy_topk", {"gate_form": "unit", "num_dense_layers": 1}, {}),
+    "variants": (
+        "switch",
+        {"num_shared_experts": 1, "shared_gate": "sigmoid", "expert_bias": True, "gate_at": "input"}
+        | {"activation": "swiglu_clamped", "expert_dropout": 0.2},
+        {},
+    ),
     "bfloat16": ("actor_critic", {}, {"dtype": "bfloat16"}),
     "time": ("switch", {}, {"budget": "time", "budget_amount": 1e6}),
 }

@@ -24,7 +24,7 @@ from rlroute.config import ModelConfig, RouterConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.bench.kernels import Shape
 from rlroute.experiments.bench.timing import Call, Contest, figures
-from rlroute.kernels import ExpertWeights
+from rlroute.kernels import PLAIN, ExpertWeights
 from rlroute.model import ModelShape, Transformer
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
@@ -120,7 +120,7 @@ def _experts(shape: Shape, group: Group) -> Call:
 
     def call() -> None:
         decision = _balanced(shape.T, shape.K, shape.E)
-        finish = group.placement.start(x_TD, decision, ExpertWeights(*weights), "cpu", "swiglu")
+        finish = group.placement.start(x_TD, decision, ExpertWeights(*weights), "cpu", "swiglu", PLAIN)
         torch.autograd.backward(finish().sum())
         for leaf in leaves:
             leaf.grad = None

@@ -267,15 +267,16 @@ def _check_overlap(runs: Sequence[RunRecord]) -> None:
 
 
 def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int | None], list[RunRecord]]:
-    """Group the MoE runs whose shared parameters have the same shapes; leading dense layers are as wide as what a token
-    runs.
+    """Group the MoE runs whose shared parameters have the same shapes; dense layers are as wide as what a token runs,
+    unless they have a width of their own.
     """
     groups: dict[tuple[int, int, int | None], list[RunRecord]] = {}
     for run in runs:
         model = run.config["config"]["model"]
         if run.config["router"] != DENSE:
             shared = model.get("num_shared_experts", 0)
-            width = model["k"] + shared if model["num_dense_layers"] else None
+            dense = (model["num_dense_layers"] or model.get("moe_every", 1) > 1) and model.get("d_dense") is None
+            width = model["k"] + shared if dense else None
             groups.setdefault((model["num_experts"], shared, width), []).append(run)
     return groups
 

@@ -22,7 +22,6 @@ from torch.nn import functional
 from rlroute.config import RunConfig
 from rlroute.envs.tables import TokenTable
 from rlroute.errors import CheckpointError, ConfigError, StoreError
-from rlroute.kernels import expert_mlp
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
 from rlroute.provenance import made_from
@@ -46,13 +45,15 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         tokens: about how many; whole batches.
 
     Raises:
-        ConfigError: the run has no MoE layer, or was made from other code or data.
+        ConfigError: the run's last layer has no experts, or it was made from other code or data.
         StoreError: its checkpoint is not there.
         CheckpointError, DataError: its checkpoint or its corpus cannot be read.
     """
     config = run_config(record.config["config"])
-    if config.router is None or config.model.num_dense_layers == config.model.num_layers:
+    if config.router is None or not config.model.moe_layers:
         raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
+    if config.model.num_layers - 1 not in config.model.moe_layers:
+        raise ConfigError(f"run {record.id} has a dense last layer: want one whose last layer has experts")
     corpus = load_corpus(config.data.spec, config.data.tokenizer)
     refuse_changed(RunFolder(store, config, record.config["seed"]), made_from(config, corpus.provenance))
     model = build_model(config, corpus, record.config["seed"])
@@ -83,9 +84,9 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
         hook.remove()
     residual_TD, x_TD = (tensor.flatten(0, 1).float() for tensor in seen)
     targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).to(device.name)
-    weights, experts = moe.experts.weights(torch.float32), config.model.num_experts
+    experts = config.model.num_experts
     if moe.shared is not None:  # every token runs these, whatever its route
-        residual_TD = residual_TD + moe.shared(x_TD, decisions[-1].shared_gates_TS)
+        residual_TD = residual_TD + moe.run_shared(x_TD, decisions[-1].shared_gates_TS)
 
     def loss(y_TD: Tensor) -> Tensor:
         logits_TV = model.unembed(model.norm(residual_TD + y_TD)).float()
@@ -94,7 +95,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
     def alone(expert: int) -> Tensor:
         ids_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
         decision = RoutingDecision.token_choice(ids_T1, torch.ones_like(ids_T1, dtype=torch.float32), experts)
-        return expert_mlp(x_TD, decision, weights, moe.backend, config.model.activation)
+        return moe.start_experts(x_TD, decision, context)()[0]
 
     losses_TE = torch.stack([loss(alone(expert)) for expert in range(experts)], dim=1)
     domains = batch.domains_BS

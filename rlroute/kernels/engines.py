@@ -1,7 +1,10 @@
 """One function through which every router's tokens reach their experts, and the choice of the engine behind it.
 
-Expert e maps a row x to W_out,e a(W_in,e x). The activation a is one of ``rlroute.kernels.activations``: SwiGLU by
-default, whose W_in holds gate rows above up rows.
+Expert e maps a row x to W_out,e a(W_in,e x), or with biases to W_out,e a(W_in,e x + b_in,e) + b_out,e. The activation a
+is one of ``rlroute.kernels.activations``: SwiGLU by default, whose W_in holds gate rows above up rows.
+
+The fused engines run the plain expert; whatever they do not take is made of their primitives
+(``rlroute.kernels.composed``).
 
 Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R
 routed pairs.
@@ -18,7 +21,8 @@ from torch import Tensor
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.extras import missing
-from rlroute.kernels.activations import hidden_rows
+from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
+from rlroute.kernels.composed import PLAIN, Form, composed_mlp
 from rlroute.kernels.cpu import sorted_expert_mlp
 from rlroute.kernels.reference import reference_expert_mlp
 
@@ -81,20 +85,22 @@ def expert_mlp(
     weights: ExpertWeights,
     backend: str = "cpu",
     activation: str = "swiglu",
+    form: Form = PLAIN,
 ) -> Tensor:
     """Run the kept pairs of ``decision`` and sum each token's gated expert outputs.
 
-    Differentiable in ``x_TD``, both weight tensors and ``decision.gates_R``. The gradient of a gate is <dL/dout_t,
-    y_r>, y_r being the pair's ungated expert output, whatever the gate's value; pairs that were dropped or unused get
-    0. A router whose gates are constants asks for it with ``gates.requires_grad_()`` and finds it in
-      ``decision.gates_R.grad``.
+    Differentiable in ``x_TD``, weights, biases and ``decision.gates_R``. The gradient of a gate is <dL/dout_t, y_r>,
+    y_r being the pair's ungated expert output, whatever the gate's value (but where it weighs the input); pairs that
+    were dropped or unused get 0. A router whose gates are constants asks for it with ``gates.requires_grad_()`` and
+    finds it in ``decision.gates_R.grad``.
 
     Args:
         x_TD: hidden states of shape (T, D).
         decision: which pairs to run; gates in the dtype of ``x_TD`` or in float32.
         weights: tensors of the dtype and on the device of ``x_TD``.
         backend: a name from :func:`resolve_backend`.
-        activation: ``swiglu``, ``gelu`` or ``relu``.
+        activation: one of ``rlroute.kernels.activations``.
+        form: biases, where the gate is, and what is dropped.
 
     Returns:
         out_TD; tokens without pairs get zeros.
@@ -105,14 +111,19 @@ def expert_mlp(
             variable ``RLROUTE_CHECK_VALUES`` is 1 (expert ids by the CPU engine always): ids out of range, gates that
             are not finite.
     """
-    _check(x_TD, decision, weights, activation)
+    _check(x_TD, decision, weights, activation, form)
     if os.environ.get(CHECK_VALUES) == "1":
         check_values(decision)
-    return _engine(backend)(x_TD, decision, *weights, activation)
+    if form.plain and activation in ACTIVATIONS:
+        return _engine(backend)(x_TD, decision, *weights, activation)
+    if backend == "triton" and x_TD.dtype == torch.float64:
+        raise DecisionError("x_TD is float64: the triton engine takes float32, bfloat16 and float16")
+    return composed_mlp(x_TD, decision, *weights, backend, activation, form)
 
 
-def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, activation: str) -> None:
+def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, activation: str, form: Form) -> None:
     """Compare what the host knows; no value is read, so no device is waited for."""
+    there = weights._asdict() | form.biases
     experts, width, inner = weights.out_EDF.shape
     want = (experts, hidden_rows(activation, inner), width)
     if weights.in_EHD.shape != want:
@@ -120,6 +131,9 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, acti
             f"in_EHD is {tuple(weights.in_EHD.shape)}: "
             f"want {want} for {activation} and out_EDF {(experts, width, inner)}"
         )
+    for name, rows in (("in_bias_EH", want[1]), ("out_bias_ED", width)):
+        if name in there and there[name].shape != (experts, rows):
+            raise DecisionError(f"{name} is {tuple(there[name].shape)}: want {(experts, rows)}")
     if x_TD.shape != (decision.num_tokens, width):
         raise DecisionError(f"x_TD is {tuple(x_TD.shape)}: want {(decision.num_tokens, width)} by decision and weights")
     if decision.num_experts != experts:
@@ -130,14 +144,14 @@ def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, acti
             raise DecisionError(f"{name} is {tuple(getattr(decision, name).shape)}: want ({pairs},) as token_ids_R")
     if decision.gates_R.dtype not in (x_TD.dtype, torch.float32):
         raise DecisionError(f"gates_R is {decision.gates_R.dtype}: legal are float32 and {x_TD.dtype} as x_TD")
-    for name, tensor in (("in_EHD", weights.in_EHD), ("out_EDF", weights.out_EDF)):
+    for name, tensor in there.items():
         if tensor.dtype != x_TD.dtype:
             raise DecisionError(f"{name} is {tensor.dtype}, x_TD {x_TD.dtype}: want one dtype")
     pairs_of = {name: getattr(decision, name) for name in ("token_ids_R", "expert_ids_R", "kept_R", "gates_R")}
-    for name, tensor in ({"in_EHD": weights.in_EHD, "out_EDF": weights.out_EDF} | pairs_of).items():
+    for name, tensor in (there | pairs_of).items():
         if tensor.device != x_TD.device:
             raise DecisionError(f"{name} is on {tensor.device}, x_TD on {x_TD.device}: want one device")
-    for name, tensor in {"x_TD": x_TD, "in_EHD": weights.in_EHD, "out_EDF": weights.out_EDF}.items():
+    for name, tensor in ({"x_TD": x_TD} | there).items():
         if not tensor.is_contiguous():
             raise DecisionError(
                 f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}: want contiguous"

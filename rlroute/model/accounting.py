@@ -48,7 +48,8 @@ def fingerprints(
     named = [(name, p) for name, p in model.named_parameters() if not is_router(name)]
     shared = [(name, whole(p.detach()) if is_expert(name) else p) for name, p in named]
     attention = tuple(f"layers.{site}." for site in sites(config) if isinstance(site, str))
-    backbone = [(name, p) for name, p in shared if ".experts." not in name and not name.startswith(attention)]
+    experts = (".experts.", ".moe.")
+    backbone = [(n, p) for n, p in shared if not any(e in n for e in experts) and not n.startswith(attention)]
     return {"shared": fingerprint(shared), "backbone": fingerprint(backbone)}
 
 

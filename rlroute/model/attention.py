@@ -12,6 +12,7 @@ from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.kernels import gather_linear, linear_combine, make_plan
+from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import add_beside_pairs, compute_dtype, decide
 from rlroute.routing import Router, RoutingContext, Site
 
@@ -19,14 +20,6 @@ from rlroute.routing import Router, RoutingContext, Site
 def attention_site(layer: int) -> Site:
     """Return the key of a block's attention as a routed site."""
     return f"{layer}.attention"
-
-
-class KeyedLinear(nn.Linear):
-    """A linear map without bias, initialised from its key."""
-
-    def __init__(self, d_in: int, d_out: int, std: float, seed: int, name: str) -> None:
-        super().__init__(d_in, d_out, bias=False)
-        seeding.init_normal(self.weight, std, seed, name)
 
 
 class Rotary(nn.Module):

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -16,19 +16,20 @@ from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.faults import noted
-from rlroute.kernels import ExpertWeights, expert_mlp
+from rlroute.kernels import PLAIN, ExpertWeights, Form, expert_mlp
 from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model import wishes
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
 from rlroute.model.compiling import DenseParts
+from rlroute.model.linear import KeyedLinear
 from rlroute.routing import Router, RoutingContext
 
 
 def _start_here(
-    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str
+    x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str, form: Form = PLAIN
 ) -> Callable[[], Tensor]:
-    return partial(expert_mlp, x_TD, decision, weights, backend, activation)
+    return partial(expert_mlp, x_TD, decision, weights, backend, activation, form)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Placement:
 
     shards: int = 1
     shard: int = 0
-    start: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str], Callable[[], Tensor]] = _start_here
+    start: Callable[[Tensor, RoutingDecision, ExpertWeights, str, str, Form], Callable[[], Tensor]] = _start_here
 
     def held(self, num_experts: int) -> range:
         """Return the experts held here.
@@ -69,19 +70,37 @@ class Experts(nn.Module):
     """The experts held here. Each one's initial weights derive from its own key, whatever process holds it."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, seed: int, held: range, d_expert: int, key: str = "experts"
+        self,
+        config: ModelConfig,
+        layer: int,
+        seed: int,
+        held: range,
+        d_expert: int,
+        key: str = "experts",
+        *,
+        width: int | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), config.d_model))
-        self.out_EDF = nn.Parameter(torch.empty(len(held), config.d_model, d_expert))
+        width = width or config.d_model
+        self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), width))
+        self.out_EDF = nn.Parameter(torch.empty(len(held), width, d_expert))
         std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
         for row, expert in enumerate(held):
-            seeding.init_normal(self.in_EHD[row], config.d_model**-0.5, seed, f"layers.{layer}.{key}.in", expert)
+            seeding.init_normal(self.in_EHD[row], width**-0.5, seed, f"layers.{layer}.{key}.in", expert)
             seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.{key}.out", expert)
+        self.in_bias_EH = nn.Parameter(torch.zeros(self.in_EHD.shape[:2])) if bias else None
+        self.out_bias_ED = nn.Parameter(torch.zeros(self.out_EDF.shape[:2])) if bias else None
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in the compute precision."""
         return ExpertWeights(self.in_EHD.to(dtype), self.out_EDF.to(dtype))
+
+    def form(self, dtype: torch.dtype) -> Form:
+        """Return the biases in the compute precision."""
+        if self.in_bias_EH is None or self.out_bias_ED is None:
+            return PLAIN
+        return Form(self.in_bias_EH.to(dtype), self.out_bias_ED.to(dtype))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -108,16 +127,16 @@ def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
 def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelConfig) -> RoutingDecision:
     """Return a router's decision as it is run: gates in their final form, pairs over capacity dropped.
 
-    Routers are in float32 at least: one in bfloat16 diverges (Switch, arXiv 2101.03961, table 2).
+    Routers are in float32 at least unless the configuration says otherwise: one in bfloat16 diverges (Switch, arXiv
+    2101.03961, table 2).
     """
-    with torch.autocast(x_TD.device.type, enabled=False):
-        with named(router, context.site), noted(router.config.name, context.site):
+    device, low = x_TD.device.type, config.router_dtype == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, enabled=low), named(router, context.site):
+        with noted(router.config.name, context.site):
             decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
-            gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
-            if gates_TS is not None and gates_TS.shape[1] != shared:
-                raise DecisionError(
-                    f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts"
-                )
+        _check_shared_gates(decision, router, config)
+    with torch.autocast(device, enabled=False):
+        decision = widened(decision) if low else decision
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
 
@@ -129,6 +148,28 @@ def add_beside_pairs(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) ->
     return out_TD if decision.fill_TD is None else out_TD + decision.fill_TD.to(x_TD.dtype)
 
 
+def widened(decision: RoutingDecision) -> RoutingDecision:
+    """Return a decision with what it says in bfloat16 in float32: the same values, which terms and kernels take."""
+    names = [f.name for f in fields(decision)]
+    narrow = {
+        name: value for name in names if getattr(value := getattr(decision, name), "dtype", None) == torch.bfloat16
+    }
+    return replace(decision, **{name: value.float() for name, value in narrow.items()})
+
+
+def _check_shared_gates(decision: RoutingDecision, router: Router, config: ModelConfig) -> None:
+    gates_TS, shared = decision.shared_gates_TS, router.shape.num_shared_experts
+    if gates_TS is None:
+        return
+    if gates_TS.shape[1] != shared:
+        raise DecisionError(f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts")
+    if config.shared_gate != "none":
+        raise DecisionError(
+            f"shared_gates_TS with model.shared_gate = {config.shared_gate!r}: one of them weighs the shared experts, "
+            "legal is 'none'"
+        )
+
+
 class MoELayer(DenseParts):
     """Route, run the experts that were chosen and those that all tokens share."""
 
@@ -138,40 +179,76 @@ class MoELayer(DenseParts):
         super().__init__()
         self.config, self.backend, self.start = config, backend, placement.start
         self.router = router
-        self.experts = Experts(config, layer, seed, placement.held(config.num_experts), config.d_expert)
+        held, width, latent = placement.held(config.num_experts), config.d_model, config.d_latent
+        self.experts = Experts(
+            config, layer, seed, held, config.d_expert, width=latent or width, bias=config.expert_bias
+        )
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
+
+        def keyed(name: str, d_in: int, d_out: int) -> KeyedLinear:
+            return KeyedLinear(d_in, d_out, d_in**-0.5, seed, f"layers.{layer}.{name}")
+
+        self.shared_gate = None if config.shared_gate == "none" else keyed("shared_gate", width, 1)
+        self.down = None if latent is None else keyed("latent.down", width, latent)
+        self.up = None if latent is None else keyed("latent.up", latent, width)
 
     @property
     def pair_parameters(self) -> int:
         """The weights that a pair runs."""
-        return self.experts.in_EHD[0].numel() + self.experts.out_EDF[0].numel()
+        return sum(parameter[0].numel() for parameter in self.experts.parameters())
 
     def pair_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of a pair."""
-        return 2 * self.pair_parameters
+        """Forward FLOPs of a pair; biases are added, which does not count."""
+        return 2 * (self.experts.in_EHD[0].numel() + self.experts.out_EDF[0].numel())
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run."""
-        dtype = compute_dtype(x_TD)
         decision = decide(self.router, x_TD, context, self.config)
-        by_pair = "outputs" in self.router.wishes
-        with torch.autocast(x_TD.device.type, enabled=False):
-            weights, rows_TD = self.experts.weights(dtype), x_TD.to(dtype)
-            run = wishes.by_pair(rows_TD, decision) if by_pair else (rows_TD, decision)
-            finish = self.start(*run, weights, self.backend, self.config.activation)
+        finish = self.start_experts(x_TD, decision, context)
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            out_TD = finish()
-            if by_pair:
-                out_TD, decision = wishes.combine(out_TD, decision)
+        out_TD, decision = finish()
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        return add_beside_pairs(out_TD, decision, x_TD.to(dtype)), decision
+        return add_beside_pairs(out_TD, decision, x_TD.to(compute_dtype(x_TD))), decision
+
+    def start_experts(
+        self, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext
+    ) -> Callable[[], tuple[Tensor, RoutingDecision]]:
+        """Begin to run the pairs of a decision; return a function that returns their gated sums, shape (T, D), and the
+        decision with what the router wishes for.
+        """
+        dtype, device, by_pair = compute_dtype(x_TD), x_TD.device.type, "outputs" in self.router.wishes
+        x_TD = x_TD if self.down is None else self.down(x_TD)
+        with torch.autocast(device, enabled=False):
+            weights, form = self.experts.weights(dtype), self._form(decision, context, dtype)
+            run = (x_TD.to(dtype), decision)
+            run = wishes.by_pair(*run) if by_pair else run
+            finish = self.start(*run, weights, self.backend, self.config.activation, form)
+
+        def finish_wide() -> tuple[Tensor, RoutingDecision]:
+            with torch.autocast(device, enabled=False):
+                out_TD, made = finish(), decision
+                if by_pair:
+                    out_TD, made = wishes.combine(out_TD, decision)
+            return out_TD if self.up is None else self.up(out_TD), made
+
+        return finish_wide
+
+    def _form(self, decision: RoutingDecision, context: RoutingContext, dtype: torch.dtype) -> Form:
+        """Return what the experts do in this forward."""
+        at_input, dropout, keys_R = self.config.gate_at == "input", self.config.expert_dropout, None
+        if dropout and context.training:
+            rows = (context.sample_T, context.sequence_T, context.position_T)
+            key = seeding.derive_key(context.seed, "expert dropout", context.site, context.step)
+            keys_R = seeding.row_keys(key, (*(row_T[decision.token_ids_R] for row_T in rows), decision.expert_ids_R))
+        return replace(self.experts.form(dtype), gate_at_input=at_input, dropout=dropout, keys_R=keys_R)
 
     def run_shared(self, x_TD: Tensor, gates_TS: Tensor | None = None) -> Tensor:
         """Return what the experts that every token runs give, shape (T, D)."""
         assert self.shared is not None
+        if self.shared_gate is not None:
+            gates_TS = self.shared_gate(x_TD).sigmoid()  # one for all of them together
         shared_TD: Tensor = self.shared(x_TD, gates_TS)
         return shared_TD
 

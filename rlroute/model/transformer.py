@@ -1,4 +1,4 @@
-"""A decoder-only transformer: RMSNorm, rotary positions, causal attention, experts in every layer but the first n.
+"""A decoder-only transformer: RMSNorm, rotary positions, causal attention, experts in all blocks or in some.
 
 A routed site is a place with a router: the feed-forward layer of a block, and its attention where that has experts too.
 
@@ -16,8 +16,9 @@ from torch.nn import functional
 from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
-from rlroute.model.attention import Attention, AttentionExperts, KeyedLinear, attention_site
+from rlroute.model.attention import Attention, AttentionExperts, attention_site
 from rlroute.model.compiling import DenseParts
+from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
 from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
 
@@ -58,7 +59,8 @@ class Block(DenseParts):
         self.moe = (
             None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend, shape.placement)
         )
-        self.mlp = DenseMLP(config, layer, shape.seed, config.active_width) if router is None else None
+        width = config.active_width if layer in config.moe_layers else config.d_dense or config.active_width
+        self.mlp = DenseMLP(config, layer, shape.seed, width) if router is None else None
 
     @property
     def routed(self) -> list[AttentionExperts | MoELayer]:
@@ -178,7 +180,7 @@ class Transformer(DenseParts):
 def sites(config: ModelConfig) -> dict[Site, int]:
     """Return the number of experts at each routed site, first to last."""
     found: dict[Site, int] = {}
-    for layer in range(config.num_dense_layers, config.num_layers):
+    for layer in config.moe_layers:
         if config.attention_experts:
             found[attention_site(layer)] = config.attention_experts
         found[layer] = config.num_experts
@@ -188,6 +190,7 @@ def sites(config: ModelConfig) -> dict[Site, int]:
 def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
     """Return what each routed site's router is built for, first to last."""
     experts = sites(config)
+    outputs = config.d_latent is None and config.gate_at == "output"  # those of a pair, of the model's width
     return [
         RouterShape(
             d_model=config.d_model,
@@ -202,7 +205,7 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             # The experts of attention are replicas on every device, and none of them is shared.
             devices=(config.devices or shape.placement.shards) if isinstance(site, int) else 1,
             num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
-            grants=WISHES if isinstance(site, int) else frozenset(),
+            grants=WISHES if isinstance(site, int) and outputs else frozenset(),
         )
         for index, (site, count) in enumerate(experts.items())
     ]

@@ -3,7 +3,8 @@ back.
 
 The decision is sorted by expert, and so by owner. First the counts are exchanged, then the rows; the owner runs them as
 a decision over its own experts with gates of 1, and the rows come home, where they are gated and summed per token in a
-fixed order. Dropped and unused pairs stay at home.
+fixed order. Dropped and unused pairs stay at home. Where gates weigh inputs, rows are gated before they leave; where
+activations are dropped, each row's key travels with it.
 
 With several chunks a part of the rows is computed while the next is in the air.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlroute.kernels import ExpertWeights, Plan, expert_mlp, make_plan, sum_rows
+from rlroute.kernels import PLAIN, ExpertWeights, Form, Plan, combine, expert_mlp, make_plan, sum_rows
 from rlroute.parallel.exchange import Flight, Traffic, depart, land
 from rlroute.routing import RoutingDecision
 
@@ -41,7 +43,13 @@ class ExpertParallel:
         self.traffic = Traffic()
 
     def start(
-        self, x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, backend: str, activation: str
+        self,
+        x_TD: Tensor,
+        decision: RoutingDecision,
+        weights: ExpertWeights,
+        backend: str,
+        activation: str,
+        form: Form = PLAIN,
     ) -> Callable[[], Tensor]:
         """Send the first rows on their way; return a function that does the rest and returns out_TD.
 
@@ -57,8 +65,13 @@ class ExpertParallel:
             for chunk in range(self.chunks)
         ]
         rows_ND = _Gather.apply(x_TD, plan, sum(map(sum, sent_PC)), backend)  # type: ignore[no-untyped-call]
+        gates_R, pairs_N = decision.gates_R, plan.pairs_R[: len(rows_ND)]
+        if form.gate_at_input:
+            rows_ND = (rows_ND * gates_R.index_select(0, pairs_N)[:, None]).to(rows_ND.dtype)
+            gates_R = torch.ones_like(gates_R)
         going = self._by_chunk(rows_ND, sent_PC)
         first = depart(going[0], flights[0][0])
+        forms = self._forms(form, pairs_N, sent_PC, received_PC)
 
         def finish() -> Tensor:
             airborne, home = first, []
@@ -66,14 +79,13 @@ class ExpertParallel:
                 rows_MD = land(airborne, out)
                 if chunk + 1 < self.chunks:  # before this chunk's product, so that the next one travels meanwhile
                     airborne = depart(going[chunk + 1], flights[chunk + 1][0])
-                y_MD = expert_mlp(rows_MD, _own(received_PCF[:, chunk]), weights, backend, activation)
+                y_MD = expert_mlp(rows_MD, _own(received_PCF[:, chunk]), weights, backend, activation, forms[chunk])
                 home.append(depart(y_MD, back))
             landed = [land(y_ND, back) for y_ND, (_, back) in zip(home, flights, strict=True)]
             y_ND = self._in_order(
                 landed, sent_PC
             )  # the plan's order, so that a token's sum has the same bits for all chunks
-            out_TD: Tensor = _Combine.apply(y_ND, decision.gates_R, plan, backend)  # type: ignore[no-untyped-call]
-            return out_TD
+            return combine(y_ND, plan, gates_R, backend)
 
         if self.overlaps:
             return finish
@@ -95,6 +107,17 @@ class ExpertParallel:
         dist.all_to_all_single(received_PCF, sent_PCF, group=self.group)
         self.traffic.seconds += time.perf_counter() - start
         return received_PCF
+
+    def _forms(self, form: Form, pairs_N: Tensor, sent_PC: list[list[int]], received_PC: list[list[int]]) -> list[Form]:
+        """Return what the owners do with each chunk's rows."""
+        if form.keys_R is None:
+            return [replace(form, gate_at_input=False)] * self.chunks
+        forms = []
+        for chunk, keys_N in enumerate(self._by_chunk(form.keys_R[pairs_N], sent_PC)):
+            flight = self._flight(sent_PC, received_PC, chunk)
+            flight.depart(keys_N, back=False)
+            forms.append(replace(form, gate_at_input=False, keys_R=flight.land()))
+        return forms
 
     def _flight(self, sent_PC: list[list[int]], received_PC: list[list[int]], chunk: int) -> Flight:
         return Flight(self.group, [c[chunk] for c in sent_PC], [c[chunk] for c in received_PC], self.traffic)
@@ -135,25 +158,3 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows_ND: Tensor) -> tuple[Tensor | None, ...]:
         return sum_rows(drows_ND.contiguous(), ctx.plan, ctx.backend), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Each token's gated sum of its rows, in the precision of the gates where that is higher."""
-
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, gates_R: Tensor, plan: Plan, backend: str) -> Tensor:
-        ctx.save_for_backward(y_ND, gates_R)
-        ctx.plan = plan
-        return sum_rows(y_ND * gates_R[plan.pairs_R[: len(y_ND)], None], plan, backend).to(y_ND.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        y_ND, gates_R = ctx.saved_tensors
-        pairs_N, tokens_N = ctx.plan.pairs_R[: len(y_ND)], ctx.plan.tokens_R[: len(y_ND)]
-        drows_ND = dout_TD.index_select(0, tokens_N)
-        dgates_R = None
-        if ctx.needs_input_grad[1]:
-            dgates_R = torch.zeros_like(gates_R)  # pairs that did not run have no row, and no gradient
-            dgates_R[pairs_N] = torch.linalg.vecdot(drows_ND.to(gates_R.dtype), y_ND.to(gates_R.dtype))
-        return (drows_ND * gates_R[pairs_N, None]).to(y_ND.dtype), dgates_R, None, None

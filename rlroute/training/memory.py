@@ -4,6 +4,7 @@ import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
+from rlroute.kernels.activations import hidden_rows
 from rlroute.machine import memory
 
 
@@ -16,13 +17,16 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
         expert_shards: into how many shards the experts are cut.
     """
     model, width = config.model, config.model.d_model
-    matrices = 3 if model.activation == "swiglu" else 2
-    routed = model.num_layers - model.num_dense_layers if config.router is not None else 0
+    matrices = hidden_rows(model.activation, 1) + 1
+    routed = len(model.moe_layers) if config.router is not None else 0
+    dense = model.num_layers - len(model.moe_layers)
     shared = model.num_shared_experts * model.d_expert
-    hidden = routed * (model.num_experts // expert_shards * model.d_expert + shared)
-    hidden += (model.num_layers - routed) * model.active_width
+    inner = model.d_latent or width
+    hidden = routed * shared
+    hidden += dense * (model.d_dense or model.active_width) + (model.num_layers - dense - routed) * model.active_width
     attention = 0 if model.attention_experts and routed else 4 * width**2 * model.num_layers
-    return 2 * vocab_size * width + attention + hidden * width * matrices
+    experts = routed * (model.num_experts // expert_shards) * model.d_expert * inner * matrices
+    return 2 * vocab_size * width + attention + hidden * width * matrices + experts
 
 
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
@@ -33,7 +37,9 @@ def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> i
     size = 8 if train.dtype == "float64" else 4
     kept = {"bfloat16": 2}.get(train.dtype, size)
     tokens = train.batch_size // train.micro_batches * config.data.seq_len
-    hidden = model.num_layers * (model.d_model + model.active_width)
+    experts = len(model.moe_layers)
+    hidden = model.num_layers * model.d_model + experts * model.active_width
+    hidden += (model.num_layers - experts) * (model.d_dense or model.active_width)
     weights = 4 * size * least_parameters(config, vocab_size, expert_shards)
     return weights + tokens * (hidden * kept + 2 * vocab_size * size) + 16 * train.batch_size * config.data.seq_len
 

@@ -31,9 +31,11 @@ class Optimizer:
         self.names = {parameter: name for name, parameter in named}
         self.router = [p for name, p in named if is_router(name)]
         self.shared = [p for name, p in named if not is_router(name)]
+        # Of experts a parameter has one row each: their biases are vectors.
+        matrices = {p for name, p in named if p.dim() > (2 if is_expert(name) else 1)}
         groups = [
-            {"params": [p for p in self.shared if p.dim() > 1], "weight_decay": config.weight_decay, "scale": 1.0},
-            {"params": [p for p in self.shared if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
+            {"params": [p for p in self.shared if p in matrices], "weight_decay": config.weight_decay, "scale": 1.0},
+            {"params": [p for p in self.shared if p not in matrices], "weight_decay": 0.0, "scale": 1.0},
             {"params": self.router, "weight_decay": 0.0, "scale": config.router_lr_scale},
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
