@@ -213,12 +213,16 @@ def test_the_control_routes_by_position_alone_and_wraps(monkeypatch: pytest.Monk
     router = make(HashRouter, table="position")
     first_TK, _ = in_columns(decide(router, length=12))
     other_TK, _ = in_columns(decide(router, length=12, token_ids_T=torch.zeros(12, dtype=torch.int64)))
+SMEBU_MEAN = sum(math.tanh(2 * v) for v in (-1, 2 / 3, 1 / 3, 0)) / 4
+
+
     assert torch.equal(first_TK, other_TK) and torch.equal(first_TK[:5], first_TK[5:10])
     assert len(first_TK[:5].unique(dim=0)) > 1
 
 
 # bias_balanced
 
+        ("smebu", [0.25 * (math.tanh(2 * v) - SMEBU_MEAN) for v in (-1, 2 / 3, 1 / 3, 0)]),
 
 def test_the_bias_moves_the_choice_and_never_the_gate() -> None:
     router = make(BiasBalancedRouter)
@@ -232,6 +236,19 @@ def test_the_bias_moves_the_choice_and_never_the_gate() -> None:
 
 
 def test_a_bias_below_all_scores_forbids_nothing() -> None:
+def test_smebu_adds_a_moving_average_of_clamped_steps() -> None:
+    router = make(BiasBalancedRouter, experts=4, update_rate=0.5, rule="smebu", kappa=3.0, momentum=0.75)
+    bias, moving = [0.0] * 4, [0.0] * 4
+    for demand in ([12, 2, 4, 6], [0, 0, 0, 8], [3, 3, 3, 3]):
+        mean = sum(demand) / 4
+        clamped = [0.5 * math.tanh(3 * (mean - n) / mean) for n in demand]
+        moving = [0.75 * m + 0.25 * (d - sum(clamped) / 4) for m, d in zip(moving, clamped, strict=True)]
+        bias = [b + m for b, m in zip(bias, moving, strict=True)]
+        router.adapt(Sums({"demand_E": torch.tensor(demand)}, []), 0.0)
+        assert router.bias_E.tolist() == pytest.approx(bias)
+    assert "step_E" in router.state_dict() and make(BiasBalancedRouter).step_E is None
+
+
     router = make(BiasBalancedRouter)
     free = decide(router)
     router.bias_E -= 50.0
@@ -291,7 +308,7 @@ def test_biases_stay_after_their_share_of_the_budget() -> None:
     assert moved == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("rule", ["sign", "magnitude", "centred"])
+@pytest.mark.parametrize("rule", ["sign", "magnitude", "centred", "smebu"])
 def test_the_bias_alone_balances_collapsed_scores(rule: str) -> None:
     router, x_TD, context = (
         make(BiasBalancedRouter, update_rate=0.01, init_std=0.3, rule=rule),
@@ -341,7 +358,8 @@ def test_uniform_routing_sees_nothing_and_spreads_evenly() -> None:
         (NoisyTopKRouter, {"load_weight": -0.1}, r"noisy_topk\.load_weight = -0\.1: legal are numbers from 0"),
         (BiasBalancedRouter, {"update_rate": -1.0}, r"bias_balanced\.update_rate = -1\.0: legal are numbers from 0"),
         (BiasBalancedRouter, {"route_scale": 0.0}, r"bias_balanced\.route_scale = 0\.0: legal are numbers above 0"),
-        (BiasBalancedRouter, {"rule": "step"}, r"rule = 'step': legal are 'sign', 'magnitude', 'centred'"),
+        (BiasBalancedRouter, {"rule": "step"}, r"rule = 'step': legal are 'sign', 'magnitude', 'centred', 'smebu'"),
+        (BiasBalancedRouter, {"momentum": 1.0}, r"bias_balanced\.momentum = 1\.0: legal are numbers from 0 to below 1"),
         (BiasBalancedRouter, {"until": 1.5}, r"bias_balanced\.until = 1\.5: legal are numbers from 0 to 1"),
         (HashRouter, {"table": "even"}, r"hash\.table = 'even': legal are 'random', 'balanced', 'position'"),
     ],

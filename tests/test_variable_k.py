@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from rlroute.baselines.remoe import ReMoERouter
-from rlroute.baselines.threshold import ThresholdRouter, quantile
+from rlroute.baselines.threshold import ThresholdRouter
 from rlroute.baselines.top_p import TopPRouter
 from rlroute.experiments.laws.steps import gates_TE, same, spread
 from rlroute.routing import Router, RoutingDecision, Sums
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
 
+from rlroute.quantiles import histogram, quantile
 
 def make(router: type[Router], experts: int = 8, k: int = 2, **config: Any) -> Any:
     """A router whose scores differ."""
@@ -80,7 +81,8 @@ def make_untrained(experts: int, k: int) -> Router:
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.875, 1.0])
 def test_quantiles_of_a_histogram_are_those_of_its_values(share: float) -> None:
     values_TE = draw(999, 3).sigmoid()
-    counts_EB = torch.stack([torch.histc(values_TE[:, e], 1024, 0, 1) for e in range(3)]).long()
+    counts_EB = histogram(values_TE, torch.ones(999).bool(), 1024)
+    assert torch.equal(counts_EB, torch.stack([torch.histc(values_TE[:, e], 1024, 0, 1) for e in range(3)]).long())
     torch.testing.assert_close(quantile(counts_EB, share), values_TE.quantile(share, dim=0), rtol=0, atol=1e-2)
 
 
@@ -96,6 +98,22 @@ def test_a_step_without_tokens_moves_no_threshold() -> None:
 @pytest.mark.parametrize("router", [ThresholdRouter, TopPRouter])
 def test_few_slots_keep_the_best(router: type[Router]) -> None:
     whole, cut = (make(router, slots=slots)(draw(64, D), make_context(64)) for slots in (None, 2))
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_it_is_quantile_balancing_with_dynamic_activation(decay: float) -> None:
+    """Su's rule: run s > beta, then move beta to (or towards) the (T k / E + 1)-th largest score of the step."""
+    router = make(ThresholdRouter, ema_decay=decay, bins=2**20)
+    beta_E = router.threshold_E.clone()
+    for step in range(4):
+        x_TD = draw(256, D, seed=step) + 0.3
+        decision = run(router, x_TD)
+        scores_TE = scores_of(decision)[0].sigmoid()
+        assert torch.equal(gates_TE(decision), torch.where(scores_TE > beta_E, scores_TE, 0.0))
+        largest_E = scores_TE.sort(0, descending=True).values[256 * 2 // 8]
+        beta_E = largest_E if step == 0 else decay * beta_E + (1 - decay) * largest_E
+        torch.testing.assert_close(router.threshold_E, beta_E, rtol=0, atol=2**-20)
+        beta_E = router.threshold_E.clone()
+
+
     best_TE = gates_TE(whole)
     assert whole.k == 8 and cut.k == 2 and int((best_TE > 0).sum(1).max()) > 2
     kept_TE = torch.zeros_like(best_TE).scatter(1, best_TE.topk(2).indices, best_TE.topk(2).values)
