@@ -195,6 +195,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "optimism": ("bandit:exploration=optimism", TIGHT, {}),
     "groups": (f"topk:{GROUPS}", TIGHT, {}),
     "positions": ("hash:table=position", {}, {}),
+    "pairs of tokens": ("hash_gated:table=bigram", {}, {}),
     "histograms": ("quantile:estimate=histogram", {}, {"micro_batches": 2}),
     "sequences": ("quantile:estimate=sequence", {}, {}),
     "momentum": ("bias_balanced:rule=smebu", {}, {}),
