@@ -6,6 +6,10 @@ The paper's step goes by the sign of the error in load. It also tries one by its
 so that the rate does not hang on the size of a batch. torchtitan subtracts the step's mean, so that biases do not drift
 together.
 
+SMEBU (Arcee Trinity Large, 2026, arXiv 2602.17004) clamps that size softly: with v the error over the mean load, a step
+is the rate times tanh(kappa v) less its mean over experts, and what is added to the bias is a moving average of steps.
+Trinity's values, which we have at second hand: `rule=smebu,update_rate=0.0005`, kappa 2 and momentum 0.5.
+
 For k = 1 the gate is the score itself: normalised over one expert it would be a constant.
 """
 
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from rlroute.config import RouterConfig
 from rlroute.gates import normalize_rows
-from rlroute.limits import NonNegative, Positive, Share
+from rlroute.limits import BelowOne, NonNegative, Positive, Share
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
@@ -30,10 +34,14 @@ class BiasBalancedRouter(Router):
 
         update_rate: NonNegative = 0.001
         """How far a bias moves per step (the papers' u or gamma)."""
-        rule: Literal["sign", "magnitude", "centred"] = "sign"
-        """What the rate multiplies: the sign of the mean load less the expert's; that difference over the mean load; or
-        the sign less its mean over experts.
+        rule: Literal["sign", "magnitude", "centred", "smebu"] = "sign"
+        """What the rate multiplies: the sign of the mean load less the expert's; that difference over the mean load;
+        the sign less its mean over experts; or SMEBU's step.
         """
+        kappa: Positive = 2.0
+        """How steep the tanh of SMEBU is: beyond an error of 1 / kappa of the mean load, steps hardly grow."""
+        momentum: BelowOne = 0.5
+        """Decay per step of SMEBU's moving average of steps."""
         until: Share = 1.0
         """The share of the budget after which biases stay; DeepSeek-V3 ends at 14.3 of 14.8 trillion tokens, 0.966."""
         route_scale: Positive = 1.0
@@ -45,11 +53,13 @@ class BiasBalancedRouter(Router):
     gate_meaning = "sigmoid, unbiased, normalised over the chosen for k > 1"
     config: Config
     bias_E: Tensor
+    step_E: Tensor | None
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.scores = LinearScores(shape, "scores", config.init_std)
         self.register_buffer("bias_E", torch.zeros(shape.num_experts))
+        self.register_buffer("step_E", torch.zeros(shape.num_experts) if config.rule == "smebu" else None)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Select by biased scores, gate by unbiased ones."""
@@ -67,12 +77,17 @@ class BiasBalancedRouter(Router):
     def adapt(self, sums: Sums, progress: float) -> None:
         """Raise the bias of experts that less than the mean chose, lower that of the others."""
         if progress < self.config.until:
-            self.bias_E += self.config.update_rate * self._error(sums["demand_E"].to(self.bias_E.dtype))
+            step_E = self.config.update_rate * self._error(sums["demand_E"].to(self.bias_E.dtype))
+            if self.step_E is not None:
+                step_E = self.step_E.lerp_(step_E, 1 - self.config.momentum)
+            self.bias_E += step_E
 
     def _error(self, demand_E: Tensor) -> Tensor:
         """Return how far each expert's load is below the mean, as the rule sees it; shape (E,)."""
-        below_E = demand_E.mean() - demand_E
-        if self.config.rule == "magnitude":
-            return below_E / demand_E.mean().clamp(min=torch.finfo(demand_E.dtype).tiny)
-        sign_E = torch.sign(below_E)
-        return sign_E - sign_E.mean() if self.config.rule == "centred" else sign_E
+        rule, below_E = self.config.rule, demand_E.mean() - demand_E
+        if rule in ("magnitude", "smebu"):
+            below_E = below_E / demand_E.mean().clamp(min=torch.finfo(demand_E.dtype).tiny)
+        if rule == "magnitude":
+            return below_E
+        seen_E = torch.tanh(self.config.kappa * below_E) if rule == "smebu" else torch.sign(below_E)
+        return seen_E if rule == "sign" else seen_E - seen_E.mean()

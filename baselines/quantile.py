@@ -1,24 +1,34 @@
 """Sigmoid top-k whose loads are balanced by a bias that is solved for, not stepped towards: quantile balancing.
 
-Su 2026 (https://kexue.fm/archives/11760, which starts from it); in this form, with its defaults, Megatron-Core's
-`quantile_balancing`. Kimi K3 balances so by a histogram of scores.
+Su 2026 (https://kexue.fm/archives/11619). A token runs the experts whose s - beta exceeds its cutoff, the (k + 1)-th
+best of these. beta_e is what makes expert e exceed the cutoffs of k / E of the tokens, a quantile of s_e less the
+cutoff; the next step chooses by it. `estimate` says how it is found:
 
-A token runs the experts whose s - beta exceeds its cutoff, the (k + 1)-th best of these. beta_e is what makes expert e
-exceed the cutoffs of k / E of the tokens: the (T k / E + 1)-th largest of s_e less the cutoff. It is solved exactly on
-each micro-batch and averaged over micro-batches by their tokens; the next step chooses by it. Where T k / E is no whole
-number it is rounded down. For k = 1 the gate is the score itself, as in `bias_balanced`.
+- `exact`, with its defaults Megatron-Core's `quantile_balancing`: the (T k / E + 1)-th largest of a micro-batch's T
+  tokens, averaged over micro-batches by their tokens. Where T k / E is no whole number it is rounded down.
+- `sequence`: likewise of each sequence, so that micro-batches of any size give the same. The bias is the mean, for all
+  sequences; that each be balanced by itself (https://kexue.fm/archives/11760) is not what it does.
+- `histogram`, as in Kimi K3 (as torchtitan's pull request 4577 describes it): the quantile over all tokens of the step,
+  interpolated within a bin, out of a histogram from min beta - 1 to max beta + 1, where all values lie. Micro-batches
+  and workers add their histograms up. K3's bias is -beta.
 
-Shape suffixes: T tokens, D model width, E experts, K experts per token.
+Without the cutoffs, which hold a token's experts to k, it is `threshold`. For k = 1 the gate is the score itself, as in
+`bias_balanced`.
+
+Shape suffixes: T tokens, D model width, E experts, K experts per token, B bins, G sequences (or one group of all).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rlroute.balance import sequences
 from rlroute.config import RouterConfig
 from rlroute.gates import normalize_rows
-from rlroute.limits import BelowOne, NonNegative, Positive
+from rlroute.limits import BelowOne, Count, NonNegative, Positive
+from rlroute.quantiles import histogram, quantile
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
@@ -29,6 +39,12 @@ class QuantileRouter(Router):
     class Config(RouterConfig):
         """Fields of quantile balancing."""
 
+        estimate: Literal["exact", "histogram", "sequence"] = "exact"
+        """What the bias is solved on: exact: each micro-batch; histogram: the whole step, by bins; sequence: each
+        sequence.
+        """
+        bins: Count = 1000
+        """Of each expert's histogram; Kimi K3: 1000."""
         ema_decay: BelowOne = 0.0
         """What of the bias stays per step; 0, as in Megatron-Core: it is that of the last step alone. More is steadier
         and later.
@@ -46,6 +62,7 @@ class QuantileRouter(Router):
 
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
+        self.batch_dependent = config.estimate == "exact" or config.mixes_tokens
         self.scores = LinearScores(shape, "scores", config.init_std)
         self.register_buffer("beta_E", torch.zeros(shape.num_experts))
 
@@ -66,27 +83,59 @@ class QuantileRouter(Router):
         )
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
-        """Return this micro-batch's solution times its valid tokens."""
+        """Return the micro-batch's histograms, or the sum over its tokens of what was solved on them."""
         assert decision.logits_TE is not None
-        scores_TE, mask_T = decision.logits_TE.detach().sigmoid(), feedback.context.mask_T
-        return {"beta_E": mask_T.sum() * quantiles(scores_TE, self.beta_E, self.shape.k, mask_T)}
+        scores_TE, context = decision.logits_TE.detach().sigmoid(), feedback.context
+        over_TE = above_cutoff(scores_TE, self.beta_E, self.shape.k)
+        if self.config.estimate == "histogram":
+            low, width = self._range()
+            return {"over_EB": histogram((over_TE - low) / width, context.mask_T, self.config.bins)}
+        group_T, groups = sequences(context)
+        if self.config.estimate == "exact":
+            group_T, groups = torch.zeros_like(group_T), 1
+        solved_GE, tokens_G = quantiles(over_TE, self.shape.k, context.mask_T, group_T, groups)
+        return {"beta_E": (solved_GE * tokens_G[:, None]).sum(0)}
 
     def adapt(self, sums: Sums, progress: float) -> None:
-        """Take the mean solution of the step, its own mean subtracted, which moves no choice."""
-        solved_E = (sums["beta_E"] / sums["tokens"].clamp(min=1)).to(self.beta_E.dtype)
-        self.beta_E.lerp_(solved_E - solved_E.mean(), 1 - self.config.ema_decay)
+        """Move to the step's solution, its own mean subtracted, which moves no choice; without tokens there is none."""
+        if self.config.estimate == "histogram":
+            low, width = self._range()
+            solved_E = low + width * quantile(sums["over_EB"], 1 - self.shape.k / self.shape.num_experts)
+        else:
+            solved_E = sums["beta_E"] / sums["tokens"].clamp(min=1)
+        solved_E = solved_E.to(self.beta_E.dtype)
+        centred_E = torch.where(sums["tokens"] > 0, solved_E - solved_E.mean(), self.beta_E)
+        self.beta_E.lerp_(centred_E, 1 - self.config.ema_decay)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Return where the histograms begin and how wide they are."""
+        low = self.beta_E.amin() - 1
+        return low, self.beta_E.amax() + 1 - low
 
 
-def quantiles(scores_TE: Tensor, beta_E: Tensor, k: int, mask_T: Tensor) -> Tensor:
-    """Return, for each expert, the (T k / E + 1)-th largest score above the token's cutoff, over the T rows in
-    ``mask_T``; 0 where there are none. Shape (E,).
+def above_cutoff(scores_TE: Tensor, beta_E: Tensor, k: int) -> Tensor:
+    """Return the scores less their token's cutoff, the (k + 1)-th best of s - beta, shape (T, E).
 
-    With k = E there is nothing to balance: the cutoff is the least score, and the least difference the answer.
+    With k = E there is nothing to balance: the cutoff is the least.
     """
-    experts = scores_TE.shape[1]
-    cutoff_T = (scores_TE - beta_E).sort(1, descending=True).values[:, min(k, experts - 1)]
-    over_TE = (scores_TE - cutoff_T[:, None]).masked_fill(~mask_T[:, None], float("-inf"))
-    tokens = mask_T.sum()
-    rank = torch.minimum(tokens * k // experts, tokens - 1).clamp(min=0)
-    found_E = over_TE.sort(0, descending=True).values.gather(0, rank.expand(1, experts)).squeeze(0)
-    return torch.where(tokens > 0, found_E, torch.zeros_like(found_E))
+    cutoff_T1 = (scores_TE - beta_E).sort(1, descending=True).values[:, min(k, scores_TE.shape[1] - 1), None]
+    return scores_TE - cutoff_T1
+
+
+def quantiles(over_TE: Tensor, k: int, mask_T: Tensor, group_T: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return, for each group of rows and each expert, the (T k / E + 1)-th largest of the group's T values in
+    ``mask_T``, 0 where there are none.
+
+    Returns:
+        These, of shape (G, E), and T of each group, int64 of shape (G,).
+    """
+    experts = over_TE.shape[1]
+    group_T = group_T.masked_fill(~mask_T, groups)  # padding comes last, in none
+    order_TE = over_TE.argsort(dim=0, descending=True, stable=True)
+    order_TE = order_TE.gather(0, group_T[order_TE].argsort(dim=0, stable=True))
+    bounds_G = torch.searchsorted(group_T.sort().values, torch.arange(groups + 1, device=group_T.device))
+    tokens_G = bounds_G.diff()
+    rank_G = torch.minimum(tokens_G * k // experts, tokens_G - 1).clamp(min=0)
+    place_G = (bounds_G[:-1] + rank_G).clamp(max=len(over_TE) - 1)
+    solved_GE = over_TE.gather(0, order_TE[place_G])
+    return solved_GE.masked_fill(tokens_G[:, None] == 0, 0.0), tokens_G

@@ -4,9 +4,13 @@ average.
 Expert Threshold, 2026 (arXiv 2603.11535): expert choice made causal. A threshold is a moving average of the (1 - k / E)
 quantile of the expert's scores over all tokens; training and evaluation have the same rule, and no loss balances.
 
-We know no code of it. Ours are therefore: the sigmoid as score and gate; the decay; quantiles out of a histogram of the
-step's scores, which micro-batches and workers can add up; and the thresholds of the first step, which are the quantiles
-for inputs that are spread normally with variance 1 in every direction.
+Quantile balancing with dynamic activation, Su 2026 (https://kexue.fm/archives/11626), is the same rule: at
+`ema_decay=0` the thresholds are the quantiles of the step before, at his 0.9 their moving average.
+
+We know no code of the paper. Ours are therefore: the sigmoid as score and gate; the decay; and quantiles out of a
+histogram of the step's scores, which micro-batches and workers can add up. The thresholds of the first step are, as
+Su's, the quantiles for inputs that are spread normally with variance 1 in every direction; his average starts with
+these, ours with the quantiles of the first step.
 
 Shape suffixes: T tokens, D model width, E experts, K slots per token, B bins.
 """
@@ -19,6 +23,7 @@ from torch import Tensor
 from rlroute.config import RouterConfig
 from rlroute.gates import gates_of, normalize_rows
 from rlroute.limits import BelowOne, Count, Positive
+from rlroute.quantiles import histogram, quantile
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
@@ -67,12 +72,8 @@ class ThresholdRouter(Router):
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
         """Return how many valid tokens have a score of each expert in each bin."""
         assert decision.logits_TE is not None
-        bins, experts = self.config.bins, self.shape.num_experts
-        bin_TE = (decision.logits_TE.detach().sigmoid() * bins).long().clamp(max=bins - 1)
-        slot_TE = bin_TE + bins * torch.arange(experts, device=bin_TE.device)
-        counts_TE = feedback.context.mask_T[:, None].expand_as(slot_TE).long()
-        counts = slot_TE.new_zeros(experts * bins).index_add_(0, slot_TE.reshape(-1), counts_TE.reshape(-1))
-        return {"scores_EB": counts.view(experts, bins)}
+        scores_TE = decision.logits_TE.detach().sigmoid()
+        return {"scores_EB": histogram(scores_TE, feedback.context.mask_T, self.config.bins)}
 
     def adapt(self, sums: Sums, progress: float) -> None:
         """Move the thresholds towards the step's quantiles."""
@@ -82,20 +83,6 @@ class ThresholdRouter(Router):
         moved_E = self.config.ema_decay * self.threshold_E + (1 - self.config.ema_decay) * found_E
         self.threshold_E.copy_(torch.where(self.started, moved_E, found_E))
         self.started |= sums["tokens"] > 0
-
-
-def quantile(counts_EB: Tensor, share: float) -> Tensor:
-    """Return below which value such a share of each expert's scores lies, float64 of shape (E,), interpolated within a
-    bin of 0 to 1.
-    """
-    bins = counts_EB.shape[1]
-    upto_EB = counts_EB.cumsum(1)
-    wanted_E1 = share * upto_EB[:, -1:].double()
-    bin_E1 = (upto_EB < wanted_E1).sum(1, keepdim=True).clamp(max=bins - 1)
-    inside_E1 = counts_EB.gather(1, bin_E1)
-    before_E1 = upto_EB.gather(1, bin_E1) - inside_E1
-    value_E1: Tensor = (bin_E1 + (wanted_E1 - before_E1) / inside_E1.clamp(min=1)) / bins
-    return value_E1.squeeze(1)
 
 
 def _first(weight_ED: Tensor, k: int) -> Tensor:

@@ -5,7 +5,8 @@ The default is Mixtral (Jiang et al. 2024, arXiv 2401.04088), without a term tha
 
 - Qwen2-MoE (arXiv 2407.10671) and OLMoE (arXiv 2409.02060): `normalize=false`.
 - GPT-OSS (arXiv 2508.10925): `order=choose_first,linear_bias=true`; JetMoE (arXiv 2404.07413): `order=choose_first`.
-- DeepSeek-V2 (arXiv 2405.04434): `normalize=false,route_scale=16,groups=8,groups_kept=3,group_score=max`.
+- DeepSeek-V2 (arXiv 2405.04434): `normalize=false,route_scale=16,groups=8,groups_kept=3,group_score=max`; its
+  device-limited routing has `groups=0`, one group for each of `--model.devices`.
 - DeepSeek-V3 (arXiv 2412.19437): `score=sigmoid,route_scale=2.5,groups=8,groups_kept=4,bias_rate=0.001`.
 - DeepSeek-V4, by its public code: `score=sqrt_softplus,route_scale=1.5,bias_rate=0.001`.
 
@@ -23,8 +24,8 @@ from torch.nn import functional
 
 from rlroute.config import RouterConfig
 from rlroute.errors import ConfigError
-from rlroute.gates import normalize_rows
-from rlroute.limits import Count, NonNegative, Positive, Share
+from rlroute.gates import normalize_rows, sqrt_softplus
+from rlroute.limits import Count, NonNegative, Positive, Share, Whole
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 from rlroute.sampling import top_k
 
@@ -58,10 +59,12 @@ class TopKRouter(Router):
         """Factor on the logits."""
         soft_cap: NonNegative = 0.0
         """Logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118); 0: they stay."""
-        groups: Count = 1
-        """Neighbouring experts form this many equal groups; a token's experts come from its best ones."""
+        groups: Whole = 1
+        """Neighbouring experts form this many equal groups; a token's experts come from its best ones. 0: those of a
+        device form one, over as many devices as the model has (`--model.devices`).
+        """
         groups_kept: Count = 1
-        """How many groups a token may use."""
+        """How many groups a token may use, at most."""
         group_score: Literal["top2", "max"] = "top2"
         """What ranks a group: the sum of its two best experts (DeepSeek-V3), or its best (DeepSeek-V2)."""
         outside: Literal["forbidden", "zero"] = "forbidden"
@@ -79,7 +82,7 @@ class TopKRouter(Router):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.groups_kept > self.groups:
+            if self.groups_kept > self.groups > 0:
                 raise ConfigError(
                     f"router topk.groups_kept = {self.groups_kept}: legal are 1 to groups = {self.groups}"
                 )
@@ -96,6 +99,7 @@ class TopKRouter(Router):
         super().__init__(config, shape)
         self.gate_meaning = _meaning(config, shape.k)
         self.scores = Logits(config, shape)
+        self.groups = config.groups or shape.devices
         if config.expert_scales:
             self.scale_E = nn.Parameter(torch.ones(shape.num_experts))
         self.register_buffer("bias_E", torch.zeros(shape.num_experts) if config.bias_rate else None)
@@ -108,8 +112,8 @@ class TopKRouter(Router):
         assert isinstance(config, cls.Config)
         if reason := super().refuses(config, shape):
             return reason
-        experts, groups = shape.num_experts, config.groups
-        least = -(-shape.k // config.groups_kept)
+        experts, groups = shape.num_experts, config.groups or shape.devices
+        least = -(-shape.k // min(config.groups_kept, groups))
         if groups > 1 and config.group_score == "top2":
             least = max(2, least)
         if experts % groups or experts // groups < least:
@@ -128,7 +132,7 @@ class TopKRouter(Router):
         scores_TE = _scores(config.score, logits_TE)
         ranked_TE = scores_TE if config.order == "score_first" else logits_TE
         ranked_TE = ranked_TE if self.bias_E is None else ranked_TE + self.bias_E
-        ids_TK = context.choose(ranked_TE if config.groups == 1 else self._in_groups(ranked_TE), self.shape.k)
+        ids_TK = context.choose(ranked_TE if self.groups == 1 else self._in_groups(ranked_TE), self.shape.k)
         gates_TK = scores_TE.gather(1, ids_TK)
         if config.score == "softmax" and config.order == "choose_first":
             gates_TK = logits_TE.gather(1, ids_TK).softmax(1)
@@ -145,7 +149,7 @@ class TopKRouter(Router):
     def _in_groups(self, ranked_TE: Tensor) -> Tensor:
         """Return what experts are chosen by, those outside a token's best groups held back."""
         config = self.config
-        ranked_TGX = ranked_TE.detach().view(-1, config.groups, self.shape.num_experts // config.groups)
+        ranked_TGX = ranked_TE.detach().view(-1, self.groups, self.shape.num_experts // self.groups)
         best_TGX = ranked_TGX.sort(dim=2, descending=True).values
         best_TG = best_TGX[..., : 1 if config.group_score == "max" else 2].sum(2)
         kept_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter(1, top_k(best_TG, config.groups_kept), True)
@@ -180,10 +184,7 @@ class Logits(LinearScores):
 def _scores(score: str, logits_TE: Tensor) -> Tensor:
     if score == "softmax":
         return logits_TE.softmax(1)
-    if score == "sigmoid":
-        return logits_TE.sigmoid()
-    soft_TE = functional.softplus(logits_TE)
-    return soft_TE.clamp(min=torch.finfo(soft_TE.dtype).tiny).sqrt()  # the root of 0 has no gradient
+    return logits_TE.sigmoid() if score == "sigmoid" else sqrt_softplus(logits_TE)
 
 
 def _meaning(config: TopKRouter.Config, k: int) -> str:

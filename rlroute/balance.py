@@ -97,7 +97,7 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     """Return the mean over sequences of :func:`load_balance` within each (DeepSeek-V3, arXiv 2412.19437), weighted by
     valid tokens.
     """
-    rows_T, count, experts = *_sequences(context), decision.num_experts
+    rows_T, count, experts = *sequences(context), decision.num_experts
     valid_T = context.mask_T.to(probs_TE.dtype)
     chosen_R = decision.demanded_R & context.mask_T[decision.token_ids_R]
     slots_R = rows_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
@@ -110,7 +110,7 @@ def sequence_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routi
     return mean
 
 
-def _sequences(context: RoutingContext) -> tuple[Tensor, int]:
+def sequences(context: RoutingContext) -> tuple[Tensor, int]:
     """Return which sequence of which sample each row belongs to, shape (T,), and a number above all of these, which the
     host knows.
     """

@@ -29,6 +29,12 @@ def softmax_meaning(normalize: bool, k: int) -> str:
     return "softmax over all experts" + (", renormalised over the chosen" if normalize and k > 1 else "")
 
 
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """Return sqrt(log(1 + exp(z))), the score of DeepSeek-V4."""
+    soft = functional.softplus(logits)
+    return soft.clamp(min=torch.finfo(soft.dtype).tiny).sqrt()  # the root of 0 has no gradient
+
+
 def normalize_rows(scores: Tensor) -> Tensor:
     """Divide each row by its sum, which all sigmoids of a row may underflow to 0.
 

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from rlroute import metrics
 from rlroute.balance import cv_squared, load_balance, router_z, sequence_balance
-from rlroute.baselines import hash as hash_layers
 from rlroute.baselines.bias_balanced import BiasBalancedRouter
-from rlroute.baselines.hash import HashRouter
 from rlroute.baselines.noisy_topk import NoisyTopKRouter
+from rlroute.baselines.soft import SoftRouter
 from rlroute.baselines.switch import SwitchRouter
 from rlroute.baselines.unbalanced import UnbalancedRouter
 from rlroute.baselines.uniform import UniformRouter
 from rlroute.errors import ConfigError
+from rlroute.experiments.laws.steps import gates_TE
 from rlroute.routing import Router, RoutingDecision, Sums
 from rlroute.seeding import init_normal
-from rlroute.values import from_dict
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of, terms_of
 
 R = TypeVar("R", bound=Router)
@@ -168,55 +167,6 @@ def test_the_smooth_load_is_unbiased(k: int) -> None:
     assert k == 5 or float(chosen_E.max() - chosen_E.min()) > 0.1
 
 
-# hash
-
-
-def test_a_token_has_its_experts_for_good() -> None:
-    router = make(HashRouter)
-    ids_TK, gates_TK = in_columns(decide(router, tokens=44))
-    elsewhere_TK, _ = in_columns(decide(router, tokens=44, length=11, step=9, seed=3, explore=False))
-    assert torch.equal(ids_TK, elsewhere_TK) and torch.equal(ids_TK[:11], ids_TK[11:22])
-    assert bool((gates_TK == 0.5).all())
-
-
-def test_tables_derive_from_seed_and_layer() -> None:
-    tables = [make(HashRouter, shape=shape).table_XK for shape in ({}, {"seed": 1}, {"site": 2}, {})]
-    assert torch.equal(tables[0], tables[3])
-    assert not torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
-
-
-@pytest.mark.parametrize("k", [1, 2, 8])
-def test_the_balanced_table_evens_out_what_the_random_one_does_not(k: int) -> None:
-    counts_V = (100_000 / torch.arange(1, 301)).long()[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
-    shape = {"vocab_size": 300, "token_counts_V": counts_V}
-
-    def load_E(table: str) -> Tensor:
-        table_VK = make(HashRouter, k=k, shape=shape, table=table).table_XK
-        assert all(len(set(row)) == k for row in table_VK.tolist())
-        return torch.zeros(8, dtype=torch.int64).index_add(0, table_VK.reshape(-1), counts_V.repeat_interleave(k))
-
-    even, uneven = metrics.max_vio(load_E("balanced")), metrics.max_vio(load_E("random"))
-    # No table can be even below the most frequent token: it goes to k experts and no more.
-    floor = max(0.0, float(counts_V.max() * 8 / (k * counts_V.sum())) - 1)
-    assert float(even) < floor + 0.01 and (k == 8 or float(uneven) > floor + 0.2)
-
-
-def test_the_balanced_table_needs_counts() -> None:
-    with pytest.raises(ConfigError, match="'balanced' needs the corpus's token counts: legal without are 'random'"):
-        make(HashRouter, shape={"token_counts_V": None}, table="balanced")
-    with pytest.raises(ConfigError, match="'even': legal are 'random', 'balanced', 'position'"):
-        from_dict(HashRouter.Config, {"table": "even"}, "router hash")
-
-
-def test_the_control_routes_by_position_alone_and_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hash_layers, "POSITIONS", 5)
-    router = make(HashRouter, table="position")
-    first_TK, _ = in_columns(decide(router, length=12))
-    other_TK, _ = in_columns(decide(router, length=12, token_ids_T=torch.zeros(12, dtype=torch.int64)))
-    assert torch.equal(first_TK, other_TK) and torch.equal(first_TK[:5], first_TK[5:10])
-    assert len(first_TK[:5].unique(dim=0)) > 1
-
-
 # bias_balanced
 
 
@@ -263,12 +213,16 @@ def test_a_bias_moves_by_the_rate_towards_the_mean() -> None:
     assert router.bias_E.tolist() == [-0.5, 0.5, -0.25, 0.25]
 
 
+SMEBU_MEAN = sum(math.tanh(2 * v) for v in (-1, 2 / 3, 1 / 3, 0)) / 4
+
+
 @pytest.mark.parametrize(
     ("rule", "steps"),
     [
         ("sign", [-0.5, 0.5, 0.5, 0.0]),
         ("centred", [-0.625, 0.375, 0.375, -0.125]),
         ("magnitude", [-0.5, 1 / 3, 1 / 6, 0.0]),
+        ("smebu", [0.25 * (math.tanh(2 * v) - SMEBU_MEAN) for v in (-1, 2 / 3, 1 / 3, 0)]),
     ],
 )
 def test_the_step_of_each_rule_is_that_of_its_definition(rule: str, steps: list[float]) -> None:
@@ -282,6 +236,19 @@ def test_the_step_of_each_rule_is_that_of_its_definition(rule: str, steps: list[
     assert router.bias_E.tolist() == [0.0] * 4
 
 
+def test_smebu_adds_a_moving_average_of_clamped_steps() -> None:
+    router = make(BiasBalancedRouter, experts=4, update_rate=0.5, rule="smebu", kappa=3.0, momentum=0.75)
+    bias, moving = [0.0] * 4, [0.0] * 4
+    for demand in ([12, 2, 4, 6], [0, 0, 0, 8], [3, 3, 3, 3]):
+        mean = sum(demand) / 4
+        clamped = [0.5 * math.tanh(3 * (mean - n) / mean) for n in demand]
+        moving = [0.75 * m + 0.25 * (d - sum(clamped) / 4) for m, d in zip(moving, clamped, strict=True)]
+        bias = [b + m for b, m in zip(bias, moving, strict=True)]
+        router.adapt(Sums({"demand_E": torch.tensor(demand)}, []), 0.0)
+        assert router.bias_E.tolist() == pytest.approx(bias)
+    assert "step_E" in router.state_dict() and make(BiasBalancedRouter).step_E is None
+
+
 def test_biases_stay_after_their_share_of_the_budget() -> None:
     moved = []
     for until, progress in ((1.0, 0.99), (0.5, 0.49), (0.5, 0.5), (0.5, 0.51), (0.0, 0.0)):
@@ -291,7 +258,7 @@ def test_biases_stay_after_their_share_of_the_budget() -> None:
     assert moved == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("rule", ["sign", "magnitude", "centred"])
+@pytest.mark.parametrize("rule", ["sign", "magnitude", "centred", "smebu"])
 def test_the_bias_alone_balances_collapsed_scores(rule: str) -> None:
     router, x_TD, context = (
         make(BiasBalancedRouter, update_rate=0.01, init_std=0.3, rule=rule),
@@ -318,6 +285,19 @@ def test_the_sequence_wise_loss_is_there_where_it_has_a_weight() -> None:
     assert term.weight == 1e-4 and not terms_of(make(BiasBalancedRouter), decision, make_feedback(context))
 
 
+# soft
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_every_token_runs_every_expert_whatever_k(k: int) -> None:
+    router = make(SoftRouter, k=k)
+    decision = decide(router)
+    assert decision.k == 8 and torch.equal(decision.expert_ids_R, decide(make(SoftRouter, k=3)).expert_ids_R)
+    torch.testing.assert_close(gates_TE(decision), scores_of(decision)[1], rtol=0, atol=0)
+    counted = sums_of(router, decision, make_feedback(make_context()))
+    assert counted["demand_E"].tolist() == counted["load_E"].tolist() == [12] * 8 and int(counted["without"]) == 0
+
+
 # uniform
 
 
@@ -341,9 +321,9 @@ def test_uniform_routing_sees_nothing_and_spreads_evenly() -> None:
         (NoisyTopKRouter, {"load_weight": -0.1}, r"noisy_topk\.load_weight = -0\.1: legal are numbers from 0"),
         (BiasBalancedRouter, {"update_rate": -1.0}, r"bias_balanced\.update_rate = -1\.0: legal are numbers from 0"),
         (BiasBalancedRouter, {"route_scale": 0.0}, r"bias_balanced\.route_scale = 0\.0: legal are numbers above 0"),
-        (BiasBalancedRouter, {"rule": "step"}, r"rule = 'step': legal are 'sign', 'magnitude', 'centred'"),
+        (BiasBalancedRouter, {"rule": "step"}, r"rule = 'step': legal are 'sign', 'magnitude', 'centred', 'smebu'"),
+        (BiasBalancedRouter, {"momentum": 1.0}, r"bias_balanced\.momentum = 1\.0: legal are numbers from 0 to below 1"),
         (BiasBalancedRouter, {"until": 1.5}, r"bias_balanced\.until = 1\.5: legal are numbers from 0 to 1"),
-        (HashRouter, {"table": "even"}, r"hash\.table = 'even': legal are 'random', 'balanced', 'position'"),
     ],
 )
 def test_bad_values_are_refused_by_name(router: type[Router], config: dict[str, Any], message: str) -> None:

@@ -372,7 +372,9 @@ def test_weights_and_other_terms_are_no_part_of_the_signal() -> None:
 
 UNMEASURABLE = {
     **dict.fromkeys(("bandit", "hash", "uniform"), "no scores, so no gradient at logits"),
-    **dict.fromkeys(("expert_choice", "remoe", "threshold", "top_p"), VARIABLE_K),
+    **dict.fromkeys(("expert_choice", "remoe", "seq_top_k", "threshold", "top_p"), VARIABLE_K),
+    "hash_gated": "its logits choose nothing",
+    "soft": "it runs all experts, so nothing is chosen",
 }
 
 

@@ -54,6 +54,7 @@ VARIANTS = [
     "capacity",
     "expert_choice",
     "shared",
+    "topk:groups=0,groups_kept=2,group_score=max",
     "dense",
 ]
 STEPS = 12
@@ -80,8 +81,12 @@ class ExpertChoiceRouter(Router):
 
 
 def config_of(entry, **train):
-    changed = {"capacity": {"capacity_factor": 1.0}, "shared": {"num_shared_experts": 1}}
-    model = replace(MODEL, **changed.get(entry, {}))
+    changed = {
+        "capacity": {"capacity_factor": 1.0},
+        "shared": {"num_shared_experts": 1},
+        "topk:groups=0": {"devices": 4},
+    }
+    model = replace(MODEL, **changed.get(entry.partition(",")[0], {}))
     name = {"capacity": "switch", "shared": "switch", "expert_choice": "uniform"}.get(entry, entry)
     return build_entry(name, DATA, model, replace(TRAIN, **train))
 

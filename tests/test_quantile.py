@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from rlroute import metrics
-from rlroute.baselines.quantile import QuantileRouter, quantiles
+from rlroute.baselines.quantile import QuantileRouter, above_cutoff, quantiles
 from rlroute.errors import ConfigError
 from rlroute.learning import adapt
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
+
+ESTIMATES = ("exact", "histogram", "sequence")
 
 
 def make(experts: int = 8, k: int = 2, **config: Any) -> QuantileRouter:
@@ -27,31 +29,115 @@ def by_definition(scores: list[list[float]], beta: list[float], k: int) -> list[
     return [sorted((s - c for s, c in zip(column, cutoffs, strict=True)), reverse=True)[rank] for column in columns]
 
 
+def solved_on(scores_TE: Tensor, beta_E: Tensor, k: int, mask_T: Tensor) -> Tensor:
+    """The solution on all rows; of shape (E,)."""
+    whole_T = torch.zeros(len(scores_TE), dtype=torch.int64)
+    solved_GE, tokens_G = quantiles(above_cutoff(scores_TE, beta_E, k), k, mask_T, whole_T, 1)
+    assert tokens_G.tolist() == [int(mask_T.sum())]
+    return solved_GE[0]
+
+
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(64, 8, 2), (40, 8, 1), (10, 4, 1), (11, 5, 3), (3, 8, 2)])
 def test_the_solution_is_the_quantile_above_the_cutoffs(tokens: int, experts: int, k: int) -> None:
     scores_TE, beta_E = draw(tokens, experts).sigmoid(), 0.3 * draw(experts, seed=1)
     mask_T = torch.arange(tokens) % 3 != 1
     for valid_T in (torch.ones_like(mask_T), mask_T):
         want = by_definition(scores_TE[valid_T].tolist(), beta_E.tolist(), k)
-        assert quantiles(scores_TE, beta_E, k, valid_T).tolist() == pytest.approx(want, abs=1e-15)
+        assert solved_on(scores_TE, beta_E, k, valid_T).tolist() == pytest.approx(want, abs=1e-15)
 
 
 def test_no_expert_exceeds_the_cutoffs_of_more_than_its_share_of_tokens() -> None:
     """It reaches those of more: where it is what sets the cutoff, it exceeds it by its old beta, token after token."""
     scores_TE, beta_E = draw(64, 8).sigmoid(), 0.3 * draw(8, seed=1)
     cutoff_T = (scores_TE - beta_E).sort(1, descending=True).values[:, 2]
-    solved_E = quantiles(scores_TE, beta_E, 2, torch.ones(64, dtype=torch.bool))
+    solved_E = solved_on(scores_TE, beta_E, 2, torch.ones(64, dtype=torch.bool))
     over_TE = scores_TE - cutoff_T[:, None]
     assert int((over_TE > solved_E).sum(0).max()) == 16 and int((over_TE >= solved_E).sum(0).min()) == 17
 
 
+@pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize(("valid", "k"), [(0, 2), (1, 2), (0, 8), (5, 8)])
-def test_edges_are_finite(valid: int, k: int) -> None:
-    """No valid token, one, and k = E, where there is nothing to balance."""
-    router, context = make(k=k), make_context(12, mask_T=torch.arange(12) < valid)
+def test_edges_are_finite(valid: int, k: int, estimate: str) -> None:
+    """No valid token, which moves nothing, one, and k = E, where there is nothing to balance."""
+    router, context = make(k=k, estimate=estimate), make_context(12, mask_T=torch.arange(12) < valid)
+    router.beta_E.copy_(0.1 * draw(8, seed=3))
+    before_E = router.beta_E.clone()
     decision = router(draw(12, D), context)
     router.adapt(sums_of(router, decision, make_feedback(context, num_valid=max(valid, 1))), 0.0)
-    assert bool(router.beta_E.isfinite().all()) and (valid > 0 or not router.beta_E.any())
+    assert bool(router.beta_E.isfinite().all()) and torch.equal(router.beta_E, before_E) == (valid == 0)
+
+
+def test_sequences_are_solved_each_by_itself() -> None:
+    over_TE = draw(24, 8)
+    group_T = torch.tensor([2, 0, 0, 3] * 6)  # of five groups, in any order
+    mask_T = torch.arange(24) % 5 != 0
+    solved_GE, tokens_G = quantiles(over_TE, 2, mask_T, group_T, 5)
+    for group in range(5):
+        rows = over_TE[(group_T == group) & mask_T]
+        assert int(tokens_G[group]) == len(rows)
+        want = (
+            [sorted(column, reverse=True)[len(rows) * 2 // 8] for column in rows.t().tolist()]
+            if len(rows)
+            else [0.0] * 8
+        )
+        assert solved_GE[group].tolist() == want
+
+
+def test_the_bias_by_sequences_is_their_mean_by_tokens() -> None:
+    router = make(estimate="sequence")
+    mask_T = torch.tensor([1] * 8 + [1, 1, 1, 0]).bool()
+    context, x_TD = make_context(12, mask_T=mask_T), draw(12, D)
+    decision = router(x_TD, context)
+    router.adapt(sums_of(router, decision, make_feedback(context)), 0.0)
+    assert decision.logits_TE is not None
+    scores = decision.logits_TE.detach().sigmoid()[mask_T].tolist()
+    parts = [(scores[start:end], end - start) for start, end in ((0, 4), (4, 8), (8, 11))]
+    solved = [torch.tensor(by_definition(rows, [0.0] * 8, 2), dtype=torch.float64) * tokens for rows, tokens in parts]
+    mean_E = torch.stack(solved).sum(0) / 11
+    torch.testing.assert_close(router.beta_E, mean_E - mean_E.mean())
+
+
+def kimi(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
+    """Kimi K3's step, without bins: the k / E quantile of cutoff - s, less its mean."""
+    cutoff_T = (scores_TE + bias_E).sort(1, descending=True).values[:, k]
+    bias_E = (cutoff_T[:, None] - scores_TE).quantile(k / scores_TE.shape[1], dim=0)
+    return bias_E - bias_E.mean()
+
+
+@pytest.mark.parametrize(("k", "bins", "tolerance"), [(2, 1000, 0.01), (1, 4000, 0.005), (3, 100, 0.05)])
+def test_the_histogram_finds_the_quantile_of_all_tokens(k: int, bins: int, tolerance: float) -> None:
+    router = make(k=k, estimate="histogram", bins=bins)
+    for step in range(3):
+        context, x_TD = make_context(2000), draw(2000, D, seed=step) + 0.5
+        decision = router(x_TD, context)
+        assert decision.logits_TE is not None
+        want_E = kimi(decision.logits_TE.detach().sigmoid(), -router.beta_E, k)
+        router.adapt(sums_of(router, decision, make_feedback(context)), 0.0)
+        torch.testing.assert_close(-router.beta_E, want_E, rtol=0, atol=tolerance)
+
+
+def test_all_values_lie_within_the_histogram() -> None:
+    """At the ends of what scores and biases can be."""
+    scores_TE = torch.tensor([[0.0] * 7 + [1.0], [1.0] * 7 + [0.0], [0.0, 1.0] * 4]).double()
+    for seed in range(20):
+        beta_E, k = 3 * draw(8, seed=seed), 1 + seed % 7
+        over_TE = above_cutoff(scores_TE, beta_E, k)
+        assert float(over_TE.min()) >= float(beta_E.min()) - 1 and float(over_TE.max()) <= float(beta_E.max()) + 1
+
+
+@pytest.mark.parametrize("estimate", ["histogram", "sequence"])
+def test_micro_batches_add_up_to_the_batch(estimate: str) -> None:
+    moved = []
+    for size in (12, 4):
+        router, parts = make(estimate=estimate), []
+        assert not router.batch_dependent and make().batch_dependent
+        for start in range(0, 12, size):
+            context = make_context(size, sequence_T=torch.arange(start, start + size) // 4)
+            decision = router(draw(12, D)[start : start + size], context)
+            parts.append(sums_of(router, decision, make_feedback(context, num_valid=12)))
+        adapt([router], [{name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}], 0.0)
+        moved.append(router.beta_E)
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-14)
 
 
 def skewed(step: int, tokens: int = 512) -> Tensor:
@@ -59,10 +145,10 @@ def skewed(step: int, tokens: int = 512) -> Tensor:
     return draw(tokens, D, seed=100 + step) + 2
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+@pytest.mark.parametrize(("estimate", "ema_decay"), [*((estimate, 0.0) for estimate in ESTIMATES), ("exact", 0.5)])
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_skewed_stream_is_balanced_within_steps(k: int, ema_decay: float) -> None:
-    router, context, worst = make(k=k, ema_decay=ema_decay), make_context(512), []
+def test_a_skewed_stream_is_balanced_within_steps(k: int, estimate: str, ema_decay: float) -> None:
+    router, context, worst = make(k=k, estimate=estimate, ema_decay=ema_decay), make_context(512, length=128), []
     for step in range(30):
         decision = router(skewed(step), context)
         worst.append(float(metrics.max_vio(decision.demand_E())))

@@ -43,8 +43,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def make(experts: int = E, k: int = K, **config: Any) -> TopKRouter:
-    return TopKRouter(TopKRouter.Config(**{"init_std": 0.5} | config), make_shape(experts, k)).double()
+def make(experts: int = E, k: int = K, devices: int = 1, **config: Any) -> TopKRouter:
+    shape = make_shape(experts, k, devices=devices)
+    return TopKRouter(TopKRouter.Config(**{"init_std": 0.5} | config), shape).double()
 
 
 def shaken(router: TopKRouter, seed: int = 0) -> TopKRouter:
@@ -147,6 +148,29 @@ def test_all_groups_are_no_limit() -> None:
     assert torch.equal(free(x_TD, context).expert_ids_R, grouped(x_TD, context).expert_ids_R)
 
 
+@pytest.mark.parametrize(("kept", "k"), [(1, 4), (2, 4), (3, 6)])
+def test_experts_of_a_token_are_on_its_best_devices(kept: int, k: int) -> None:
+    """Of the devices as the context has them, each ranked by its best expert (DeepSeek-V2)."""
+    router = make(k=k, devices=4, groups=0, groups_kept=kept, group_score="max", normalize=False)
+    context = make_context(T).at(router.shape, {})
+    decision, device_E = router(draw(T, D), context), context.expert_device_E
+    assert device_E is not None and decision.probs_TE is not None
+    for token, probs in zip(by_token(decision), decision.probs_TE.tolist(), strict=True):
+        best = [max(probs[e] for e in range(E) if int(device_E[e]) == device) for device in range(4)]
+        allowed = sorted(range(4), key=lambda device: -best[device])[:kept]
+        legal = [e for e in range(E) if int(device_E[e]) in allowed]
+        assert token.keys() == set(sorted(legal, key=lambda e: -probs[e])[:k])
+
+
+def test_as_many_devices_as_may_be_used_are_no_limit() -> None:
+    x_TD, context = draw(T, D), make_context(T)
+    free = make()(x_TD, context).expert_ids_R
+    for devices in (1, 2):
+        assert torch.equal(make(devices=devices, groups=0, groups_kept=2)(x_TD, context).expert_ids_R, free)
+    with pytest.raises(ConfigError, match=r"groups = 8: legal are divisors .* leave 4 or more"):
+        make(devices=8, groups=0, groups_kept=1)
+
+
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
 def test_group_limited_routing_keeps_the_contract(law: Callable[[Case], None]) -> None:
     config = TopKRouter.Config(score="sigmoid", groups=2, groups_kept=1, bias_rate=0.1, route_scale=2.5)
@@ -189,7 +213,7 @@ def test_gradients_are_finite_where_scores_underflow(config: dict[str, Any], dty
         ({"score": "relu"}, 2, r"topk\.score = 'relu': legal are 'softmax', 'sigmoid', 'sqrt_softplus'"),
         ({"soft_cap": -1.0}, 2, r"topk\.soft_cap = -1\.0: legal are numbers from 0"),
         ({"logit_scale": 0.0}, 2, r"topk\.logit_scale = 0\.0: legal are numbers above 0"),
-        ({"groups": 0}, 2, r"topk\.groups = 0: legal are numbers from 1"),
+        ({"groups": -1}, 2, r"topk\.groups = -1: legal are numbers from 0"),
         ({"groups": 2, "groups_kept": 3}, 2, r"topk\.groups_kept = 3: legal are 1 to groups = 2"),
         ({"group_score": "max"}, 2, r"topk\.group_score = 'max' needs groups: 1 ranks nothing"),
         ({"outside": "zero"}, 2, r"topk\.outside = 'zero' needs groups: 1 ranks nothing"),

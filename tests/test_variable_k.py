@@ -1,4 +1,4 @@
-"""Routers that run more experts for one token than for another: Expert Threshold, top-p, ReMoE.
+"""Routers that run more experts for one token than for another: Expert Threshold, top-p, ReMoE, SeqTopK.
 
 Shape suffixes: T tokens, D model width, E experts, K slots per token, B bins.
 """
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from rlroute.baselines.remoe import ReMoERouter
-from rlroute.baselines.threshold import ThresholdRouter, quantile
+from rlroute.baselines.seq_top_k import SeqTopKRouter
+from rlroute.baselines.switch import SwitchRouter
+from rlroute.baselines.threshold import ThresholdRouter
 from rlroute.baselines.top_p import TopPRouter
+from rlroute.errors import ConfigError
 from rlroute.experiments.laws.steps import gates_TE, same, spread
+from rlroute.quantiles import histogram, quantile
 from rlroute.routing import Router, RoutingDecision, Sums
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
 
@@ -80,8 +84,16 @@ def make_untrained(experts: int, k: int) -> Router:
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.875, 1.0])
 def test_quantiles_of_a_histogram_are_those_of_its_values(share: float) -> None:
     values_TE = draw(999, 3).sigmoid()
-    counts_EB = torch.stack([torch.histc(values_TE[:, e], 1024, 0, 1) for e in range(3)]).long()
+    counts_EB = histogram(values_TE, torch.ones(999).bool(), 1024)
+    assert torch.equal(counts_EB, torch.stack([torch.histc(values_TE[:, e], 1024, 0, 1) for e in range(3)]).long())
     torch.testing.assert_close(quantile(counts_EB, share), values_TE.quantile(share, dim=0), rtol=0, atol=1e-2)
+
+
+def test_values_at_the_ends_and_beyond_are_in_the_outer_bins() -> None:
+    values_TE = torch.tensor([[0.0, 1.0], [-1.0, 2.0], [0.25, 0.75], [0.5, 0.5]]).double()
+    counts_EB = histogram(values_TE, torch.tensor([True, True, True, False]), 4)
+    assert counts_EB.tolist() == [[2, 1, 0, 0], [0, 0, 0, 3]]
+    assert quantile(counts_EB, 0.0).tolist() == [0.0, 0.0] and quantile(counts_EB, 1.0).tolist() == [0.5, 1.0]
 
 
 def test_a_step_without_tokens_moves_no_threshold() -> None:
@@ -91,6 +103,22 @@ def test_a_step_without_tokens_moves_no_threshold() -> None:
     decision = router(draw(12, D), nobody)
     router.adapt(sums_of(router, decision, make_feedback(nobody, num_valid=1)), 0.0)
     assert torch.equal(router.threshold_E, before_E) and not bool(router.started)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_it_is_quantile_balancing_with_dynamic_activation(decay: float) -> None:
+    """Su's rule: run s > beta, then move beta to (or towards) the (T k / E + 1)-th largest score of the step."""
+    router = make(ThresholdRouter, ema_decay=decay, bins=2**20)
+    beta_E = router.threshold_E.clone()
+    for step in range(4):
+        x_TD = draw(256, D, seed=step) + 0.3
+        decision = run(router, x_TD)
+        scores_TE = scores_of(decision)[0].sigmoid()
+        assert torch.equal(gates_TE(decision), torch.where(scores_TE > beta_E, scores_TE, 0.0))
+        largest_E = scores_TE.sort(0, descending=True).values[256 * 2 // 8]
+        beta_E = largest_E if step == 0 else decay * beta_E + (1 - decay) * largest_E
+        torch.testing.assert_close(router.threshold_E, beta_E, rtol=0, atol=2**-20)
+        beta_E = router.threshold_E.clone()
 
 
 @pytest.mark.parametrize("router", [ThresholdRouter, TopPRouter])
@@ -179,3 +207,50 @@ def test_the_controller_brings_k_to_its_target() -> None:
         router.adapt(sums_of(router, decision, feedback), 0.0)
         ran.append(int(decision.load_E().sum()) / 128)
     assert ran[0] > 5 and sum(ran[-120:]) / 120 == pytest.approx(2, rel=0.2)
+
+
+# seq_top_k
+
+
+@pytest.mark.parametrize("slots", [None, 8, 3, 2])
+def test_the_best_pairs_of_each_sequence_run(slots: int | None) -> None:
+    mask_T = torch.arange(24) % 8 < 7
+    context = make_context(24, length=8, mask_T=mask_T, sequence_T=torch.tensor([7, 9, 8] * 8))
+    router = make(SeqTopKRouter, slots=slots)
+    decision = router(draw(24, D), context)
+    probs_TE, want_TE = scores_of(decision)[1], torch.zeros(24, 8).double()
+    for sequence in (7, 8, 9):
+        tokens = [t for t in range(24) if int(context.sequence_T[t]) == sequence and bool(mask_T[t])]
+        pairs = [(float(probs_TE[t, e]), t, e) for t in tokens for e in range(8)]
+        taken: dict[int, int] = dict.fromkeys(tokens, 0)
+        for gate, token, expert in sorted(pairs, reverse=True):
+            if sum(taken.values()) < 2 * len(tokens) and taken[token] < (slots or 8):
+                taken[token] += 1
+                want_TE[token, expert] = gate
+    assert torch.equal(gates_TE(decision), want_TE)
+    assert decision.k == (slots or 8) and decision.max_pairs == 48
+    assert int(decision.load_E().sum()) == 2 * int(mask_T.sum())
+
+
+def test_budgets_are_of_each_sequence_and_sample() -> None:
+    """One sequence's sure tokens take nothing of another's, and one token may have many experts or none."""
+    x_TD = draw(16, D)
+    x_TD[:8] *= torch.tensor([0.0] * 6 + [20.0] * 2)[:, None]
+    context = make_context(8, length=4, samples=2)
+    decision = make(SeqTopKRouter)(x_TD, context)
+    ran_T = decision.token_sum(decision.kept_R.long())
+    assert ran_T.view(4, 4).sum(1).tolist() == [8] * 4 and int(ran_T.max()) > 2
+    alone = make(SeqTopKRouter)(x_TD[8:], make_context(8, length=4))
+    assert torch.equal(gates_TE(decision)[8:], gates_TE(alone))
+
+
+def test_with_k_slots_it_is_token_choice_and_causal() -> None:
+    router, plain = make(SeqTopKRouter, slots=2), make(SwitchRouter, normalize=False)
+    x_TD, context = draw(64, D), make_context(64)
+    assert router.causal and not make(SeqTopKRouter).causal and make(SeqTopKRouter, 4, 4).causal
+    torch.testing.assert_close(gates_TE(router(x_TD, context)), gates_TE(plain(x_TD, context)))
+
+
+def test_slots_below_k_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"seq_top_k: slots = 1: legal are k = 2 and more, or none"):
+        make(SeqTopKRouter, slots=1)

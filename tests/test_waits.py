@@ -195,6 +195,10 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "optimism": ("bandit:exploration=optimism", TIGHT, {}),
     "groups": (f"topk:{GROUPS}", TIGHT, {}),
     "positions": ("hash:table=position", {}, {}),
+    "pairs of tokens": ("hash_gated:table=bigram", {}, {}),
+    "histograms": ("quantile:estimate=histogram", {}, {"micro_batches": 2}),
+    "sequences": ("quantile:estimate=sequence", {}, {}),
+    "momentum": ("bias_balanced:rule=smebu", {}, {}),
     "attention": ("switch", {"attention_experts": 4, "num_shared_experts": 1}, {}),
     "unit gates": ("noisy_topk", {"gate_form": "unit", "num_dense_layers": 1}, {}),
     "variants": (

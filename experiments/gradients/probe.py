@@ -234,8 +234,8 @@ class Probe:
                 raise Unmeasurable(OTHER_LOGITS)
 
     def _check_fixed_k(self) -> None:
-        """Make sure that all slots are used, whatever the logits, in training and out of it, save by zero experts; and
-        that they are not all experts.
+        """Make sure that all slots are used, whatever the logits, in training and out of it, save by zero experts; that
+        they are not all experts; and that logits choose them.
 
         Raises:
             Unmeasurable: it is otherwise.
@@ -253,6 +253,9 @@ class Probe:
             raise Unmeasurable(VARIABLE_K)
         if self.k == self.columns:
             raise Unmeasurable("it runs all experts, so nothing is chosen")
+        plain_L, shifted_L = decisions[: len(self.routers)], decisions[len(self.routers) : 2 * len(self.routers)]
+        if any(torch.equal(d.expert_ids_R, s.expert_ids_R) for d, s in zip(plain_L, shifted_L, strict=True)):
+            raise Unmeasurable("its logits choose nothing")
 
     def _do_gates_follow(self) -> bool:
         """Compare the gates' autograd derivative along a random direction with their finite difference, choices forced.
