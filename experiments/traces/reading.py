@@ -20,7 +20,7 @@ from rlroute.arrays import ENDS, EXPERTS, arrays, naming
 from rlroute.choices import ChoiceLog
 from rlroute.errors import StoreError
 from rlroute.experiments.report.runs import find
-from rlroute.foreign import Unfit, clipped, hold
+from rlroute.foreign import Unfit, clipped, hold, shown
 from rlroute.limits import Between, Count, Matches, Whole
 from rlroute.model.transformer import sites
 from rlroute.reading import read_described, read_lines
@@ -115,7 +115,7 @@ def open_trace(word: str, store: Path) -> Trace:
 def _run_of(word: str, store: Path) -> Path:
     runs = sorted(path.parent.name for path in store.glob("*/config.json")) if store.is_dir() else []
     if len(found := find(runs, word)) != 1:
-        raise StoreError(f"there is no file {word!r}, and {len(found)} runs of {store} are called so")
+        raise StoreError(f"there is no file {shown(word)}, and {len(found)} runs of {store} are called so")
     return store / found[0]
 
 
