@@ -101,7 +101,11 @@ MUTANTS = [
             "k_BNSH, v_BNSH, is_causal=True)\n        y_BSD",
             "k_BNSH, v_BNSH)\n        y_BSD",
         ),
-        ("attention's output starts as large as its input", "std / (2 * config.num_layers) ** 0.5", "std"),
+        (
+            "attention's output starts as large as its input",
+            "inner**-0.5 / (2 * config.num_layers) ** 0.5",
+            "inner**-0.5",
+        ),
     ),
     *faults(
         "rlroute/model/attention.py",
@@ -142,8 +146,8 @@ MUTANTS = [
         "tests/test_seam.py",
         (
             "the token's own input is left out",
-            "return out_TD if decision.self_T is None else out_TD +",
-            "return out_TD if decision is not None else out_TD +",
+            "if decision.self_T is not None:\n        out_TD",
+            "if decision.self_T is not None and False:\n        out_TD",
         ),
         (
             "gates of shared experts are ignored",
@@ -244,7 +248,7 @@ MUTANTS = [
     *faults(
         "rlroute/balance.py",
         "tests/test_balance.py",
-        ("load is counted after drops", "decision.demand_E(mask_T)", "decision.load_E(mask_T)"),
+        ("load is counted after drops", "decision.demand_E(context.mask_T).to(", "decision.load_E(context.mask_T).to("),
         (
             "probability mass has no gradient",
             "mass_E / mass_E.detach().sum()).sum()",
@@ -318,7 +322,7 @@ MUTANTS = [
         "rlroute/learning.py",
         "tests/test_step.py tests/test_seam.py",
         ("terms are logged alone", "total = loss + weighted(terms_L)", "total = loss"),
-        ("terms of weight 0 are added", "for term in terms.values() if term.weight)", "for term in terms.values())"),
+        ("terms of weight 0 are added", "if isinstance(term.weight, Tensor) or term.weight)", "if term is not None)"),
         ("weights are ignored", "sum((term.weight * term.value for", "sum((term.value for"),
         ("gates keep no gradient", "decision.gates_R.retain_grad()", "decision.gates_R.detach()"),
         (
