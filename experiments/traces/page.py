@@ -51,7 +51,7 @@ def _cells(grid: Grid) -> tuple[Sequence[str], list[list[str]]]:
 def loads_figure(loads: Loads) -> Figure:
     """Draw the load of each layer's experts over the fair share; layers of fewer experts end earlier."""
     names = _names(loads.layers)
-    figure = new_figure("expert", "layer", height=min(110 + 24 * len(names), 1400))
+    figure = new_figure("expert", "layer", height=min(max(110 + 24 * len(names), 260), 1400))
     widest = max(of.experts for of in loads.layers)
     figure.add_heatmap(
         z=[_shares(of.load_E, widest) for of in loads.layers],
