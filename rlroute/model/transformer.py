@@ -190,7 +190,7 @@ def sites(config: ModelConfig) -> dict[Site, int]:
 def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
     """Return what each routed site's router is built for, first to last."""
     experts = sites(config)
-    outputs = config.d_latent is None and config.gate_at == "output"  # those of a pair, of the model's width
+    outputs = config.d_latent is None and config.gate_at == "output"  # those of an MLP's pair, of the model's width
     return [
         RouterShape(
             d_model=config.d_model,
@@ -205,7 +205,7 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             # The experts of attention are replicas on every device, and none of them is shared.
             devices=(config.devices or shape.placement.shards) if isinstance(site, int) else 1,
             num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
-            grants=WISHES if isinstance(site, int) and outputs else frozenset(),
+            grants=WISHES if isinstance(site, str) or outputs else frozenset(),
         )
         for index, (site, count) in enumerate(experts.items())
     ]

@@ -24,9 +24,14 @@ def by_pair(x_TD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDec
         rows_RD = x_TD[decision.token_ids_R]
     else:
         rows_RD = x_TD[:, None].expand(-1, decision.k, -1).reshape(-1, x_TD.shape[1])
+    return rows_RD, alone(decision, x_TD.dtype)
+
+
+def alone(decision: RoutingDecision, dtype: torch.dtype) -> RoutingDecision:
+    """Return the decision in which each pair is a token of its own, with a gate of 1, in the order of the pairs."""
     ids_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
-    gates_R1 = torch.ones_like(ids_R, dtype=x_TD.dtype)[:, None]
-    return rows_RD, RoutingDecision.token_choice(ids_R[:, None], gates_R1, decision.num_experts)
+    gates_R1 = torch.ones_like(ids_R, dtype=dtype)[:, None]
+    return RoutingDecision.token_choice(ids_R[:, None], gates_R1, decision.num_experts, max_pairs=decision.max_pairs)
 
 
 def combine(outputs_RD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDecision]:
