@@ -7,7 +7,7 @@ looks balanced; pooled over layers, layers that collapse onto different experts 
 Shape suffixes: T tokens, E experts, B sequences, G devices (as many columns as experts, the surplus empty).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,16 +25,34 @@ def regularisers(router: Router, decision: RoutingDecision, feedback: Feedback) 
     Raises:
         ConfigError: a term reads what the decision does not carry.
     """
-    router = router.original
-    weights: dict[str, float | Tensor] = dict(router.config.term_weights)
-    if router.held_weight is not None:
-        weights["balance_weight"] = router.held_weight.clone()  # which moves before the step is logged
-    terms = dict[str, Term]()
-    for field, weight in weights.items():
-        if isinstance(weight, Tensor) or weight:
-            name = field.removesuffix("_weight")
-            terms[name] = Term(_REGULARISERS[name](router, decision, feedback), weight)
+    return {
+        name: Term(_REGULARISERS[name](decision, feedback), weight) for name, weight in _weights(router, _REGULARISERS)
+    }
+
+
+def terms_of_weights(router: Router, feedback: Feedback) -> dict[str, Term]:
+    """Return the terms of a router's configuration that read its weights and no token. They are computed once a step,
+    in its first micro-batch, and are 0 in the others; where micro-batches have no numbers, each has its share.
+    """
+    number, terms = feedback.context.micro_batch, dict[str, Term]()
+    for name, weight in _weights(router, _OF_WEIGHTS):
+        if number:
+            value = feedback.loss_MT.new_zeros(())
+        else:
+            value = _OF_WEIGHTS[name](router.original) * (1.0 if number == 0 else feedback.share)
+        terms[name] = Term(value, weight)
     return terms
+
+
+def _weights(router: Router, among: Iterable[str]) -> Iterator[tuple[str, float | Tensor]]:
+    """Yield the terms that a router has among some, with their weights."""
+    router = router.original
+    for name in among:
+        weight: float | Tensor = router.config.term_weights[f"{name}_weight"]
+        if name == "balance" and router.held_weight is not None:
+            weight = router.held_weight.clone()  # which moves before the step is logged
+        if isinstance(weight, Tensor) or weight:
+            yield name, weight
 
 
 def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
@@ -190,7 +208,7 @@ def _probs(decision: RoutingDecision) -> Tensor:
     return decision.probs_TE
 
 
-def _mean_z(router: Router, decision: RoutingDecision, feedback: Feedback) -> Tensor:
+def _mean_z(decision: RoutingDecision, feedback: Feedback) -> Tensor:
     if decision.logits_TE is None:
         raise ConfigError("z_weight reads logits: the decision carries none")
     return feedback.mean(router_z(decision.logits_TE))
@@ -198,19 +216,20 @@ def _mean_z(router: Router, decision: RoutingDecision, feedback: Feedback) -> Te
 
 def _of_probs(
     loss: Callable[[Tensor, RoutingDecision, RoutingContext], Tensor],
-) -> Callable[[Router, RoutingDecision, Feedback], Tensor]:
-    return lambda router, decision, f: f.share * loss(_probs(decision), decision, f.context)
+) -> Callable[[RoutingDecision, Feedback], Tensor]:
+    return lambda decision, f: f.share * loss(_probs(decision), decision, f.context)
 
 
-_REGULARISERS: dict[str, Callable[[Router, RoutingDecision, Feedback], Tensor]] = {
-    "entropy": lambda router, decision, feedback: feedback.mean(-entropy_T(_probs(decision))),
+_REGULARISERS: dict[str, Callable[[RoutingDecision, Feedback], Tensor]] = {
+    "entropy": lambda decision, feedback: feedback.mean(-entropy_T(_probs(decision))),
     "balance": _of_probs(load_balance),
     "z": _mean_z,
     "device_balance": _of_probs(device_balance),
     "sequence_balance": _of_probs(sequence_balance),
     "communication_balance": _of_probs(communication_balance),
-    "importance": lambda router, decision, feedback: feedback.share * importance(decision, feedback.context),
-    "simbal": lambda router, decision, feedback: feedback.share * simbal(router.score_weights),
+    "importance": lambda decision, feedback: feedback.share * importance(decision, feedback.context),
 }
-"""What a weight of :class:`rlroute.config.RouterConfig` weighs: a term's sum over the step's micro-batches is its
-value."""
+"""What weights of a configuration weigh: a term's sum over the step's micro-batches is its value."""
+
+_OF_WEIGHTS: dict[str, Callable[[Router], Tensor]] = {"simbal": lambda router: simbal(router.score_weights)}
+"""Likewise, of what reads the router's weights alone."""

@@ -20,6 +20,7 @@ from rlroute.experiments.laws.steps import same
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.learning import adapt, learn
 from rlroute.model.accounting import fingerprints
+from rlroute.model.work import measure
 from rlroute.registry import make_router, router_class
 from rlroute.routing import Router, RoutingDecision
 from rlroute.training import loop
@@ -107,13 +108,14 @@ def test_simbal_is_the_distance_of_the_gram_matrix_from_the_identity() -> None:
 
 def test_a_term_of_weights_counts_once_however_the_step_is_cut() -> None:
     config = small_config()
+    router = make_model("switch", config, simbal_weight=0.1).routers[0]
     values = [
         backward_batch(
             make_model("switch", config, simbal_weight=0.1), make_batch(), CPU64, seed=0, step=0, micro_batches=parts
         ).terms["simbal"]
         for parts in (1, 2)
     ]
-    router = make_model("switch", config, simbal_weight=0.1).routers[0]
+    assert measure(router).adapt == 6 * 4 * 4 * 8  # a product and the two of its backward, once a step
     assert torch.allclose(values[0], values[1], atol=1e-12)
     assert values[0][0] == pytest.approx(float(simbal(router.score_weights).detach()))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlroute import learning
-from rlroute.balance import regularisers
+from rlroute.balance import regularisers, terms_of_weights
 from rlroute.learning import learn
 from rlroute.model.wishes import stand_in
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
@@ -62,7 +62,8 @@ def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_val
 
 def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     """Return the terms of a router's configuration, and its own."""
-    return regularisers(router, decision, feedback) | router.objective(decision, feedback)
+    shared = regularisers(router, decision, feedback) | terms_of_weights(router, feedback)
+    return shared | router.objective(decision, feedback)
 
 
 def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:
