@@ -26,25 +26,12 @@ def regularisers(router: Router, decision: RoutingDecision, feedback: Feedback) 
         ConfigError: a term reads what the decision does not carry.
     """
     return {
-        name: Term(_REGULARISERS[name](decision, feedback), weight) for name, weight in _weights(router, _REGULARISERS)
+        name: Term(_REGULARISERS[name](decision, feedback), weight)
+        for name, weight in weights_among(router, _REGULARISERS)
     }
 
 
-def terms_of_weights(router: Router, feedback: Feedback) -> dict[str, Term]:
-    """Return the terms of a router's configuration that read its weights and no token. They are computed once a step,
-    in its first micro-batch, and are 0 in the others; where micro-batches have no numbers, each has its share.
-    """
-    number, terms = feedback.context.micro_batch, dict[str, Term]()
-    for name, weight in _weights(router, _OF_WEIGHTS):
-        if number:
-            value = feedback.loss_MT.new_zeros(())
-        else:
-            value = _OF_WEIGHTS[name](router.original) * (1.0 if number == 0 else feedback.share)
-        terms[name] = Term(value, weight)
-    return terms
-
-
-def _weights(router: Router, among: Iterable[str]) -> Iterator[tuple[str, float | Tensor]]:
+def weights_among(router: Router, among: Iterable[str]) -> Iterator[tuple[str, float | Tensor]]:
     """Yield the terms that a router has among some, with their weights."""
     router = router.original
     for name in among:
@@ -171,12 +158,6 @@ def importance(decision: RoutingDecision, context: RoutingContext) -> Tensor:
     return cv_squared(context.sum_over_scope(sums_E))
 
 
-def simbal(weights_ED: Tensor) -> Tensor:
-    """Return sum_ij |W W^T - I|_ij of score weights W (SimBal, arXiv 2506.14038): 0 where scores keep distances."""
-    gram_EE = weights_ED @ weights_ED.t()
-    return (gram_EE - torch.eye(len(gram_EE), dtype=gram_EE.dtype, device=gram_EE.device)).abs().sum()
-
-
 def hold_max_vio(router: Router, sums: Mapping[str, Tensor]) -> None:
     """Move the weight of a router's f.P loss towards its target of MaxVio, where it has one.
 
@@ -230,6 +211,3 @@ _REGULARISERS: dict[str, Callable[[RoutingDecision, Feedback], Tensor]] = {
     "importance": lambda decision, feedback: feedback.share * importance(decision, feedback.context),
 }
 """What weights of a configuration weigh: a term's sum over the step's micro-batches is its value."""
-
-_OF_WEIGHTS: dict[str, Callable[[Router], Tensor]] = {"simbal": lambda router: simbal(router.score_weights)}
-"""Likewise, of what reads the router's weights alone."""

@@ -46,8 +46,14 @@ def combine(outputs_RD: Tensor, decision: RoutingDecision) -> tuple[Tensor, Rout
 
 
 def stand_in(router: Router, decision: RoutingDecision, x_TD: Tensor) -> RoutingDecision:
-    """Return what a router that stands alone would be handed: its inputs, as if they were outputs of experts."""
-    if "outputs" not in router.wishes:
-        return decision
-    ran_R1 = (decision.kept_R & decision.used_R)[:, None]
-    return replace(decision, outputs_RD=x_TD.detach()[decision.token_ids_R] * ran_R1)
+    """Return what a router that stands alone would be handed: its inputs, as if they were outputs of experts, and any
+    numbers as their weights.
+    """
+    if "outputs" in router.wishes:
+        ran_R1 = (decision.kept_R & decision.used_R)[:, None]
+        decision = replace(decision, outputs_RD=x_TD.detach()[decision.token_ids_R] * ran_R1)
+    if "weights" in router.wishes:
+        sizes = (router.shape.num_experts, router.shape.d_expert, router.shape.d_model)
+        places = torch.arange(sizes[0] * sizes[1] * sizes[2], dtype=x_TD.dtype, device=x_TD.device)
+        decision = replace(decision, gate_EFD=places.sin().view(sizes))
+    return decision

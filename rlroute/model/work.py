@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rlroute.balance import regularisers, terms_of_weights
+from rlroute.balance import regularisers
+from rlroute.coupling import terms_of_weights
 from rlroute.faults import noted
 from rlroute.learning import adapt, count, weighted
 from rlroute.model.checks import check, named
@@ -231,7 +232,7 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
             with back:
                 torch.autograd.backward(loss)
     with noted(*whose), last, torch.enable_grad():
-        loss = weighted([terms_of_weights(router, feedback)])
+        loss = weighted([terms_of_weights(router, decision, feedback)])
         if isinstance(loss, Tensor) and loss.requires_grad:
             torch.autograd.backward(loss)
     with noted(*whose), forward:
