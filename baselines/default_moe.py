@@ -8,8 +8,8 @@ The mean is that of all pairs that the expert ran in a step, exact whatever the 
 starts at the first one. Ours are: its decay, of which the abstract says nothing, and that the means belong to the
 model, in evaluation too. With `straight_through` they are there for the gradient alone, and evaluation is plain top-k.
 
-Outputs by pair are asked of the layer, which not every place has: attention and environments do not. They cost memory,
-one row a pair. The sum p_e d_e is a product of E D multiplications a token, and is counted.
+Outputs by pair are asked of the layer, and environments have none. They cost memory, one row a pair. The sum p_e d_e is
+a product of E D multiplications a token, and is counted.
 
 Shape suffixes: T tokens, D model width, E experts, K experts per token, R routed pairs.
 """

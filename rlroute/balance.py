@@ -7,7 +7,7 @@ looks balanced; pooled over layers, layers that collapse onto different experts 
 Shape suffixes: T tokens, E experts, B sequences, G devices (as many columns as experts, the surplus empty).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,16 +25,21 @@ def regularisers(router: Router, decision: RoutingDecision, feedback: Feedback) 
     Raises:
         ConfigError: a term reads what the decision does not carry.
     """
+    return {
+        name: Term(_REGULARISERS[name](decision, feedback), weight)
+        for name, weight in weights_among(router, _REGULARISERS)
+    }
+
+
+def weights_among(router: Router, among: Iterable[str]) -> Iterator[tuple[str, float | Tensor]]:
+    """Yield the terms that a router has among some, with their weights."""
     router = router.original
-    weights: dict[str, float | Tensor] = dict(router.config.term_weights)
-    if router.held_weight is not None:
-        weights["balance_weight"] = router.held_weight.clone()  # which moves before the step is logged
-    terms = dict[str, Term]()
-    for field, weight in weights.items():
+    for name in among:
+        weight: float | Tensor = router.config.term_weights[f"{name}_weight"]
+        if name == "balance" and router.held_weight is not None:
+            weight = router.held_weight.clone()  # which moves before the step is logged
         if isinstance(weight, Tensor) or weight:
-            name = field.removesuffix("_weight")
-            terms[name] = Term(_REGULARISERS[name](router, decision, feedback), weight)
-    return terms
+            yield name, weight
 
 
 def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
@@ -153,12 +158,6 @@ def importance(decision: RoutingDecision, context: RoutingContext) -> Tensor:
     return cv_squared(context.sum_over_scope(sums_E))
 
 
-def simbal(weights_ED: Tensor) -> Tensor:
-    """Return sum_ij |W W^T - I|_ij of score weights W (SimBal, arXiv 2506.14038): 0 where scores keep distances."""
-    gram_EE = weights_ED @ weights_ED.t()
-    return (gram_EE - torch.eye(len(gram_EE), dtype=gram_EE.dtype, device=gram_EE.device)).abs().sum()
-
-
 def hold_max_vio(router: Router, sums: Mapping[str, Tensor]) -> None:
     """Move the weight of a router's f.P loss towards its target of MaxVio, where it has one.
 
@@ -190,7 +189,7 @@ def _probs(decision: RoutingDecision) -> Tensor:
     return decision.probs_TE
 
 
-def _mean_z(router: Router, decision: RoutingDecision, feedback: Feedback) -> Tensor:
+def _mean_z(decision: RoutingDecision, feedback: Feedback) -> Tensor:
     if decision.logits_TE is None:
         raise ConfigError("z_weight reads logits: the decision carries none")
     return feedback.mean(router_z(decision.logits_TE))
@@ -198,19 +197,17 @@ def _mean_z(router: Router, decision: RoutingDecision, feedback: Feedback) -> Te
 
 def _of_probs(
     loss: Callable[[Tensor, RoutingDecision, RoutingContext], Tensor],
-) -> Callable[[Router, RoutingDecision, Feedback], Tensor]:
-    return lambda router, decision, f: f.share * loss(_probs(decision), decision, f.context)
+) -> Callable[[RoutingDecision, Feedback], Tensor]:
+    return lambda decision, f: f.share * loss(_probs(decision), decision, f.context)
 
 
-_REGULARISERS: dict[str, Callable[[Router, RoutingDecision, Feedback], Tensor]] = {
-    "entropy": lambda router, decision, feedback: feedback.mean(-entropy_T(_probs(decision))),
+_REGULARISERS: dict[str, Callable[[RoutingDecision, Feedback], Tensor]] = {
+    "entropy": lambda decision, feedback: feedback.mean(-entropy_T(_probs(decision))),
     "balance": _of_probs(load_balance),
     "z": _mean_z,
     "device_balance": _of_probs(device_balance),
     "sequence_balance": _of_probs(sequence_balance),
     "communication_balance": _of_probs(communication_balance),
-    "importance": lambda router, decision, feedback: feedback.share * importance(decision, feedback.context),
-    "simbal": lambda router, decision, feedback: feedback.share * simbal(router.score_weights),
+    "importance": lambda decision, feedback: feedback.share * importance(decision, feedback.context),
 }
-"""What a weight of :class:`rlroute.config.RouterConfig` weighs: a term's sum over the step's micro-batches is its
-value."""
+"""What weights of a configuration weigh: a term's sum over the step's micro-batches is its value."""

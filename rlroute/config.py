@@ -75,6 +75,12 @@ class RouterConfig:
     """Weight of CV^2 of the experts' summed gates over the balance scope (Shazeer et al. 2017, arXiv 1701.06538)."""
     simbal_weight: NonNegative = 0.0
     """Weight of the distance of the score weights' Gram matrix from the identity (SimBal, arXiv 2506.14038)."""
+    erc_weight: NonNegative = 0.0
+    """Weight of expert-router coupling (ERC, arXiv 2512.23447), which reads the experts' weights: all of them in this
+    process.
+    """
+    erc_alpha: Positive = 1.0
+    """What share of an expert's answer to its own row of score weights the others may reach, in that term."""
     orthogonal: bool = False
     """Score weights start with orthonormal rows, as SimBal has it."""
     target_max_vio: NonNegative | None = None
@@ -103,6 +109,11 @@ class RouterConfig:
         :func:`rlroute.balance.regularisers`.
         """
         return {f.name: getattr(self, f.name) for f in fields(RouterConfig) if f.name.endswith("_weight")}
+
+    @property
+    def wishes(self) -> frozenset[str]:
+        """What these terms ask of the layer: see :attr:`rlroute.routing.Router.wishes`."""
+        return frozenset({"weights"} if self.erc_weight else ())
 
     @property
     def balances(self) -> bool:

@@ -1,7 +1,7 @@
 """What a router decides: which (token, expert) pairs to run and with what weight.
 
-Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, E experts, K slots per
-token, C tokens per expert, R routed (token, expert) pairs, S shared experts.
+Shape suffixes: T tokens (rows; M x T where a router draws M routing samples), D model width, F expert width, E experts,
+K slots per token, C tokens per expert, R routed (token, expert) pairs, S shared experts.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class RoutingDecision:
         fill_TD: what is added to the layer's output as it is (for experts that do not run, say); None for nothing.
         outputs_RD: each pair's output before its gate, differentiable, 0 where it did not run; set by the layer, where
             the router wishes for it.
+        gate_EFD: the experts' projections into the activation (of a gated one the gate's), differentiable; set
+            likewise.
         max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for.
             Further ones are dropped, first choices before second ones and then by position.
         memo: read by the router that made it (value estimates, noise, thresholds), and through
@@ -65,6 +67,7 @@ class RoutingDecision:
     shared_gates_TS: Tensor | None = None
     fill_TD: Tensor | None = None
     outputs_RD: Tensor | None = None
+    gate_EFD: Tensor | None = None
     max_pairs: int | None = None
     memo: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlroute.balance import hold_max_vio, regularisers
+from rlroute.coupling import terms_of_weights
 from rlroute.errors import DecisionError
 from rlroute.faults import noted
 from rlroute.routing import Feedback, Router, RoutingDecision, Site, Sums, Term
@@ -88,7 +89,8 @@ def count(decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
 
 def _terms(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     with noted(router.config.name, router.shape.site):
-        return regularisers(router, decision, feedback) | router.objective(decision, feedback)
+        shared = regularisers(router, decision, feedback) | terms_of_weights(router, decision, feedback)
+        return shared | router.objective(decision, feedback)
 
 
 def _sums(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:

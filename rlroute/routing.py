@@ -37,7 +37,7 @@ __all__ = [
     "Term",
 ]
 
-WISHES = frozenset({"outputs"})
+WISHES = frozenset({"outputs", "weights"})
 """What routers may wish for: see :attr:`Router.wishes`."""
 
 Site = int | str
@@ -232,6 +232,7 @@ class RouterShape:
         devices: over so many are the experts spread evenly.
         num_shared_experts: S, experts that every token runs besides.
         grants: what the site hands to routers that wish for it.
+        d_expert: F, where it hands out weights.
     """
 
     d_model: int
@@ -246,6 +247,7 @@ class RouterShape:
     devices: int = 1
     num_shared_experts: int = 0
     grants: frozenset[str] = WISHES
+    d_expert: int = 1
 
     def key(self, name: str) -> tuple[int, str]:
         """Return the key from which the draws for a weight or table called ``name`` derive."""
@@ -275,8 +277,8 @@ class Router(nn.Module):
         two_rules: true if ``explore`` decides by another rule than evaluation, without drawing (a linear assignment,
             say).
         publishes: which of "logits" and "probs" its decisions carry; terms that read others are refused.
-        wishes: what it asks of its layer beyond the gated sums: "outputs" for ``outputs_RD`` of the decisions that it
-            observes. It is refused where the site has not that.
+        wishes: what it asks of its layer beyond the gated sums: "outputs" for ``outputs_RD`` of the decisions that its
+            terms read and that it observes, "weights" for ``gate_EFD``. It is refused where the site has not that.
         batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so
             that two micro-batches cannot equal one batch.
 
@@ -307,6 +309,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.shape = config, shape
         self.batch_dependent = self.batch_dependent or config.mixes_tokens
+        self.wishes = self.wishes | config.wishes
         held = config.target_max_vio is not None
         self.register_buffer("held_weight", torch.tensor(config.balance_weight) if held else None)
         if held:
@@ -343,25 +346,27 @@ class Router(nn.Module):
         """
         if not 1 <= shape.k <= shape.num_experts:
             return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
-        if vain := cls.wishes - shape.grants:
+        if vain := (cls.wishes | config.wishes) - shape.grants:
             return f"it wishes for {', '.join(sorted(vain))} of the experts, which site {shape.site} does not hand out"
         for name, weight in config.term_weights.items():
             if weight and not cls.carries(name):
                 return f"{name} = {weight}: its decisions do not carry what that term reads, legal is 0"
         if config.target_max_vio is not None and not cls.carries("balance_weight"):
             return f"target_max_vio = {config.target_max_vio}: its decisions carry no probabilities, legal is none"
-        if not (config.simbal_weight or config.orthogonal):
+        if not (config.simbal_weight or config.erc_weight or config.orthogonal):
             return None
         scores = cls._scores(config, shape)
         if config.simbal_weight and not (scores and scores.weight.requires_grad):
             return f"simbal_weight = {config.simbal_weight}: it has no linear scores that learn, legal is 0"
+        if config.erc_weight and not scores:
+            return f"erc_weight = {config.erc_weight}: it has no linear scores, legal is 0"
         return None if scores else f"orthogonal = {config.orthogonal}: it has no linear scores, legal is false"
 
     @classmethod
     def _scores(cls, config: RouterConfig, shape: RouterShape) -> LinearScores | None:
         """Return the linear scores that it would have, without weights; None where it has none."""
         with torch.device("meta"):
-            router = cls(replace(config, simbal_weight=0.0, orthogonal=False), shape)
+            router = cls(replace(config, simbal_weight=0.0, erc_weight=0.0, orthogonal=False), shape)
         scores = getattr(router, "scores", None)
         return scores if isinstance(scores, LinearScores) else None
 
@@ -372,7 +377,7 @@ class Router(nn.Module):
         """
         if weight == "importance_weight":
             return "gate" in cls.learns_from
-        return ("logits" if weight in ("z_weight", "simbal_weight") else "probs") in cls.publishes
+        return ("logits" if weight in ("z_weight", "simbal_weight", "erc_weight") else "probs") in cls.publishes
 
     @property
     def num_samples(self) -> int:

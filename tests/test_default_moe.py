@@ -23,6 +23,7 @@ from rlroute.routing import RoutingDecision
 from rlroute.training.step import backward_batch
 from tests.conftest import capped, draw, make_context, make_feedback, make_shape
 from tests.tiny import CPU64, make_batch, make_model, run_batch, shake, small_config
+from tests.toys import toy_model
 
 T, D, E = 12, 6, 5
 CONFIG = ModelConfig(num_layers=1, d_model=D, num_heads=1, num_experts=E, k=2, d_expert=4)
@@ -148,6 +149,25 @@ def test_outputs_by_pair_are_those_of_the_kernel_and_sum_to_its_output(kind: str
     assert bool(decision.outputs_RD[ran_R].any(1).all())
 
 
+def test_attention_hands_out_the_outputs_of_its_pairs_too() -> None:
+    """A router that wishes for them changes nothing of what comes out, and its pairs add up to it."""
+    found = []
+    for wished in (frozenset[str](), frozenset({"outputs"})):
+        model = shake(toy_model(small_config(attention_experts=4, capacity_factor=1.0), rule="threshold", share=1.5))
+        for router in model.routers:
+            router.wishes = wished
+        logits_BSV, decisions = run_batch(model, make_batch())
+        (gradient,) = torch.autograd.grad(logits_BSV.square().sum(), model.routers[0].score_weights)
+        found.append((logits_BSV.detach(), gradient))
+    for plain, by_pair in zip(*found, strict=True):
+        torch.testing.assert_close(by_pair, plain, rtol=0, atol=1e-10)
+    for decision in decisions:
+        ran_R = decision.kept_R & decision.used_R
+        assert decision.outputs_RD is not None
+        assert bool(decision.outputs_RD[ran_R].any(1).all()) and not decision.outputs_RD[~ran_R].any()
+        assert 0 < int(ran_R.sum()) < len(ran_R)
+
+
 def test_nothing_is_made_for_routers_without_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> None:
         raise AssertionError("not wished for")
@@ -160,8 +180,6 @@ def test_nothing_is_made_for_routers_without_a_wish(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_site_that_does_not_hand_it_out_is_refused_by_name() -> None:
-    reason = "router default_moe: it wishes for outputs of the experts, which site 0.attention does not hand out"
+    reason = "router default_moe: it wishes for outputs of the experts, which site 0 does not hand out"
     with pytest.raises(ConfigError, match=reason):
-        make_model("default_moe", small_config(attention_experts=4))
-    with pytest.raises(ConfigError, match="it wishes for outputs of the experts, which site 0 does not hand out"):
         DefaultMoERouter(DefaultMoERouter.Config(), router_shape(TASKS["uniform"], 0))

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from rlroute import metrics
-from rlroute.balance import communication_balance, cv_squared, device_balance, importance, simbal
+from rlroute.balance import communication_balance, cv_squared, device_balance, importance
 from rlroute.config import RunConfig
+from rlroute.coupling import erc, simbal
 from rlroute.errors import ConfigError
 from rlroute.experiments.laws.steps import same
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.learning import adapt, learn
 from rlroute.model.accounting import fingerprints
+from rlroute.model.work import measure
 from rlroute.registry import make_router, router_class
 from rlroute.routing import Router, RoutingDecision
 from rlroute.training import loop
@@ -107,13 +109,14 @@ def test_simbal_is_the_distance_of_the_gram_matrix_from_the_identity() -> None:
 
 def test_a_term_of_weights_counts_once_however_the_step_is_cut() -> None:
     config = small_config()
+    router = make_model("switch", config, simbal_weight=0.1).routers[0]
     values = [
         backward_batch(
             make_model("switch", config, simbal_weight=0.1), make_batch(), CPU64, seed=0, step=0, micro_batches=parts
         ).terms["simbal"]
         for parts in (1, 2)
     ]
-    router = make_model("switch", config, simbal_weight=0.1).routers[0]
+    assert measure(router).adapt == 6 * 4 * 4 * 8  # a product and the two of its backward, once a step
     assert torch.allclose(values[0], values[1], atol=1e-12)
     assert values[0][0] == pytest.approx(float(simbal(router.score_weights).detach()))
 
@@ -139,6 +142,7 @@ def test_an_orthogonal_start_keeps_lengths_as_far_as_there_is_room(name: str, ex
         ("hash", {"importance_weight": 0.5}, "importance_weight = 0.5: .* legal is 0"),
         ("hash", {"simbal_weight": 0.5}, "simbal_weight = 0.5: .* legal is 0"),
         ("frozen", {"simbal_weight": 0.5}, "simbal_weight = 0.5: it has no linear scores that learn, legal is 0"),
+        ("bandit", {"erc_weight": 0.5}, "erc_weight = 0.5: .* legal is 0"),
         ("bandit", {"orthogonal": True}, "orthogonal = True: it has no linear scores, legal is false"),
         ("uniform", {"target_max_vio": 1.0}, "target_max_vio = 1.0: .* legal is none"),
     ],
@@ -156,6 +160,69 @@ def test_another_reason_to_refuse_is_said_first() -> None:
         make(k=9, simbal_weight=0.1)
     with pytest.raises(ConfigError, match="groups = 3"):
         make("topk", groups=3, orthogonal=True)
+
+
+# Expert-router coupling
+
+
+def coupling_by_hand(weights_ED: Tensor, gate_EFD: Tensor, uniform_ED: Tensor, alpha: float) -> Tensor:
+    experts, lengths = len(weights_ED), {}
+    for i in range(experts):
+        others = [float((weights_ED[i] - weights_ED[j]).detach().norm()) for j in range(experts) if j != i]
+        within = min(min(others) / (2 * float(weights_ED[i].detach().norm())), 1.0)
+        proxy_D = weights_ED[i] * (1 - within + 2 * within * uniform_ED[i])
+        for j in range(experts):
+            lengths[i, j] = (gate_EFD[j] @ proxy_D).norm()
+    total = torch.zeros(()).double()
+    for i in range(experts):
+        for j in range(experts):
+            if i != j:
+                total = total + (lengths[i, j] - alpha * lengths[i, i]).clamp(min=0)
+                total = total + (lengths[j, i] - alpha * lengths[i, i]).clamp(min=0)
+    return total / experts**2
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_coupling_is_that_of_the_loop(alpha: float) -> None:
+    weights_ED, gate_EFD = leaves = draw(5, D).requires_grad_(), draw(5, 3, D, seed=1).requires_grad_()
+    values = [loss(weights_ED, gate_EFD, draw(5, D, seed=2).sigmoid(), alpha) for loss in (coupling_by_hand, erc)]
+    torch.testing.assert_close(values[1], values[0])
+    for want, got in zip(*(torch.autograd.grad(value, leaves) for value in values), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_coupling_is_defined_for_one_expert_and_at_weights_of_0() -> None:
+    for weights_ED in (draw(1, D), torch.zeros(4, D).double()):
+        leaf_ED = weights_ED.requires_grad_()
+        value = erc(leaf_ED, draw(len(weights_ED), 3, D), draw(len(weights_ED), D).sigmoid(), 1.0)
+        assert float(value.detach()) == 0 and not torch.autograd.grad(value, leaf_ED)[0].any()
+
+
+def test_coupling_teaches_router_and_experts_once_a_step_however_it_is_cut() -> None:
+    found = []
+    for parts in (1, 2):
+        gradients = []
+        for weight in (0.0, 2.0):
+            model: Any = make_model("switch", small_config(), init_std=0.5, balance_weight=0.0, erc_weight=weight)
+            result = backward_batch(model, make_batch(), CPU64, seed=0, step=3, micro_batches=parts)
+            gradients.append({name: p.grad for name, p in model.layers[0].moe.named_parameters()})
+        taught = {name: gradients[1][name] - plain for name, plain in gradients[0].items()}
+        assert {name for name, change in taught.items() if change.any()} == {"router.scores.weight", "experts.in_EHD"}
+        assert not taught["experts.in_EHD"][:, 6:].any(), "of a gated activation the gate's projection alone is read"
+        found.append([result.terms["erc"], *taught.values()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    assert bool((found[0][0] > 0).all())
+
+
+def test_coupling_is_refused_where_the_weights_are_not_at_hand() -> None:
+    config = build_entry("switch:erc_weight=0.5", DATA, replace(MODEL, num_experts=4), replace(TRAIN, micro_batches=2))
+    check({config: [0]}, workers=2, expert_shards=1)
+    reason = "it wishes for weights of the experts, which site 0{} does not hand out"
+    with pytest.raises(ConfigError, match=reason.format("")):
+        check({config: [0]}, workers=2, expert_shards=2)
+    with pytest.raises(ConfigError, match=reason.format(".attention")):
+        check({replace(config, model=replace(config.model, attention_experts=4)): [0]})
 
 
 # A weight that holds a target of MaxVio

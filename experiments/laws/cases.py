@@ -20,7 +20,7 @@ SHAPES = [(12, 8, 2), (12, 8, 1), (6, 3, 3), (1, 4, 2), (12, 16, 4)]
 OTHER_SHAPES = [(12, experts, k) for experts in (*range(2, 17), 24, 32, 64) for k in (1, 2, 3, 4, 6, 8) if k <= experts]
 """For a router that takes none of these."""
 TERMS = dict.fromkeys(RouterConfig().term_weights, 0.5)
-OF_WEIGHTS: dict[str, Any] = {"simbal_weight": TERMS.pop("simbal_weight"), "orthogonal": True}
+OF_WEIGHTS: dict[str, Any] = {name: TERMS.pop(name) for name in ("simbal_weight", "erc_weight")} | {"orthogonal": True}
 """What only routers with linear scores can have."""
 HELD: dict[str, Any] = {"balance_weight": 0.5, "target_max_vio": 0.5}
 """An f.P loss whose weight moves."""

@@ -20,6 +20,7 @@ from rlroute.experiments.laws.steps import (
     decide,
     gates_TE,
     make_batch,
+    run,
     same,
     spread,
     state,
@@ -81,7 +82,7 @@ def law_terms(case: Case) -> None:
     for tokens, experts, k in case.shapes:
         router = case.make(experts, k)
         batch = make_batch(router, tokens)
-        for term in terms_of(router, router(batch.x_TD, batch.context), batch.feedback).values():
+        for term in terms_of(router, run(router, batch), batch.feedback).values():
             assert term.value.shape == () and bool(term.value.isfinite()) and term.weight >= 0
 
 
@@ -232,7 +233,7 @@ def law_demand(case: Case) -> None:
     """Demand is what was chosen: dropping pairs changes neither it nor any term but those that speak of rewards."""
     router = with_a_past(case.make())
     batch = make_batch(router)
-    decision = router(batch.x_TD, batch.context)
+    decision = run(router, batch)
     dropped = drop_over_capacity(decision, 1 / decision.num_tokens, 1)  # one pair an expert
     assert int(dropped.load_E().sum()) < int(decision.load_E().sum())
     assert torch.equal(dropped.demand_E(), decision.demand_E())

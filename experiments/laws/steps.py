@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlroute import learning
 from rlroute.balance import regularisers
+from rlroute.coupling import terms_of_weights
 from rlroute.learning import learn
 from rlroute.model.wishes import stand_in
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
@@ -62,7 +63,8 @@ def make_feedback(context: RoutingContext, loss_T: Tensor | None = None, num_val
 
 def terms_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
     """Return the terms of a router's configuration, and its own."""
-    return regularisers(router, decision, feedback) | router.objective(decision, feedback)
+    shared = regularisers(router, decision, feedback) | terms_of_weights(router, decision, feedback)
+    return shared | router.objective(decision, feedback)
 
 
 def sums_of(router: Router, decision: RoutingDecision, feedback: Feedback) -> Sums:
@@ -109,6 +111,11 @@ def decide(router: Router, tokens: int = 12, **context: Any) -> RoutingDecision:
     return decision
 
 
+def run(router: Router, batch: Batch) -> RoutingDecision:
+    """Return a router's decision on a batch, as a layer would hand it back."""
+    return stand_in(router, router(batch.x_TD, batch.context), batch.x_TD)
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """Weighted terms, gradients by parameter, and sums for ``adapt``."""
@@ -133,7 +140,7 @@ def backward(router: Router, batch: Batch, *, terms: bool = True, interrupted: b
     token.
     """
     router.zero_grad()
-    decision = stand_in(router, router(batch.x_TD, batch.context), batch.x_TD)
+    decision = run(router, batch)
     if interrupted:
         evaluate(router)
     used_R = decision.used_R & batch.context.mask_T[decision.token_ids_R]

@@ -12,6 +12,7 @@ from rlroute import seeding
 from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.kernels import gather_linear, linear_combine, make_plan
+from rlroute.model import wishes
 from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import add_beside_pairs, compute_dtype, decide
 from rlroute.routing import Router, RoutingContext, Site
@@ -117,7 +118,13 @@ class AttentionExperts(nn.Module):
             q_RP = gather_linear(x_TD.to(dtype), plan, self.query_EPD.to(dtype), self.backend)
         y_RP = self._attend(q_RP, x_BSD, decision, plan.pairs_R)
         with torch.autocast(x_TD.device.type, enabled=False):
-            out_TD = linear_combine(y_RP, plan, self.out_EDP.to(dtype), decision.gates_R, self.backend)
+            out_EDP = self.out_EDP.to(dtype)
+            if "outputs" in self.router.wishes:
+                run = wishes.alone(decision, dtype)  # its rows are in the same order
+                outputs_RD = linear_combine(y_RP, make_plan(run), out_EDP, run.gates_R, self.backend)
+                out_TD, decision = wishes.combine(outputs_RD, decision)
+            else:
+                out_TD = linear_combine(y_RP, plan, out_EDP, decision.gates_R, self.backend)
         return add_beside_pairs(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), decision
 
     def _attend(self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor) -> Tensor:

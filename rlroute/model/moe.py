@@ -209,6 +209,8 @@ class MoELayer(DenseParts):
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
         out_TD, decision = finish()
+        if "weights" in self.router.wishes:
+            decision = replace(decision, gate_EFD=self.experts.in_EHD[:, : self.config.d_expert])
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
         return add_beside_pairs(out_TD, decision, x_TD.to(compute_dtype(x_TD))), decision
 

@@ -187,10 +187,19 @@ def sites(config: ModelConfig) -> dict[Site, int]:
     return found
 
 
+def _grants(config: ModelConfig, site: Site, shards: int) -> frozenset[str]:
+    """Return what a site hands to routers that wish for it: outputs and weights of the model's width, which are those
+    of a pair and of all experts.
+    """
+    if isinstance(site, str):
+        return WISHES - {"weights"}
+    had = {"outputs": config.gate_at == "output", "weights": shards == 1}
+    return frozenset(wish for wish in WISHES if had[wish] and config.d_latent is None)
+
+
 def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
     """Return what each routed site's router is built for, first to last."""
     experts = sites(config)
-    outputs = config.d_latent is None and config.gate_at == "output"  # those of a pair, of the model's width
     return [
         RouterShape(
             d_model=config.d_model,
@@ -205,7 +214,8 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             # The experts of attention are replicas on every device, and none of them is shared.
             devices=(config.devices or shape.placement.shards) if isinstance(site, int) else 1,
             num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
-            grants=WISHES if isinstance(site, int) and outputs else frozenset(),
+            grants=_grants(config, site, shape.placement.shards),
+            d_expert=config.d_expert,
         )
         for index, (site, count) in enumerate(experts.items())
     ]

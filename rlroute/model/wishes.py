@@ -24,9 +24,14 @@ def by_pair(x_TD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDec
         rows_RD = x_TD[decision.token_ids_R]
     else:
         rows_RD = x_TD[:, None].expand(-1, decision.k, -1).reshape(-1, x_TD.shape[1])
+    return rows_RD, alone(decision, x_TD.dtype)
+
+
+def alone(decision: RoutingDecision, dtype: torch.dtype) -> RoutingDecision:
+    """Return the decision in which each pair is a token of its own, with a gate of 1, in the order of the pairs."""
     ids_R = torch.where(decision.kept_R, decision.expert_ids_R, decision.num_experts)
-    gates_R1 = torch.ones_like(ids_R, dtype=x_TD.dtype)[:, None]
-    return rows_RD, RoutingDecision.token_choice(ids_R[:, None], gates_R1, decision.num_experts)
+    gates_R1 = torch.ones_like(ids_R, dtype=dtype)[:, None]
+    return RoutingDecision.token_choice(ids_R[:, None], gates_R1, decision.num_experts, max_pairs=decision.max_pairs)
 
 
 def combine(outputs_RD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDecision]:
@@ -41,8 +46,14 @@ def combine(outputs_RD: Tensor, decision: RoutingDecision) -> tuple[Tensor, Rout
 
 
 def stand_in(router: Router, decision: RoutingDecision, x_TD: Tensor) -> RoutingDecision:
-    """Return what a router that stands alone would be handed: its inputs, as if they were outputs of experts."""
-    if "outputs" not in router.wishes:
-        return decision
-    ran_R1 = (decision.kept_R & decision.used_R)[:, None]
-    return replace(decision, outputs_RD=x_TD.detach()[decision.token_ids_R] * ran_R1)
+    """Return what a router that stands alone would be handed: its inputs, as if they were outputs of experts, and any
+    numbers as their weights.
+    """
+    if "outputs" in router.wishes:
+        ran_R1 = (decision.kept_R & decision.used_R)[:, None]
+        decision = replace(decision, outputs_RD=x_TD.detach()[decision.token_ids_R] * ran_R1)
+    if "weights" in router.wishes:
+        sizes = (router.shape.num_experts, router.shape.d_expert, router.shape.d_model)
+        places = torch.arange(sizes[0] * sizes[1] * sizes[2], dtype=x_TD.dtype, device=x_TD.device)
+        decision = replace(decision, gate_EFD=places.sin().view(sizes))
+    return decision

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rlroute.balance import regularisers
+from rlroute.coupling import terms_of_weights
 from rlroute.faults import noted
 from rlroute.learning import adapt, count, weighted
 from rlroute.model.checks import check, named
@@ -130,7 +131,7 @@ class Work:
         greedy: the greedy forward.
         forward: in training, all but the backward and ``adapt``: the forward, the terms, what is observed.
         training: that and the backward.
-        adapt: FLOPs per step, whatever the number of rows.
+        adapt: FLOPs per step, whatever the number of rows: ``adapt``, and terms of the router's weights.
         active_parameters: numbers in the matrices, trained or not, that the greedy forward reads.
         buffers: those of them that are no parameters.
         elementwise: whether elementwise work is counted in: there is more than is left out.
@@ -211,8 +212,8 @@ def _matrices_read(router: Router, counter: Counter) -> tuple[int, int]:
 
 
 def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counter, Counter, Counter]:
-    """Run what a step runs at one site, and return what it took: all before and beside the backward, that, and
-    ``adapt``.
+    """Run what a step runs at one site, and return what it took: all before and beside the backward, that, and what is
+    run once a step.
     """
     whose, forward, back, last = (router.config.name, context.site), Counter(), Counter(), Counter()
     x_TD = x_TD.detach().clone().requires_grad_()
@@ -230,6 +231,10 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
         if isinstance(loss, Tensor) and loss.requires_grad:
             with back:
                 torch.autograd.backward(loss)
+    with noted(*whose), last, torch.enable_grad():
+        loss = weighted([terms_of_weights(router, decision, feedback)])
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            torch.autograd.backward(loss)
     with noted(*whose), forward:
         sums = count(decision, feedback) | router.observe(decision, feedback)
     with noted(*whose), last:

@@ -42,7 +42,7 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
     return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
 
 
-def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0) -> Transformer:
+def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0, placement: Placement = HERE) -> Transformer:
     """Return a run's model on PyTorch's meta device, without weights.
 
     It refuses what the real one would, and its costs are those of the real one.
@@ -51,7 +51,7 @@ def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0) -> Transformer:
         ConfigError: the router does not fit.
     """
     with torch.device("meta"):
-        return Transformer(config.model, _shape(config, corpus, seed, HERE), _router_maker(config))
+        return Transformer(config.model, _shape(config, corpus, seed, placement), _router_maker(config))
 
 
 def shapes(config: RunConfig, corpus: Corpus) -> list[RouterShape]:
@@ -131,7 +131,7 @@ def check(
         first, *_ = seeds = tuple(seeds)
         for seed in seeds:
             with _defects_left_to_the_run():
-                model = meta_model(config, corpora[config.data], seed)
+                model = meta_model(config, corpora[config.data], seed, Placement(expert_shards))
                 if config.train.budget == "flops" and seed == first:  # all seeds cost the same
                     planned_steps(config, costs(model, config.model, config.data.seq_len))
     return corpora
