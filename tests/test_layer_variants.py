@@ -332,6 +332,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_layers": 2, "moe_every": 0}, r"model\.moe_every = 0: legal are"),
     ({"num_layers": 2, "d_dense": 8}, r"model\.d_dense = 8: no layer is dense, legal is none"),
+    ({"rounding": "nearest"}, r"model\.rounding = 'nearest' with model\.round_to = 0: legal is 'down'"),
+    ({"expert_dropout": 1.0}, r"model\.expert_dropout = 1\.0: legal are numbers from 0 to below 1"),
     ({"shared_gate": "softmax"}, r"model\.shared_gate = 'softmax': legal are 'none', 'sigmoid'"),
 ]
 
