@@ -68,3 +68,14 @@ class LayerVariants:
             raise ConfigError(
                 f"model.shared_gate = {self.shared_gate!r} with model.num_shared_experts = 0: legal is 'none'"
             )
+
+    def check_router_dtype(self, dtype: str) -> None:
+        """Refuse routers in bfloat16 in a model of float64.
+
+        Raises:
+            ConfigError: they are.
+        """
+        if dtype == "float64" and self.router_dtype != "float32":
+            raise ConfigError(
+                f"model.router_dtype = {self.router_dtype!r} with train.dtype 'float64': legal is 'float32'"
+            )
