@@ -336,10 +336,7 @@ class RunConfig:
             _want(name, getattr(self, name), kind)
             getattr(self, name).check()
         object.__setattr__(self, "data", self.data.settled())  # what a record says does not hang on another default
-        if self.train.dtype == "float64" and self.model.router_dtype != "float32":
-            raise ConfigError(
-                f"model.router_dtype = {self.model.router_dtype!r} with train.dtype 'float64': legal is 'float32'"
-            )
+        self.model.check_router_dtype(self.train.dtype)
         sizes = {"train.batch_size": self.train.batch_size, "data.seq_len": self.data.seq_len}
         refuse_product(sizes, MOST_TOKENS, "tokens a step")
         _want("router", self.router, RouterConfig | None)

@@ -2,7 +2,7 @@
 
 Balance is not defined where nothing was chosen: it is NaN there, and all experts are dead.
 
-Shape suffixes: T tokens, E experts, K experts per token, R routed pairs, N values.
+Shape suffixes: T tokens, E experts, K experts per token, R routed pairs, N values, P parts of a sequence.
 """
 
 import math
@@ -81,6 +81,23 @@ def drop_rate(decision: RoutingDecision) -> Tensor:
     """Return the share of chosen pairs that the capacity step dropped; 0 where none was chosen."""
     chosen = decision.demand_E().sum()
     return (chosen - decision.load_E().sum()) / chosen.clamp(min=1)
+
+
+def drops_by_position(decision: RoutingDecision, position_T: Tensor, length: int, parts: int) -> Tensor:
+    """Count the chosen pairs, and those of them that were dropped, by equal parts of the sequence; int64 of shape
+    (2, P).
+
+    A capacity in the order of positions drops towards the end (OpenMoE, arXiv 2402.01739).
+
+    Args:
+        decision: any.
+        position_T: of each token in its sequence.
+        length: of the sequences.
+        parts: P.
+    """
+    part_R = (position_T * parts // length)[decision.token_ids_R]
+    counted_2R = torch.stack([decision.used_R, decision.used_R & ~decision.kept_R]).long()
+    return counted_2R.new_zeros(2, parts).index_add(1, part_R, counted_2R)
 
 
 def overlap(decision: RoutingDecision, other: RoutingDecision) -> Tensor:

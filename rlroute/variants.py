@@ -34,6 +34,12 @@ class LayerVariants:
     """In training this share of the activations inside routed experts is 0 (Switch, arXiv 2101.03961, table 4)."""
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     """float32: at least. bfloat16: the routers' matrix products and scores, the known-bad control (Switch, table 2)."""
+    round_to: Whole = 0
+    """In training each expert's pairs of a routing sample are rounded to a multiple of this, the size of a kernel's
+    tiles, by dropping those of the smallest gates (token rounding, SonicMoE, arXiv 2512.14080); 0: they are not.
+    """
+    rounding: Literal["down", "nearest"] = "down"
+    """down: no tile is part-filled. nearest: the last one stays where it is at least half full; no pair is added."""
 
     @property
     def moe_layers(self) -> range:
@@ -56,7 +62,20 @@ class LayerVariants:
             )
         if self.d_dense is not None and len(self.moe_layers) == self.num_layers:
             raise ConfigError(f"model.d_dense = {self.d_dense}: no layer is dense, legal is none")
+        if self.rounding != "down" and not self.round_to:
+            raise ConfigError(f"model.rounding = {self.rounding!r} with model.round_to = 0: legal is 'down'")
         if self.shared_gate != "none" and not num_shared_experts:
             raise ConfigError(
                 f"model.shared_gate = {self.shared_gate!r} with model.num_shared_experts = 0: legal is 'none'"
+            )
+
+    def check_router_dtype(self, dtype: str) -> None:
+        """Refuse routers in bfloat16 in a model of float64.
+
+        Raises:
+            ConfigError: they are.
+        """
+        if dtype == "float64" and self.router_dtype != "float32":
+            raise ConfigError(
+                f"model.router_dtype = {self.router_dtype!r} with train.dtype 'float64': legal is 'float32'"
             )

@@ -161,6 +161,24 @@ MUTANTS = [
         ),
     ),
     *faults(
+        "rlroute/model/moe.py",
+        "tests/test_layer_variants.py",
+        (
+            "a gate of shared experts is none",
+            "if self.shared_gate is not None:",
+            "if self.shared_gate is None and False:",
+        ),
+        ("activations are dropped in evaluation", "if dropout and context.training:", "if dropout:"),
+        ("experts of a token drop alike", "for row_T in rows), decision.expert_ids_R))", "for row_T in rows),))"),
+    ),
+    *faults(
+        "rlroute/kernels/composed.py",
+        "tests/test_layer_variants.py",
+        ("gates at the input weigh the output too", "gates_R = torch.ones_like(gates_R)", "pass"),
+        ("what is kept is not scaled", "* kept_RF / (1 - form.dropout)", "* kept_RF"),
+        ("biases of idle rows count", ".masked_fill(idle_R1, 0)", ""),
+    ),
+    *faults(
         "rlroute/model/capacity.py",
         "tests/test_capacity.py",
         ("capacity is rounded down", "torch.ceil(pairs_per_row", "torch.floor(pairs_per_row"),
@@ -172,6 +190,8 @@ MUTANTS = [
         ("an expert runs one pair too many", "< capacity_T[bin_R])", "<= capacity_T[bin_R])"),
         ("routing samples compete", "return sample_T * groups +", "return 0 * sample_T +"),
         ("small gates come first", "argsort(descending=True, stable=True)", "argsort(descending=False, stable=True)"),
+        ("tiles are filled in evaluation too", "if config.round_to and context.training:", "if config.round_to:"),
+        ("a half full tile goes", "torch.where(2 * beyond < size", "torch.where(2 * beyond <= size"),
         ("the bound lets one more run", "runs_R.cumsum(0) <= most", "runs_R.cumsum(0) <= most + 1"),
     ),
     *faults(

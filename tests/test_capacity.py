@@ -20,8 +20,9 @@ from rlroute.learning import count
 from rlroute.metrics import drop_rate
 from rlroute.model.capacity import limit
 from rlroute.routing import RoutingContext, RoutingDecision
+from rlroute.training.step import backward_batch
 from tests.conftest import make_context, make_feedback
-from tests.tiny import make_batch, run_batch, small_config
+from tests.tiny import CPU64, make_batch, run_batch, small_config
 from tests.toys import toy_model
 
 slowly = settings(derandomize=True, deadline=None, max_examples=150)
@@ -72,11 +73,30 @@ class Case:
                     room = math.ceil(config.capacity_factor * config.k * rows[bin_] / takers)
                 kept[r] = taken[place] < room
                 taken[place] += kept[r]
+        if config.round_to and self.context.micro_batch is not None:
+            kept = self.rounded(kept)
         if decision.max_pairs is not None:
             running = [r for r in self.places() if kept[r]]
             for r in running[decision.max_pairs :]:
                 kept[r] = False
         return kept
+
+    def rounded(self, kept: list[bool]) -> list[bool]:
+        """Drop the smallest gates of each sample's expert until its tiles are full, or its last one half full."""
+        decision, samples, size = self.decision, self.context.sample_T.tolist(), self.config.round_to
+        after = list(kept)
+        for place in {self.place(r, samples) for r in range(len(kept))}:
+            mine = [r for r in range(len(kept)) if kept[r] and self.place(r, samples) == place]
+            mine.sort(key=lambda r: (-float(decision.gates_R[r]), r))
+            beyond = len(mine) % size
+            stays = self.config.rounding == "nearest" and 2 * beyond >= size
+            for r in mine[len(mine) - beyond :]:
+                after[r] = stays
+        return after
+
+    def place(self, pair: int, samples: list[int]) -> tuple[int, int]:
+        """The sample and the expert of a pair."""
+        return samples[int(self.decision.token_ids_R[pair])], int(self.decision.expert_ids_R[pair])
 
 
 @st.composite
@@ -112,11 +132,14 @@ def cases(draw: st.DrawFn) -> Case:
         capacity_groups=1 if by == "sequence" else draw(st.integers(1, 9)),
         capacity_of=of,
         devices=devices,
+        round_to=(size := draw(st.sampled_from([0, 0, 1, 2, 3, 4]))),
+        rounding=draw(st.sampled_from(["down", "nearest"])) if size else "down",
     )
     config.check()
     device_E = torch.arange(experts) // (experts // devices)
-    length = draw(st.integers(1, each))
-    return Case(config, decision, make_context(each, length=length, samples=samples, expert_device_E=device_E))
+    keys: dict[str, Any] = {"length": draw(st.integers(1, each)), "samples": samples, "expert_device_E": device_E}
+    keys["micro_batch"] = draw(st.none() | st.just(0))
+    return Case(config, decision, make_context(each, **keys))
 
 
 @slowly
@@ -124,6 +147,8 @@ def cases(draw: st.DrawFn) -> Case:
 def test_drops_are_those_of_one_pair_after_the_other(case: Case) -> None:
     limited = limit(case.decision, case.config, case.context)
     assert (limited.kept_R & limited.used_R).tolist() == case.kept()
+    if case.config.round_to and case.decision.max_pairs is not None:
+        return  # the bound, which comes last, leaves tiles that are not full
     again = limit(limited, case.config, case.context)
     assert (again.kept_R & again.used_R).tolist() == case.kept(), "what is kept once is kept again"
 
@@ -207,3 +232,23 @@ def test_the_model_runs_under_capacities_at_every_site(fields: dict[str, Any]) -
 def test_a_batch_of_fewer_rows_than_groups_runs() -> None:
     _, decisions = run_batch(toy_model(small_config(capacity_factor=1.0, capacity_groups=99)), make_batch())
     assert all(bool(decision.kept_R.all()) for decision in decisions), "each row competes with none"
+
+
+def test_tiles_are_filled_in_training_alone_and_drop_the_smallest_gates() -> None:
+    ids_T1, gates_T1 = torch.tensor([[0], [0], [0], [1], [1], [1], [1], [1]]), torch.arange(8.0)[:, None] + 1
+    decision = RoutingDecision.token_choice(ids_T1, gates_T1, 2)
+    config, context = small_config(num_experts=2, k=1, round_to=2), make_context(8, micro_batch=0)
+    want = [False, True, True, False, True, True, True, True]
+    assert limit(decision, config, context).kept_R.tolist() == want
+    assert limit(decision, replace(config, rounding="nearest"), context).kept_R.all(), "a last tile that is half full"
+    assert limit(decision, config, replace(context, micro_batch=None)).kept_R.all()
+    four = limit(decision, replace(config, round_to=4, rounding="nearest"), context)
+    assert four.load_E().tolist() == [3, 4] and four.demand_E().tolist() == [3, 5]
+
+
+def test_training_books_the_pairs_that_are_left() -> None:
+    model = toy_model(small_config(num_layers=1, round_to=8))
+    result = backward_batch(model, make_batch(4), CPU64, seed=0, step=0, micro_batches=1)
+    load_E, demand_E = result.sums_L[0]["load_E"], result.sums_L[0]["demand_E"]
+    assert load_E.tolist() == (demand_E // 8 * 8).tolist() and 0 < int(load_E.sum()) < int(demand_E.sum())
+    assert result.pairs_L.tolist() == [int(load_E.sum())]

@@ -138,11 +138,28 @@ def test_drop_rate_is_the_share_of_pairs_over_capacity(router: str, batches: lis
     assert results(many_experts(router), batches)["drop_rate"] == 0
 
 
+@pytest.mark.parametrize("order", ["position", "gate"])
+def test_drops_are_told_by_the_quarter_of_the_sequence(order: str) -> None:
+    """All of a sequence's rows compete alone, so that in the order of positions the last quarter loses most."""
+    model = many_experts("switch", capacity_factor=0.7, capacity_order=order, capacity_rows="sequence")
+    _, decisions_L = run_all(model, BATCHES)
+    chosen, dropped = Counter[int](), Counter[int]()
+    for decision in (d for decisions in decisions_L for d in decisions):
+        for token, kept in zip(decision.token_ids_R.tolist(), decision.kept_R.tolist(), strict=True):
+            quarter = token % 8 * 4 // 8
+            chosen[quarter] += 1
+            dropped[quarter] += not kept
+    row = results(model, BATCHES)
+    assert row["drop_by_position"] == pytest.approx([dropped[q] / chosen[q] for q in range(4)], rel=1e-9)
+    assert mean(row["drop_by_position"]) == pytest.approx(row["drop_rate"])
+    assert (row["drop_by_position"][-1] == max(row["drop_by_position"])) or order == "gate"
+
+
 def test_what_is_not_there_is_said() -> None:
     assert results(many_experts("hash"), BATCHES)["router_entropy_L"] is None
     row = results(many_experts(None), BATCHES)
     assert [row[name] for name in ("max_vio_L", "cv_L", "load_entropy_L", "dead_L", "load_LE")] == [[]] * 5
-    assert row["router_entropy_L"] is None and row["drop_rate"] == 0
+    assert row["router_entropy_L"] is None and row["drop_rate"] == 0 and row["drop_by_position"] == [None] * 4
 
 
 @pytest.mark.parametrize("batches", [BATCHES, UNEQUAL], ids=["equal", "unequal"])

@@ -52,12 +52,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "expert_dropout": 0.25,
     },
 }
-ROUTERS: dict[str, dict[str, Any]] = {
-    "top": {},
-    "unused slots, own input": {"rule": "threshold", "own": 0.5},
-    "experts choose": {"rule": "experts"},
-    "a bound": {"share": 0.8},
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "top": ({}, {}),
+    "unused slots, own input": ({"rule": "threshold", "own": 0.5}, {}),
+    "experts choose, unit gates": ({"rule": "experts"}, {"gate_form": "unit"}),
+    "a bound, and drops": ({"share": 0.8}, {"capacity_factor": 0.7}),
+    "tiles": ({}, {"round_to": 3, "gate_form": "unit"}),
 }
+"""Routers, and what else the layer does."""
 BLOCKS: dict[str, dict[str, Any]] = {
     "every second block": {"moe_every": 2},
     "every second after a dense one": {"num_dense_layers": 1, "moe_every": 2},
@@ -136,8 +138,7 @@ def layer(fields: dict[str, Any], router: dict[str, Any]) -> tuple[Any, Tensor, 
 
 
 @each_variant
-@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
-@pytest.mark.parametrize("layers", [{}, {"gate_form": "unit", "capacity_factor": 0.7}], ids=["plain", "unit, drops"])
+@pytest.mark.parametrize(("router", "layers"), CASES.values(), ids=CASES)
 def test_a_variant_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str, Any], layers: dict[str, Any]) -> None:
     moe, x_TD, context = layer(fields | layers, router)
     out_TD, decision = moe(x_TD, context)
@@ -332,6 +333,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_layers": 2, "moe_every": 0}, r"model\.moe_every = 0: legal are"),
     ({"num_layers": 2, "d_dense": 8}, r"model\.d_dense = 8: no layer is dense, legal is none"),
+    ({"rounding": "nearest"}, r"model\.rounding = 'nearest' with model\.round_to = 0: legal is 'down'"),
+    ({"expert_dropout": 1.0}, r"model\.expert_dropout = 1\.0: legal are numbers from 0 to below 1"),
     ({"shared_gate": "softmax"}, r"model\.shared_gate = 'softmax': legal are 'none', 'sigmoid'"),
 ]
 

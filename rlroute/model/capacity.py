@@ -1,4 +1,4 @@
-"""Dropping pairs over capacity: a rule of the layer, not a router's business.
+"""Dropping pairs over capacity, or down to whole tiles: rules of the layer, not a router's business.
 
 A bin is what has a capacity: one expert (or one device) and some rows, which compete for it.
 
@@ -17,8 +17,8 @@ from rlroute.routing import RoutingContext
 
 
 def limit(decision: RoutingDecision, config: ModelConfig, context: RoutingContext) -> RoutingDecision:
-    """Return the decision without what is over the capacities of a model's configuration, or over the decision's own
-    bound.
+    """Return the decision without what is over the capacities of a model's configuration, fills no tile, or is over
+    the decision's own bound.
     """
     if config.capacity_factor is not None:
         device_E = context.expert_device_E if config.capacity_of == "device" else None
@@ -31,6 +31,8 @@ def limit(decision: RoutingDecision, config: ModelConfig, context: RoutingContex
             bin_T=_bins(config, context),
             device_E=device_E,
         )
+    if config.round_to and context.training:
+        decision = round_to_tiles(decision, config.round_to, context, nearest=config.rounding == "nearest")
     most = decision.max_pairs
     return decision if most is None or most >= len(decision.kept_R) else _drop_over_bound(decision, most)
 
@@ -60,9 +62,7 @@ def drop_over_capacity(
     bin_T = decision.token_ids_R.new_zeros(decision.num_tokens) if bin_T is None else bin_T
     rows_T = torch.zeros_like(bin_T).index_add(0, bin_T, torch.ones_like(bin_T))
     capacity_T = torch.ceil(pairs_per_row * rows_T.double() / takers)
-    first_R = (
-        _places(decision) if order == "position" else decision.gates_R.detach().argsort(descending=True, stable=True)
-    )
+    first_R = _places(decision) if order == "position" else _by_gate(decision)
     runs_R = (decision.kept_R & decision.used_R)[first_R]
     taker_R = decision.expert_ids_R.clamp(max=decision.num_experts - 1)[first_R]
     taker_R = taker_R if device_E is None else device_E[taker_R]
@@ -73,6 +73,34 @@ def drop_over_capacity(
     return replace(decision, kept_R=kept_R)
 
 
+def round_to_tiles(
+    decision: RoutingDecision, size: int, context: RoutingContext, *, nearest: bool = False
+) -> RoutingDecision:
+    """Return the decision with ``kept_R`` false for the pairs of smallest gates that are beyond each expert's last full
+    tile (token rounding, SonicMoE, arXiv 2512.14080).
+
+    There, tokens that did not choose an expert may fill its last tile; here none are added, since a decision says no
+    gates for them.
+
+    Args:
+        decision: any decision.
+        size: pairs in a tile. Those of each routing sample fill tiles of their own.
+        context: says which row is of which sample.
+        nearest: keep a last tile that is at least half full.
+    """
+    experts, sample_T = decision.num_experts, context.sample_T
+    first_R = _by_gate(decision)
+    runs_R = (decision.kept_R & decision.used_R)[first_R]
+    expert_R = sample_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
+    slot_R = torch.where(runs_R, expert_R[first_R], context.num_samples * experts)
+    counts = slot_R.new_zeros(context.num_samples * experts + 1).index_add(0, slot_R, torch.ones_like(slot_R))
+    beyond = counts % size
+    beyond = torch.where(2 * beyond < size, beyond, 0) if nearest else beyond
+    kept_R = torch.empty_like(decision.kept_R)
+    kept_R[first_R] = runs_R & (_rank(slot_R) < (counts - beyond)[slot_R])
+    return replace(decision, kept_R=kept_R)
+
+
 def _drop_over_bound(decision: RoutingDecision, most: int) -> RoutingDecision:
     """Drop running pairs beyond the first ``most``."""
     first_R = _places(decision)
@@ -80,6 +108,11 @@ def _drop_over_bound(decision: RoutingDecision, most: int) -> RoutingDecision:
     kept_R = torch.empty_like(decision.kept_R)
     kept_R[first_R] = runs_R & (runs_R.cumsum(0) <= most)
     return replace(decision, kept_R=kept_R)
+
+
+def _by_gate(decision: RoutingDecision) -> Tensor:
+    """Return the pairs, larger gates first."""
+    return decision.gates_R.detach().argsort(descending=True, stable=True)
 
 
 def _places(decision: RoutingDecision) -> Tensor:

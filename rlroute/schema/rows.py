@@ -48,6 +48,8 @@ class EvalRow(TypedDict):
     """Experts below 5% of the fair share."""
     drop_rate: Part
     """The share of the chosen pairs that a capacity dropped."""
+    drop_by_position: NotRequired[list[Part | None]]
+    """The same of the pairs of each quarter of the sequences, first to last; old records do not say."""
     pairs_L: NotRequired[list[Amount]]
     """Pairs that ran per token; old records do not say."""
     without_L: NotRequired[list[Part]]

@@ -3,7 +3,7 @@
 The batches are micro-batches, so that rules that mix tokens see as many as in training; the ranks of a group take turns
 with them.
 
-Shape suffixes: T tokens, L routed sites, E experts.
+Shape suffixes: T tokens, L routed sites, E experts, P parts of a sequence.
 """
 
 import math
@@ -22,6 +22,8 @@ from rlroute.training.group import ALONE, Group
 from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L, rounded
 from rlroute.transfer import numbers
 
+PARTS = 4
+"""Into so many equal parts a sequence is cut, to say where in it pairs are dropped."""
 Decisions = Sequence[RoutingDecision]
 """By site."""
 
@@ -63,6 +65,7 @@ def evaluate(
                 totals.add_loss(explore, loss_MT, batch, token_bytes_V)
         if index < len(batches):
             totals.add_decisions(*made)
+            totals.add_drops(made[0], context.position_T, batch.tokens_BS.shape[1])
     totals.add_up(group)
     drawn = totals.losses(True) | {"overlap_L": totals.overlaps()} if True in modes else None
     row: dict[str, Any]
@@ -78,6 +81,7 @@ class _Totals:
         losses_23: of the greedy and of the sampled policy: nats, tokens and bytes of text.
         demand_L: the pairs that chose each expert, by site.
         sums_L6: what :func:`_sums` returns, by site.
+        drops_2P: chosen and dropped pairs, by the part of the sequence.
         overlap_L2: by site, drawn pairs that are greedy ones too, and drawn pairs.
     """
 
@@ -88,6 +92,7 @@ class _Totals:
             torch.zeros(router.shape.num_experts, dtype=torch.long, device=device) for router in model.routers
         ]
         self.sums_L6 = torch.zeros(len(self.demand_L), 6, dtype=torch.float64, device=device)
+        self.drops_2P = torch.zeros(2, PARTS, dtype=torch.long, device=device)
         self.overlap_L2 = torch.zeros(len(self.demand_L), 2, dtype=torch.float64, device=device)
 
     def add_loss(self, explore: bool, loss_MT: Tensor, batch: Batch, token_bytes_V: np.ndarray) -> None:
@@ -104,9 +109,14 @@ class _Totals:
             pairs = b.used_R.sum().double()
             self.overlap_L2[site] += torch.stack([pairs * metrics.overlap(b, a).nan_to_num(), pairs])
 
+    def add_drops(self, greedy: Decisions, position_T: Tensor, length: int) -> None:
+        for decision in greedy:
+            self.drops_2P += metrics.drops_by_position(decision, position_T, length, PARTS)
+
     def add_up(self, group: Group) -> None:
         """Sum over the ranks of a group."""
-        for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*self.demand_L, self.sums_L6], [self.overlap_L2]):
+        counts = [*self.demand_L, self.drops_2P]
+        for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*counts, self.sums_L6], [self.overlap_L2]):
             group.add_up(tensors)  # apart: the order in which ranks are summed depends on what travels together
 
     def losses(self, explore: bool) -> dict[str, Tensor]:
@@ -129,6 +139,7 @@ class _Totals:
             "router_entropy_L": entropy_L / scored_L,
             "dead_L": [metrics.dead_experts(d) for d in demand_L],
             "drop_rate": (used_L - ran_L).sum() / used_L.sum().clamp(min=1),
+            "drop_by_position": self.drops_2P[1].double() / self.drops_2P[0],
             "pairs_L": ran_L / tokens_L,
             "without_L": without_L / tokens_L,
             "load_LE": load_fractions(demand_L),
