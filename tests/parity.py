@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlroute.experiments.checkpoints.blocks import FORMATS
 from rlroute.experiments.recipes.entries import router_of
 from rlroute.registry import router_class
 from rlroute.routing import Router, RoutingContext, RoutingDecision
@@ -64,8 +65,10 @@ def measure(row: Row, shift: float) -> Distance:
         router = ours(row)
         copy_weights(theirs, bias_E if wanted else None, router)
         context = Watching(**vars(make_context(T, explore=False)))
-        got_TE = dense(router(x_TD, context))
-    best_TE = context.ranked[0].sort(dim=1, descending=True).values
+        decision = router(x_TD, context)
+        got_TE = dense(decision)
+    ranked_TE = context.ranked[0] if context.ranked else decision.logits_TE
+    best_TE = ranked_TE.sort(dim=1, descending=True).values
     clear_T = best_TE[:, row.k - 1] - best_TE[:, row.k] > TIED
     apart_TE = (want_TE - got_TE)[clear_T]
     other_T = ((want_TE != 0) != (got_TE != 0)).any(1) & clear_T
@@ -183,6 +186,10 @@ What the comparison leaves out: capacities and jitter, which are not the router'
 constant 1 and cut the router's gradient. Some classes normalise over the second dimension: they are right for
 flattened input alone, which is what they get.
 
+Whole blocks: `rlroute.experiments.checkpoints.blocks.read_block` takes the configuration and the weights of a block of
+transformers and returns a layer of ours that gives the same output (to 1e-5 of the largest): {formats}
+(`tests/test_blocks.py`).
+
 Releases to avoid: NLLB-MoE's experts are broken from 5.0 on (two experts alone ever run; its router, below, is
 sound); 5.0 to 5.4 apply a softmax twice in the pooled balance loss; 4.56 fills the mask of DeepSeek-V3's groups with
 0, which sends tokens with negative scores into forbidden groups.
@@ -193,7 +200,7 @@ def page() -> str:
     """Return docs/parity.md, all of it measured."""
     import transformers
 
-    parts = [HEAD.format(version=transformers.__version__, T=T, D=D, E=E, K=K)]
+    parts = [HEAD.format(version=transformers.__version__, formats=", ".join(FORMATS), T=T, D=D, E=E, K=K)]
     parts.append("| class | settings | ours | largest difference of a gate |\n|---|---|---|---|")
     for row in sorted(ROWS, key=lambda row: row.published):
         apart = max(measure(row, shift).gates for shift in SHIFTS)
