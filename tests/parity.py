@@ -1,7 +1,7 @@
 """Our routers beside the published classes of transformers, and how far apart they are: ``python -m tests.parity``
 prints docs/parity.md.
 
-Shape suffixes: T tokens, D model width, E experts, K experts per token.
+Shape suffixes: T tokens, D model width, E experts, K experts per token, S shared experts.
 """
 
 import importlib
@@ -96,7 +96,8 @@ def ours(row: Row) -> Router:
     """Return our router of a row."""
     config = router_of(row.entry)
     assert config is not None
-    return router_class(config.name)(config, make_shape(E, row.k, d_model=D))
+    shared = row.settings.get("n_shared_experts", 0)
+    return router_class(config.name)(config, make_shape(E, row.k, d_model=D, num_shared_experts=shared))
 
 
 def shake(module: nn.Module, shift: float) -> None:
@@ -120,9 +121,10 @@ def copy_weights(module: nn.Module, bias_E: Tensor | None, router: Router) -> No
     weight_ED = state.pop("weight")
     if "scale" in state:  # of the normalised input, element by element: here a part of the matrix
         weight_ED = weight_ED * state.pop("scale") * D**-0.5
-    taken = {"scores.weight": weight_ED} | {
-        new: state.pop(old).flatten() for old, new in _NAMES.items() if old in state
-    }
+    taken = {"scores.weight": weight_ED[:E]} | ({"shared_SD": weight_ED[E:]} if len(weight_ED) > E else {})
+    if "global_scale" in state:
+        taken["scale"] = state.pop("global_scale").squeeze()
+    taken |= {new: state.pop(old).flatten() for old, new in _NAMES.items() if old in state}
     assert not state, f"{type(module).__name__} has {', '.join(state)} besides: what are they of ours?"
     router.load_state_dict(taken | ({} if bias_E is None else {"bias_E": bias_E}))
 
@@ -142,8 +144,11 @@ def call(module: Any, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, bool]:
 
 
 def dense(decision: RoutingDecision) -> Tensor:
-    """Return the gates of a decision, of shape (T, E), 0 where an expert is not chosen."""
-    return torch.zeros(T, E).index_put((decision.token_ids_R, decision.expert_ids_R), decision.gates_R)
+    """Return the gates of a decision, 0 where an expert is not chosen, and behind them those of shared experts, if it
+    has any; shape (T, E) or (T, E + S).
+    """
+    gates_TE = torch.zeros(T, E).index_put((decision.token_ids_R, decision.expert_ids_R), decision.gates_R)
+    return gates_TE if decision.shared_gates_TS is None else torch.cat([gates_TE, decision.shared_gates_TS], 1)
 
 
 def _of_ids(_: Tensor, gates_TK: Tensor, ids_TK: Tensor) -> Tensor:
@@ -157,6 +162,7 @@ def _of_pairs(order_R: Tensor, token_R: Tensor, gates_R: Tensor, sizes: list[int
 
 
 _READ: dict[str, Any] = {
+    "InklingTopkRouter": lambda _, gates_TK, ids_TK, shared_TS: torch.cat([_of_ids(_, gates_TK, ids_TK), shared_TS], 1),
     "JetMoeTopKGating": _of_pairs,
     "Llama4Router": lambda scores_TE, logits_TE: scores_TE,
     "NllbMoeTop2Router": lambda first_TE, gates_TE, logits_TE: gates_TE,

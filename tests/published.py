@@ -181,6 +181,7 @@ ROWS: list[Row] = [
         "inkling2_loop.Inkling2LoopTopKRouter",
         scoring_func="sigmoid",
     ),
+    *_rows("joint_gates:route_scale=2.5", "inkling.InklingTopkRouter", n_shared_experts=2),
     *_rows(_BIASED + ",order=choose_first", "kolibri1.Kolibri1TopKRouter"),
     *_rows(_BIASED + ",soft_cap=3", "laguna.LagunaTopKRouter"),
     *_rows(_BIASED + ",logit_scale=1.5,route_scale=2.5", "muse_spark.MuseSparkTopkRouter"),
@@ -201,7 +202,6 @@ ROWS: list[Row] = [
 """Every class with a router in it, under each setting that changes the rule."""
 AWAITED = {
     "deepseek_v4.DeepseekV4HashRouter": "ids from a table, gates from learned weights: no router does so yet",
-    "inkling.InklingTopkRouter": "shared experts' gates are normalised with the chosen ones': no router does so yet",
     "zaya.ZayaRouter": "an MLP over the state of the layer below, and a class that skips: no router does so yet",
 }
 """Router classes that no entry of ours stands for, and what is missing."""
