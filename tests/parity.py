@@ -1,7 +1,7 @@
 """Our routers beside the published classes of transformers, and how far apart they are: ``python -m tests.parity``
 prints docs/parity.md.
 
-Shape suffixes: T tokens, D model width, E experts, K experts per token.
+Shape suffixes: T tokens, D model width, E experts, K experts per token, S shared experts.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlroute.experiments.checkpoints.blocks import FORMATS
 from rlroute.experiments.recipes.entries import router_of
 from rlroute.registry import router_class
 from rlroute.routing import Router, RoutingContext, RoutingDecision
@@ -64,8 +65,10 @@ def measure(row: Row, shift: float) -> Distance:
         router = ours(row)
         copy_weights(theirs, bias_E if wanted else None, router)
         context = Watching(**vars(make_context(T, explore=False)))
-        got_TE = dense(router(x_TD, context))
-    best_TE = context.ranked[0].sort(dim=1, descending=True).values
+        decision = router(x_TD, context)
+        got_TE = dense(decision)
+    ranked_TE = context.ranked[0] if context.ranked else decision.logits_TE
+    best_TE = ranked_TE.sort(dim=1, descending=True).values
     clear_T = best_TE[:, row.k - 1] - best_TE[:, row.k] > TIED
     apart_TE = (want_TE - got_TE)[clear_T]
     other_T = ((want_TE != 0) != (got_TE != 0)).any(1) & clear_T
@@ -93,7 +96,8 @@ def ours(row: Row) -> Router:
     """Return our router of a row."""
     config = router_of(row.entry)
     assert config is not None
-    return router_class(config.name)(config, make_shape(E, row.k, d_model=D))
+    shared = row.settings.get("n_shared_experts", 0)
+    return router_class(config.name)(config, make_shape(E, row.k, d_model=D, num_shared_experts=shared))
 
 
 def shake(module: nn.Module, shift: float) -> None:
@@ -117,9 +121,10 @@ def copy_weights(module: nn.Module, bias_E: Tensor | None, router: Router) -> No
     weight_ED = state.pop("weight")
     if "scale" in state:  # of the normalised input, element by element: here a part of the matrix
         weight_ED = weight_ED * state.pop("scale") * D**-0.5
-    taken = {"scores.weight": weight_ED} | {
-        new: state.pop(old).flatten() for old, new in _NAMES.items() if old in state
-    }
+    taken = {"scores.weight": weight_ED[:E]} | ({"shared_SD": weight_ED[E:]} if len(weight_ED) > E else {})
+    if "global_scale" in state:
+        taken["scale"] = state.pop("global_scale").squeeze()
+    taken |= {new: state.pop(old).flatten() for old, new in _NAMES.items() if old in state}
     assert not state, f"{type(module).__name__} has {', '.join(state)} besides: what are they of ours?"
     router.load_state_dict(taken | ({} if bias_E is None else {"bias_E": bias_E}))
 
@@ -139,8 +144,11 @@ def call(module: Any, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, bool]:
 
 
 def dense(decision: RoutingDecision) -> Tensor:
-    """Return the gates of a decision, of shape (T, E), 0 where an expert is not chosen."""
-    return torch.zeros(T, E).index_put((decision.token_ids_R, decision.expert_ids_R), decision.gates_R)
+    """Return the gates of a decision, 0 where an expert is not chosen, and behind them those of shared experts, if it
+    has any; shape (T, E) or (T, E + S).
+    """
+    gates_TE = torch.zeros(T, E).index_put((decision.token_ids_R, decision.expert_ids_R), decision.gates_R)
+    return gates_TE if decision.shared_gates_TS is None else torch.cat([gates_TE, decision.shared_gates_TS], 1)
 
 
 def _of_ids(_: Tensor, gates_TK: Tensor, ids_TK: Tensor) -> Tensor:
@@ -154,6 +162,7 @@ def _of_pairs(order_R: Tensor, token_R: Tensor, gates_R: Tensor, sizes: list[int
 
 
 _READ: dict[str, Any] = {
+    "InklingTopkRouter": lambda _, gates_TK, ids_TK, shared_TS: torch.cat([_of_ids(_, gates_TK, ids_TK), shared_TS], 1),
     "JetMoeTopKGating": _of_pairs,
     "Llama4Router": lambda scores_TE, logits_TE: scores_TE,
     "NllbMoeTop2Router": lambda first_TE, gates_TE, logits_TE: gates_TE,
@@ -183,6 +192,10 @@ What the comparison leaves out: capacities and jitter, which are not the router'
 constant 1 and cut the router's gradient. Some classes normalise over the second dimension: they are right for
 flattened input alone, which is what they get.
 
+Whole blocks: `rlroute.experiments.checkpoints.blocks.read_block` takes the configuration and the weights of a block of
+transformers and returns a layer of ours that gives the same output (to 1e-5 of the largest): {formats}
+(`tests/test_blocks.py`).
+
 Releases to avoid: NLLB-MoE's experts are broken from 5.0 on (two experts alone ever run; its router, below, is
 sound); 5.0 to 5.4 apply a softmax twice in the pooled balance loss; 4.56 fills the mask of DeepSeek-V3's groups with
 0, which sends tokens with negative scores into forbidden groups.
@@ -193,7 +206,7 @@ def page() -> str:
     """Return docs/parity.md, all of it measured."""
     import transformers
 
-    parts = [HEAD.format(version=transformers.__version__, T=T, D=D, E=E, K=K)]
+    parts = [HEAD.format(version=transformers.__version__, formats=", ".join(FORMATS), T=T, D=D, E=E, K=K)]
     parts.append("| class | settings | ours | largest difference of a gate |\n|---|---|---|---|")
     for row in sorted(ROWS, key=lambda row: row.published):
         apart = max(measure(row, shift).gates for shift in SHIFTS)

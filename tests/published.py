@@ -136,6 +136,7 @@ ROWS: list[Row] = [
         f"topk:order=choose_first,linear_bias=true,route_scale={1 / K}",
         "openai_privacy_filter.OpenAIPrivacyFilterTopKRouter",
     ),
+    *_rows("sparse_mixer:jitter=0.1", "phimoe.PhimoeTopKRouter", k=2, router_jitter_noise=0.1, input_jitter_noise=0.0),
     # Softmax in groups, or with a bias that the choice alone sees.
     *_rows(
         "topk:normalize=false,groups=4,groups_kept=2,group_score=max,outside=zero,route_scale=2.5", *_LIKE_DEEPSEEK_V2
@@ -180,6 +181,7 @@ ROWS: list[Row] = [
         "inkling2_loop.Inkling2LoopTopKRouter",
         scoring_func="sigmoid",
     ),
+    *_rows("joint_gates:route_scale=2.5", "inkling.InklingTopkRouter", n_shared_experts=2),
     *_rows(_BIASED + ",order=choose_first", "kolibri1.Kolibri1TopKRouter"),
     *_rows(_BIASED + ",soft_cap=3", "laguna.LagunaTopKRouter"),
     *_rows(_BIASED + ",logit_scale=1.5,route_scale=2.5", "muse_spark.MuseSparkTopkRouter"),
@@ -200,8 +202,6 @@ ROWS: list[Row] = [
 """Every class with a router in it, under each setting that changes the rule."""
 AWAITED = {
     "deepseek_v4.DeepseekV4HashRouter": "ids from a table, gates from learned weights: no router does so yet",
-    "inkling.InklingTopkRouter": "shared experts' gates are normalised with the chosen ones': no router does so yet",
-    "phimoe.PhimoeTopKRouter": "SparseMixer: no router has it yet",
     "zaya.ZayaRouter": "an MLP over the state of the layer below, and a class that skips: no router does so yet",
 }
 """Router classes that no entry of ours stands for, and what is missing."""

@@ -1,0 +1,1 @@
+"""Weights of others as layers of ours."""

@@ -1,0 +1,250 @@
+"""Mixture-of-experts blocks of transformers as layers of ours: the same weights give the same output.
+
+``read_block`` takes a block's configuration and its ``state_dict()`` and returns what our layer is made of: fields of a
+model, an entry for its router, and the weights by our names. Nothing of a block is left out silently: what a
+format does not know is refused by name. transformers itself is not needed.
+
+Left out on purpose are rules of training (jitter, dropout, losses of balance) and Switch's capacity, which there is a
+number of tokens of a sequence and here a factor on an expert's fair share (``capacity_factor``).
+
+Shape suffixes: D model width, E experts, H hidden rows of an expert, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlroute.config import ModelConfig
+from rlroute.errors import ConfigError
+from rlroute.experiments.recipes.entries import router_of
+from rlroute.kernels import choose_backend
+from rlroute.kernels.activations import CLAMP, SLOPE
+from rlroute.model.moe import MoELayer
+from rlroute.registry import make_router
+from rlroute.routing import RouterShape
+
+GATED = {"silu": "swiglu", "swish": "swiglu"}
+PLAIN = {"relu": "relu", "gelu": "gelu"}
+"""Activations by their names there, of experts with a gate and without."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that was read.
+
+    Attributes:
+        model: the fields of a model that the layer hangs on.
+        entry: its router.
+        weights: a :class:`rlroute.model.moe.MoELayer`'s state.
+    """
+
+    model: ModelConfig
+    entry: str
+    weights: dict[str, Tensor]
+
+    def layer(self) -> MoELayer:
+        """Return the layer, with copies of the weights, on the CPU."""
+        model, config = self.model, router_of(self.entry)
+        assert config is not None
+        shape = RouterShape(
+            d_model=model.d_model,
+            num_experts=model.num_experts,
+            k=model.k,
+            site=0,
+            vocab_size=1,
+            seed=0,
+            num_shared_experts=model.num_shared_experts,
+        )
+        made = MoELayer(model, make_router(config, shape), 0, 0, choose_backend("auto", "cpu"))
+        made.load_state_dict(self.weights)
+        return made
+
+
+class _State:
+    """The weights of a block, each of which is taken once."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.left = {name: tensor.detach() for name, tensor in state.items()}
+
+    def take(self, name: str) -> Tensor:
+        """Return a tensor and strike it off."""
+        if name not in self.left:
+            raise ConfigError(f"no {name} among the block's weights: {', '.join(self.left) or 'none'}")
+        return self.left.pop(name)
+
+    def linear(self, *names: str) -> Tensor:
+        """Return the matrices of linear maps, one below the other."""
+        return torch.cat([self.take(f"{name}.weight") for name in names])
+
+
+def read_block(kind: str, config: Any, state: Mapping[str, Tensor]) -> Block:
+    """Return a block of transformers as what our layer is made of.
+
+    Args:
+        kind: the ``model_type`` of its configuration, one of :data:`FORMATS`.
+        config: that configuration.
+        state: the block's ``state_dict()``.
+
+    Raises:
+        ConfigError: there is no such format; the block has weights that it does not know, or settings that our layer
+            cannot express.
+    """
+    if kind not in FORMATS:
+        raise ConfigError(f"blocks of {kind!r}: legal are {', '.join(FORMATS)}")
+    weights = _State(state)
+    block = FORMATS[kind](config, weights)
+    if weights.left:
+        raise ConfigError(f"the block of {kind!r} has weights that are not known here: {', '.join(weights.left)}")
+    return block
+
+
+def _activation(name: str, legal: Mapping[str, str]) -> str:
+    if name not in legal:
+        raise ConfigError(f"activation {name!r}: legal are {', '.join(map(repr, legal))}")
+    return legal[name]
+
+
+def _block(entry: str, k: int, activation: str, weights: dict[str, Tensor], **fields: Any) -> Block:
+    """Return a block whose sizes are those of its weights."""
+    experts, width, inner = weights["experts.out_EDF"].shape
+    shared = weights["shared.experts.out_EDF"].shape[2] if "shared.experts.out_EDF" in weights else 0
+    if shared % inner:
+        raise ConfigError(f"shared experts of width {shared}: must be a multiple of the experts' width {inner}")
+    sizes = {"num_experts": experts, "d_model": width, "d_expert": inner, "num_shared_experts": shared // inner}
+    return Block(replace(ModelConfig(), k=k, activation=activation, **sizes, **fields), entry, weights)
+
+
+def _gated(state: _State, router: str = "gate") -> dict[str, Tensor]:
+    """Return the weights of a linear router and of experts as most models have them."""
+    return {
+        "router.scores.weight": state.take(f"{router}.weight"),
+        "experts.in_EHD": state.take("experts.gate_up_proj"),
+        "experts.out_EDF": state.take("experts.down_proj"),
+    }
+
+
+def _shared(state: _State, name: str) -> dict[str, Tensor]:
+    """Return the weights of experts that every token runs."""
+    return {
+        "shared.experts.in_EHD": state.linear(f"{name}.gate_proj", f"{name}.up_proj")[None],
+        "shared.experts.out_EDF": state.linear(f"{name}.down_proj")[None],
+    }
+
+
+def _normalized(flag: bool) -> str:
+    return "topk" if flag else "topk:normalize=false"
+
+
+def _mixtral(config: Any, state: _State) -> Block:
+    return _block("topk", config.num_experts_per_tok, _activation(config.hidden_act, GATED), _gated(state))
+
+
+def _flagged(config: Any, state: _State) -> Block:
+    """Qwen3-MoE and OLMoE."""
+    entry = _normalized(config.norm_topk_prob)
+    return _block(entry, config.num_experts_per_tok, _activation(config.hidden_act, GATED), _gated(state))
+
+
+def _qwen2_moe(config: Any, state: _State) -> Block:
+    weights = _gated(state) | _shared(state, "shared_expert")
+    weights["shared_gate.weight"] = state.linear("shared_expert_gate")
+    entry, activation = _normalized(config.norm_topk_prob), _activation(config.hidden_act, GATED)
+    return _block(entry, config.num_experts_per_tok, activation, weights, shared_gate="sigmoid")
+
+
+def _deepseek_v2(config: Any, state: _State) -> Block:
+    entry = f"topk:normalize=false,route_scale={config.routed_scaling_factor}"
+    if config.topk_method == "group_limited_greedy":
+        entry += f",groups={config.n_group},groups_kept={config.topk_group}" + ",group_score=max" * (config.n_group > 1)
+    elif config.topk_method != "greedy":
+        raise ConfigError(f"topk_method = {config.topk_method!r}: legal are 'greedy', 'group_limited_greedy'")
+    weights = _gated(state) | _shared(state, "shared_experts")
+    return _block(entry, config.num_experts_per_tok, _activation(config.hidden_act, GATED), weights)
+
+
+def _deepseek_v3(config: Any, state: _State) -> Block:
+    entry = f"topk:score=sigmoid,bias_rate=0.001,route_scale={config.routed_scaling_factor}"
+    entry += f",groups={config.n_group},groups_kept={config.topk_group}"
+    entry += "" if config.norm_topk_prob else ",normalize=false"
+    weights = _gated(state) | _shared(state, "shared_experts")
+    weights["router.bias_E"] = state.take("gate.e_score_correction_bias")
+    return _block(entry, config.num_experts_per_tok, _activation(config.hidden_act, GATED), weights)
+
+
+def _dbrx(config: Any, state: _State) -> Block:
+    ffn = config.ffn_config
+    if ffn.moe_normalize_expert_weights not in (None, 1):
+        raise ConfigError(f"moe_normalize_expert_weights = {ffn.moe_normalize_expert_weights}: legal are None, 1")
+    gate_EFD, up_EFD, down_EFD = (
+        state.take(f"experts.mlp.{name}").unflatten(0, (ffn.moe_num_experts, -1)) for name in ("w1", "v1", "w2")
+    )
+    weights = {
+        "router.scores.weight": state.linear("router.layer"),
+        "experts.in_EHD": torch.cat([gate_EFD, up_EFD], 1),
+        "experts.out_EDF": down_EFD.transpose(1, 2),
+    }
+    entry = _normalized(ffn.moe_normalize_expert_weights is not None)
+    return _block(entry, ffn.moe_top_k, _activation(ffn.ffn_act_fn["name"], GATED), weights)
+
+
+def _gpt_oss(config: Any, state: _State) -> Block:
+    """The rows of gate and up take turns there; the matrices lie the other way round."""
+    if (config.swiglu_alpha, config.swiglu_limit) != (SLOPE, CLAMP):
+        raise ConfigError(
+            f"swiglu_alpha = {config.swiglu_alpha}, swiglu_limit = {config.swiglu_limit}: legal are {SLOPE}, {CLAMP}"
+        )
+    in_EDH, bias_EH = state.take("experts.gate_up_proj"), state.take("experts.gate_up_proj_bias")
+    weights = {
+        "router.scores.weight": state.take("router.weight"),
+        "router.scores.bias": state.take("router.bias"),
+        "experts.in_EHD": torch.cat([in_EDH[..., ::2], in_EDH[..., 1::2]], 2).transpose(1, 2),
+        "experts.in_bias_EH": torch.cat([bias_EH[..., ::2], bias_EH[..., 1::2]], 1),
+        "experts.out_EDF": state.take("experts.down_proj").transpose(1, 2),
+        "experts.out_bias_ED": state.take("experts.down_proj_bias"),
+    }
+    entry = "topk:order=choose_first,linear_bias=true"
+    return _block(entry, config.num_experts_per_tok, "swiglu_clamped", weights, expert_bias=True)
+
+
+def _switch(config: Any, state: _State) -> Block:
+    experts = [f"experts.expert_{expert}" for expert in range(config.num_experts)]
+    weights = {
+        "router.scores.weight": state.linear("router.classifier"),
+        "experts.in_EHD": torch.stack([state.linear(f"{expert}.wi") for expert in experts]),
+        "experts.out_EDF": torch.stack([state.linear(f"{expert}.wo") for expert in experts]),
+    }
+    return _block("switch", 1, _activation(config.dense_act_fn, PLAIN), weights, capacity_rows="sequence")
+
+
+def _jetmoe(config: Any, state: _State) -> Block:
+    """The bias of the sum is that of every expert here: its gates add up to 1."""
+    in_EHD, out_EDF = state.take("input_linear.weight"), state.take("output_linear.weight")
+    weights = {
+        "router.scores.weight": state.linear("router.layer"),
+        "experts.in_EHD": in_EHD,
+        "experts.in_bias_EH": torch.zeros(in_EHD.shape[:2]),
+        "experts.out_EDF": out_EDF,
+        "experts.out_bias_ED": state.take("bias").expand(len(out_EDF), -1),
+    }
+    activation = _activation(config.activation_function, GATED)
+    return _block("topk:order=choose_first", config.num_experts_per_tok, activation, weights, expert_bias=True)
+
+
+FORMATS: dict[str, Callable[[Any, _State], Block]] = {
+    "dbrx": _dbrx,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+    "jetmoe": _jetmoe,
+    "mixtral": _mixtral,
+    "olmoe": _flagged,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _flagged,
+    "switch_transformers": _switch,
+}
+"""How a block is read, by the ``model_type`` of its configuration."""
