@@ -468,7 +468,7 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 # --- the words of the command line
 
 COMMANDS = (
-    *("train", "compare", "sweep", "routers", "check", "runs", "table", "report", "verify", "export"),
+    *("train", "compare", "sweep", "routers", "presets", "check", "runs", "table", "report", "verify", "export"),
     *("export-tokens", "tune", "play", "bench", "gradients", "trace"),
 )
 

@@ -24,7 +24,7 @@ def make(shared: int = S, k: int = K, **config) -> JointGatesRouter:
     return router.double()
 
 
-def test_one_sum_divides_all_gates_and_the_bias_moves_the_choice_alone() -> None:
+def test_one_sum_divides_all_gates_and_the_bias_moves_the_choice_alone():
     router = make(route_scale=8.0)
     router.scale.data.fill_(0.5)
     router.bias_E.copy_(0.3 * draw(E, seed=5))
@@ -50,7 +50,7 @@ def test_without_shared_experts_it_is_topk() -> None:
     assert torch.allclose(decision.gates_R.view(T, K).sum(1), torch.ones((), dtype=torch.float64))
 
 
-def test_a_layer_weighs_its_shared_experts_by_these_gates() -> None:
+def test_a_layer_weighs_its_shared_experts_by_these_gates():
     """Where all experts give the same, the layer's output is that times the scale, whoever is chosen."""
     config = small_config(num_layers=1, num_shared_experts=2)
     model = shake(make_model("joint_gates", config))

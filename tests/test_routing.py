@@ -315,7 +315,8 @@ def test_every_field_is_part_of_the_hash() -> None:
                 hashes.add(RunConfig(**{part: replace(base, **{field.name: not value})}).content_hash())
                 changed += 1
             elif isinstance(value, int | float):
-                hashes.add(RunConfig(**{part: replace(base, **{field.name: 2 * value or 2})}).content_hash())
+                other = 2 * value or (0.5 if isinstance(value, float) else 2)
+                hashes.add(RunConfig(**{part: replace(base, **{field.name: other})}).content_hash())
                 changed += 1
     assert len(hashes) == 2 + changed and changed > 20
 
@@ -343,7 +344,7 @@ def test_every_field_is_part_of_the_hash() -> None:
         ({"router": {"name": "dense", "table": "random"}}, "router dense has no field 'table': legal are none"),
         (
             {"router": {"name": "hash", "tabel": "random"}},
-            "router hash has no field 'tabel': legal are balance_weight, ",
+            "router hash has no field 'tabel': legal are balance_rate, balance_weight, ",
         ),
         ({"router": {"name": "switch", "normalize": 1}}, "router switch.normalize = 1: want bool"),
         ({"router": {"name": "switch", "z_weight": -1}}, "router switch.z_weight = -1: legal are numbers from 0"),

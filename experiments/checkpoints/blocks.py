@@ -109,14 +109,14 @@ def _activation(name: str, legal: Mapping[str, str]) -> str:
     return legal[name]
 
 
-def _block(entry: str, k: int, activation: str, weights: dict[str, Tensor], **fields: Any) -> Block:
+def _block(entry: str, k: int, activation: Any, weights: dict[str, Tensor], **fields: Any) -> Block:
     """Return a block whose sizes are those of its weights."""
     experts, width, inner = weights["experts.out_EDF"].shape
     shared = weights["shared.experts.out_EDF"].shape[2] if "shared.experts.out_EDF" in weights else 0
     if shared % inner:
         raise ConfigError(f"shared experts of width {shared}: must be a multiple of the experts' width {inner}")
-    sizes = {"num_experts": experts, "d_model": width, "d_expert": inner, "num_shared_experts": shared // inner}
-    return Block(replace(ModelConfig(), k=k, activation=activation, **sizes, **fields), entry, weights)
+    fields |= {"num_experts": experts, "d_model": width, "d_expert": inner, "num_shared_experts": shared // inner}
+    return Block(replace(ModelConfig(), **fields, k=k, activation=activation), entry, weights)
 
 
 def _gated(state: _State, router: str = "gate") -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def _dbrx(config: Any, state: _State) -> Block:
     if ffn.moe_normalize_expert_weights not in (None, 1):
         raise ConfigError(f"moe_normalize_expert_weights = {ffn.moe_normalize_expert_weights}: legal are None, 1")
     gate_EFD, up_EFD, down_EFD = (
-        state.take(f"experts.mlp.{name}").unflatten(0, (ffn.moe_num_experts, -1)) for name in ("w1", "v1", "w2")
+        torch.unflatten(state.take(f"experts.mlp.{name}"), 0, (ffn.moe_num_experts, -1)) for name in ("w1", "v1", "w2")
     )
     weights = {
         "router.scores.weight": state.linear("router.layer"),

@@ -123,8 +123,8 @@ def cases(
         try:
             case = Case(router, replace(config, **change), tuple(change), needs)
             _ = case.shapes
-        except ConfigError:  # a rule between fields forbids it, or it has not what a term reads
-            if change:
+        except Exception:  # a rule between fields forbids it, it has not what a term reads, or its making is broken:
+            if change:  # the plain configuration shows that
                 continue
             case = Case(router, config, (), needs)
         yield case
