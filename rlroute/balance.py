@@ -61,7 +61,7 @@ def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: Routing
         return probs_TE.new_ones(())
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
     device_E = context.expert_device_E
-    holds_EG = (device_E[:, None] == torch.arange(len(device_E), device=device_E.device)).to(probs_TE.dtype)
+    holds_EG = _holds(device_E, probs_TE.dtype)
     f_G, mass_G = demand_E @ holds_EG / demand_E.sum().clamp(min=1), mass_E @ holds_EG
     return (device_E.max() + 1) * (f_G * mass_G / mass_E.detach().sum()).sum()
 
@@ -77,13 +77,19 @@ def communication_balance(probs_TE: Tensor, decision: RoutingDecision, context: 
         return probs_TE.new_ones(())
     device_E = context.expert_device_E
     experts = len(device_E)
-    sent_R = decision.demanded_R & context.mask_T[decision.token_ids_R]
-    slots_R = decision.token_ids_R * experts + device_E[decision.expert_ids_R.clamp(max=experts - 1)]
+    device_R = device_E[decision.expert_ids_R.clamp(max=experts - 1)]
+    sent_R = decision.demanded_R & context.mask_T[decision.token_ids_R] & (device_R >= 0)
+    slots_R = decision.token_ids_R * experts + device_R.clamp(min=0)
     pairs_TG = probs_TE.new_zeros(len(probs_TE) * experts).index_add(0, slots_R, sent_R.to(probs_TE.dtype))
     sent_G = context.sum_over_scope((pairs_TG.view(-1, experts) > 0).to(probs_TE.dtype).sum(0))
     mass_E = _mass(probs_TE, decision, context)
-    mass_G = mass_E.new_zeros(experts).index_add(0, device_E, mass_E)
+    mass_G = mass_E @ _holds(device_E, probs_TE.dtype)
     return (device_E.max() + 1) * (sent_G / sent_G.sum().clamp(min=1) * mass_G / mass_E.detach().sum()).sum()
+
+
+def _holds(device_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Say of each expert, and of as many devices as there are experts, whether one holds the other; (E, G)."""
+    return (device_E[:, None] == torch.arange(len(device_E), device=device_E.device)).to(dtype)
 
 
 def _demand_and_mass(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, Tensor]:

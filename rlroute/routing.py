@@ -11,9 +11,9 @@ token, C tokens per expert, R routed (token, expert) pairs, V vocabulary, M rout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from rlroute import seeding
 from rlroute.config import RouterConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
+from rlroute.feedback import Feedback, Sums, Term
 from rlroute.sampling import top_k
 
 __all__ = [
@@ -158,64 +159,6 @@ class RoutingContext:
         """The routing sample that each row belongs to, int64 of shape (T,)."""
         rows = torch.arange(len(self.token_ids_T), device=self.token_ids_T.device)
         return rows // (len(self.token_ids_T) // self.num_samples)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Feedback:
-    """What came of a decision.
-
-    Attributes:
-        context: the context that the decision was made in.
-        loss_MT: each token's own next-token loss in nats, detached, shape (M, T).
-        num_valid: the number of valid tokens of the whole *step*, over all micro-batches and ranks.
-    """
-
-    context: RoutingContext
-    loss_MT: Tensor
-    num_valid: int
-
-    def mean(self, values_T: Tensor) -> Tensor:
-        """Sum a value per row over valid tokens and divide by the step's valid tokens (and samples), so that
-        accumulation is exact.
-        """
-        valid_T = torch.where(self.context.mask_T, values_T, torch.zeros_like(values_T))
-        return valid_T.sum() / (self.num_valid * self.context.num_samples)
-
-    @property
-    def share(self) -> Tensor:
-        """This micro-batch's share of the step's valid tokens: the weight of a term that is a mean over the
-        micro-batch.
-        """
-        return self.context.mask_T.sum().double() / (self.num_valid * self.context.num_samples)
-
-
-class Term(NamedTuple):
-    """A named part of a router's objective: the loop adds ``weight * value`` to the loss and logs both."""
-
-    value: Tensor
-    weight: float | Tensor
-
-
-class Sums(dict[str, Tensor]):
-    """A step's sums at one site, over micro-batches and ranks: what the loop counted, and what the router's ``observe``
-    returned.
-
-    The loop counts ``demand_E`` (pairs that chose each expert), ``load_E`` (those that ran), ``without`` (tokens for
-    which no expert ran), ``loss`` and ``tokens``, all of them over valid rows.
-
-    Args:
-        values: the sums.
-        peers: those of all sites whose router has the same class, configuration and number of experts, this one
-            included.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor], peers: Sequence[Mapping[str, Tensor]]) -> None:
-        super().__init__(values)
-        self.peers = peers
-
-    def over_sites(self, name: str) -> Tensor:
-        """Return the sum called ``name`` over all sites of this router, for rules that are global."""
-        return torch.stack([peer[name] for peer in self.peers]).sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,8 +301,8 @@ class Router(nn.Module):
         scores = cls._scores(config, shape)
         if config.simbal_weight and not (scores and scores.weight.requires_grad):
             return f"simbal_weight = {config.simbal_weight}: it has no linear scores that learn, legal is 0"
-        if config.erc_weight and not scores:
-            return f"erc_weight = {config.erc_weight}: it has no linear scores, legal is 0"
+        if config.erc_weight and (scores is None or scores.weight.shape != (shape.num_experts, shape.d_model)):
+            return f"erc_weight = {config.erc_weight}: it has no linear scores of each expert, legal is 0"
         return None if scores else f"orthogonal = {config.orthogonal}: it has no linear scores, legal is false"
 
     @classmethod

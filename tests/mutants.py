@@ -371,6 +371,10 @@ MUTANTS = [
         "tests/test_seam.py",
         ("what is never chosen is chosen", "ids_TK.masked_fill(left_over_TK, scores_TE.shape[1])", "ids_TK"),
         ("forced choices are ignored", "self.choices.get(self.site, ids_TK)", "ids_TK"),
+    ),
+    *faults(
+        "rlroute/feedback.py",
+        "tests/test_seam.py",
         ("only this site's sums are summed", "torch.stack([peer[name] for peer in self.peers]).sum(0)", "self[name]"),
     ),
     *faults(
