@@ -167,7 +167,8 @@ EVERYWHERE: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"rule": "devices", "device_balance_weight": 0.5},
     ),
     (
-        {"expert_bias": True, "activation": "swiglu_clamped", "num_shared_experts": 1, "shared_gate": "sigmoid"},
+        {"expert_bias": True, "activation": "swiglu_clamped", "num_shared_experts": 1, "shared_gate": "sigmoid"}
+        | {"round_to": 3},
         {"rule": "threshold"},
     ),
     (

@@ -9,7 +9,7 @@ import torch
 
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import ExpertWeights, expert_mlp
-from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
+from rlroute.kernels.activations import ACTIVATIONS, COMPOSED, hidden_rows
 from rlroute.routing import RoutingDecision
 from rlroute.training import loop
 from tests.test_kernels import CASES, NAMES, decision_collapsed, decision_token_choice, relative_error
@@ -66,7 +66,7 @@ def test_card_equals_the_reference_and_itself(case, dtype):
         assert torch.equal(got[name], again[name]), name
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS + COMPOSED)
 def test_activations_on_the_card(activation):
     case = LARGE["odd sizes"]
     want = run(*case, "reference", torch.float64, activation)

@@ -255,6 +255,20 @@ def test_dense_blocks_have_a_width_of_their_own(router: str | None, want: list[i
     assert widths == want
 
 
+@pytest.mark.parametrize("name", ["biases", "clamped swiglu", "dropout"])
+def test_outputs_by_pair_are_those_of_the_variant(name: str) -> None:
+    """A router that wishes for them: each pair runs as a token of its own."""
+    moe, x_TD, context = layer(VARIANTS[name], {"rule": "threshold"})
+    moe.router.wishes = frozenset({"outputs"})
+    out_TD, decision = moe(x_TD, context)
+    torch.testing.assert_close(out_TD, by_hand(moe, x_TD, decision, context), rtol=0, atol=1e-12)
+    pair = int(torch.nonzero(decision.kept_R & decision.used_R)[3])
+    token, number = int(decision.token_ids_R[pair]), int(decision.expert_ids_R[pair])
+    one = torch.ones((), dtype=torch.float64)
+    want_D = expert(moe, number, x_TD[token], one, kept(moe, decision, context, pair))
+    torch.testing.assert_close(decision.outputs_RD[pair], want_D, rtol=0, atol=1e-12)
+
+
 # What they cost, and where they start
 
 

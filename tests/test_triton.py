@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.kernels import (
     ExpertWeights,
+    Form,
     aot,
     expert_mlp,
     gather_linear,
@@ -184,6 +185,26 @@ def test_primitives_compose_to_a_linear_expert_layer(backend):
         torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(want, inputs, upstream), strict=True
     ):
         assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("at_input", [False, True])
+@pytest.mark.parametrize("name", ["over capacity dropped", "expert choice"])
+def test_composed_experts_are_those_of_plain_pytorch(name, at_input):
+    """Biases, gates at either side, dropout and an activation that the engines do not have, with every gradient."""
+    decision, width, inner = CASES[name]
+    experts, generator, found = decision.num_experts, torch.Generator().manual_seed(3), []
+    shapes = [(experts, 2 * inner, width), (experts, width, inner), (experts, 2 * inner), (experts, width)]
+    drawn = [torch.randn(s, generator=generator) for s in ((decision.num_tokens, width), *shapes)]
+    keys_R = torch.arange(len(decision.gates_R)) * 7919
+    for backend, dtype in (("triton", torch.float32), ("cpu", torch.float64)):
+        x_TD, *weights = leaves = [leaf.to(dtype).requires_grad_() for leaf in drawn]
+        gates_R = decision.gates_R.to(dtype).requires_grad_()
+        form = Form(*weights[2:], gate_at_input=at_input, dropout=0.3, keys_R=keys_R)
+        made = replace(decision, gates_R=gates_R)
+        out_TD = expert_mlp(x_TD, made, ExpertWeights(*weights[:2]), backend, "swiglu_clamped", form)
+        upstream_TD = torch.linspace(-1, 1, out_TD.numel(), dtype=dtype).view_as(out_TD)
+        found.append([out_TD.detach(), *torch.autograd.grad(out_TD, (*leaves, gates_R), upstream_TD)])
+    assert max(relative_error(got, want) for got, want in zip(*found, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
