@@ -79,7 +79,7 @@ class ReplayRouter(Router):
         self.source = source = make_router(self.terms, shape)
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
-        self.batch_dependent = source.batch_dependent
+        self.batch_dependent, self.common = source.batch_dependent, tuple(f"source.{name}" for name in source.common)
 
     @classmethod
     def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:

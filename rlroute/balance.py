@@ -37,28 +37,34 @@ def regularisers(config: RouterConfig, decision: RoutingDecision, feedback: Feed
     return terms
 
 
-def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+def load_balance(
+    probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext, eta_E: Tensor | None = None
+) -> Tensor:
     """Return E * sum_i f_i P_i (Switch, arXiv 2101.03961): f_i the share of pairs that chose expert i, P_i its mean
-    probability.
+    probability; with ``eta_E``, E * sum_i eta_i f_i P_i.
 
     It is 1 at perfect balance for every k, 0 where no pair was chosen, and differentiable through P alone. Both are
     taken over the valid tokens of the context's balance scope.
     """
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
-    return decision.num_experts * (demand_E / demand_E.sum().clamp(min=1) * mass_E / mass_E.detach().sum()).sum()
+    parts_E = demand_E / demand_E.sum().clamp(min=1) * mass_E / mass_E.detach().sum()
+    return decision.num_experts * (parts_E if eta_E is None else eta_E * parts_E).sum()
 
 
 def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
     """Return :func:`load_balance` with the devices that hold the experts in place of the experts (DeepSeek-V2, arXiv
-    2405.04434: the device-level loss). It is 1, without gradient, where one device holds all.
+    2405.04434: the device-level loss). It is 1, without gradient, where one device holds all. Free experts, which are
+    on all devices, are left out.
     """
     if context.expert_device_E is None:
         return probs_TE.new_ones(())
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
     device_E = context.expert_device_E
     holds_EG = (device_E[:, None] == torch.arange(len(device_E), device=device_E.device)).to(probs_TE.dtype)
-    f_G, mass_G = demand_E @ holds_EG / demand_E.sum().clamp(min=1), mass_E @ holds_EG
-    return (device_E.max() + 1) * (f_G * mass_G / mass_E.detach().sum()).sum()
+    demand_G, mass_G = demand_E @ holds_EG, mass_E @ holds_EG
+    f_G = demand_G / demand_G.sum().clamp(min=1)
+    tiny = torch.finfo(mass_G.dtype).tiny
+    return (device_E.max() + 1) * (f_G * mass_G / mass_G.detach().sum().clamp(min=tiny)).sum()
 
 
 def _demand_and_mass(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, Tensor]:

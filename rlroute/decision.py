@@ -41,6 +41,8 @@ class RoutingDecision:
         self_T: the weight of the token's own input in the layer's output (identity experts, MoE++, arXiv 2410.07348);
             None for 0.
         shared_gates_TS: the gate of each shared expert; None for 1.
+        num_free_experts: the last so many of the E experts are free: their pairs run nothing. The layer says so, never
+            a router.
         max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for.
             Further ones are dropped, first choices before second ones and then by position.
         memo: read by the router that made it (value estimates, noise, thresholds), and through
@@ -60,6 +62,7 @@ class RoutingDecision:
     chosen_R: Tensor | None = None
     self_T: Tensor | None = None
     shared_gates_TS: Tensor | None = None
+    num_free_experts: int = 0
     max_pairs: int | None = None
     memo: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -151,7 +154,7 @@ class RoutingDecision:
         return self._count(torch.ones_like(self.kept_R) if self.chosen_R is None else self.chosen_R, mask_T)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,),
+        """Count the pairs that each expert has left after capacity drops, over the tokens in ``mask_T``; shape (E,),
         int64.
         """
         return self._count(self.kept_R, mask_T)
@@ -160,6 +163,23 @@ class RoutingDecision:
     def used_R(self) -> Tensor:
         """Say of each pair whether it is one: not an unused slot; bool."""
         return self.expert_ids_R < self.num_experts
+
+    @property
+    def runs_R(self) -> Tensor:
+        """Say of each pair whether it runs: neither unused nor dropped nor of a free expert; bool."""
+        return self.kept_R & (self.expert_ids_R < self.num_experts - self.num_free_experts)
+
+    @property
+    def idle_R(self) -> Tensor:
+        """Say of each pair whether a free expert has it; bool."""
+        return self.kept_R & self.used_R & ~self.runs_R
+
+    def real(self) -> RoutingDecision:
+        """Return the decision over the real experts alone, in which pairs of free ones are unused slots."""
+        if not self.num_free_experts:
+            return self
+        real = self.num_experts - self.num_free_experts
+        return replace(self, num_experts=real, num_free_experts=0, expert_ids_R=self.expert_ids_R.clamp(max=real))
 
     def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
         if mask_T is not None:

@@ -54,6 +54,7 @@ VARIANTS = [
     "capacity",
     "expert_choice",
     "shared",
+    "free",
     "dense",
 ]
 STEPS = 12
@@ -80,9 +81,10 @@ class ExpertChoiceRouter(Router):
 
 
 def config_of(entry, **train):
-    changed = {"capacity": {"capacity_factor": 1.0}, "shared": {"num_shared_experts": 1}}
+    free = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "capacity_factor": 1.0}
+    changed = {"capacity": {"capacity_factor": 1.0}, "shared": {"num_shared_experts": 1}, "free": free}
     model = replace(MODEL, **changed.get(entry, {}))
-    name = {"capacity": "switch", "shared": "switch", "expert_choice": "uniform"}.get(entry, entry)
+    name = {"capacity": "switch", "shared": "switch", "free": "switch", "expert_choice": "uniform"}.get(entry, entry)
     return build_entry(name, DATA, model, replace(TRAIN, **train))
 
 

@@ -195,6 +195,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "groups": (f"topk:{GROUPS}", TIGHT, {}),
     "positions": ("hash:table=position", {}, {}),
     "attention": ("switch", {"attention_experts": 4, "num_shared_experts": 1}, {}),
+    "free experts": ("switch", TIGHT | {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "devices": 2}, {}),
     "unit gates": ("noisy_topk", {"gate_form": "unit", "num_dense_layers": 1}, {}),
     "bfloat16": ("actor_critic", {}, {"dtype": "bfloat16"}),
     "time": ("switch", {}, {"budget": "time", "budget_amount": 1e6}),

@@ -21,6 +21,7 @@ from rlroute.kernels.activations import activate, hidden_rows
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
 from rlroute.model.compiling import DenseParts
+from rlroute.model.free import FreeExperts
 from rlroute.routing import Router, RoutingContext
 
 
@@ -93,7 +94,8 @@ def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
     """Return the decision with its gates as published (``own``), or each with the same value and the gradient of the
     router's gate (``unit``): 1 over the pairs of its token.
 
-    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. ``self_T`` and the gates of shared
+    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. A free expert's pair is one like any
+    other. ``self_T`` and the gates of shared
     experts stay as they are.
     """
     if form == "own":
@@ -117,6 +119,7 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
                 raise DecisionError(
                     f"shared_gates_TS has {gates_TS.shape[1]} columns: the site has {shared} shared experts"
                 )
+        decision = replace(decision, num_free_experts=router.shape.num_free_experts)
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
 
@@ -127,7 +130,7 @@ def add_own_input(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Te
 
 
 class MoELayer(DenseParts):
-    """Route, run the experts that were chosen and those that all tokens share."""
+    """Route, run the experts that were chosen and those that all tokens share, and add what free experts give."""
 
     def __init__(
         self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str, placement: Placement = HERE
@@ -138,6 +141,7 @@ class MoELayer(DenseParts):
         self.experts = Experts(config, layer, seed, placement.held(config.num_experts), config.d_expert)
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
+        self.free = FreeExperts(config, layer, seed) if config.num_free_experts else None
 
     @property
     def pair_parameters(self) -> int:
@@ -154,11 +158,12 @@ class MoELayer(DenseParts):
         decision = decide(self.router, x_TD, context, self.config)
         with torch.autocast(x_TD.device.type, enabled=False):
             weights = self.experts.weights(dtype)
-            finish = self.start(x_TD.to(dtype), decision, weights, self.backend, self.config.activation)
+            finish = self.start(x_TD.to(dtype), decision.real(), weights, self.backend, self.config.activation)
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD = finish()
+            out_TD = out_TD if self.free is None else out_TD + self.free(x_TD.to(dtype), decision)
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
         return add_own_input(out_TD, decision, x_TD.to(dtype)), decision
 
