@@ -93,6 +93,7 @@ class ReplayRouter(Router):
         self.learns_from, self.gate_meaning, self.causal = source.learns_from, source.gate_meaning, source.causal
         self.stochastic, self.two_rules, self.publishes = source.stochastic, source.two_rules, source.publishes
         self.batch_dependent, self.wishes = source.batch_dependent, source.wishes
+        self.common = tuple(f"source.{name}" for name in source.common)
 
     @classmethod
     def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:

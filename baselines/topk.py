@@ -116,6 +116,8 @@ class TopKRouter(Router):
         least = -(-shape.k // min(config.groups_kept, groups))
         if groups > 1 and config.group_score == "top2":
             least = max(2, least)
+        if groups > 1 and shape.num_free_experts:
+            return f"groups = {groups}: legal is 1 where there are free experts, which are in no group"
         if experts % groups or experts // groups < least:
             return (
                 f"groups = {groups}: legal are divisors of num_experts = {experts} that leave {least} or more to each"

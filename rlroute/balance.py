@@ -42,28 +42,33 @@ def weights_among(router: Router, among: Iterable[str]) -> Iterator[tuple[str, f
             yield name, weight
 
 
-def load_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+def load_balance(
+    probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext, eta_E: Tensor | None = None
+) -> Tensor:
     """Return E * sum_i f_i P_i (Switch, arXiv 2101.03961): f_i the share of pairs that chose expert i, P_i its mean
-    probability.
+    probability; with ``eta_E``, E * sum_i eta_i f_i P_i.
 
     It is 1 at perfect balance for every k, 0 where no pair was chosen, and differentiable through P alone. Both are
     taken over the valid tokens of the context's balance scope.
     """
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
-    return decision.num_experts * (demand_E / demand_E.sum().clamp(min=1) * mass_E / mass_E.detach().sum()).sum()
+    parts_E = demand_E / demand_E.sum().clamp(min=1) * mass_E / mass_E.detach().sum()
+    return decision.num_experts * (parts_E if eta_E is None else eta_E * parts_E).sum()
 
 
 def device_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
     """Return :func:`load_balance` with the devices that hold the experts in place of the experts (DeepSeek-V2, arXiv
-    2405.04434: the device-level loss). It is 1, without gradient, where one device holds all.
+    2405.04434: the device-level loss). It is 1, without gradient, where one device holds all. Free experts, which are
+    on all devices, are left out.
     """
     if context.expert_device_E is None:
         return probs_TE.new_ones(())
     demand_E, mass_E = _demand_and_mass(probs_TE, decision, context)
     device_E = context.expert_device_E
     holds_EG = _holds(device_E, probs_TE.dtype)
-    f_G, mass_G = demand_E @ holds_EG / demand_E.sum().clamp(min=1), mass_E @ holds_EG
-    return (device_E.max() + 1) * (f_G * mass_G / mass_E.detach().sum()).sum()
+    demand_G, mass_G = demand_E @ holds_EG, mass_E @ holds_EG
+    f_G = demand_G / demand_G.sum().clamp(min=1)
+    return (device_E.max() + 1) * (f_G * _shares(mass_G)).sum()
 
 
 def communication_balance(probs_TE: Tensor, decision: RoutingDecision, context: RoutingContext) -> Tensor:
@@ -84,7 +89,12 @@ def communication_balance(probs_TE: Tensor, decision: RoutingDecision, context: 
     sent_G = context.sum_over_scope((pairs_TG.view(-1, experts) > 0).to(probs_TE.dtype).sum(0))
     mass_E = _mass(probs_TE, decision, context)
     mass_G = mass_E @ _holds(device_E, probs_TE.dtype)
-    return (device_E.max() + 1) * (sent_G / sent_G.sum().clamp(min=1) * mass_G / mass_E.detach().sum()).sum()
+    return (device_E.max() + 1) * (sent_G / sent_G.sum().clamp(min=1) * _shares(mass_G)).sum()
+
+
+def _shares(mass_G: Tensor) -> Tensor:
+    """Divide by the sum, whose gradient is left out; free experts are on no device, and may have all of the mass."""
+    return mass_G / mass_G.detach().sum().clamp(min=torch.finfo(mass_G.dtype).tiny)
 
 
 def _holds(device_E: Tensor, dtype: torch.dtype) -> Tensor:

@@ -87,6 +87,12 @@ class ModelConfig(Heads, LayerVariants):
     """Hidden width of one expert."""
     num_shared_experts: Annotated[int, Between(0, 1024)] = 0
     """Experts that every token runs besides its k, ungated (DeepSeekMoE, arXiv 2401.06066)."""
+    zero_experts: Annotated[int, Between(0, 1024)] = 0
+    """Experts of an MLP site that give 0 and cost nothing (MoE++, arXiv 2410.07348), beside the num_experts."""
+    copy_experts: Annotated[int, Between(0, 1024)] = 0
+    """Experts that give the token's own input and cost nothing; LongCat-Flash (arXiv 2509.01322) has these."""
+    constant_experts: Annotated[int, Between(0, 1024)] = 0
+    """Experts that mix the token's own input with a learned vector, and cost next to nothing."""
     activation: Literal["swiglu", "gelu", "relu", "swiglu_clamped", "geglu", "relu_squared"] = "swiglu"
     """Between an expert's projections; the three with glu are gated and have a third weight matrix."""
     gate_form: Literal["own", "unit"] = "own"
@@ -98,20 +104,21 @@ class ModelConfig(Heads, LayerVariants):
     capacity_rows: Literal["sample", "sequence"] = "sample"
     """Which rows compete for a capacity: those of a micro-batch (of one routing sample), or those of a sequence."""
     capacity_groups: Count = 1
-    """A sample's rows are cut into this many groups of neighbours, each with capacities of its own (GShard, arXiv
-    2006.16668).
-    """
+    """Groups of neighbours in a sample's rows, each with capacities of its own (GShard, arXiv 2006.16668)."""
     capacity_of: Literal["expert", "device"] = "expert"
     """What has a capacity: each expert, or all experts of a device together (DeepSeek-V2, arXiv 2405.04434)."""
     devices: Whole = 0
-    """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that
-    hold them.
-    """
+    """Devices over which experts are spread evenly, for routers, balance and capacities; 0: those that hold them."""
     rope_base: Positive = 10_000.0
 
     @property
+    def num_free_experts(self) -> int:
+        """Experts of an MLP site that run nothing: zero, copy and constant ones, behind the others in this order."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
+
+    @property
     def active_width(self) -> int:
-        """Hidden width that a token runs: that of the dense model of equal active compute."""
+        """Hidden width that a token runs whose k experts are real: that of the dense model of equal active compute."""
         return (self.k + self.num_shared_experts) * self.d_expert
 
     def check(self) -> None:
@@ -123,8 +130,9 @@ class ModelConfig(Heads, LayerVariants):
         check_fields(self, "model")
         sizes = {"model.num_layers": self.num_layers, "model.num_experts": self.num_experts}
         refuse_product(sizes, MOST_EXPERTS, "experts in all")
-        if self.k > self.num_experts:
-            raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}")
+        if self.k > self.num_experts + (free := self.num_free_experts):
+            more = f" and {free} free ones" if free else ""
+            raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}{more}")
         self.check_heads(self.k)
         self.check_variants(self.num_shared_experts)
         if self.devices and self.num_experts % self.devices:

@@ -46,6 +46,8 @@ class RoutingDecision:
             the router wishes for it.
         gate_EFD: the experts' projections into the activation (of a gated one the gate's), differentiable; set
             likewise.
+        num_free_experts: the last so many of the E experts are free: their pairs run nothing. The layer says so, never
+            a router.
         max_pairs: no more pairs than this run, where that is fewer than R: what the engines set memory aside for.
             Further ones are dropped, first choices before second ones and then by position.
         memo: read by the router that made it (value estimates, noise, thresholds), and through
@@ -68,6 +70,7 @@ class RoutingDecision:
     fill_TD: Tensor | None = None
     outputs_RD: Tensor | None = None
     gate_EFD: Tensor | None = None
+    num_free_experts: int = 0
     max_pairs: int | None = None
     memo: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -160,7 +163,7 @@ class RoutingDecision:
         return self._count(self.demanded_R, mask_T)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Count the pairs that each expert *runs* (after capacity drops), over the tokens in ``mask_T``; shape (E,),
+        """Count the pairs that each expert has left after capacity drops, over the tokens in ``mask_T``; shape (E,),
         int64.
         """
         return self._count(self.kept_R, mask_T)
@@ -174,6 +177,23 @@ class RoutingDecision:
     def demanded_R(self) -> Tensor:
         """Say of each pair whether it counts as demand: one that was chosen, and no unused slot; bool."""
         return self.used_R if self.chosen_R is None else self.used_R & self.chosen_R
+
+    @property
+    def runs_R(self) -> Tensor:
+        """Say of each pair whether it runs: neither unused nor dropped nor of a free expert; bool."""
+        return self.kept_R & (self.expert_ids_R < self.num_experts - self.num_free_experts)
+
+    @property
+    def idle_R(self) -> Tensor:
+        """Say of each pair whether a free expert has it; bool."""
+        return self.kept_R & self.used_R & ~self.runs_R
+
+    def real(self) -> RoutingDecision:
+        """Return the decision over the real experts alone, in which pairs of free ones are unused slots."""
+        if not self.num_free_experts:
+            return self
+        real = self.num_experts - self.num_free_experts
+        return replace(self, num_experts=real, num_free_experts=0, expert_ids_R=self.expert_ids_R.clamp(max=real))
 
     def _count(self, counted_R: Tensor, mask_T: Tensor | None) -> Tensor:
         if mask_T is not None:

@@ -56,8 +56,8 @@ class Sums(dict[str, Tensor]):
     """A step's sums at one site, over micro-batches and ranks: what the loop counted, and what the router's ``observe``
     returned.
 
-    The loop counts ``demand_E`` (pairs that chose each expert), ``load_E`` (those that ran), ``without`` (tokens for
-    which no expert ran), ``loss`` and ``tokens``, all of them over valid rows.
+    The loop counts ``demand_E`` (pairs that chose each expert), ``load_E`` (those that no capacity dropped),
+    ``without`` (tokens for which no real expert ran), ``loss`` and ``tokens``, all of them over valid rows.
 
     Args:
         values: the sums.

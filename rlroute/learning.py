@@ -77,7 +77,7 @@ def weighted(terms_L: Sequence[dict[str, Term]]) -> Tensor | float:
 def count(decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
     """Return what a decision ran over valid rows: :class:`rlroute.routing.Sums` says what."""
     mask_T = feedback.context.mask_T
-    ran_T = decision.token_sum(decision.kept_R.long())
+    ran_T = decision.token_sum(decision.runs_R.long())
     return {
         "demand_E": decision.demand_E(mask_T),
         "load_E": decision.load_E(mask_T),

@@ -65,7 +65,8 @@ class RoutingContext:
             know.
         micro_batch: which of the step's micro-batches this is; None in evaluation.
         progress: the share of the run's budget that is spent, 0 to 1, whatever the budget.
-        expert_device_E: int64, the device of each expert; None where one device holds them all.
+        expert_device_E: int64, the device of each expert, -1 for a free one, which is on all; None where one device
+            holds them all.
         sum_over_scope: a differentiable sum over the balance scope (all ranks, say); the identity when alone.
         earlier: the decisions of the sites before, in their order, differentiable: for routers that carry state.
         choices: by site, ids that :meth:`take` answers with in place of a router's own: (T, K) experts, or (E, C)
@@ -93,8 +94,10 @@ class RoutingContext:
 
     def at(self, shape: RouterShape, earlier: Mapping[Site, RoutingDecision]) -> RoutingContext:
         """Return the context of the same tokens at a site, for which the routers of ``earlier`` sites have decided."""
-        experts_E = torch.arange(shape.num_experts, device=self.token_ids_T.device)
-        device_E = experts_E * shape.devices // shape.num_experts if shape.devices > 1 else None
+        device_E = None
+        if shape.devices > 1:
+            experts_E, real = torch.arange(shape.num_experts, device=self.token_ids_T.device), shape.num_real_experts
+            device_E = torch.where(experts_E < real, experts_E * shape.devices // real, -1)
         return replace(self, site=shape.site, expert_device_E=device_E, earlier=earlier)
 
     @property
@@ -106,6 +109,15 @@ class RoutingContext:
     def previous(self) -> RoutingDecision | None:
         """The decision of the site just before; None at the first."""
         return list(self.earlier.values())[-1] if self.earlier else None
+
+    def latest(self, read: Callable[[RoutingDecision], Tensor | None], columns: int) -> Tensor | None:
+        """Return the tensor of so many columns that ``read`` finds in the last decision before that has one; None where
+        none has.
+
+        This is how a router carries state over sites: some of them may have other routers, or other numbers of experts.
+        """
+        found = (read(decision) for decision in reversed(list(self.earlier.values())))
+        return next((value for value in found if value is not None and value.shape[1] == columns), None)
 
     def choose(self, scores_TE: Tensor, k: int) -> Tensor:
         """Return the ids of the k largest scores of each row, best first, ties to the lower id; int64 of shape (T, K).
@@ -167,6 +179,7 @@ class RouterShape:
 
     Attributes:
         d_model, num_experts, k: D, E and experts per token.
+        num_free_experts: the last so many of the E are free: they run nothing (``model.zero_experts`` and its like).
         site: the key of the site, from which names of draws derive.
         vocab_size: V.
         seed: initial weights and tables derive from it.
@@ -191,6 +204,12 @@ class RouterShape:
     num_shared_experts: int = 0
     grants: frozenset[str] = WISHES
     d_expert: int = 1
+    num_free_experts: int = 0
+
+    @property
+    def num_real_experts(self) -> int:
+        """The first so many experts run something."""
+        return self.num_experts - self.num_free_experts
 
     def key(self, name: str) -> tuple[int, str]:
         """Return the key from which the draws for a weight or table called ``name`` derive."""
@@ -222,6 +241,8 @@ class Router(nn.Module):
         publishes: which of "logits" and "probs" its decisions carry; terms that read others are refused.
         wishes: what it asks of its layer beyond the gated sums: "outputs" for ``outputs_RD`` of the decisions that its
             terms read and that it observes, "weights" for ``gate_EFD``. It is refused where the site has not that.
+        common: names of submodules that all sites of this router (of its class and configuration) have in common: those
+            of the first one. The model sees to it.
         batch_dependent: whether the rule, a term of its own or what it observes mixes the tokens of a micro-batch, so
             that two micro-batches cannot equal one batch.
 
@@ -238,6 +259,7 @@ class Router(nn.Module):
     two_rules: bool = False
     publishes: frozenset[str] = frozenset({"logits", "probs"})
     wishes: frozenset[str] = frozenset()
+    common: tuple[str, ...] = ()
     batch_dependent: bool = False
     held_weight: Tensor | None
 
@@ -359,13 +381,24 @@ class Router(nn.Module):
 
 
 class LinearScores(nn.Linear):
-    """Scores of E experts (or of ``columns``) from D features, without bias, in the precision of its input; drawn from
-    a key.
+    """Scores of E experts (or so many ``columns``) from D (or so many) ``features``, in the precision of its input;
+    drawn from a key. A bias, where there is one, starts at 0.
     """
 
-    def __init__(self, shape: RouterShape, name: str, std: float, columns: int | None = None) -> None:
-        super().__init__(shape.d_model, shape.num_experts if columns is None else columns, bias=False)
+    def __init__(
+        self,
+        shape: RouterShape,
+        name: str,
+        std: float,
+        columns: int | None = None,
+        *,
+        features: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(features or shape.d_model, columns or shape.num_experts, bias=bias)
         shape.init(self.weight, name, std)
+        if bias:
+            nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def orthogonalise(self, shape: RouterShape) -> None:

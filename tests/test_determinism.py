@@ -38,7 +38,15 @@ ENTRIES = ("dense", f"switch:{TERMS}", f"noisy_topk:{TERMS}", *default_names())
 SHAPES = {
     "plain": MODEL,
     "with all else": replace(
-        MODEL, capacity_factor=1.0, num_shared_experts=1, gate_form="unit", attention_experts=4, devices=2
+        MODEL,
+        capacity_factor=1.0,
+        num_shared_experts=1,
+        zero_experts=1,
+        copy_experts=1,
+        constant_experts=2,
+        gate_form="unit",
+        attention_experts=4,
+        devices=2,
     ),
     "variants": replace(
         MODEL, num_shared_experts=1, shared_gate="sigmoid", expert_bias=True, gate_at="input", expert_dropout=0.2

@@ -55,6 +55,7 @@ VARIANTS = [
     "expert_choice",
     "shared",
     "topk:groups=0,groups_kept=2,group_score=max",
+    "free",
     "dense",
 ]
 STEPS = 12
@@ -84,10 +85,11 @@ def config_of(entry, **train):
     changed = {
         "capacity": {"capacity_factor": 1.0},
         "shared": {"num_shared_experts": 1},
+        "free": {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "capacity_factor": 1.0},
         "topk:groups=0": {"devices": 4},
     }
     model = replace(MODEL, **changed.get(entry.partition(",")[0], {}))
-    name = {"capacity": "switch", "shared": "switch", "expert_choice": "uniform"}.get(entry, entry)
+    name = {"capacity": "switch", "shared": "switch", "free": "switch", "expert_choice": "uniform"}.get(entry, entry)
     return build_entry(name, DATA, model, replace(TRAIN, **train))
 
 

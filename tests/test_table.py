@@ -367,7 +367,9 @@ def test_what_all_share_is_written_out_here() -> None:
     assert sorted(SAME) == sorted(ALL_SHARE)
     shared = ["batch_size", "budget", "budget_amount", "compile", "deterministic", "dtype", "steps"]
     assert sorted(SAME_IN_TRAIN) == shared
-    assert sorted(CHOICES_IN_MODEL) == ["capacity_factor", "gate_form", "k", "num_experts", "num_shared_experts"]
+    free = ["constant_experts", "copy_experts", "zero_experts"]
+    choices = ["capacity_factor", "gate_form", "k", "num_experts", "num_shared_experts", *free]
+    assert sorted(CHOICES_IN_MODEL) == sorted(choices)
 
 
 @pytest.mark.parametrize("path", ALL_SHARE)

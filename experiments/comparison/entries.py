@@ -42,7 +42,10 @@ SAME_IN_TRAIN = ("steps", "batch_size", "dtype", "budget", "budget_amount", "det
 they differ.
 """
 
-CHOICES_IN_MODEL = ("gate_form", "k", "num_experts", "num_shared_experts", "capacity_factor")
+CHOICES_IN_MODEL = (
+    *("gate_form", "k", "num_experts", "num_shared_experts", "capacity_factor"),
+    *("zero_experts", "copy_experts", "constant_experts"),
+)
 """The fields of ``model`` in which entries may differ on purpose; these are printed, all others and all of ``data`` are
 shared.
 """
@@ -266,18 +269,19 @@ def _check_overlap(runs: Sequence[RunRecord]) -> None:
             _require_equal("batches.steps", values, "without a common step their batches cannot be compared")
 
 
-def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int | None], list[RunRecord]]:
+def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int, int | None], list[RunRecord]]:
     """Group the MoE runs whose shared parameters have the same shapes; dense layers are as wide as what a token runs,
     unless they have a width of their own.
     """
-    groups: dict[tuple[int, int, int | None], list[RunRecord]] = {}
+    groups: dict[tuple[int, int, int, int | None], list[RunRecord]] = {}
     for run in runs:
         model = run.config["config"]["model"]
         if run.config["router"] != DENSE:
             shared = model.get("num_shared_experts", 0)
             dense = (model["num_dense_layers"] or model.get("moe_every", 1) > 1) and model.get("d_dense") is None
             width = model["k"] + shared if dense else None
-            groups.setdefault((model["num_experts"], shared, width), []).append(run)
+            shape = (model["num_experts"], shared, model.get("constant_experts", 0), width)
+            groups.setdefault(shape, []).append(run)
     return groups
 
 

@@ -84,7 +84,7 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
         hook.remove()
     residual_TD, x_TD = (tensor.flatten(0, 1).float() for tensor in seen)
     targets_T = torch.from_numpy(batch.targets_BS).reshape(-1).to(device.name)
-    experts = config.model.num_experts
+    shape = moe.router.shape
     if moe.shared is not None:  # every token runs these, whatever its route
         residual_TD = residual_TD + moe.run_shared(x_TD, decisions[-1].shared_gates_TS)
 
@@ -94,10 +94,12 @@ def _outcomes(model: Transformer, config: RunConfig, batch: Batch, device: Devic
 
     def alone(expert: int) -> Tensor:
         ids_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
-        decision = RoutingDecision.token_choice(ids_T1, torch.ones_like(ids_T1, dtype=torch.float32), experts)
-        return moe.start_experts(x_TD, decision, context)()[0]
+        gates_T1, free = torch.ones_like(ids_T1, dtype=torch.float32), shape.num_free_experts
+        decision = RoutingDecision.token_choice(ids_T1, gates_T1, shape.num_experts, num_free_experts=free)
+        out_TD, _ = moe.start_experts(x_TD, decision, context)()
+        return out_TD if moe.free is None else out_TD + moe.free(x_TD, decision)
 
-    losses_TE = torch.stack([loss(alone(expert)) for expert in range(experts)], dim=1)
+    losses_TE = torch.stack([loss(alone(expert)) for expert in range(shape.num_experts)], dim=1)
     domains = batch.domains_BS
     return {
         "x_ND": x_TD.cpu().numpy(),

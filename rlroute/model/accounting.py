@@ -12,7 +12,7 @@ from torch import Tensor
 from rlroute.config import ModelConfig
 from rlroute.model.attention import Attention
 from rlroute.model.transformer import Transformer, sites
-from rlroute.model.work import Work, measure
+from rlroute.model.work import Work, measure_sites
 
 
 def is_router(name: str) -> bool:
@@ -144,9 +144,9 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
             sizes[name] = p.numel() // len(p) * config.num_experts
     routed = model.routed
     total, router = sum(sizes.values()), sum(size for name, size in sizes.items() if is_router(name))
-    work_L = tuple([measure(site.router) for site in routed])  # no generator: a router may raise StopIteration
+    work_L = measure_sites([site.router for site in routed])
     buffers = sum(work.buffers for work in work_L)
-    fixed = total - router - sum(site.pair_parameters * site.router.shape.num_experts for site in routed)
+    fixed = total - router - sum(site.pair_parameters * site.router.shape.num_real_experts for site in routed)
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and not is_router(name))
     plain_attention = sum(isinstance(block.attention, Attention) for block in model.blocks)
     return Costs(

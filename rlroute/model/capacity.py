@@ -22,7 +22,8 @@ def limit(decision: RoutingDecision, config: ModelConfig, context: RoutingContex
     """
     if config.capacity_factor is not None:
         device_E = context.expert_device_E if config.capacity_of == "device" else None
-        takers = decision.num_experts if device_E is None else config.devices
+        real = decision.num_experts - decision.num_free_experts
+        takers = decision.num_experts if device_E is None else config.devices * decision.num_experts / real
         decision = drop_over_capacity(
             decision,
             config.capacity_factor * config.k,
@@ -40,7 +41,7 @@ def limit(decision: RoutingDecision, config: ModelConfig, context: RoutingContex
 def drop_over_capacity(
     decision: RoutingDecision,
     pairs_per_row: float,
-    takers: int,
+    takers: float,
     *,
     order: Literal["position", "gate"] = "position",
     bin_T: Tensor | None = None,
@@ -48,12 +49,14 @@ def drop_over_capacity(
 ) -> RoutingDecision:
     """Return the decision with ``kept_R`` false for pairs over capacity.
 
-    n rows that compete keep ceil(pairs_per_row * n / takers) pairs of each expert (or device).
+    n rows that compete keep ceil(pairs_per_row * n / takers) pairs of each expert (or device); free experts, which cost
+    nothing, keep all of theirs.
 
     Args:
         decision: any decision.
         pairs_per_row: the capacity factor times k.
-        takers: how many experts (or devices) share the pairs.
+        takers: how many experts (or devices) share the pairs; among devices that hold E real of E + Z experts, (E + Z)
+            / E times as many.
         order: who comes first: ``position`` (first choices before second ones, then earlier tokens; GShard, arXiv
             2006.16668) or ``gate`` (larger gates; batch-prioritised routing, arXiv 2106.05974).
         bin_T: int64 below T, which rows compete; all with all where it is None.
@@ -63,14 +66,14 @@ def drop_over_capacity(
     rows_T = torch.zeros_like(bin_T).index_add(0, bin_T, torch.ones_like(bin_T))
     capacity_T = torch.ceil(pairs_per_row * rows_T.double() / takers)
     first_R = _places(decision) if order == "position" else _by_gate(decision)
-    runs_R = (decision.kept_R & decision.used_R)[first_R]
+    runs_R = decision.runs_R[first_R]
     taker_R = decision.expert_ids_R.clamp(max=decision.num_experts - 1)[first_R]
     taker_R = taker_R if device_E is None else device_E[taker_R]
     bin_R = bin_T[decision.token_ids_R[first_R]]
     slot_R = torch.where(runs_R, bin_R * decision.num_experts + taker_R, decision.num_tokens * decision.num_experts)
     kept_R = torch.empty_like(decision.kept_R)
     kept_R[first_R] = runs_R & (_rank(slot_R) < capacity_T[bin_R])
-    return replace(decision, kept_R=kept_R)
+    return replace(decision, kept_R=kept_R | decision.idle_R)
 
 
 def round_to_tiles(
@@ -90,7 +93,7 @@ def round_to_tiles(
     """
     experts, sample_T = decision.num_experts, context.sample_T
     first_R = _by_gate(decision)
-    runs_R = (decision.kept_R & decision.used_R)[first_R]
+    runs_R = decision.runs_R[first_R]
     expert_R = sample_T[decision.token_ids_R] * experts + decision.expert_ids_R.clamp(max=experts - 1)
     slot_R = torch.where(runs_R, expert_R[first_R], context.num_samples * experts)
     counts = slot_R.new_zeros(context.num_samples * experts + 1).index_add(0, slot_R, torch.ones_like(slot_R))
@@ -98,16 +101,16 @@ def round_to_tiles(
     beyond = torch.where(2 * beyond < size, beyond, 0) if nearest else beyond
     kept_R = torch.empty_like(decision.kept_R)
     kept_R[first_R] = runs_R & (_rank(slot_R) < (counts - beyond)[slot_R])
-    return replace(decision, kept_R=kept_R)
+    return replace(decision, kept_R=kept_R | decision.idle_R)
 
 
 def _drop_over_bound(decision: RoutingDecision, most: int) -> RoutingDecision:
     """Drop running pairs beyond the first ``most``."""
     first_R = _places(decision)
-    runs_R = (decision.kept_R & decision.used_R)[first_R]
+    runs_R = decision.runs_R[first_R]
     kept_R = torch.empty_like(decision.kept_R)
     kept_R[first_R] = runs_R & (runs_R.cumsum(0) <= most)
-    return replace(decision, kept_R=kept_R)
+    return replace(decision, kept_R=kept_R | decision.idle_R)
 
 
 def _by_gate(decision: RoutingDecision) -> Tensor:

@@ -22,6 +22,7 @@ from rlroute.model import wishes
 from rlroute.model.capacity import limit
 from rlroute.model.checks import named
 from rlroute.model.compiling import DenseParts
+from rlroute.model.free import FreeExperts
 from rlroute.model.linear import KeyedLinear
 from rlroute.routing import Router, RoutingContext
 
@@ -113,8 +114,8 @@ def apply_gate_form(decision: RoutingDecision, form: str) -> RoutingDecision:
     """Return the decision with its gates as published (``own``), or each with the same value and the gradient of the
     router's gate (``unit``): 1 over the pairs of its token.
 
-    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. ``self_T`` and the gates of shared
-    experts stay as they are, and so does ``fill_TD``.
+    A gate of exactly 0 keeps its value: its pair runs for its gradient alone. A free expert's pair is one like any
+    other. ``self_T`` and the gates of shared experts stay as they are, and so does ``fill_TD``.
     """
     if form == "own":
         return decision
@@ -136,7 +137,7 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
             decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
         _check_shared_gates(decision, router, config)
     with torch.autocast(device, enabled=False):
-        decision = widened(decision) if low else decision
+        decision = replace(widened(decision) if low else decision, num_free_experts=router.shape.num_free_experts)
         decision = limit(decision, config, context)  # an order by gate is that of the router's own
         return apply_gate_form(decision, config.gate_form)
 
@@ -171,7 +172,7 @@ def _check_shared_gates(decision: RoutingDecision, router: Router, config: Model
 
 
 class MoELayer(DenseParts):
-    """Route, run the experts that were chosen and those that all tokens share."""
+    """Route, run the experts that were chosen and those that all tokens share, and add what free experts give."""
 
     def __init__(
         self, config: ModelConfig, router: Router, layer: int, seed: int, backend: str, placement: Placement = HERE
@@ -185,6 +186,7 @@ class MoELayer(DenseParts):
         )
         shared = config.num_shared_experts * config.d_expert
         self.shared = DenseMLP(config, layer, seed, shared, "shared") if shared else None
+        self.free = FreeExperts(config, layer, seed) if config.num_free_experts else None
 
         def keyed(name: str, d_in: int, d_out: int) -> KeyedLinear:
             return KeyedLinear(d_in, d_out, d_in**-0.5, seed, f"layers.{layer}.{name}")
@@ -209,6 +211,9 @@ class MoELayer(DenseParts):
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
         out_TD, decision = finish()
+        if self.free is not None:
+            with torch.autocast(x_TD.device.type, enabled=False):
+                out_TD = out_TD + self.free(x_TD.to(compute_dtype(x_TD)), decision)
         if "weights" in self.router.wishes:
             decision = replace(decision, gate_EFD=self.experts.in_EHD[:, : self.config.d_expert])
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
@@ -224,7 +229,7 @@ class MoELayer(DenseParts):
         x_TD = x_TD if self.down is None else self.down(x_TD)
         with torch.autocast(device, enabled=False):
             weights, form = self.experts.weights(dtype), self._form(decision, context, dtype)
-            run = (x_TD.to(dtype), decision)
+            run = (x_TD.to(dtype), decision.real())
             run = wishes.by_pair(*run) if by_pair else run
             finish = self.start(*run, weights, self.backend, self.config.activation, form)
 

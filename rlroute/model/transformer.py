@@ -6,7 +6,7 @@ Shape suffixes: B sequences (routing samples included), S sequence length, T = B
 vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlroute import seeding
-from rlroute.config import ModelConfig
+from rlroute.config import ModelConfig, RouterConfig
 from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, attention_site
 from rlroute.model.compiling import DenseParts
@@ -115,6 +115,7 @@ class Transformer(DenseParts):
         self.embed = nn.Embedding(shape.vocab_size, config.d_model)
         seeding.init_normal(self.embed.weight, config.d_model**-0.5, shape.seed, "embed")
         routers = {} if make_router is None else {s.site: make_router(s) for s in router_shapes(config, shape)}
+        tie(routers.values())
         self.layers = nn.ModuleList(Block(config, shape, layer, routers) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self.unembed = KeyedLinear(config.d_model, shape.vocab_size, config.d_model**-0.5, shape.seed, "unembed")
@@ -177,13 +178,23 @@ class Transformer(DenseParts):
         return functional.cross_entropy(wide_TV, targets_T, reduction="none")
 
 
+def tie(routers: Iterable[Router]) -> None:
+    """Let the sites of each router have in common what it says, as the first of them has it."""
+    first: dict[tuple[type[Router], RouterConfig, tuple[str, ...]], Router] = {}
+    for router in routers:
+        owner = first.setdefault((type(router), router.config, router.common), router)
+        for name in router.common:
+            parent, _, child = name.rpartition(".")
+            setattr(router.get_submodule(parent), child, owner.get_submodule(name))
+
+
 def sites(config: ModelConfig) -> dict[Site, int]:
-    """Return the number of experts at each routed site, first to last."""
+    """Return the number of experts at each routed site, free ones included, first to last."""
     found: dict[Site, int] = {}
     for layer in config.moe_layers:
         if config.attention_experts:
             found[attention_site(layer)] = config.attention_experts
-        found[layer] = config.num_experts
+        found[layer] = config.num_experts + config.num_free_experts
     return found
 
 
@@ -193,7 +204,7 @@ def _grants(config: ModelConfig, site: Site, shards: int) -> frozenset[str]:
     """
     if isinstance(site, str):
         return WISHES - {"weights"}
-    had = {"outputs": config.gate_at == "output", "weights": shards == 1}
+    had = {"outputs": config.gate_at == "output", "weights": shards == 1 and not config.num_free_experts}
     return frozenset(wish for wish in WISHES if had[wish] and config.d_latent is None)
 
 
@@ -216,6 +227,7 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
             grants=_grants(config, site, shape.placement.shards),
             d_expert=config.d_expert,
+            num_free_experts=config.num_free_experts if isinstance(site, int) else 0,
         )
         for index, (site, count) in enumerate(experts.items())
     ]

@@ -9,7 +9,7 @@ Shape suffixes: T rows, D model width, R routed pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -27,7 +27,7 @@ from rlroute.faults import noted
 from rlroute.learning import adapt, count, weighted
 from rlroute.model.checks import check, named
 from rlroute.model.wishes import stand_in
-from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision
+from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, Site
 
 ROWS = 256
 """So many rows are routed where nobody hands in a batch."""
@@ -159,28 +159,59 @@ def measure(router: Router, x_TD: Tensor | None = None, contexts: Mapping[bool, 
     router = _copy(router)
     if x_TD is None or contexts is None:
         router = router.cpu()  # what is booked is the same on all devices
-        x_TD, contexts = _some_rows(router)
+        x_TD, contexts = _some_rows(router, router.num_samples)
+    return _measure(router, x_TD, contexts)[0]
+
+
+def measure_sites(routers: Sequence[Router]) -> tuple[Work, ...]:
+    """Count what the routers of a model's sites run, first to last, as :func:`measure` does on fixed draws: each meets
+    the decisions of those before it, which some go by.
+    """
+    samples = max((router.num_samples for router in routers), default=1)
+    earlier: dict[bool, dict[Site, RoutingDecision]] = {False: {}, True: {}}
+    works, counted = [], set[int]()
+    for router in routers:
+        router_copy = _copy(router).cpu()
+        x_TD, contexts = _some_rows(router_copy, samples)
+        contexts = {mode: replace(context, earlier=dict(earlier[mode])) for mode, context in contexts.items()}
+        work, made, read = _measure(router_copy, x_TD, contexts)
+        for mode, decision in made.items():
+            earlier[mode][router.shape.site] = decision
+        mine = [router.get_parameter(name) for name in read]
+        again = sum(p.numel() for p in mine if id(p) in counted)  # what sites have in common is there once
+        works.append(replace(work, active_parameters=work.active_parameters - again))
+        counted |= set(map(id, mine))
+    return tuple(works)
+
+
+def _measure(
+    router: Router, x_TD: Tensor, contexts: Mapping[bool, RoutingContext]
+) -> tuple[Work, dict[bool, RoutingDecision], list[str]]:
+    """Count what a copy of a router runs; return that, what it decided in each mode, detached, and the names of the
+    matrices among its parameters that its greedy forward read.
+    """
     greedy, first_TD = Counter(), x_TD[: len(contexts[False].token_ids_T)].detach()
     with torch.random.fork_rng(devices=[x_TD.device] if x_TD.is_cuda else []):
         with torch.no_grad():
-            _decide(router, first_TD, contexts[False], greedy)
-        active, buffers = _matrices_read(router, greedy)
-        forward, back, last = _step(router, x_TD, contexts[True])
+            plain = _decide(router, first_TD, contexts[False], greedy)
+        read, buffers = _matrices_read(router, greedy)
+        (forward, back, last), trained = _step(router, x_TD, contexts[True])
     per_row = [greedy.per_row(len(first_TD)), forward.per_row(len(x_TD)), back.per_row(len(x_TD))]
     small = SMALL[0] * router.shape.d_model + SMALL[1] * router.shape.num_experts
     (_, alone), (_, stepping), (_, backing) = per_row
     elementwise = alone > small or stepping + backing > SMALL_STEP * small
     flops = [round(products + elementwise * elements) for products, elements in per_row]
-    return Work(
+    work = Work(
         greedy=flops[0],
         forward=flops[1],
         training=flops[1] + flops[2],
         adapt=last.products,
-        active_parameters=active,
+        active_parameters=sum(router.get_parameter(name).numel() for name in read) + buffers,
         buffers=buffers,
         elementwise=elementwise,
         foreign=tuple(sorted(greedy.foreign | forward.foreign | back.foreign | last.foreign)),
     )
+    return work, {False: plain, True: trained.detach()}, read
 
 
 def _copy(router: Router) -> Router:
@@ -201,22 +232,27 @@ def _decide(router: Router, x_TD: Tensor, context: RoutingContext, counter: Coun
     return decision
 
 
-def _matrices_read(router: Router, counter: Counter) -> tuple[int, int]:
-    """Return the numbers in floating-point matrices that were read, of all and of buffers alone."""
+def _matrices_read(router: Router, counter: Counter) -> tuple[list[str], int]:
+    """Return the names of the matrices among the parameters that were read, and the numbers in those among the
+    buffers.
+    """
 
-    def size(tensors: Iterable[Tensor]) -> int:
-        return sum(t.numel() for t in tensors if t.dim() > 1 and t.untyped_storage().data_ptr() in counter.read)
+    def is_read(tensor: Tensor) -> bool:
+        return tensor.dim() > 1 and tensor.untyped_storage().data_ptr() in counter.read
 
-    buffers = size(b for b in router.buffers() if b.is_floating_point())
-    return size(router.parameters()) + buffers, buffers
+    buffers = sum(b.numel() for b in router.buffers() if b.is_floating_point() and is_read(b))
+    return [name for name, p in router.named_parameters() if is_read(p)], buffers
 
 
-def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counter, Counter, Counter]:
+def _step(
+    router: Router, x_TD: Tensor, context: RoutingContext
+) -> tuple[tuple[Counter, Counter, Counter], RoutingDecision]:
     """Run what a step runs at one site, and return what it took: all before and beside the backward, that, and what is
-    run once a step.
+    run once a step; and the decision.
     """
     whose, forward, back, last = (router.config.name, context.site), Counter(), Counter(), Counter()
     x_TD = x_TD.detach().clone().requires_grad_()
+    context = replace(context, earlier={site: _leaves(made) for site, made in context.earlier.items()})
     loss_MT = torch.linspace(1, 2, len(x_TD), dtype=x_TD.dtype, device=x_TD.device).view(context.num_samples, -1)
     feedback = Feedback(context=context, loss_MT=loss_MT, num_valid=loss_MT.shape[1])
     with torch.enable_grad():
@@ -239,11 +275,22 @@ def _step(router: Router, x_TD: Tensor, context: RoutingContext) -> tuple[Counte
         sums = count(decision, feedback) | router.observe(decision, feedback)
     with noted(*whose), last:
         adapt([router], [sums], context.progress)
-    return forward, back, last
+    return (forward, back, last), decision
 
 
-def _some_rows(router: Router) -> tuple[Tensor, dict[bool, RoutingContext]]:
-    """Return fixed draws for a router that stands alone: hidden states, and the contexts of both modes."""
+def _leaves(decision: RoutingDecision) -> RoutingDecision:
+    """Return a decision of a site before, to whose scores and memo the backward goes on, as in a model."""
+
+    def leaf(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().requires_grad_() if floats else value
+
+    memo = {name: leaf(value) for name, value in decision.memo.items()}
+    return replace(decision, logits_TE=leaf(decision.logits_TE), probs_TE=leaf(decision.probs_TE), memo=memo)
+
+
+def _some_rows(router: Router, samples: int) -> tuple[Tensor, dict[bool, RoutingContext]]:
+    """Return fixed draws for a router that meets no other: hidden states, and the contexts of both modes."""
     held = [*router.parameters(), *router.buffers()]
     device = held[0].device if held else torch.device("cpu")
     dtype = next((t.dtype for t in held if t.is_floating_point()), torch.float32)
@@ -259,7 +306,6 @@ def _some_rows(router: Router) -> tuple[Tensor, dict[bool, RoutingContext]]:
         mask_T=torch.ones_like(row_T, dtype=torch.bool),
         explore=False,
     ).at(router.shape, {})
-    samples = router.num_samples
     rows = ("token_ids_T", "position_T", "sequence_T", "mask_T")
     repeated = {name: getattr(context, name).repeat(samples) for name in rows}
     x_TD = torch.randn(ROWS, router.shape.d_model, generator=generator).repeat(samples, 1).to(device, dtype)

@@ -51,9 +51,9 @@ class EvalRow(TypedDict):
     drop_by_position: NotRequired[list[Part | None]]
     """The same of the pairs of each quarter of the sequences, first to last; old records do not say."""
     pairs_L: NotRequired[list[Amount]]
-    """Pairs that ran per token; old records do not say."""
+    """Pairs that ran per token, those of free experts left out; old records do not say."""
     without_L: NotRequired[list[Part]]
-    """The share of tokens for which no expert ran; old records do not say."""
+    """The share of tokens for which no real expert ran; old records do not say."""
     load_LE: list[list[Part]]
     """Each expert's share of the chosen pairs."""
     sampled: Sampled | None
@@ -88,9 +88,9 @@ class TrainRow(TypedDict):
     max_vio_L: list[Vio | None]
     """As in evaluations, of the step's batch."""
     pairs_L: NotRequired[list[Amount]]
-    """Pairs that ran per token; old records do not say."""
+    """Pairs that ran per token, those of free experts left out; old records do not say."""
     without_L: NotRequired[list[Part]]
-    """The share of tokens for which no expert ran; old records do not say."""
+    """The share of tokens for which no real expert ran; old records do not say."""
     traffic: NotRequired[dict[str, Any]]
     """What was sent between the processes of an expert-parallel group: see docs/parallel.md."""
 

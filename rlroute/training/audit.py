@@ -251,7 +251,7 @@ def _mode(passes: Audit, seed: int, agree: Callable[[float], float]) -> tuple[Me
     rounds = min(ROUNDS, -(-PLACES // (len(CHANGES) * (1 if alone else len(tokens_BS)))))
     changes = [_change_behind(tokens_BS, draw, vocabulary, how, alone) for how in rounds * CHANGES]
     later = passes.depends(base, changes)
-    pairs_L = [float(d.load_E().sum()) / d.num_tokens for d in base.ran_L]
+    pairs_L = [float(d.runs_R.sum()) / d.num_tokens for d in base.ran_L]
     repeats = not any(bool(_routes_differ(a, b).any()) for a, b in zip(base.chosen_L, again.chosen_L, strict=True))
     return {"pairs_L": pairs_L, "repeats": repeats, "later": later, "others": others}, base
 

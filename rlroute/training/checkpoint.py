@@ -98,7 +98,7 @@ def _write_shard(
     folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, run_id: str, shard: int, shards: int
 ) -> list[Entry]:
     """Write a shard's two files and return what the manifest says of them."""
-    kept = {name: v.contiguous() for name, v in model.state_dict().items() if shard == 0 or is_expert(name)}
+    kept = _apart({name: v for name, v in model.state_dict().items() if shard == 0 or is_expert(name)})
     moments = {name: v for name, v in optimizer.state().items() if shard == 0 or is_expert(name)}
     header = {"schema": str(SCHEMA), "step": str(progress.step), "run": run_id}
     entries = []
@@ -113,6 +113,18 @@ def _write_shard(
             os.fsync(handle.fileno())
         entries.append(file.entry)
     return entries
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as the file format takes them: contiguous, and none in the memory of another, where routers have
+    something in common.
+    """
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        apart[name] = value.clone() if value.data_ptr() in seen else value.contiguous()
+        seen.add(value.data_ptr())
+    return apart
 
 
 def _gather(entries: Sequence[Entry], group: Group, device: torch.device) -> dict[str, Entry]:

@@ -80,7 +80,7 @@ class _Totals:
     Attributes:
         losses_23: of the greedy and of the sampled policy: nats, tokens and bytes of text.
         demand_L: the pairs that chose each expert, by site.
-        sums_L6: what :func:`_sums` returns, by site.
+        sums_L7: what :func:`_sums` returns, by site.
         drops_2P: chosen and dropped pairs, by the part of the sequence.
         overlap_L2: by site, drawn pairs that are greedy ones too, and drawn pairs.
     """
@@ -91,7 +91,7 @@ class _Totals:
         self.demand_L = [
             torch.zeros(router.shape.num_experts, dtype=torch.long, device=device) for router in model.routers
         ]
-        self.sums_L6 = torch.zeros(len(self.demand_L), 6, dtype=torch.float64, device=device)
+        self.sums_L7 = torch.zeros(len(self.demand_L), 7, dtype=torch.float64, device=device)
         self.drops_2P = torch.zeros(2, PARTS, dtype=torch.long, device=device)
         self.overlap_L2 = torch.zeros(len(self.demand_L), 2, dtype=torch.float64, device=device)
 
@@ -104,7 +104,7 @@ class _Totals:
     def add_decisions(self, greedy: Decisions, drawn: Decisions | None = None) -> None:
         for site, decision in enumerate(greedy):
             self.demand_L[site] += decision.demand_E()
-            self.sums_L6[site] += _sums(decision)
+            self.sums_L7[site] += _sums(decision)
         for site, (a, b) in enumerate(zip(greedy, drawn or [], strict=drawn is not None)):
             pairs = b.used_R.sum().double()
             self.overlap_L2[site] += torch.stack([pairs * metrics.overlap(b, a).nan_to_num(), pairs])
@@ -116,7 +116,7 @@ class _Totals:
     def add_up(self, group: Group) -> None:
         """Sum over the ranks of a group."""
         counts = [*self.demand_L, self.drops_2P]
-        for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*counts, self.sums_L6], [self.overlap_L2]):
+        for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*counts, self.sums_L7], [self.overlap_L2]):
             group.add_up(tensors)  # apart: the order in which ranks are summed depends on what travels together
 
     def losses(self, explore: bool) -> dict[str, Tensor]:
@@ -126,19 +126,19 @@ class _Totals:
     @property
     def scored_L(self) -> Tensor:
         """Tokens with probabilities, by site."""
-        return self.sums_L6[:, 4]
+        return self.sums_L7[:, 5]
 
     def balance(self) -> dict[str, Any]:
         """Return the balance of the greedy decisions, and what they ran, by site."""
         demand_L = self.demand_L
-        tokens_L, used_L, ran_L, without_L, scored_L, entropy_L = self.sums_L6.t()
+        tokens_L, used_L, kept_L, ran_L, without_L, scored_L, entropy_L = self.sums_L7.t()
         return {
             "max_vio_L": max_vio_L(demand_L),
             "cv_L": [metrics.coefficient_of_variation(d) for d in demand_L],
             "load_entropy_L": [metrics.load_entropy(d) for d in demand_L],
             "router_entropy_L": entropy_L / scored_L,
             "dead_L": [metrics.dead_experts(d) for d in demand_L],
-            "drop_rate": (used_L - ran_L).sum() / used_L.sum().clamp(min=1),
+            "drop_rate": (used_L - kept_L).sum() / used_L.sum().clamp(min=1),
             "drop_by_position": self.drops_2P[1].double() / self.drops_2P[0],
             "pairs_L": ran_L / tokens_L,
             "without_L": without_L / tokens_L,
@@ -151,13 +151,14 @@ class _Totals:
 
 
 def _sums(decision: RoutingDecision) -> Tensor:
-    """Return what is added up of one batch at one site, float64 of shape (6,).
+    """Return what is added up of one batch at one site, float64 of shape (7,).
 
-    These are: tokens, pairs, pairs that ran, tokens without any, tokens with probabilities, and the entropies of these.
+    These are: tokens, pairs, pairs that were kept, pairs that ran, tokens without any of these, tokens with
+    probabilities, and their entropies.
     """
-    ran_T, probs_TE = decision.token_sum(decision.kept_R.double()), decision.probs_TE
+    ran_T, probs_TE = decision.token_sum(decision.runs_R.double()), decision.probs_TE
     tokens = ran_T.new_full((), decision.num_tokens)
     scored = 0 * tokens if probs_TE is None else tokens
     entropy = 0 * tokens if probs_TE is None else tokens * metrics.router_entropy(probs_TE).double()
-    used = decision.used_R.sum().double()
-    return torch.stack([tokens, used, ran_T.sum(), (ran_T == 0).sum().double(), scored, entropy])
+    used, kept = (pairs_R.sum().double() for pairs_R in (decision.used_R, decision.used_R & decision.kept_R))
+    return torch.stack([tokens, used, kept, ran_T.sum(), (ran_T == 0).sum().double(), scored, entropy])

@@ -42,8 +42,8 @@ class StepResult:
         terms: each term's value at each site, unweighted; 0 where a site has none of that name; float64 of shape (L,).
         weights: each term's weight at each site.
         sums_L: what ran and what the routers observed, by site, for ``adapt``.
-        pairs_L: pairs that ran, by site, of all routing samples; int64.
-        without_L: rows for which no expert ran, by site; int64.
+        pairs_L: pairs that ran, those of free experts left out, by site, of all routing samples; int64.
+        without_L: rows for which no real expert ran, by site; int64.
         rows: valid rows, of all routing samples.
     """
 
@@ -170,7 +170,8 @@ def backward_batch(
     terms_L = {name: torch.stack(value_L) for name, value_L in values.items()}
     group.add_up([loss, *terms_L.values(), *(value for sums in sums_L for value in sums.values())])
     group.sum_gradients(model)
-    ran_L2 = [torch.stack([sums["load_E"].sum(), sums["without"]]) for sums in sums_L]
+    real_L = [router.shape.num_real_experts for router in model.routers]
+    ran_L2 = [torch.stack([s["load_E"][:real].sum(), s["without"]]) for s, real in zip(sums_L, real_L, strict=True)]
     pairs_L, without_L = torch.stack(ran_L2, dim=1) if sites else loss.new_zeros(2, 0)
     return StepResult(loss, terms_L, dict(weights), sums_L, pairs_L, without_L, num_valid * samples)
 
