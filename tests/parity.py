@@ -106,7 +106,10 @@ def shake(module: nn.Module, shift: float) -> None:
     for seed, (name, tensor) in enumerate(module.state_dict().items()):
         values = _draw(*tensor.shape, seed=10 + seed)
         of_choice, scale = "correction_bias" in name, "scale" in name
-        tensor.copy_(0.1 * values + shift if of_choice else 1 + 0.1 * values if scale else 0.3 * values)
+        if tensor.is_floating_point():
+            tensor.copy_(0.1 * values + shift if of_choice else 1 + 0.1 * values if scale else 0.3 * values)
+        else:  # a table of experts
+            tensor.copy_(_draw(len(tensor), E, seed=10 + seed).argsort(1)[:, : tensor.shape[1]])
 
 
 def copy_weights(module: nn.Module, bias_E: Tensor | None, router: Router) -> None:
@@ -125,6 +128,8 @@ def copy_weights(module: nn.Module, bias_E: Tensor | None, router: Router) -> No
     if "global_scale" in state:
         taken["scale"] = state.pop("global_scale").squeeze()
     taken |= {new: state.pop(old).flatten() for old, new in _NAMES.items() if old in state}
+    if "tid2eid" in state:
+        taken["table_XK"] = state.pop("tid2eid")
     assert not state, f"{type(module).__name__} has {', '.join(state)} besides: what are they of ours?"
     router.load_state_dict(taken | ({} if bias_E is None else {"bias_E": bias_E}))
 
@@ -137,9 +142,10 @@ def call(module: Any, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, bool]:
     if name == "DbrxFFN":
         gates_TK, ids_TK = module.route_tokens_to_experts(module.router(x_TD))
         return _of_ids(x_TD, gates_TK, ids_TK), False
-    wants_bias = any("bias" in argument for argument in inspect.signature(module.forward).parameters)
+    wanted = list(inspect.signature(module.forward).parameters)
+    wants_bias, wants_ids = any("bias" in argument for argument in wanted), "input_ids" in wanted
     rows = x_TD[None] if name.startswith("Afmoe") else x_TD  # which reads three dimensions
-    out = module(rows, bias_E) if wants_bias else module(rows)
+    out = module(rows, *[bias_E] * wants_bias, *[make_context(T).token_ids_T] * wants_ids)
     return _READ.get(name, _of_ids)(*out), wants_bias
 
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-D, E, K = 32, 16, 4
+D, E, K, V = 32, 16, 4, 11
 ZERO = 4
 """Of LongCat's experts, those that cost nothing."""
 SETTINGS: dict[str, Any] = {
     "hidden_size": D,
+    "vocab_size": V,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), E),
     **dict.fromkeys(("routed_scaling_factor", "route_scale", "router_scaling_factor"), 2.5),
     "n_group": 4,
@@ -191,6 +192,7 @@ ROWS: list[Row] = [
     *_rows("topk:score=sigmoid,order=choose_first,normalize=false", "llama4.Llama4Router"),
     *_rows("topk:score=sigmoid,order=choose_first,normalize=false", "llama4.Llama4Router", k=1),
     # Roots of softplus.
+    *_rows("hash_gated:route_scale=2.5", "deepseek_v4.DeepseekV4HashRouter", scoring_func="sqrtsoftplus"),
     *_rows(
         "topk:score=sqrt_softplus,bias_rate=0.001,route_scale=2.5",
         "deepseek_v4.DeepseekV4TopKRouter",
@@ -201,7 +203,6 @@ ROWS: list[Row] = [
 ]
 """Every class with a router in it, under each setting that changes the rule."""
 AWAITED = {
-    "deepseek_v4.DeepseekV4HashRouter": "ids from a table, gates from learned weights: no router does so yet",
     "zaya.ZayaRouter": "an MLP over the state of the layer below, and a class that skips: no router does so yet",
 }
 """Router classes that no entry of ours stands for, and what is missing."""

@@ -29,7 +29,7 @@ def test_figures_are_those_that_the_authors_print_or_the_list_says_why_not(name:
     published = CATALOGUE[name]
     counted = count(published)
     same = agrees(counted.total, published.total) and agrees(counted.active, published.active)
-    assert same != bool(published.differs)
+    assert same or published.differs
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_the_tiny_form_trains_and_its_router_is_the_published_one(name: str, tmp
     assert whole.router == config.router and whole.others == config.others
     here, there = config.model, whole.model
     assert (here.k, here.num_experts) == (min(there.k, 4), min(there.num_experts, 16))
-    assert here.activation == there.activation and here.num_shared_experts == there.num_shared_experts
+    ours = ("activation", "num_shared_experts", "shared_gate", "moe_every", "gate_at", "expert_bias", "capacity_factor")
+    assert all(getattr(here, name) == getattr(there, name) for name in ours)
 
 
 def test_the_page_is_the_list() -> None:

@@ -15,6 +15,8 @@ NOT_PUBLISHED = "not published"
 _SIGMOID = "topk:score=sigmoid,bias_rate=0.001"
 _LATENT_ATTENTION = "latent attention: heads of d_model / num_heads stand in"
 
+_ENCODER = "an encoder, and a decoder that attends to it: one decoder as deep stands in"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
@@ -24,10 +26,10 @@ class Published:
         entry: its router.
         model: its transformer, as far as ours can express it.
         vocab_size: V.
-        total, active: parameters, and those of a token, as printed.
+        total, active: parameters, and those of a token, as printed; "" where they are not.
         source: where they and the shape are from.
         balance: what balances its loads, where the entry does not say so.
-        differs: why our figures differ, where they do.
+        differs: what is not the same here, and so why figures differ.
         input_counts: whether the printed ``active`` has the embedding of the input in it.
     """
 
@@ -43,7 +45,7 @@ class Published:
 
 
 def _model(
-    layers: int, width: int, heads: int, kv_heads: int = 0, head_width: int = 0, **fields: object
+    layers: int, width: int, heads: int, kv_heads: int = 0, head_width: int = 0, /, **fields: object
 ) -> ModelConfig:
     return replace(
         ModelConfig(),
@@ -66,7 +68,53 @@ def _experts(experts: int, k: int, width: int, shared: int = 0, dense: int = 0) 
     }
 
 
+def _every(layers: int, dense: int) -> dict[str, int]:
+    return {"moe_every": layers, "d_dense": dense}
+
+
 CATALOGUE: dict[str, Published] = {
+    "gshard": Published(
+        entry="gshard:balance_weight=0.01",
+        model=_model(
+            36, 1024, 16, 0, 128, activation="relu", capacity_factor=1.0, **_every(2, 8192), **_experts(2048, 2, 8192)
+        ),
+        vocab_size=64_000,
+        total="600",
+        active="",
+        source="MoE(2048E, 36L), arXiv 2006.16668",
+        balance="its weight not published",
+        differs=f"{_ENCODER}; the printed figure is rounded",
+    ),
+    "switch": Published(
+        entry="switch:balance_weight=0.01,jitter=0.01",
+        model=_model(
+            24, 768, 12, activation="geglu", capacity_factor=1.25, **_every(2, 2048), **_experts(128, 1, 2048)
+        ),
+        vocab_size=32_128,
+        total="7",
+        active="0.2",
+        source="Switch-Base, arXiv 2101.03961, table 9",
+        differs=_ENCODER,
+    ),
+    "st-moe": Published(
+        entry="gshard:balance_weight=0.01,z_weight=0.001",
+        model=_model(
+            54,
+            5120,
+            64,
+            0,
+            128,
+            activation="geglu",
+            capacity_factor=1.25,
+            **_every(4, 20480),
+            **_experts(64, 2, 20480, dense=3),
+        ),
+        vocab_size=250_112,
+        total="269",
+        active="32",
+        source="ST-MoE-32B, arXiv 2202.08906",
+        differs=f"{_ENCODER}, of which 12 layers have experts",
+    ),
     "mixtral": Published(
         entry="topk",
         model=_model(32, 4096, 32, 8, **_experts(8, 2, 14336)),
@@ -78,7 +126,7 @@ CATALOGUE: dict[str, Published] = {
     ),
     "grok-1": Published(
         entry="topk:normalize=false",
-        model=_model(64, 6144, 48, 8, 128, **_experts(8, 2, 32768)),
+        model=_model(64, 6144, 48, 8, 128, activation="geglu", **_experts(8, 2, 32768)),
         vocab_size=131_072,
         total="314",
         active="79",
@@ -94,6 +142,15 @@ CATALOGUE: dict[str, Published] = {
         active="36",
         source="DBRX, model card",
     ),
+    "qwen1.5-moe": Published(
+        entry="topk:normalize=false",
+        model=_model(24, 2048, 16, shared_gate="sigmoid", **_experts(60, 4, 1408, shared=4)),
+        vocab_size=151_936,
+        total="14.3",
+        active="2.7",
+        source="Qwen1.5-MoE-A2.7B, model card",
+        balance="f.P, weight not published",
+    ),
     "qwen3-moe": Published(
         entry="topk",
         model=_model(48, 2048, 32, 4, 128, **_experts(128, 8, 768)),
@@ -103,9 +160,19 @@ CATALOGUE: dict[str, Published] = {
         source="Qwen3-30B-A3B, arXiv 2505.09388",
         balance="f.P over the global batch, weight not published",
     ),
+    "qwen3-next": Published(
+        entry="topk",
+        model=_model(48, 2048, 16, 2, 256, shared_gate="sigmoid", **_experts(512, 10, 512, shared=1)),
+        vocab_size=151_936,
+        total="80",
+        active="3",
+        source="Qwen3-Next-80B-A3B, model card",
+        balance=NOT_PUBLISHED,
+        differs="gated delta nets in three layers of four, gated attention in the others: plain attention stands in",
+    ),
     "deepseek-moe": Published(
         entry="topk:normalize=false,balance_weight=0.001",
-        model=_model(28, 2048, 16, **_experts(64, 6, 1408, shared=2, dense=1)),
+        model=_model(28, 2048, 16, d_dense=10944, **_experts(64, 6, 1408, shared=2, dense=1)),
         vocab_size=102_400,
         total="16.4",
         active="2.8",
@@ -114,7 +181,7 @@ CATALOGUE: dict[str, Published] = {
     "deepseek-v2": Published(
         entry=(
             "topk:normalize=false,route_scale=16,groups=8,groups_kept=3,group_score=max,"
-            "balance_weight=0.003,device_balance_weight=0.05"
+            "balance_weight=0.003,device_balance_weight=0.05,communication_balance_weight=0.02"
         ),
         model=_model(60, 5120, 128, devices=8, **_experts(160, 6, 1536, shared=2, dense=1)),
         vocab_size=102_400,
@@ -132,6 +199,16 @@ CATALOGUE: dict[str, Published] = {
         source="DeepSeek-V3, arXiv 2412.19437",
         differs=_LATENT_ATTENTION,
     ),
+    "deepseek-v4": Published(
+        entry="topk:score=sqrt_softplus,bias_rate=0.001,route_scale=1.5+hash_gated:route_scale=1.5@0-2",
+        model=_model(43, 4096, 64, **_experts(256, 6, 2048, shared=1)),
+        vocab_size=129_280,
+        total="284",
+        active="13",
+        source="DeepSeek-V4-Flash, its public code and model card",
+        balance="its rate not published",
+        differs="compressed and sparse attention, four residual streams: plain attention and one stand in",
+    ),
     "kimi-k2": Published(
         entry=f"{_SIGMOID},route_scale=2.827",
         model=_model(61, 7168, 64, **_experts(384, 8, 2048, shared=1, dense=1)),
@@ -141,6 +218,16 @@ CATALOGUE: dict[str, Published] = {
         source="Kimi K2, arXiv 2507.20534",
         balance="its rate not published",
         differs=_LATENT_ATTENTION,
+    ),
+    "kimi-k3": Published(
+        entry="quantile:estimate=histogram",
+        model=_model(93, 7168, 96, 0, 128, d_latent=3584, **_experts(896, 16, 3072, shared=2, dense=1)),
+        vocab_size=163_840,
+        total="2780",
+        active="104",
+        source="Kimi K3, its configuration and technical report",
+        balance="a bias by quantiles of each step",
+        differs="Kimi Delta Attention in 69 layers, latent attention in 24: heads of 128 channels stand in",
     ),
     "olmoe": Published(
         entry="topk:normalize=false,balance_weight=0.01,z_weight=0.001",
@@ -152,13 +239,23 @@ CATALOGUE: dict[str, Published] = {
     ),
     "gpt-oss": Published(
         entry="topk:order=choose_first,linear_bias=true",
-        model=_model(36, 2880, 64, 8, 64, **_experts(128, 4, 2880)),
+        model=_model(36, 2880, 64, 8, 64, activation="swiglu_clamped", expert_bias=True, **_experts(128, 4, 2880)),
         vocab_size=201_088,
         total="116.8",
         active="5.13",
         source="gpt-oss-120b, arXiv 2508.10925",
         balance=NOT_PUBLISHED,
         input_counts=False,
+    ),
+    "llama-4": Published(
+        entry="topk:score=sigmoid,order=choose_first,normalize=false",
+        model=_model(48, 5120, 40, 8, 128, gate_at="input", **_experts(16, 1, 8192, shared=1)),
+        vocab_size=202_048,
+        total="109",
+        active="17",
+        source="Llama 4 Scout, model card",
+        balance=NOT_PUBLISHED,
+        differs="the printed total has an encoder of images in it",
     ),
     "jetmoe": Published(
         entry="topk:order=choose_first,balance_weight=0.01,z_weight=0.001",
@@ -168,6 +265,14 @@ CATALOGUE: dict[str, Published] = {
         active="2.2",
         source="JetMoE-8B, arXiv 2404.07413",
         differs="one matrix for both embeddings: two stand in, a third of the difference; the rest is unknown",
+    ),
+    "phi-3.5-moe": Published(
+        entry="sparse_mixer:jitter=0.01",
+        model=_model(32, 4096, 32, 8, **_experts(16, 2, 6400)),
+        vocab_size=32_064,
+        total="41.9",
+        active="6.6",
+        source="Phi-3.5-MoE, arXiv 2404.14219, and GRIN, arXiv 2409.12136",
     ),
     "ernie-4.5": Published(
         entry="topk:bias_rate=0.001",
@@ -181,7 +286,7 @@ CATALOGUE: dict[str, Published] = {
     ),
     "nemotron-h": Published(
         entry=f"{_SIGMOID},route_scale=2.5",
-        model=_model(23, 2688, 32, 2, 128, activation="relu", **_experts(128, 6, 1856, shared=2)),
+        model=_model(23, 2688, 32, 2, 128, activation="relu_squared", **_experts(128, 6, 1856, shared=2)),
         vocab_size=131_072,
         total="31.6",
         active="3.2",
@@ -189,24 +294,39 @@ CATALOGUE: dict[str, Published] = {
         differs="23 Mamba-2 layers beside 6 of attention: attention before each of the 23 layers of experts stands in",
         input_counts=False,
     ),
+    "inkling": Published(
+        entry="joint_gates:route_scale=8",
+        model=_model(66, 6144, 64, 8, 128, **_experts(256, 6, 3072, shared=2, dense=2)),
+        vocab_size=201_024,
+        total="975",
+        active="41",
+        source="Inkling, its public code and model card",
+        balance="its rate not published",
+        differs="short convolutions, relative positions, encoders of images and sound: none of them is here",
+    ),
 }
-"""By name, the older first."""
+"""By name."""
 
 
-def tiny(published: ModelConfig) -> ModelConfig:
-    """Return a model of the same make that trains on a CPU in minutes: 16 experts at most, of which at most 4 run; two
-    layers of width 64 whose active experts are together 128 wide.
+def tiny(published: Published) -> ModelConfig:
+    """Return a model of the same make that trains on a CPU in minutes: 16 experts at most, of which at most 4 run; of
+    width 64, with experts of which those that a router chooses are together 128 wide.
+
+    It has two layers, or as many more as it takes for some to have experts, or for all of an entry's routers to decide.
     """
-    k, heads = min(published.k, 4), 4
+    model, dense = published.model, min(published.model.num_dense_layers, 1)
+    k = min(model.k, 4)
     return replace(
-        published,
-        num_layers=2,
+        model,
+        num_layers=max(4 if "@" in published.entry else 2, dense + model.moe_every),
         d_model=64,
-        num_heads=heads,
-        num_kv_heads=2 if published.num_kv_heads else 0,
+        num_heads=4,
+        num_kv_heads=2 if model.num_kv_heads else 0,
         head_width=0,
-        num_experts=min(published.num_experts, 16),
+        num_experts=min(model.num_experts, 16),
         k=k,
         d_expert=128 // k,
-        num_dense_layers=min(published.num_dense_layers, 1),
+        num_dense_layers=dense,
+        d_dense=None,
+        d_latent=32 if model.d_latent else None,
     )

@@ -63,7 +63,7 @@ def _published(published: Published) -> Preset:
 
 
 def _tiny(published: Published) -> Preset:
-    return Preset(DataConfig(), tiny(published.model), TrainConfig(), published.entry)
+    return Preset(DataConfig(), tiny(published), TrainConfig(), published.entry)
 
 
 PRESETS = (

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from rlroute.config import RouterConfig
+from rlroute.config import DataConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.experiments.recipes.catalogue import CATALOGUE, Published
-from rlroute.experiments.recipes.entries import router_of
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, markdown
 from rlroute.model.transformer import ModelShape, Transformer
@@ -19,6 +19,7 @@ TERMS = {
     "balance_weight": "f.P",
     "sequence_balance_weight": "f.P in sequences",
     "device_balance_weight": "f.P over devices",
+    "communication_balance_weight": "f.P over receivers",
     "z_weight": "z",
     "bias_rate": "bias",
 }
@@ -27,13 +28,13 @@ HEAD = """# Published models as presets
 
 Made by `rlroute presets --markdown`. `--preset NAME`, of `train`, `compare` and `bench step` (and `preset = "NAME"` in
 a sweep), stands for a published model's transformer, as far as ours can express it, and, where no entry is named, for
-its router; `NAME-tiny` is the same router at a size that trains on a CPU in minutes: two layers of width 64, at most 16
-experts of which at most 4 run, together 128 wide. What is given besides goes before a preset, and nothing is tuned:
+its router; `NAME-tiny` is the same router at a size that trains on a CPU in minutes: a few layers of width 64, at most
+16 experts of which at most 4 run, together 128 wide. What is given besides goes before a preset, and nothing is tuned:
 data, batches and learning rates are ours.
 
 Parameters are counted on the model as it would be built, with the vocabulary of its authors; *active* are those of a
 token. *published* has the figures that the authors print. Ours agree with them to 1 %, or to one unit of the last digit
-printed; where they do not, a column says why.
+printed; where they do not, a column says why. It also says what else is not the same here.
 """
 
 
@@ -48,19 +49,24 @@ class Counted(NamedTuple):
 @cache
 def count(published: Published) -> Counted:
     """Count the parameters of a published model, every expert and router of it."""
-    config, model = router_of(published.entry), published.model
-    assert config is not None
+    run, model = _run(published), published.model
     shape = ModelShape(vocab_size=published.vocab_size, seq_len=1, seed=0, backend="reference")
     with torch.device("meta"):
-        made = Transformer(model, shape, lambda site: make_router(config, site))
+        made = Transformer(model, shape, lambda site: make_router(run.router_at(site.site), site))
     total = sum(p.numel() for p in made.parameters())
     idle = sum(site.pair_parameters * (site.router.shape.num_experts - model.k) for site in made.routed)
     input_only = 0 if published.input_counts else made.embed.weight.numel()
     return Counted(total / 1e9, (total - idle - input_only) / 1e9, made.routers[0].gate_meaning)
 
 
+def _run(published: Published) -> RunConfig:
+    return build_entry(published.entry, DataConfig(), published.model, TrainConfig())
+
+
 def agrees(here: float, printed: str) -> bool:
-    """Whether a figure is a printed one: within 1 %, or one unit of the last digit that is printed."""
+    """Whether a figure is a printed one: within 1 %, or one unit of the last digit that is printed; or none is."""
+    if not printed:
+        return True
     digits = len(printed.partition(".")[2])
     return abs(here - float(printed)) <= max(0.01 * float(printed), 0.1**digits + 1e-9)
 
@@ -68,9 +74,9 @@ def agrees(here: float, printed: str) -> bool:
 def presets_grid() -> Grid:
     """Return the list as a table."""
     head = ["preset", "E", "k", "shared", "order", "gate", "balance", "layers", "total", "active"]
-    head += ["published", "difference", "why it differs", "source"]
-    left = ("order", "gate", "balance", "why it differs", "source")
-    spare = ("source", "why it differs", "gate", "order", "balance", "shared", "difference", "layers")
+    head += ["published", "difference", "what differs", "source"]
+    left = ("order", "gate", "balance", "what differs", "source")
+    spare = ("source", "what differs", "gate", "order", "balance", "shared", "difference", "layers")
     return Grid(head, [_line(name, published) for name, published in CATALOGUE.items()], left, spare)
 
 
@@ -82,10 +88,10 @@ def presets_page() -> str:
 
 
 def _line(name: str, published: Published) -> list[str]:
-    model, counted, config = published.model, count(published), router_of(published.entry)
+    model, counted, config = published.model, count(published), _run(published).router
     assert config is not None
     apart = [
-        f"{here / float(printed) - 1:+.1%}"
+        f"{here / float(printed) - 1:+.1%}" if printed else NOTHING
         for here, printed in ((counted.total, published.total), (counted.active, published.active))
     ]
     return [
@@ -99,7 +105,7 @@ def _line(name: str, published: Published) -> list[str]:
         str(model.num_layers),
         f"{counted.total:.4g} B",
         f"{counted.active:.3g} B",
-        f"{published.total} B, {published.active} B",
+        f"{published.total} B, {published.active + ' B' if published.active else NOTHING}",
         ", ".join(apart),
         published.differs or NOTHING,
         published.source,

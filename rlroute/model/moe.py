@@ -87,7 +87,7 @@ class Experts(nn.Module):
         self.in_EHD = nn.Parameter(torch.empty(len(held), hidden_rows(config.activation, d_expert), width))
         self.out_EDF = nn.Parameter(torch.empty(len(held), width, d_expert))
         std_out = 1 / math.sqrt(2 * config.num_layers * d_expert)
-        for row, expert in enumerate(held):
+        for row, expert in enumerate(range(0) if self.in_EHD.is_meta else held):  # there is nothing to fill
             seeding.init_normal(self.in_EHD[row], width**-0.5, seed, f"layers.{layer}.{key}.in", expert)
             seeding.init_normal(self.out_EDF[row], std_out, seed, f"layers.{layer}.{key}.out", expert)
         self.in_bias_EH = nn.Parameter(torch.zeros(self.in_EHD.shape[:2])) if bias else None
