@@ -265,6 +265,10 @@ class TrainConfig:
     """On cuda: the same run gives the same bits again, slower; on the CPU it does so anyway."""
     compile: bool = False
     """Run the dense parts through torch.compile: faster after the first steps, and rounded otherwise."""
+    loss_chunk: Count | None = None
+    """Tokens whose logits are there at a time, made again in backward; none: those of a micro-batch."""
+    recompute: bool = False
+    """Keep each block's inputs alone for backward, and compute the rest again there; routes are drawn once."""
 
     def check(self) -> None:
         """Refuse illegal values by name.

@@ -4,6 +4,8 @@ Shape suffixes: B sequences (routing samples included), S sequence length, T = B
 head width, E experts, R routed pairs, P width of one expert's queries, Q places of (token, slot) pairs.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +17,7 @@ from rlroute.kernels import gather_linear, linear_combine, make_plan
 from rlroute.model import wishes
 from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import add_beside_pairs, compute_dtype, decide
+from rlroute.model.recompute import Recomputing
 from rlroute.routing import Router, RoutingContext, Site
 
 
@@ -78,7 +81,7 @@ class Attention(nn.Module):
         return y_BSD
 
 
-class AttentionExperts(nn.Module):
+class AttentionExperts(Recomputing):
     """Mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144; JetMoE, arXiv 2404.07413).
 
     An expert is a group of num_heads / k query heads with an output projection; keys and values, as many heads wide,
@@ -111,8 +114,14 @@ class AttentionExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the attention output, shape (B, S, D), and the decision that was run."""
+        decision = decide(self.router, x_BSD.flatten(0, 1), context, self.config)
+        return cast("tuple[Tensor, RoutingDecision]", self.forgetting(self.run, x_BSD, decision))
+
+    def run(self, x_BSD: Tensor, decision: RoutingDecision) -> tuple[Tensor, RoutingDecision]:
+        """Return the attention output of a decision, shape (B, S, D), and the decision with what the router wishes
+        for.
+        """
         dtype, x_TD = compute_dtype(x_BSD), x_BSD.flatten(0, 1)
-        decision = decide(self.router, x_TD, context, self.config)
         plan = make_plan(decision)
         with torch.autocast(x_TD.device.type, enabled=False):
             q_RP = gather_linear(x_TD.to(dtype), plan, self.query_EPD.to(dtype), self.backend)

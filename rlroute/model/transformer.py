@@ -18,8 +18,9 @@ from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, attention_site
 from rlroute.model.compiling import DenseParts
+from rlroute.model.head import chunked_cross_entropy
 from rlroute.model.linear import KeyedLinear
-from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
+from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement, compute_dtype
 from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
 
 
@@ -76,10 +77,10 @@ class Block(DenseParts):
             x_BSD = x_BSD + y_BSD
             x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
         elif self.moe is None:
-            dense_BSD: Tensor = self.part(Block.dense, x_BSD)
+            dense_BSD: Tensor = self.forgetting(self.part, Block.dense, x_BSD)
             return dense_BSD, made
         else:
-            x_BSD, x_TD = self.part(Block.attend, x_BSD)
+            x_BSD, x_TD = self.forgetting(self.part, Block.attend, x_BSD)
         assert self.moe is not None
         shape = self.moe.router.shape
         y_TD, made[shape.site] = self.moe(x_TD, context.at(shape, {**context.earlier, **made}))
@@ -106,7 +107,12 @@ class Transformer(DenseParts):
         config: the model.
         shape: vocabulary, sequence length, seed, engine.
         make_router: builds the router of a site; None builds the dense model of equal active width.
+
+    Attributes:
+        loss_chunk: tokens whose logits :meth:`losses` has at a time; None for all of them.
     """
+
+    loss_chunk: int | None = None
 
     def __init__(
         self, config: ModelConfig, shape: ModelShape, make_router: Callable[[RouterShape], Router] | None
@@ -154,6 +160,10 @@ class Transformer(DenseParts):
             targets_T: int64, what follows each token.
         """
         x_BSD, decisions = self.body(tokens_BS, context)
+        if self.loss_chunk is not None:
+            x_TD, weight_VD = self.norm(x_BSD).flatten(0, 1), self.unembed.weight
+            dtype, run = compute_dtype(x_TD), self.part
+            return chunked_cross_entropy(x_TD, weight_VD, targets_T, self.loss_chunk, dtype, run), decisions
         loss_T: Tensor = self.part(Transformer.cross_entropy, x_BSD, targets_T)
         return loss_T, decisions
 

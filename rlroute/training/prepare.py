@@ -18,6 +18,7 @@ from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs
 from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
+from rlroute.model.recompute import set_recompute
 from rlroute.model.transformer import router_shapes, sites
 from rlroute.records import RunFolder, state
 from rlroute.registry import make_router
@@ -38,7 +39,10 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
         ConfigError: the router does not fit, or the device or the engine is not here.
     """
     _find_device(config)
+    check_shards(config, group.placement.shards)
     model = Transformer(config.model, _shape(config, corpus, seed, group.placement), _router_maker(config))
+    model.loss_chunk = config.train.loss_chunk
+    set_recompute(model, config.train.recompute)
     return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
 
 
@@ -120,7 +124,7 @@ def check(
         raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
     for config, seeds in seeds_of.items():
         check_shares(config, workers)
-        Placement(expert_shards).held(config.model.num_experts)
+        check_shards(config, expert_shards)
         if not elsewhere:
             _find_device(config)
         if config.data not in corpora:
@@ -208,6 +212,17 @@ def check_shares(config: RunConfig, workers: int) -> None:
             f"train.balance_scope = 'batch' with train.micro_batches = {train.micro_batches}: "
             f"needs as many workers, not {workers}"
         )
+
+
+def check_shards(config: RunConfig, expert_shards: int) -> None:
+    """Refuse experts that cannot be cut into so many shards.
+
+    Raises:
+        ConfigError: evenly, or because rows would have to travel once more in backward.
+    """
+    Placement(expert_shards).held(config.model.num_experts)
+    if config.train.recompute and expert_shards > 1:
+        raise ConfigError(f"train.recompute = True with {expert_shards} expert shards: legal is False, or one shard")
 
 
 def cut(config: RunConfig) -> dict[str, int]:
