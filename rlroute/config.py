@@ -132,7 +132,7 @@ class DataConfig:
     """What is read, and how it is cut."""
 
     spec: str = DEFAULT_CORPUS
-    """Corpus: package:NAME, stdlib, synth:..., file:GLOB or bin:GLOB."""
+    """Corpus: package:NAME, stdlib, synth:..., file:GLOB, parquet:GLOB or bin:GLOB."""
     tokenizer: str | None = "auto"
     """bytes; bpe, our own, 2,048 tokens; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else
     bytes.
