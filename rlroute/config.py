@@ -269,6 +269,8 @@ class TrainConfig:
     """Tokens whose logits are there at a time, made again in backward; none: those of a micro-batch."""
     recompute: bool = False
     """Keep each block's inputs alone for backward, and compute the rest again there; routes are drawn once."""
+    prefetch: Annotated[int, Between(0, 1024)] = 0
+    """Batches that another thread cuts ahead; they are the same."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
