@@ -30,6 +30,7 @@ from rlroute.limits import (
     checked_seed,
     refuse_product,
 )
+from rlroute.saving import Saving
 from rlroute.variants import LayerVariants
 
 SCHEMA = 2
@@ -134,9 +135,7 @@ class DataConfig:
     spec: str = DEFAULT_CORPUS
     """Corpus: package:NAME, stdlib, synth:..., file:GLOB, parquet:GLOB or bin:GLOB."""
     tokenizer: str | None = "auto"
-    """bytes; bpe, our own, 2,048 tokens; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else
-    bytes.
-    """
+    """bytes; bpe, our own; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else bytes."""
     seq_len: Size = 128
     """Tokens per sequence."""
     eval_tokens: Count = 12_288
@@ -188,9 +187,7 @@ class ModelConfig(Heads, LayerVariants):
     capacity_of: Literal["expert", "device"] = "expert"
     """What has a capacity: each expert, or all experts of a device together (DeepSeek-V2, arXiv 2405.04434)."""
     devices: Whole = 0
-    """Devices over which the experts are spread evenly, as routers, balance losses and capacities see it; 0: those that
-    hold them.
-    """
+    """Devices with equal shares of the experts, for routers, balance losses and capacities; 0: those that hold them."""
     rope_base: Positive = 10_000.0
 
     @property
@@ -222,7 +219,7 @@ class ModelConfig(Heads, LayerVariants):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Saving):
     """How one run is trained."""
 
     steps: Count = 500
@@ -265,12 +262,6 @@ class TrainConfig:
     """On cuda: the same run gives the same bits again, slower; on the CPU it does so anyway."""
     compile: bool = False
     """Run the dense parts through torch.compile: faster after the first steps, and rounded otherwise."""
-    loss_chunk: Count | None = None
-    """Tokens whose logits are there at a time, made again in backward; none: those of a micro-batch."""
-    recompute: bool = False
-    """Keep each block's inputs alone for backward, and compute the rest again there; routes are drawn once."""
-    prefetch: Annotated[int, Between(0, 1024)] = 0
-    """Batches that another thread cuts ahead; they are the same."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -279,6 +270,7 @@ class TrainConfig:
             ConfigError: a value is illegal.
         """
         check_fields(self, "train")
+        self.check_saving(self.dtype)
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"

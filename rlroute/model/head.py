@@ -26,7 +26,7 @@ def chunked_cross_entropy(
 
     Args:
         x_TD: the normed residual stream.
-        weight_VD: of the unembedding; its gradient is summed over chunks in its own precision.
+        weight_VD: of the unembedding; its gradient is summed over chunks in float32 at least.
         targets_T: int64, what follows each token.
         chunk: rows whose logits are there at a time.
         dtype: that of the products.
@@ -56,11 +56,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss_T: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_VD, targets_T, lse_T = ctx.saved_tensors
         weight = weight_VD.to(x_TD.dtype)
-        dx_TD, dweight_VD = torch.empty_like(x_TD), torch.zeros_like(weight_VD)
+        dx_TD, dweight_VD = torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=lse_T.dtype)
         for rows in _chunks(len(x_TD), ctx.chunk):
             dx_TD[rows], more_VD = ctx.run(_gradients, x_TD[rows], weight, targets_T[rows], lse_T[rows], dloss_T[rows])
             dweight_VD += more_VD
-        return dx_TD, dweight_VD, None, None, None, None
+        return dx_TD, dweight_VD.to(weight_VD.dtype), None, None, None, None
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:

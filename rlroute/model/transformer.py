@@ -169,7 +169,7 @@ class Transformer(DenseParts):
 
     def body(self, tokens_BS: Tensor, context: RoutingContext) -> tuple[Tensor, list[RoutingDecision]]:
         """Return the residual stream after the last block, and the decision of each routed site."""
-        x_BSD = self.embed(tokens_BS)
+        x_BSD = self.embed(tokens_BS).to(self.norm.weight.dtype)  # the residual stream is float32 at least
         for block in self.layers:
             x_BSD, made = block(x_BSD, context)
             context = replace(context, earlier={**context.earlier, **made})

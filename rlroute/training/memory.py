@@ -62,7 +62,7 @@ class Memory:
     """Bytes by part, expected at the end of a micro-batch's forward, when there are most.
 
     Attributes:
-        weights, gradients, moments: of all parameters.
+        weights, gradients, moments: of all parameters; weights with their masters, if they have any.
         copies: of weights in the compute precision, where that is another.
         activations: what blocks keep for backward.
         logits: those that are there at a time, and their gradient.
@@ -94,12 +94,13 @@ def expected_memory(config: RunConfig, parameters: int, vocab_size: int, samples
     size, compute = _sizes(config)
     rows = train.batch_size // train.micro_batches * config.data.seq_len * samples
     logits = min(rows, train.loss_chunk or rows) * vocab_size * (2 * size + (compute if compute < size else 0))
+    stored = 2 if train.param_dtype == "bfloat16" else size
     copied = parameters // config.model.num_layers if train.recompute else parameters  # of a block, while it is there
     return Memory(
-        weights=size * parameters,
-        gradients=size * parameters,
+        weights=(stored + (size if stored < size else 0)) * parameters,
+        gradients=stored * parameters,
         moments=2 * size * parameters,
-        copies=compute * copied if compute < size else 0,
+        copies=compute * copied if compute < stored else 0,
         activations=rows * kept_of_a_row(config),
         logits=logits,
     )

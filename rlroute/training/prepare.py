@@ -15,7 +15,7 @@ from rlroute.config import DataConfig, RunConfig
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
-from rlroute.model.accounting import Costs, costs
+from rlroute.model.accounting import Costs, costs, is_router
 from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
 from rlroute.model.recompute import set_recompute
@@ -43,7 +43,12 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
     model = Transformer(config.model, _shape(config, corpus, seed, group.placement), _router_maker(config))
     model.loss_chunk = config.train.loss_chunk
     set_recompute(model, config.train.recompute)
-    return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
+    model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
+    if config.train.param_dtype == "bfloat16":
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not is_router(name):  # what norms have is few and matters
+                parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0, placement: Placement = HERE) -> Transformer:
