@@ -140,6 +140,8 @@ class DataConfig:
     """Tokens per sequence."""
     eval_tokens: Count = 12_288
     """Fixed validation tokens, the same for every run."""
+    packed: bool = False
+    """Attention stays within a document, which the last id opens."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -213,9 +215,8 @@ class ModelConfig(Heads, LayerVariants):
         if self.capacity_of == "device" and not self.devices:
             raise ConfigError("model.capacity_of = 'device' needs model.devices: 0 says nothing of them")
         if self.capacity_rows == "sequence" and self.capacity_groups > 1:
-            raise ConfigError(
-                f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1"
-            )
+            groups = self.capacity_groups
+            raise ConfigError(f"model.capacity_groups = {groups}: with capacity_rows 'sequence' legal is 1")
 
 
 @dataclass(frozen=True, kw_only=True)

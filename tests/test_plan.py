@@ -117,7 +117,8 @@ def test_the_assumed_speed_is_the_one_that_was_measured(entry: str, compiled: bo
 
 def test_what_was_not_measured_has_no_hours() -> None:
     config = build_entry("switch", DATA, MODEL, replace(TRAIN, device="cuda"))
-    for fields in ({}, {"dtype": "bfloat16", "compile": True, "deterministic": True}):
+    unmeasured: list[dict[str, Any]] = [{}, {"dtype": "bfloat16", "compile": True, "deterministic": True}]
+    for fields in unmeasured:
         plan = make_plan(replace(config, train=replace(config.train, **fields)), CORPUS, "a100")
         assert plan.tokens_per_second is None and "nothing measured" in to_page(plan, "x")
 
@@ -131,6 +132,9 @@ def test_another_kind_of_device_is_refused() -> None:
         ConfigError, match=rf"--device cpu with train\.device = 'cuda': legal are {', '.join(MACHINES)}"
     ):
         make_plan(cuda, CORPUS, "cpu")
+    timed = replace(config, train=replace(TRAIN, budget="time", budget_amount=60.0))
+    with pytest.raises(ConfigError, match=r"train\.budget = 'time'"):
+        make_plan(timed, CORPUS, "cpu")
 
 
 def test_the_command_prints_a_plan_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

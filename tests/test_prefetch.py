@@ -13,7 +13,7 @@ from rlroute.errors import ConfigError, DataError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.reading import read_run
 from rlroute.training import loop
-from rlroute.training.data import Batch
+from rlroute.training.data import Batch, sample_batch
 from rlroute.training.prefetch import Batches
 from tests.tiny import DATA, MODEL, STEPS, TRAIN
 
@@ -111,7 +111,7 @@ def test_a_run_whose_reader_fails_or_that_is_stopped_leaves_no_thread_and_goes_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = build_entry("switch", DATA, MODEL, replace(TRAIN, prefetch=2))
-    sample = loop.sample_batch
+    sample = sample_batch
 
     def failing(corpus: Any, *, step: int, **keys: Any) -> Batch:
         if step == 6:

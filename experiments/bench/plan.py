@@ -92,9 +92,11 @@ def make_plan(config: RunConfig, corpus: Corpus, device: str) -> Plan:
     """Return what a run needs and takes on a device: one of ``MACHINES``, or ``cpu``, which is this machine's.
 
     Raises:
-        ConfigError: the router does not fit, or the run's device is another kind.
+        ConfigError: the router does not fit, the run's device is another kind, or its budget is time itself.
     """
     train = config.train
+    if train.budget == "time":
+        raise ConfigError("train.budget = 'time': how long a run takes is known then, legal are tokens and flops")
     if (device == "cpu") != (train.device == "cpu"):
         legal = "cpu" if train.device == "cpu" else ", ".join(MACHINES)
         raise ConfigError(f"--device {device} with train.device = {train.device!r}: legal are {legal}")

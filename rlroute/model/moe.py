@@ -208,9 +208,7 @@ class MoELayer(DenseParts):
         decision = decide(self.router, x_TD, context, self.config)
         return cast("tuple[Tensor, RoutingDecision]", self.forgetting(self.run, x_TD, decision, context))
 
-    def run(
-        self, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext
-    ) -> tuple[Tensor, RoutingDecision]:
+    def run(self, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of the outputs of the experts that a decision runs, and of those that all tokens share,
         shape (T, D), and the decision with what the router wishes for.
         """

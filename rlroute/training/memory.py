@@ -11,6 +11,8 @@ from rlroute.errors import ConfigError
 from rlroute.kernels.activations import hidden_rows
 from rlroute.machine import memory
 
+OWN = {"swiglu": 4, "geglu": 4, "swiglu_clamped": 9, "gelu": 2, "relu": 1, "relu_squared": 2}
+"""Arrays of (T, F) that an activation in plain autograd keeps: hidden values, what is between, what goes down."""
 SCORES = 4
 """Arrays of (T, E) that a router with scores keeps: logits, probabilities, and what its terms make of them."""
 
@@ -112,7 +114,7 @@ def kept_of_a_row(config: RunConfig) -> int:
     """
     model = config.model
     size, _ = _sizes(config)
-    routed = 0 if config.router is None else model.num_layers - model.num_dense_layers
+    routed = 0 if config.router is None else len(model.moe_layers)
     of_routed, of_dense = _kept_by_block(config, True), _kept_by_block(config, False)
     if not config.train.recompute:
         return routed * of_routed + (model.num_layers - routed) * of_dense + _kept_by_norm(config)
@@ -134,9 +136,13 @@ def _kept_by_block(config: RunConfig, routed: bool) -> int:
     model = config.model
     size, compute = _sizes(config)
     width, rows = model.d_model, hidden_rows(model.activation, 1)
-    attention = 10 * width if routed and model.attention_experts else 6 * width
-    own = {"swiglu": 4, "gelu": 2, "relu": 1}[model.activation]  # hidden values, of the gate, and what goes down
-    mlp = rows * model.k * model.d_expert if routed else own * model.active_width
+    inner, heads = model.attention_width, model.num_heads
+    keys = inner * (model.num_kv_heads or heads) // heads
+    attention = 10 * inner if routed and model.attention_experts else 2 * inner + 3 * keys + inner
+    attention += 2 * inner if keys < inner else 0  # keys and values of every head
+    own = OWN[model.activation]
+    dense = model.d_dense or model.active_width if model.moe_layers else model.active_width
+    mlp = rows * model.k * model.d_expert + 2 * (model.d_latent or 0) if routed else own * dense
     if routed:
         mlp += own * model.num_shared_experts * model.d_expert
     scores = SCORES * size * (model.num_experts + model.attention_experts) if routed else 0

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from rlroute.config import DataConfig, RunConfig
-from rlroute.errors import ConfigError, RlrouteError
+from rlroute.errors import ConfigError, DataError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs, is_router
@@ -41,7 +41,7 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
     _find_device(config)
     check_shards(config, group.placement.shards)
     model = Transformer(config.model, _shape(config, corpus, seed, group.placement), _router_maker(config))
-    model.loss_chunk = config.train.loss_chunk
+    model.loss_chunk, model.packed = config.train.loss_chunk, config.data.packed
     set_recompute(model, config.train.recompute)
     model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
     if config.train.param_dtype == "bfloat16":
@@ -239,8 +239,11 @@ def validation_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
     """Return a run's fixed validation batches, each of a micro-batch's size.
 
     Raises:
-        DataError: the corpus is too short for them, or for a step.
+        DataError: the corpus is too short for them, or for a step; or it is to be packed, and nothing opens a document.
     """
+    if config.data.packed and not corpus.token_counts_V[-1]:
+        spec, last = corpus.provenance["spec"], corpus.vocab_size - 1
+        raise DataError(f"data.packed = True: token {last} opens no document of corpus {spec!r}, legal is False")
     sample_batch(corpus, seed=0, step=0, **cut(config))
     micro_batch = cut(config) | {"batch_size": config.train.batch_size // config.train.micro_batches}
     return eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
