@@ -72,7 +72,12 @@ def test_without_packing_documents_see_one_another() -> None:
 def test_no_gradient_crosses_a_boundary(case: str) -> None:
     model = packed_model(case)
     seen: list[Tensor] = []
-    model.embed.register_forward_hook(lambda module, args, out: (out.retain_grad(), seen.append(out))[1])
+
+    def note(module: Any, args: Any, embedded_BSD: Tensor) -> None:
+        embedded_BSD.retain_grad()
+        seen.append(embedded_BSD)
+
+    model.embed.register_forward_hook(note)
     logits_BSV, _ = run_tokens(model, WINDOWS_BS)
     logits_BSV[0, 2:6].sum().backward()
     gradient = seen[0].grad

@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "drops": ("switch", {"capacity_factor": 0.5}, {}),
     "attention": ("switch", {"attention_experts": 4}, {}),
     "own": ("topk", {"gate_form": "unit"}, {}),
+    "variants": (
+        "topk",
+        {"expert_dropout": 0.5, "expert_bias": True, "d_latent": 4, "num_shared_experts": 1, "shared_gate": "sigmoid"},
+        {},
+    ),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
-from rlroute.kernels.activations import hidden_rows
+from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.machine import memory
 
 OWN = {"swiglu": 4, "geglu": 4, "swiglu_clamped": 9, "gelu": 2, "relu": 1, "relu_squared": 2}
@@ -115,12 +115,12 @@ def kept_of_a_row(config: RunConfig) -> int:
     model = config.model
     size, _ = _sizes(config)
     routed = 0 if config.router is None else len(model.moe_layers)
-    of_routed, of_dense = _kept_by_block(config, True), _kept_by_block(config, False)
+    kept = [_kept_by_block(config, layer) for layer in range(model.num_layers)]
     if not config.train.recompute:
-        return routed * of_routed + (model.num_layers - routed) * of_dense + _kept_by_norm(config)
+        return sum(kept) + _kept_by_norm(config)
     scores = SCORES * size * model.num_experts
     inputs = routed * (2 * size * model.d_model + scores) + (model.num_layers - routed) * size * model.d_model
-    return inputs + (of_routed if routed else of_dense) + _kept_by_norm(config)
+    return inputs + max(kept) + _kept_by_norm(config)
 
 
 def _sizes(config: RunConfig) -> tuple[int, int]:
@@ -129,25 +129,37 @@ def _sizes(config: RunConfig) -> tuple[int, int]:
     return size, 2 if config.train.dtype == "bfloat16" else size
 
 
-def _kept_by_block(config: RunConfig, routed: bool) -> int:
-    """Return the bytes that one block keeps of a row: two norms, queries, keys and values, turned and not, and
+def _kept_by_block(config: RunConfig, layer: int) -> int:
+    """Return the bytes that a block keeps of a row: two norms, queries, keys and values, turned and not, and
     attention's output; of the MLP what its products take in.
     """
     model = config.model
     size, compute = _sizes(config)
+    routed = config.router is not None and layer in model.moe_layers
     width, rows = model.d_model, hidden_rows(model.activation, 1)
     inner, heads = model.attention_width, model.num_heads
     keys = inner * (model.num_kv_heads or heads) // heads
     attention = 10 * inner if routed and model.attention_experts else 2 * inner + 3 * keys + inner
     attention += 2 * inner if keys < inner else 0  # keys and values of every head
     own = OWN[model.activation]
-    dense = model.d_dense or model.active_width if model.moe_layers else model.active_width
-    mlp = rows * model.k * model.d_expert + 2 * (model.d_latent or 0) if routed else own * dense
+    dense = model.active_width if layer in model.moe_layers else model.d_dense or model.active_width
     if routed:
-        mlp += own * model.num_shared_experts * model.d_expert
+        each = rows * model.d_expert
+        if _composed(config):
+            each = (own + 2) * model.d_expert + (1 + (model.gate_at == "input")) * (model.d_latent or width)
+        mlp = model.k * each + 2 * (model.d_latent or 0) + own * model.num_shared_experts * model.d_expert
+    else:
+        mlp = own * dense
     scores = SCORES * size * (model.num_experts + model.attention_experts) if routed else 0
     wide = width * size if routed and compute < size else 0  # what the router reads
     return 2 * _kept_by_norm(config) + compute * (attention + mlp) + scores + wide
+
+
+def _composed(config: RunConfig) -> bool:
+    """Whether the experts are none that the fused engines take: all that is between their products is kept then."""
+    model = config.model
+    other = model.expert_bias or model.expert_dropout > 0 or model.gate_at == "input"
+    return other or model.activation not in ACTIVATIONS
 
 
 def _kept_by_norm(config: RunConfig) -> int:
