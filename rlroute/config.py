@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from rlroute.errors import ConfigError
+from rlroute.execution import Execution
 from rlroute.heads import Heads
 from rlroute.limits import (
     MOST_EXPERTS,
@@ -30,7 +31,6 @@ from rlroute.limits import (
     checked_seed,
     refuse_product,
 )
-from rlroute.saving import Saving
 from rlroute.variants import LayerVariants
 
 SCHEMA = 2
@@ -220,7 +220,7 @@ class ModelConfig(Heads, LayerVariants):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Saving):
+class TrainConfig(Execution):
     """How one run is trained."""
 
     steps: Count = 500
@@ -253,16 +253,6 @@ class TrainConfig(Saving):
     checkpoint_every: Count = 100
     record_choices: bool = False
     """Keep which experts were chosen at every step, so that the router ``replay`` can take the same."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Compute precision; router and residual loss stay in float32 at least."""
-    kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
-    threads: Annotated[int, Between(1, 1024)] = 1
-    """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
-    deterministic: bool = False
-    """On cuda: the same run gives the same bits again, slower; on the CPU it does so anyway."""
-    compile: bool = False
-    """Run the dense parts through torch.compile: faster after the first steps, and rounded otherwise."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -271,7 +261,7 @@ class TrainConfig(Saving):
             ConfigError: a value is illegal.
         """
         check_fields(self, "train")
-        self.check_saving(self.dtype)
+        self.check_execution()
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"
