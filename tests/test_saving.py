@@ -63,8 +63,9 @@ def train(model: Transformer, device: Device = CPU64) -> tuple[StepResult, dict[
 # The loss in chunks
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
-@pytest.mark.parametrize("case", ["dense", "switch", "samples"])
+@pytest.mark.parametrize(
+    ("case", "chunk"), [("dense", 16), ("switch", 1), ("switch", 5), ("samples", 7), ("samples", 1000)]
+)
 def test_losses_in_chunks_and_their_gradients_are_those_of_the_whole(case: str, chunk: int) -> None:
     model = model_of(case)
     whole, wanted = train(model)
@@ -195,15 +196,15 @@ def test_an_evaluation_recomputes_nothing() -> None:
 
 def test_a_run_with_both_is_a_run_of_its_own_with_the_same_figures(tmp_path: Path) -> None:
     runs = []
-    for fields in ({}, {"recompute": True}, {"recompute": True, "loss_chunk": 24}):
+    fields: dict[str, Any]
+    for fields in ({}, {"recompute": True, "loss_chunk": 24}):
         config = build_entry("reinforce", DATA, MODEL, replace(TRAIN, **fields))
         loop.train(config, 0, tmp_path)
         runs.append(read_run(tmp_path / config.run_id(0)))
-    plain, recomputed, both = runs
-    assert len({run.id for run in runs}) == 3
-    assert [e["loss"] for e in recomputed.evals] == [e["loss"] for e in plain.evals]
+    plain, both = runs
+    assert plain.id != both.id and plain.summary["batches"] == both.summary["batches"]
     assert both.evals[-1]["loss"] == pytest.approx(plain.evals[-1]["loss"], rel=1e-4)
-    assert both.summary["measured"] and both.summary["model"] == recomputed.summary["model"] == plain.summary["model"]
+    assert both.summary["measured"] and both.summary["model"] == plain.summary["model"]
 
 
 def test_recomputation_behind_an_exchange_is_refused_by_name() -> None:
