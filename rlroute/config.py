@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from rlroute.errors import ConfigError
+from rlroute.execution import Execution
 from rlroute.heads import Heads
 from rlroute.limits import (
     MOST_EXPERTS,
@@ -48,15 +49,15 @@ class DataConfig:
     """What is read, and how it is cut."""
 
     spec: str = DEFAULT_CORPUS
-    """Corpus: package:NAME, stdlib, synth:..., file:GLOB or bin:GLOB."""
+    """Corpus: package:NAME, stdlib, synth:..., file:GLOB, parquet:GLOB or bin:GLOB."""
     tokenizer: str | None = "auto"
-    """bytes; bpe, our own, 2,048 tokens; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else
-    bytes.
-    """
+    """bytes; bpe, our own; a byte-level tokenizers JSON file; auto: bpe for the default corpus, else bytes."""
     seq_len: Size = 128
     """Tokens per sequence."""
     eval_tokens: Count = 12_288
     """Fixed validation tokens, the same for every run."""
+    packed: bool = False
+    """Attention stays within a document, which the last id opens."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -140,13 +141,12 @@ class ModelConfig(Heads, LayerVariants):
         if self.capacity_of == "device" and not self.devices:
             raise ConfigError("model.capacity_of = 'device' needs model.devices: 0 says nothing of them")
         if self.capacity_rows == "sequence" and self.capacity_groups > 1:
-            raise ConfigError(
-                f"model.capacity_groups = {self.capacity_groups}: with capacity_rows 'sequence' legal is 1"
-            )
+            groups = self.capacity_groups
+            raise ConfigError(f"model.capacity_groups = {groups}: with capacity_rows 'sequence' legal is 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Execution):
     """How one run is trained."""
 
     steps: Count = 500
@@ -179,16 +179,6 @@ class TrainConfig:
     checkpoint_every: Count = 100
     record_choices: bool = False
     """Keep which experts were chosen at every step, so that the router ``replay`` can take the same."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Compute precision; router and residual loss stay in float32 at least."""
-    kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
-    threads: Annotated[int, Between(1, 1024)] = 1
-    """CPU threads of a run; bits depend on it, so it is part of the run's identity."""
-    deterministic: bool = False
-    """On cuda: the same run gives the same bits again, slower; on the CPU it does so anyway."""
-    compile: bool = False
-    """Run the dense parts through torch.compile: faster after the first steps, and rounded otherwise."""
 
     def check(self) -> None:
         """Refuse illegal values by name.
@@ -197,6 +187,7 @@ class TrainConfig:
             ConfigError: a value is illegal.
         """
         check_fields(self, "train")
+        self.check_execution()
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"

@@ -98,8 +98,8 @@ MUTANTS = [
         ("rotary angles fall half as fast", "(-torch.arange(half) / half)", "(-torch.arange(half) / (2 * half))"),
         (
             "attention sees the future",
-            "k_BNSH, v_BNSH, is_causal=True)\n        y_BSD",
-            "k_BNSH, v_BNSH)\n        y_BSD",
+            "k_BNSH, v_BNSH, is_causal=True)",
+            "k_BNSH, v_BNSH)",
         ),
         (
             "attention's output starts as large as its input",

@@ -597,7 +597,10 @@ def test_shards_stay_on_disk(write_files) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", r"'': unknown, legal are package:NAME, stdlib, synth:OPTIONS, file:GLOB and bin:GLOB,OPTIONS"),
+        (
+            "",
+            "'': unknown, legal are package:NAME, stdlib, synth:OPTIONS, file:GLOB, parquet:GLOB and bin:GLOB,OPTIONS",
+        ),
         ("hf:fineweb", r"'hf:fineweb': unknown, legal are"),
         ("stdlib:os", r"'stdlib:os': unknown"),
         ("synth", r"'synth': unknown"),

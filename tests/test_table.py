@@ -365,7 +365,17 @@ ALL_SHARE = [
 
 def test_what_all_share_is_written_out_here() -> None:
     assert sorted(SAME) == sorted(ALL_SHARE)
-    shared = ["batch_size", "budget", "budget_amount", "compile", "deterministic", "dtype", "steps"]
+    shared = [
+        "batch_size",
+        "budget",
+        "budget_amount",
+        "compile",
+        "deterministic",
+        "dtype",
+        "loss_chunk",
+        "param_dtype",
+        "steps",
+    ]
     assert sorted(SAME_IN_TRAIN) == shared
     free = ["constant_experts", "copy_experts", "zero_experts"]
     choices = ["capacity_factor", "gate_form", "k", "num_experts", "num_shared_experts", *free]

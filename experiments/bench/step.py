@@ -121,9 +121,9 @@ class Trainee:
         return sum(self.costs.of_training(self.tokens, pairs_L) for pairs_L in pairs) / len(pairs)
 
     def held_bytes(self) -> int:
-        """Return the bytes of weights and moments."""
+        """Return the bytes of weights, their masters and moments."""
         moments = (value for state in self.optimizer.adamw.state.values() for value in state.values())
-        tensors = [*self.model.parameters(), *self.model.buffers(), *moments]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *moments, *self.optimizer.masters.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

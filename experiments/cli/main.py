@@ -63,6 +63,7 @@ def _run() -> None:
     from rlroute.experiments.cli.benches import bench
     from rlroute.experiments.cli.check import check
     from rlroute.experiments.cli.common import with_checked_options
+    from rlroute.experiments.cli.data import data, plan
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.include import without_includes
@@ -73,6 +74,8 @@ def _run() -> None:
     commands = (
         train,
         compare,
+        plan,
+        data,
         sweep,
         routers,
         presets,

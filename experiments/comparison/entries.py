@@ -37,7 +37,10 @@ SAME = {
 }
 """What every run of a table shares, and why."""
 
-SAME_IN_TRAIN = ("steps", "batch_size", "dtype", "budget", "budget_amount", "deterministic", "compile")
+SAME_IN_TRAIN = (
+    *("steps", "batch_size", "dtype", "param_dtype", "budget", "budget_amount"),
+    *("deterministic", "compile", "loss_chunk"),
+)
 """The fields of ``train`` that every run shares; the others are ways of training an entry well (tuning), printed where
 they differ.
 """

@@ -62,6 +62,8 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         raise StoreError(f"{store / record.id} holds no checkpoint")
     if step != ended and record.summary["status"] == "finished":
         raise CheckpointError(f"{store / record.id} holds weights of step {step}: the run ended at step {ended}")
+    if config.train.param_dtype == "bfloat16":
+        model.float()  # outcomes are in float32, and rounded weights are the same there
     device = Device(config.train.device, DTYPES[config.train.dtype])
     batches = eval_batches(corpus, num_tokens=tokens, batch_size=config.train.batch_size, seq_len=config.data.seq_len)
     parts = [_outcomes(model, config, batch, device) for batch in batches]

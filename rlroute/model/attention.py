@@ -4,6 +4,8 @@ Shape suffixes: B sequences (routing samples included), S sequence length, T = B
 head width, E experts, R routed pairs, P width of one expert's queries, Q places of (token, slot) pairs.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +17,7 @@ from rlroute.kernels import gather_linear, linear_combine, make_plan
 from rlroute.model import wishes
 from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import add_beside_pairs, compute_dtype, decide
+from rlroute.model.recompute import Recomputing
 from rlroute.routing import Router, RoutingContext, Site
 
 
@@ -46,6 +49,13 @@ class Rotary(nn.Module):
         return torch.cat((a * cos_SH - b * sin_SH, a * sin_SH + b * cos_SH), dim=-1)
 
 
+def attend(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask_BSS: Tensor | None) -> Tensor:
+    """Return causal attention; where there is a mask, it is causal itself."""
+    if mask_BSS is None:
+        return functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
+    return functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, attn_mask=mask_BSS[:, None])
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions (Su et al. 2021, arXiv 2104.09864)."""
 
@@ -60,8 +70,8 @@ class Attention(nn.Module):
         self.out = KeyedLinear(inner, width, std_out, seed, f"layers.{layer}.attention.out")
         self.rotary = Rotary(head, seq_len, config.rope_base)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return the attention output, shape (B, S, D)."""
+    def forward(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
+        """Return the attention output, shape (B, S, D); ``mask_BSS`` says whom each position attends to."""
         batch, length, _ = x_BSD.shape
         queries, shared = self.num_heads, self.kv_heads
         qk_BNSH, v_BNSH = (
@@ -73,12 +83,12 @@ class Attention(nn.Module):
         q_BNSH, k_BNSH = self.rotary(qk_BNSH).split((queries, shared), dim=1)
         if shared < queries:
             k_BNSH, v_BNSH = (part.repeat_interleave(queries // shared, dim=1) for part in (k_BNSH, v_BNSH))
-        y_BNSH = functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
+        y_BNSH = attend(q_BNSH, k_BNSH, v_BNSH, mask_BSS)
         y_BSD: Tensor = self.out(y_BNSH.transpose(1, 2).flatten(2))
         return y_BSD
 
 
-class AttentionExperts(nn.Module):
+class AttentionExperts(Recomputing):
     """Mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144; JetMoE, arXiv 2404.07413).
 
     An expert is a group of num_heads / k query heads with an output projection; keys and values, as many heads wide,
@@ -109,14 +119,26 @@ class AttentionExperts(nn.Module):
         """Forward FLOPs of a pair: its projections, and scores and values of (S + 1) / 2 keys on average."""
         return 2 * self.pair_parameters + 2 * (seq_len + 1) * self.query_EPD.shape[1]
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
-        """Return the attention output, shape (B, S, D), and the decision that was run."""
+    def forward(
+        self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
+    ) -> tuple[Tensor, RoutingDecision]:
+        """Return the attention output, shape (B, S, D), and the decision that was run; ``mask_BSS`` says whom each
+        position attends to.
+        """
+        decision = decide(self.router, x_BSD.flatten(0, 1), context, self.config)
+        return cast("tuple[Tensor, RoutingDecision]", self.forgetting(self.run, x_BSD, decision, mask_BSS))
+
+    def run(
+        self, x_BSD: Tensor, decision: RoutingDecision, mask_BSS: Tensor | None = None
+    ) -> tuple[Tensor, RoutingDecision]:
+        """Return the attention output of a decision, shape (B, S, D), and the decision with what the router wishes
+        for.
+        """
         dtype, x_TD = compute_dtype(x_BSD), x_BSD.flatten(0, 1)
-        decision = decide(self.router, x_TD, context, self.config)
         plan = make_plan(decision)
         with torch.autocast(x_TD.device.type, enabled=False):
             q_RP = gather_linear(x_TD.to(dtype), plan, self.query_EPD.to(dtype), self.backend)
-        y_RP = self._attend(q_RP, x_BSD, decision, plan.pairs_R)
+        y_RP = self._attend(q_RP, x_BSD, decision, plan.pairs_R, mask_BSS)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_EDP = self.out_EDP.to(dtype)
             if "outputs" in self.router.wishes:
@@ -127,7 +149,9 @@ class AttentionExperts(nn.Module):
                 out_TD = linear_combine(y_RP, plan, out_EDP, decision.gates_R, self.backend)
         return add_beside_pairs(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), decision
 
-    def _attend(self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor) -> Tensor:
+    def _attend(
+        self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor, mask_BSS: Tensor | None
+    ) -> Tensor:
         """Let the queries of each pair, in the plan's order, attend to their sequence; shapes (R, P)."""
         batch, length, _ = x_BSD.shape
         places, slots = _slots(decision)
@@ -136,9 +160,7 @@ class AttentionExperts(nn.Module):
         q_BNSH = q_QP.view(batch, length, slots * self.num_heads, -1).transpose(1, 2)
         kv_BNSH = self.kv(x_BSD).view(batch, length, 2 * self.num_heads, -1).transpose(1, 2)
         k_BNSH, v_BNSH = (part_BNSH.repeat(1, slots, 1, 1) for part_BNSH in kv_BNSH.chunk(2, dim=1))
-        y_BNSH = functional.scaled_dot_product_attention(
-            self.rotary(q_BNSH), self.rotary(k_BNSH), v_BNSH, is_causal=True
-        )
+        y_BNSH = attend(self.rotary(q_BNSH), self.rotary(k_BNSH), v_BNSH, mask_BSS)
         y_QP = y_BNSH.transpose(1, 2).reshape(batch * length * slots, -1)
         return y_QP[slot_R.clamp(max=len(y_QP) - 1)]
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rlroute.errors import ConfigError
+from rlroute.model.recompute import Recomputing
 
 FORMS = 64
 """A part may meet so many shapes and modes in one run; PyTorch's own limit of 8 is for programs of unknown size."""
 
 
-class DenseParts(nn.Module):
+class DenseParts(Recomputing):
     """A module, parts of which can be compiled.
 
     Attributes:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +208,12 @@ class MoELayer(DenseParts):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
         """Return the gated sum of expert outputs, shape (T, D), and the decision that was run."""
         decision = decide(self.router, x_TD, context, self.config)
+        return cast("tuple[Tensor, RoutingDecision]", self.forgetting(self.run, x_TD, decision, context))
+
+    def run(self, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext) -> tuple[Tensor, RoutingDecision]:
+        """Return the gated sum of the outputs of the experts that a decision runs, and of those that all tokens share,
+        shape (T, D), and the decision with what the router wishes for.
+        """
         finish = self.start_experts(x_TD, decision, context)
         gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
         shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)

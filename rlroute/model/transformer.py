@@ -18,8 +18,9 @@ from rlroute.config import ModelConfig, RouterConfig
 from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, attention_site
 from rlroute.model.compiling import DenseParts
+from rlroute.model.head import chunked_cross_entropy
 from rlroute.model.linear import KeyedLinear
-from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement
+from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement, compute_dtype
 from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
 
 
@@ -67,34 +68,45 @@ class Block(DenseParts):
         """The block's routed sites, in their order."""
         return [module for module in (self.attention, self.moe) if isinstance(module, AttentionExperts | MoELayer)]
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, dict[Site, RoutingDecision]]:
-        """Return the residual stream after the block, and the decisions of its routed sites, in their order."""
+    def forward(
+        self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
+    ) -> tuple[Tensor, dict[Site, RoutingDecision]]:
+        """Return the residual stream after the block, and the decisions of its routed sites, in their order.
+
+        Args:
+            x_BSD: the residual stream.
+            context: of its rows.
+            mask_BSS: bool, whom each position attends to; None: itself and all before.
+        """
+        mask = [] if mask_BSS is None else [mask_BSS]
         made: dict[Site, RoutingDecision] = {}
         if isinstance(self.attention, AttentionExperts):
             shape = self.attention.router.shape
-            y_BSD, made[shape.site] = self.attention(self.attention_norm(x_BSD), context.at(shape, context.earlier))
+            y_BSD, made[shape.site] = self.attention(
+                self.attention_norm(x_BSD), context.at(shape, context.earlier), mask_BSS
+            )
             x_BSD = x_BSD + y_BSD
             x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
         elif self.moe is None:
-            dense_BSD: Tensor = self.part(Block.dense, x_BSD)
+            dense_BSD: Tensor = self.forgetting(self.part, Block.dense, x_BSD, *mask)
             return dense_BSD, made
         else:
-            x_BSD, x_TD = self.part(Block.attend, x_BSD)
+            x_BSD, x_TD = self.forgetting(self.part, Block.attend, x_BSD, *mask)
         assert self.moe is not None
         shape = self.moe.router.shape
         y_TD, made[shape.site] = self.moe(x_TD, context.at(shape, {**context.earlier, **made}))
         return x_BSD + y_TD.view_as(x_BSD), made
 
-    def attend(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the residual stream after plain attention, and its normed rows, shape (T, D)."""
         normed_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.attention(normed_BSD)
+        x_BSD = x_BSD + self.attention(normed_BSD, mask_BSS)
         return x_BSD, self.ffn_norm(x_BSD).flatten(0, 1)
 
-    def dense(self, x_BSD: Tensor) -> Tensor:
+    def dense(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
         """Return the residual stream after plain attention and a dense MLP."""
         assert self.mlp is not None
-        x_BSD, x_TD = self.attend(x_BSD)
+        x_BSD, x_TD = self.attend(x_BSD, mask_BSS)
         y_TD: Tensor = self.mlp(x_TD)
         return x_BSD + y_TD.view_as(x_BSD)
 
@@ -106,7 +118,14 @@ class Transformer(DenseParts):
         config: the model.
         shape: vocabulary, sequence length, seed, engine.
         make_router: builds the router of a site; None builds the dense model of equal active width.
+
+    Attributes:
+        loss_chunk: tokens whose logits :meth:`losses` has at a time; None for all of them.
+        packed: whether the last id opens a document, and attention stays within it.
     """
+
+    loss_chunk: int | None = None
+    packed = False
 
     def __init__(
         self, config: ModelConfig, shape: ModelShape, make_router: Callable[[RouterShape], Router] | None
@@ -155,14 +174,19 @@ class Transformer(DenseParts):
             targets_T: int64, what follows each token.
         """
         x_BSD, decisions = self.body(tokens_BS, context)
+        if self.loss_chunk is not None:
+            x_TD, weight_VD = self.norm(x_BSD).flatten(0, 1), self.unembed.weight
+            dtype, run = compute_dtype(x_TD), self.part
+            return chunked_cross_entropy(x_TD, weight_VD, targets_T, self.loss_chunk, dtype, run), decisions
         loss_T: Tensor = self.part(Transformer.cross_entropy, x_BSD, targets_T)
         return loss_T, decisions
 
     def body(self, tokens_BS: Tensor, context: RoutingContext) -> tuple[Tensor, list[RoutingDecision]]:
         """Return the residual stream after the last block, and the decision of each routed site."""
-        x_BSD = self.embed(tokens_BS)
+        x_BSD = self.embed(tokens_BS).to(self.norm.weight.dtype)  # the residual stream is float32 at least
+        mask_BSS = within_documents(tokens_BS, self.embed.num_embeddings - 1) if self.packed else None
         for block in self.layers:
-            x_BSD, made = block(x_BSD, context)
+            x_BSD, made = block(x_BSD, context, mask_BSS)
             context = replace(context, earlier={**context.earlier, **made})
         return x_BSD, list(context.earlier.values())
 
@@ -186,6 +210,16 @@ def tie(routers: Iterable[Router]) -> None:
         for name in router.common:
             parent, _, child = name.rpartition(".")
             setattr(router.get_submodule(parent), child, owner.get_submodule(name))
+
+
+def within_documents(tokens_BS: Tensor, opens: int) -> Tensor:
+    """Return whom each position attends to where a token opens a document: itself and those before in the same one;
+    bool of shape (B, S, S).
+
+    Rotary positions are relative: within a document they are the same wherever it begins, but for rounding.
+    """
+    document_BS = (tokens_BS == opens).cumsum(1)
+    return (document_BS[:, :, None] == document_BS[:, None, :]).tril()
 
 
 def sites(config: ModelConfig) -> dict[Site, int]:

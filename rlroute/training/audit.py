@@ -96,15 +96,15 @@ class Audit:
             trace.contexts_L.append(replace(args[1], earlier=earlier))
             trace.chosen_L.append(decision.detach())
 
-        def leave(module: Any, args: tuple[Tensor]) -> None:
-            trace.out_TD = args[0].detach().flatten(0, 1)
+        def leave(module: Any, args: tuple[Tensor], normed_BSD: Tensor) -> None:
+            trace.out_TD = normed_BSD.detach().flatten(0, 1)
 
         torch.manual_seed(0)  # a router that draws from it, against the contract, draws alike in all passes
         with ExitStack() as hooks, checked(self.model.routers), torch.set_grad_enabled(self.keys["explore"]):
             for site in self.model.routed:
                 hooks.callback(site.register_forward_pre_hook(enter).remove)
                 hooks.callback(site.router.register_forward_hook(decided).remove)
-            hooks.callback(self.model.unembed.register_forward_pre_hook(leave).remove)
+            hooks.callback(self.model.norm.register_forward_hook(leave).remove)
             _, ran = forward(self.model, batch, context, self.device)
         trace.ran_L = [decision.detach() for decision in ran]
         return trace

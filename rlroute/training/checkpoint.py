@@ -287,8 +287,8 @@ def _header(data: bytes) -> Mapping[str, str]:
 
 
 def _most_bytes(model: nn.Module, group: Group) -> int:
-    """Return more bytes than any file of a model's checkpoint has: two moments, and room for names."""
-    held: int = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    """Return more bytes than any file of a model's checkpoint has: two moments, a master, and room for names."""
+    held: int = sum(value.numel() * max(4, value.element_size()) for value in model.state_dict().values())
     return 2**24 + 4 * held * group.placement.shards
 
 

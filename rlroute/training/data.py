@@ -10,6 +10,8 @@ A corpus is named by a spec string:
   :mod:`.synthetic`.
 - ``file:GLOB``: each matching file is a document. What is named like a part (``wiki.valid.txt``, ``train/``) is it:
   see :func:`.documents.split_documents`.
+- ``parquet:GLOB``, or ``parquet:GLOB,column=text``: each row of each matching file is a document; files that are
+  named like a part are it.
 - ``bin:GLOB,vocab=50257,bytes_per_token=4.2``: shards of uint16 tokens, see :mod:`.shards`; with a tokenizer file,
   ``bin:GLOB``.
 
@@ -33,6 +35,7 @@ from rlroute.errors import DataError
 from rlroute.limits import MOST_SEQUENCES
 from rlroute.seeding import derive_key
 from rlroute.training.documents import Document, file_documents, package_documents, split_documents, stdlib_documents
+from rlroute.training.parquet import parquet_documents
 from rlroute.training.shards import Stream, blocks, read_shards
 from rlroute.training.synthetic import Mixture
 from rlroute.training.tokenizer import Encoder, open_encoder
@@ -121,7 +124,7 @@ def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
     if scheme == "bin":
         return _load_shards(spec, rest, None if encoder.sha256 is None else encoder)
     documents, version, mixture = _read(spec)
-    train, valid, notes = split_documents(spec, documents, by_name=scheme == "file")
+    train, valid, notes = split_documents(spec, documents, by_name=scheme in ("file", "parquet"))
     train_tokens, train_domains = _stream(train, encoder)
     valid_tokens, valid_domains = _stream(valid, encoder)
     digest = hashlib.sha256()
@@ -188,12 +191,16 @@ def _read(spec: str) -> tuple[list[Document], dict[str, str], Mixture | None]:
         return stdlib_documents(), version, None
     if scheme == "file":
         return file_documents(rest), {}, None
+    if scheme == "parquet":
+        pattern, pairs = _cut_options(rest)
+        return parquet_documents(pattern, **_options(spec, pairs, {"column": str})), {}, None
     if scheme == "synth" and colon:
         pairs = rest.split(",") if rest else []
         mixture = Mixture(**_options(spec, pairs, {field.name: int for field in fields(Mixture)}))
         return mixture.sample(), {}, mixture
     raise DataError(
-        f"corpus {spec!r}: unknown, legal are package:NAME, stdlib, synth:OPTIONS, file:GLOB and bin:GLOB,OPTIONS"
+        f"corpus {spec!r}: unknown, legal are package:NAME, stdlib, synth:OPTIONS, file:GLOB, parquet:GLOB and "
+        "bin:GLOB,OPTIONS"
     )
 
 

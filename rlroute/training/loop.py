@@ -34,6 +34,7 @@ from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
 from rlroute.training.memory import check_memory
 from rlroute.training.optimizer import Optimizer
+from rlroute.training.prefetch import Batches
 from rlroute.training.prepare import (
     build_model,
     check_shares,
@@ -97,6 +98,7 @@ def train(
             with deterministic(config.train.deterministic, config.train.device):
                 return cast(Summary, run.train(on_step))
         finally:
+            run.batches.close()
             run.sink.close()
 
 
@@ -120,6 +122,9 @@ class _Run:
         self.made, self.group, self.wandb = made, group, wandb
         self.sink: Sink = OFF  # opened with the records
         self.cut = cut(config)
+        self.batches = Batches(
+            lambda step: sample_batch(corpus, seed=seed, step=step, **self.cut), config.train.prefetch
+        )
         self.step_tokens = config.train.batch_size * config.data.seq_len
         if config.train.device == "cuda":  # a process may train run after run
             torch.cuda.reset_peak_memory_stats()
@@ -202,7 +207,7 @@ class _Run:
         """Take a step without waiting for the device."""
         config, step = self.config.train, self.progress.step
         with self._training():
-            batch = sample_batch(self.corpus, seed=self.seed, step=step, **self.cut)
+            batch = self.batches.take(step, self.steps)
             with self._first("train"):
                 result = backward_batch(
                     self.model,

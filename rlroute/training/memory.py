@@ -1,11 +1,20 @@
-"""What a run needs of memory at the very least, found by arithmetic before a model is built or a batch is cut."""
+"""What a run needs of memory, found by arithmetic before a model is built or a batch is cut: at the very least, for
+refusals, and by part as it is expected to be, for plans.
+"""
+
+from dataclasses import astuple, dataclass
 
 import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
-from rlroute.kernels.activations import hidden_rows
+from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.machine import memory
+
+OWN = {"swiglu": 4, "geglu": 4, "swiglu_clamped": 9, "gelu": 2, "relu": 1, "relu_squared": 2}
+"""Arrays of (T, F) that an activation in plain autograd keeps: hidden values, what is between, what goes down."""
+SCORES = 4
+"""Arrays of (T, E) that a router with scores keeps: logits, probabilities, and what its terms make of them."""
 
 
 def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
@@ -33,17 +42,132 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
 
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
     """Return the bytes of weights, gradients and moments, and of what a micro-batch's backward pass keeps: each layer's
-    input and hidden values, the logits and their gradient.
+    input and hidden values (of one layer where they are computed again), and of the rows whose logits are there at a
+    time these and their gradient.
     """
     train, model = config.train, config.model
     size = 8 if train.dtype == "float64" else 4
     kept = {"bfloat16": 2}.get(train.dtype, size)
     tokens = train.batch_size // train.micro_batches * config.data.seq_len
     experts = len(model.moe_layers)
-    hidden = model.num_layers * model.d_model + experts * model.active_width
-    hidden += (model.num_layers - experts) * (model.d_dense or model.active_width)
+    widths = [model.active_width] * experts
+    widths += [model.d_dense or model.active_width] * (model.num_layers - experts)
+    hidden = model.num_layers * model.d_model + (max(widths) if train.recompute else sum(widths))
+    rows = min(tokens, train.loss_chunk or tokens)
     weights = 4 * size * least_parameters(config, vocab_size, expert_shards)
-    return weights + tokens * (hidden * kept + 2 * vocab_size * size) + 16 * train.batch_size * config.data.seq_len
+    logits = 2 * rows * vocab_size * size
+    return weights + tokens * hidden * kept + logits + 16 * train.batch_size * config.data.seq_len
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, expected at the end of a micro-batch's forward, when there are most.
+
+    Attributes:
+        weights, gradients, moments: of all parameters; weights with their masters, if they have any.
+        copies: of weights in the compute precision, where that is another.
+        activations: what blocks keep for backward.
+        logits: those that are there at a time, and their gradient.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    copies: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(astuple(self))
+
+
+def expected_memory(config: RunConfig, parameters: int, vocab_size: int, samples: int = 1) -> Memory:
+    """Return what a run in one process is expected to need, by part.
+
+    Args:
+        config: the run's.
+        parameters: of its model.
+        vocab_size: V.
+        samples: M.
+    """
+    train = config.train
+    size, compute = _sizes(config)
+    rows = train.batch_size // train.micro_batches * config.data.seq_len * samples
+    logits = min(rows, train.loss_chunk or rows) * vocab_size * (2 * size + (compute if compute < size else 0))
+    stored = 2 if train.param_dtype == "bfloat16" else size
+    copied = parameters // config.model.num_layers if train.recompute else parameters  # of a block, while it is there
+    return Memory(
+        weights=(stored + (size if stored < size else 0)) * parameters,
+        gradients=stored * parameters,
+        moments=2 * size * parameters,
+        copies=compute * copied if compute < stored else 0,
+        activations=rows * kept_of_a_row(config),
+        logits=logits,
+    )
+
+
+def kept_of_a_row(config: RunConfig) -> int:
+    """Return the bytes that blocks keep for the backward of one row, expected with k pairs a token; where they are
+    computed again, also those of the one that is.
+    """
+    model = config.model
+    size, _ = _sizes(config)
+    routed = 0 if config.router is None else len(model.moe_layers)
+    kept = [_kept_by_block(config, layer) for layer in range(model.num_layers)]
+    if not config.train.recompute:
+        return sum(kept) + _kept_by_norm(config)
+    scores = SCORES * size * model.num_experts
+    inputs = routed * (2 * size * model.d_model + scores) + (model.num_layers - routed) * size * model.d_model
+    return inputs + max(kept) + _kept_by_norm(config)
+
+
+def _sizes(config: RunConfig) -> tuple[int, int]:
+    """Return the bytes of a number in residuals and parameters, and in products."""
+    size = 8 if config.train.dtype == "float64" else 4
+    return size, 2 if config.train.dtype == "bfloat16" else size
+
+
+def _kept_by_block(config: RunConfig, layer: int) -> int:
+    """Return the bytes that a block keeps of a row: two norms, queries, keys and values, turned and not, and
+    attention's output; of the MLP what its products take in.
+    """
+    model = config.model
+    size, compute = _sizes(config)
+    routed = config.router is not None and layer in model.moe_layers
+    width, rows = model.d_model, hidden_rows(model.activation, 1)
+    inner, heads = model.attention_width, model.num_heads
+    keys = inner * (model.num_kv_heads or heads) // heads
+    attention = 10 * inner if routed and model.attention_experts else 2 * inner + 3 * keys + inner
+    attention += 2 * inner if keys < inner else 0  # keys and values of every head
+    own = OWN[model.activation]
+    dense = model.active_width if layer in model.moe_layers else model.d_dense or model.active_width
+    if routed:
+        each = rows * model.d_expert
+        if _composed(config):
+            each = (own + 2) * model.d_expert + (1 + (model.gate_at == "input")) * (model.d_latent or width)
+        mlp = model.k * each + 2 * (model.d_latent or 0) + own * model.num_shared_experts * model.d_expert
+    else:
+        mlp = own * dense
+    scores = SCORES * size * (model.num_experts + model.attention_experts) if routed else 0
+    wide = width * size if routed and compute < size else 0  # what the router reads
+    return 2 * _kept_by_norm(config) + compute * (attention + mlp) + scores + wide
+
+
+def _composed(config: RunConfig) -> bool:
+    """Whether the experts are none that the fused engines take: all that is between their products is kept then."""
+    model = config.model
+    other = model.expert_bias or model.expert_dropout > 0 or model.gate_at == "input"
+    return other or model.activation not in ACTIVATIONS
+
+
+def _kept_by_norm(config: RunConfig) -> int:
+    """Return the bytes that a norm keeps of a row: what goes in and what comes out, and on the CPU, where it is no
+    operator of its own, what is between.
+    """
+    size, compute = _sizes(config)
+    return config.model.d_model * ((size if config.train.device == "cuda" else 2 * size) + compute)
 
 
 def memory_here(device: str) -> int:

@@ -2,6 +2,9 @@
 schedule.
 
 The routers have a clip of their own, so that policy noise does not throttle the language model, and no weight decay.
+
+A parameter in bfloat16 has a master in float32: that is what is clipped, moved and kept with the moments, and the
+parameter is the master rounded.
 """
 
 import math
@@ -16,6 +19,7 @@ from rlroute.config import TrainConfig
 from rlroute.model.accounting import is_expert, is_router
 from rlroute.training.group import ALONE, Group
 
+MASTER = "master"
 MOST_UPDATES = 2**24
 """Of a parameter, as AdamW counts them in float32: there it stands still."""
 
@@ -27,7 +31,8 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig, group: Group = ALONE) -> None:
         self.config, self.group = config, group
-        named = list(model.named_parameters())
+        self.masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters() if p.dtype == torch.bfloat16}
+        named = [(name, self.masters.get(p, p)) for name, p in model.named_parameters()]
         self.names = {parameter: name for name, parameter in named}
         self.router = [p for name, p in named if is_router(name)]
         self.shared = [p for name, p in named if not is_router(name)]
@@ -49,6 +54,9 @@ class Optimizer:
             progress: share of the budget used, 0 to 1 (the decay follows it).
         """
         rate = learning_rate(self.config, step, progress)
+        for parameter, master in self.masters.items():
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["scale"]
         norms = {
@@ -57,7 +65,13 @@ class Optimizer:
         }
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        self._round()
         return {"lr": rate} | norms
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, master in self.masters.items():
+            parameter.copy_(master)
 
     def _clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         gradients = [(self.names[p], p.grad) for p in parameters if p.grad is not None]
@@ -70,11 +84,15 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state of each parameter by its name: its updates (a scalar), and two moments of its shape.
+        """Return the state of each parameter by its name: its updates (a scalar), two moments of its shape, and its
+        master where it has one.
 
         A router's parameter that has had no gradient yet has had none.
         """
-        return {name: dict(self.adamw.state.get(p) or _unmoved(p)) for p, name in self.names.items()}
+        held = {name: dict(self.adamw.state.get(p) or _unmoved(p)) for p, name in self.names.items()}
+        for master in self.masters.values():
+            held[self.names[master]][MASTER] = master.detach()
+        return held
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Find out whether a state can be taken over. The fused update looks at nothing: it would write beyond a moment
@@ -90,15 +108,17 @@ class Optimizer:
         names = set(self.names.values())
         if state.keys() != names:
             raise ValueError(f"the optimizer's state is not of the model's parameters: {min(state.keys() ^ names)}")
-        updates = min(steps, MOST_UPDATES)
+        updates, masters = min(steps, MOST_UPDATES), set(self.masters.values())
         for parameter, name in self.names.items():
-            if state[name].keys() != _unmoved(parameter, "meta").keys():
+            unmoved = _unmoved(parameter, "meta")
+            unmoved |= {MASTER: torch.empty_like(parameter, device="meta")} if parameter in masters else {}
+            if state[name].keys() != unmoved.keys():
                 raise ValueError(f"the optimizer's state of {name} is {', '.join(state[name])}")
-            for key, wanted in _unmoved(parameter, "meta").items():
+            for key, wanted in unmoved.items():
                 value = state[name][key]
                 if (value.shape, value.dtype, value.layout) != (wanted.shape, wanted.dtype, wanted.layout):
                     raise ValueError(f"{key} of {name} is {value.dtype} of {tuple(value.shape)}")
-                if not value.isfinite().all() or (key != "exp_avg" and (value < 0).any()):
+                if not value.isfinite().all() or (key in ("step", "exp_avg_sq") and (value < 0).any()):
                     raise ValueError(f"{key} of {name} holds a value that no update leaves")
             done = state[name]["step"]
             if done > updates or done % 1 or (done != updates and not is_router(name)):
@@ -113,6 +133,9 @@ class Optimizer:
             for index, p in enumerate(ordered)
         }
         self.adamw.load_state_dict(plain)
+        for master in self.masters.values():
+            master.data.copy_(state[self.names[master]][MASTER])
+        self._round()
 
 
 def _unmoved(parameter: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import torch
 
 from rlroute.config import DataConfig, RunConfig
-from rlroute.errors import ConfigError, RlrouteError
+from rlroute.errors import ConfigError, DataError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
-from rlroute.model.accounting import Costs, costs
+from rlroute.model.accounting import Costs, costs, is_expert, is_router
 from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
+from rlroute.model.recompute import set_recompute
 from rlroute.model.transformer import router_shapes, sites
 from rlroute.records import RunFolder, state
 from rlroute.registry import make_router
@@ -38,8 +39,16 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
         ConfigError: the router does not fit, or the device or the engine is not here.
     """
     _find_device(config)
+    check_shards(config, group.placement.shards)
     model = Transformer(config.model, _shape(config, corpus, seed, group.placement), _router_maker(config))
-    return model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
+    model.loss_chunk, model.packed = config.train.loss_chunk, config.data.packed
+    set_recompute(model, config.train.recompute)
+    model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
+    if config.train.param_dtype == "bfloat16":
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > (2 if is_expert(name) else 1) and not is_router(name):  # vectors are few, and matter
+                parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0, placement: Placement = HERE) -> Transformer:
@@ -120,7 +129,7 @@ def check(
         raise ConfigError(f"{workers} workers with expert parallelism {expert_shards}: want a multiple of it")
     for config, seeds in seeds_of.items():
         check_shares(config, workers)
-        Placement(expert_shards).held(config.model.num_experts)
+        check_shards(config, expert_shards)
         if not elsewhere:
             _find_device(config)
         if config.data not in corpora:
@@ -210,6 +219,17 @@ def check_shares(config: RunConfig, workers: int) -> None:
         )
 
 
+def check_shards(config: RunConfig, expert_shards: int) -> None:
+    """Refuse experts that cannot be cut into so many shards.
+
+    Raises:
+        ConfigError: evenly, or because rows would have to travel once more in backward.
+    """
+    Placement(expert_shards).held(config.model.num_experts)
+    if config.train.recompute and expert_shards > 1:
+        raise ConfigError(f"train.recompute = True with {expert_shards} expert shards: legal is False, or one shard")
+
+
 def cut(config: RunConfig) -> dict[str, int]:
     """Return the size of a step's batch, as arguments of :func:`~rlroute.training.data.sample_batch`."""
     return {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
@@ -219,8 +239,11 @@ def validation_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
     """Return a run's fixed validation batches, each of a micro-batch's size.
 
     Raises:
-        DataError: the corpus is too short for them, or for a step.
+        DataError: the corpus is too short for them, or for a step; or it is to be packed, and nothing opens a document.
     """
+    if config.data.packed and not corpus.token_counts_V[-1]:
+        spec, last = corpus.provenance["spec"], corpus.vocab_size - 1
+        raise DataError(f"data.packed = True: token {last} opens no document of corpus {spec!r}, legal is False")
     sample_batch(corpus, seed=0, step=0, **cut(config))
     micro_batch = cut(config) | {"batch_size": config.train.batch_size // config.train.micro_batches}
     return eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
