@@ -14,13 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
-
-from rlroute.experiments.statistics import Interval, standard_deviation, t_interval
+if TYPE_CHECKING:  # SciPy is loaded late: a command line's help shows the margin
+    from rlroute.experiments.statistics import Interval
 
 MARGIN = 0.02
 """Bits per byte: differences below it do not matter, unless somebody says otherwise before the runs."""
@@ -60,6 +57,8 @@ def verdict(diffs: Sequence[float], margin: float = MARGIN, level: float = LEVEL
         margin: m, above 0.
         level: the highest probability of a wrong verdict.
     """
+    from rlroute.experiments.statistics import standard_deviation
+
     if len(diffs) < 2:
         return Verdict(None, False, margin)
     mean = math.fsum(diffs) / len(diffs)
@@ -67,7 +66,7 @@ def verdict(diffs: Sequence[float], margin: float = MARGIN, level: float = LEVEL
     return Verdict("better" if better else "worse" if worse else None, bool(equivalent), margin)
 
 
-def decide(mean: Any, deviation: Any, n: Any, margin: float, level: Any) -> tuple[NDArray[np.bool_], ...]:
+def decide(mean: Any, deviation: Any, n: Any, margin: float, level: Any) -> tuple[Any, Any, Any]:
     """Return whether differences are better, worse, and equivalent; numbers or arrays that broadcast.
 
     Args:
@@ -77,15 +76,19 @@ def decide(mean: Any, deviation: Any, n: Any, margin: float, level: Any) -> tupl
         margin: m.
         level: of each of the two questions.
     """
-    error = deviation / np.sqrt(n)
-    side, within = (stats.t.ppf(1 - tail, np.asarray(n) - 1) * error for tail in (np.asarray(level) / 2, level))
-    return mean + side < 0, mean - side > 0, np.abs(mean) + within < margin
+    from scipy import stats
+
+    error = deviation / n**0.5
+    side, within = (stats.t.ppf(1 - tail, n - 1) * error for tail in (level / 2, level))
+    return mean + side < 0, mean - side > 0, abs(mean) + within < margin
 
 
 def intervals(diffs: Sequence[float], level: float = LEVEL) -> tuple[Interval, Interval]:
     """Return the two intervals that :func:`verdict` reads: the one that is held against 0, of confidence 1 - level, and
     the one that is held against the margin, of 1 - 2 level.
     """
+    from rlroute.experiments.statistics import t_interval
+
     return t_interval(diffs, 1 - level), t_interval(diffs, 1 - 2 * level)
 
 
