@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -103,8 +103,8 @@ def outcomes(truth: float, draw: str, at: list[int], repetitions: int = REPETITI
     n_L = np.array(at)
     means_RL = np.stack([diffs_RN[:, :n].mean(1) for n in at], 1)
     deviations_RL = np.stack([diffs_RN[:, :n].std(1, ddof=1) for n in at], 1)
-    said_3RL = np.stack(decide(means_RL, deviations_RL, n_L, MARGIN, np.array(shares(at))))
-    resolved_RL = said_3RL.any(0)
+    said_3RL: Any = np.stack(decide(means_RL, deviations_RL, n_L, MARGIN, np.array(shares(at))))
+    resolved_RL: Any = said_3RL.any(0)
     stop_R = np.where(resolved_RL.any(1), resolved_RL.argmax(1), len(at) - 1)
     better_R, worse_R, equivalent_R = said_3RL[:, np.arange(repetitions), stop_R]
     wrong_R = (better_R & (truth >= 0)) | (worse_R & (truth <= 0)) | (equivalent_R & (abs(truth) >= MARGIN))
