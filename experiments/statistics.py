@@ -50,7 +50,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     mean, n = math.fsum(values) / len(values), len(values)
     if n == 1:
         return Interval(mean, None, None, n)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * _standard_deviation(values) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * standard_deviation(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -105,7 +105,7 @@ def smallest_resolvable(diffs: Sequence[float], power: float = 0.8, alpha: float
         return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift)) - power
 
     shift = optimize.brentq(excess, 0.0, 3 * critical + 10)
-    return float(shift) * _standard_deviation(diffs) / math.sqrt(n)
+    return float(shift) * standard_deviation(diffs) / math.sqrt(n)
 
 
 def paired_p_value(diffs: Sequence[float]) -> float | None:
@@ -130,6 +130,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def _standard_deviation(values: Sequence[float]) -> float:
+def standard_deviation(values: Sequence[float]) -> float:
+    """Return the sample standard deviation (n - 1 below the root) of at least two values."""
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

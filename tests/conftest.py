@@ -57,6 +57,7 @@ WHOLE_COMMANDS = frozenset(
         "faults",
         "identity",
         "include",
+        "judge",
         "play",
         "reading",
         "replay",

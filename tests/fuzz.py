@@ -35,6 +35,7 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.envs.tables import SHAPES, load_table
 from rlroute.errors import RlrouteError
 from rlroute.experiments.bench.run import read_table
+from rlroute.experiments.comparison.registration import make_plan, register
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_csv, to_markdown
 from rlroute.experiments.launch.spec import read_spec
@@ -48,6 +49,7 @@ from rlroute.experiments.traces.write import write
 from rlroute.reading import failure, last_row, read_runs
 from rlroute.records import state, write_compact
 from rlroute.registry import run_config
+from rlroute.seal import of_part
 from rlroute.training.data import load_corpus
 from rlroute.training.loop import train
 from tests import ROOT
@@ -168,6 +170,21 @@ def compact(folder: Path, random: Random) -> None:
     path.write_bytes(_changed(path.read_bytes(), random))
     to_grid(list_runs(path))
     _show(read_runs(path), folder)
+
+
+def registration(folder: Path, random: Random) -> None:
+    """What a judgement registered; whoever changes it has its hash made anew, half of the time."""
+    config = build_entry("switch", DataConfig(), ModelConfig(), TrainConfig())
+    made: Any = {"core": 64 * "0", "routers": {}, "reads": {}, "data": {}, "tokenizer": None}
+    plan = make_plan(config, config, {config: made}, ("tuned", "tuned"), 0.02, [3, 4], [])
+    path = folder / "judgement.json"
+    register(path, plan)
+    path.write_bytes(_changed(path.read_bytes(), random))
+    if random.random() < 0.5:
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            changed = json.loads(path.read_bytes())
+            path.write_text(json.dumps(changed | {"sha256": of_part(changed["plan"])}))
+    register(path, plan)
 
 
 def bench(folder: Path, random: Random) -> None:
@@ -475,6 +492,7 @@ def tokenizer(folder: Path, random: Random) -> None:
 CASES: tuple[Case, ...] = (
     record,
     compact,
+    registration,
     sweep,
     entry,
     values,

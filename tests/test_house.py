@@ -49,7 +49,7 @@ def test_wings_are_packages(wing: str) -> None:
 
 def test_experiments_live_in_rooms() -> None:
     flat = {path.name for path in (ROOT / "experiments").glob("*.py")}
-    assert flat == {"__init__.py", "statistics.py", "terminal.py", "text.py"}
+    assert flat == {"__init__.py", "statistics.py", "terminal.py", "text.py", "verdicts.py"}
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

@@ -268,18 +268,44 @@ def test_csv_is_full_precision_and_rectangular() -> None:
     assert next(row for row in rows if row["label"] == "switch")["difference_mean"] == ""
 
 
-def test_a_difference_whose_interval_holds_zero_is_not_separated() -> None:
-    table = build_table(make_runs())
-    cell = columns(table)["difference to switch"]
-    said = {row.label: cell(row) for row in table.rows}
-    assert said["switch"] == "reference" and "not separated" not in said["hash"]
-    noisy = [
-        changed(r, "summary.final.bits_per_byte", bits(r) + 0.4 * r.config["seed"])
+def shifted(effects: dict[int, float], runs: list[RunRecord]) -> list[RunRecord]:
+    """Return the runs with hash as far from switch as is said by seed."""
+    switch = {run.config["seed"]: bits(run) for run in runs if run.config["router"] == "switch"}
+    return [
+        changed(r, "summary.final.bits_per_byte", switch[r.config["seed"]] + effects[r.config["seed"]])
         if r.config["router"] == "hash"
         else r
-             for r in make_runs()]  # fmt: skip
-    row = row_of(build_table(noisy), "hash")
-    assert row.difference and not row.difference.separated and cell(row).endswith("not separated")
+        for r in runs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("effects", "said", "mark"),
+    [
+        ((0.15, 0.151, 0.149), "worse", ""),
+        ((-0.15, -0.151, -0.149), "better", ""),
+        ((0.001, -0.002, 0.001), "equivalent within 0.02", ""),
+        ((0.005, 0.0051, 0.0049), "worse, by less than 0.02", ""),
+        ((0.06, 0.11, 0.14), "worse", ", not after Holm"),
+        ((0.0, 0.4, -0.4), "unresolved", ""),
+    ],
+)
+def test_a_row_says_its_verdict(effects: tuple[float, ...], said: str, mark: str) -> None:
+    table = build_table(shifted(dict(enumerate(effects)), make_runs()))
+    row, cells = row_of(table, "hash"), columns(table)
+    assert cells["verdict"](row) == said and cells["verdict"](row_of(table, "switch")) == "reference"
+    difference = cells["difference to switch"](row)
+    assert difference.endswith(mark) and ("Holm" in difference) == bool(mark)
+    (line,) = [line for line in csv.DictReader(io.StringIO(to_csv(table))) if line["label"] == "hash"]
+    assert line["verdict"] == said and "not separated" not in to_markdown(table)
+
+
+def test_the_margin_is_said_and_decides() -> None:
+    runs = shifted({0: 0.03, 1: 0.031, 2: 0.029}, make_runs())
+    for margin, said in ((0.02, "worse"), (0.04, "worse, by less than 0.04")):
+        table = build_table(runs, margin=margin)
+        assert str(row_of(table, "hash").verdict) == said
+        assert f"equivalent within {margin:g} bits per byte" in dict(table.notes)["Verdicts"]
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -288,7 +314,7 @@ def test_one_seed_has_no_interval() -> None:
         assert row.n == 1 and row.bits_per_byte and row.bits_per_byte.low is None and row.smallest_resolvable is None
     text = to_markdown(table)
     assert not any("±" in line for line in text.splitlines() if line.startswith("|"))
-    assert "Holm-adjusted" not in text and text.count("not separated |") == len(EFFECT) - 1
+    assert "Holm-adjusted" not in text and text.count("| unresolved |") == len(EFFECT) - 1
 
 
 def test_reference_is_switch_or_the_first_by_name_or_what_is_asked() -> None:

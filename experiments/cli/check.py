@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import tyro
 
@@ -15,15 +14,13 @@ def check(router: tyro.conf.Positional[str]) -> None:
     """Hold one router to the laws of the contract, in each of its configurations, on one core; exit 1 if one fails.
 
     Args:
-        router: its name, `router:field=value,...`, or its file.
+        router: its name or its file, also with fields as in `router:field=value,...`.
     """
     from rlroute.experiments.laws.check import check_router
-    from rlroute.experiments.recipes.entries import router_of
-    from rlroute.registry import include, router_file
+    from rlroute.experiments.recipes.entries import bring_in, router_of
+    from rlroute.registry import router_file
 
-    if router.endswith(".py"):
-        include(router)
-        router = Path(router).stem
+    router = bring_in(router)
     config = router_of(router)
     if config is None:
         raise ConfigError("the dense model has no router: want the name or the file of one")

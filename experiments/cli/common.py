@@ -86,7 +86,7 @@ def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[st
     return ([record for record in records if record.id in chosen], []) if only else largest_group(records)
 
 
-def publish(records: list[RunRecord], out: Path, reference: str | None) -> None:
+def publish(records: list[RunRecord], out: Path, reference: str | None, margin: float) -> None:
     """Print the table of the largest group of comparable runs, after a list of all where others are left out; write it
     and the report, for which the table does not wait.
     """
@@ -98,7 +98,7 @@ def publish(records: list[RunRecord], out: Path, reference: str | None) -> None:
     from rlroute.records import write_atomically
 
     runs, left_out = largest_group(records)
-    built = build_table(runs, reference, left_out)
+    built = build_table(runs, reference, left_out, margin)
     for row in built.rows:
         if row.marks:
             print(f"rlroute: {row.label} is marked: {row.marks}", file=sys.stderr)
@@ -109,7 +109,7 @@ def publish(records: list[RunRecord], out: Path, reference: str | None) -> None:
     show_table(built)
     where = f"table in {out}/table.md and table.csv"
     try:
-        write_report(runs, out / "report.html", reference=reference, left_out=left_out)
+        write_report(runs, out / "report.html", reference=reference, left_out=left_out, margin=margin)
         print(f"{where}, report in {out}/report.html")
     except ImportError as error:
         (out / "report.html").unlink(missing_ok=True)  # that of another table

@@ -67,6 +67,7 @@ def _run() -> None:
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.include import without_includes
+    from rlroute.experiments.cli.judge import judge
     from rlroute.experiments.cli.stored import export, export_tokens, presets, report, routers, runs, table, verify
     from rlroute.experiments.cli.traces import trace
     from rlroute.experiments.cli.training import compare, sweep, train, tune
@@ -74,6 +75,7 @@ def _run() -> None:
     commands = (
         train,
         compare,
+        judge,
         plan,
         data,
         sweep,

@@ -16,8 +16,9 @@ from rlroute.experiments.cli.common import RUNS, Store, select
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
+from rlroute.experiments.verdicts import MARGIN
 from rlroute.foreign import printable
-from rlroute.limits import Count
+from rlroute.limits import Count, Positive
 
 
 def routers(markdown: bool = False) -> None:
@@ -74,6 +75,7 @@ def runs(store: Store = RUNS, run: Annotated[str, tyro.conf.Positional, tyro.con
 def table(
     store: Store = RUNS,
     reference: str | None = None,
+    margin: Positive = MARGIN,
     csv: bool = False,
     timings: bool = True,
     only: tuple[str, ...] = (),
@@ -84,6 +86,7 @@ def table(
     Args:
         store: a run store or a compact file.
         reference: the entry that differences are taken to.
+        margin: a difference below it does not matter, in bits per byte.
         csv: CSV instead of Markdown.
         timings: --no-timings leaves out the columns that differ from run to run.
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
@@ -92,7 +95,7 @@ def table(
     from rlroute.experiments.comparison.text import to_csv
 
     records, left_out = select(store, only)
-    built = build_table(records, reference, left_out)
+    built = build_table(records, reference, left_out, margin)
     if not csv:
         show_table(built, timings)
         return
@@ -104,6 +107,7 @@ def report(
     store: Store = RUNS,
     out: Path = Path("results/report.html"),
     reference: str | None = None,
+    margin: Positive = MARGIN,
     only: tuple[str, ...] = (),
 ) -> None:
     """Write one self-contained HTML page about stored runs: table, curves, expert loads, quality against balance,
@@ -113,12 +117,13 @@ def report(
         store: a run store or a compact file.
         out: the page.
         reference: the entry that differences are taken to.
+        margin: a difference below it does not matter, in bits per byte.
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
     """
     from rlroute.experiments.report.page import write_report
 
     records, left_out = select(store, only)
-    write_report(records, out, reference=reference, left_out=left_out)
+    write_report(records, out, reference=reference, left_out=left_out, margin=margin)
     _say_left_out(left_out)
     print(f"report in {out}")
 

@@ -27,6 +27,7 @@ from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.experiments.launch.jobs import Job, Launch, together
+from rlroute.experiments.verdicts import MARGIN
 from rlroute.limits import Between, Positive, Seed
 from rlroute.machine import cores
 
@@ -88,6 +89,7 @@ def compare(
     seeds: Annotated[int, Between(1, 10_000)] = 3,
     task: Literal["text", "clusters"] = "text",
     reference: str | None = None,
+    margin: Positive = MARGIN,
     budget: Budget = "tokens",
     seconds: Positive | None = None,
     tuned: bool = True,
@@ -107,6 +109,7 @@ def compare(
             router (of the other options it takes --seeds, --out and --concurrency).
         reference: the entry that differences are taken to, as the table labels it (default: switch, or the first by
             name); under budget flops, whose training FLOPs everyone gets.
+        margin: a difference below it does not matter, in bits per byte; say it before the runs.
         budget: what is equal: tokens (--train.steps), training FLOPs, or time (--seconds).
         seconds: training time of each run under budget time; the figures are then not reproducible.
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
@@ -115,7 +118,14 @@ def compare(
         out: folder for table.md, table.csv and report.html.
     """
     if task == "clusters":
-        options = {"reference": reference, "budget": budget, "seconds": seconds, "tuned": tuned, "preset": preset}
+        options = {
+            "reference": reference,
+            "margin": margin,
+            "budget": budget,
+            "seconds": seconds,
+            "tuned": tuned,
+            "preset": preset,
+        }
         _refuse_of_text(options, launch, shared)
         compare_clusters(entries, seeds, out, launch.concurrency or cores())
         return
@@ -137,7 +147,7 @@ def compare(
     named = list(zip(entries, configs, strict=True))
     jobs = [Job(config, seed, command_line(), label=entry) for seed in range(seeds) for entry, config in named]
     records = run_all(together(jobs), launch)
-    publish(records, out, reference)
+    publish(records, out, reference, margin)
     print(f"runs in {launch.store}/")
 
 
@@ -147,7 +157,7 @@ def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> 
     Raises:
         ConfigError: naming the first option.
     """
-    plain = {"reference": None, "budget": "tokens", "seconds": None, "tuned": True, "preset": None}
+    plain = {"reference": None, "margin": MARGIN, "budget": "tokens", "seconds": None, "tuned": True, "preset": None}
     takes = "ENTRIES, --seeds, --out and --concurrency"
     refuse_others("--task clusters", takes, options, plain)
     refuse_others("--task clusters", takes, replace(launch, concurrency=None), LAUNCH)
@@ -160,6 +170,7 @@ def sweep(
     spec: tyro.conf.Positional[Path],
     out: Path | None = None,
     reference: str | None = None,
+    margin: Positive = MARGIN,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
 ) -> None:
     """Train the runs that a TOML file describes; print their table. The same command goes on where it stopped, and
@@ -169,6 +180,7 @@ def sweep(
         spec: the file (docs/sweeps.md): entries, seeds, a grid, random draws, resources.
         out: folder for the table; results/NAME if none is given.
         reference: the entry that differences are taken to.
+        margin: a difference below it does not matter, in bits per byte; say it before the runs.
     """
     from rlroute.experiments.launch import spec as sweeping
     from rlroute.experiments.launch.runs import run_jobs
@@ -185,7 +197,7 @@ def sweep(
     if search is not None:
         show(sweeping.ranking(jobs, how.store))
     elif records:
-        publish(records, out, reference)
+        publish(records, out, reference, margin)
     for run, reason in failed.items():
         print(f"set aside: {run}: {reason}", file=sys.stderr)
     print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")

@@ -11,6 +11,7 @@ from rlroute.config import DENSE, SCHEMA
 from rlroute.experiments.comparison.entries import Entry, by_shape, flat_config, of_router, varying
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.recipes.tuned import TUNING_SEEDS
+from rlroute.experiments.verdicts import LEVEL
 from rlroute.schema import Environment, RunRecord
 
 SHOWN = 8
@@ -52,6 +53,15 @@ def gates(entries: Sequence[Entry]) -> list[str]:
         if gate["form"] == "own" and entry.router != DENSE:
             labels.setdefault(gate["meaning"], []).append(entry.label)
     return [f"{meaning} ({', '.join(who)})" for meaning, who in labels.items()]
+
+
+def verdicts(reference: str, margin: float) -> str:
+    """Say what a verdict is."""
+    return (
+        f"against {reference}, by t-tests of the differences paired by seed, each wrong in at most {LEVEL:.0%}: better "
+        f"or worse than it, equivalent within {margin:g} bits per byte (two one-sided tests), both (by less than "
+        f"{margin:g}), or unresolved"
+    )
 
 
 MEANINGS = {

@@ -22,6 +22,7 @@ from rlroute.experiments.comparison.notes import (
     provenance,
     settings,
     tuning_trials,
+    verdicts,
 )
 from rlroute.experiments.recipes.tuned import settings_of
 from rlroute.experiments.statistics import (
@@ -34,6 +35,7 @@ from rlroute.experiments.statistics import (
     t_interval,
 )
 from rlroute.experiments.text import of_interval
+from rlroute.experiments.verdicts import MARGIN, Verdict, verdict
 from rlroute.schema import RunRecord
 
 
@@ -51,6 +53,8 @@ class TableRow:
     diverged: int
     bits_per_byte: Interval | None
     difference: Interval | None
+    verdict: Verdict | None
+    """Of the difference; None of the reference."""
     p_holm: float | None
     smallest_resolvable: float | None
     max_vio: float | None
@@ -91,16 +95,22 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows from best to worst, the label of the entry that differences are taken to, and titled notes to print
-    underneath.
+    """Rows from best to worst, the label of the entry that differences are taken to, the margin of equivalence, and
+    titled notes to print underneath.
     """
 
     reference: str
+    margin: float
     rows: tuple[TableRow, ...]
     notes: tuple[tuple[str, str], ...]
 
 
-def build_table(records: Sequence[RunRecord], reference: str | None = None, left_out: Sequence[str] = ()) -> Table:
+def build_table(
+    records: Sequence[RunRecord],
+    reference: str | None = None,
+    left_out: Sequence[str] = (),
+    margin: float = MARGIN,
+) -> Table:
     """Return the table of ``records``, whatever their order.
 
     Args:
@@ -108,6 +118,7 @@ def build_table(records: Sequence[RunRecord], reference: str | None = None, left
         reference: label of the entry to take differences to; by default ``switch``, or the first by name where it is
             missing.
         left_out: what other runs there are, and why they are not here; said under the table.
+        margin: the difference below which entries are equivalent, in bits per byte, above 0.
 
     Raises:
         ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such
@@ -117,8 +128,8 @@ def build_table(records: Sequence[RunRecord], reference: str | None = None, left
     check_comparable(entries)
     base = _reference(entries, reference)
     adjusted = holm(_p_values(entries, base))
-    rows = sorted((_row(entry, base, adjusted) for entry in entries), key=_rank)
-    return Table(base.label, tuple(rows), tuple(_notes(entries, base, rows, adjusted, left_out)))
+    rows = sorted((_row(entry, base, adjusted, margin) for entry in entries), key=_rank)
+    return Table(base.label, margin, tuple(rows), tuple(_notes(entries, base, rows, adjusted, left_out, margin)))
 
 
 def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
@@ -135,7 +146,7 @@ def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
 # What is computed
 
 
-def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
+def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float) -> TableRow:
     runs, finals, first = entry.finished, entry.finals, entry.runs[0]
     bits = list(entry.bits_by_seed.values())
     diffs = [] if entry is base else paired(entry, base)
@@ -155,6 +166,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float]) -> TableRow:
         diverged=len(entry.runs) - len(runs),
         bits_per_byte=t_interval(bits) if bits else None,
         difference=t_interval(diffs) if diffs else None,
+        verdict=None if entry is base else verdict(diffs, margin),
         p_holm=adjusted.get(entry.label),
         smallest_resolvable=smallest_resolvable(diffs),
         max_vio=max(vios.values(), default=None),
@@ -215,6 +227,7 @@ def _notes(
     rows: Sequence[TableRow],
     adjusted: Mapping[str, float],
     left_out: Sequence[str],
+    margin: float,
 ) -> Iterable[tuple[str, str]]:
     runs = [run for entry in entries for run in entry.runs]
     yield "Left out", "; ".join(left_out)
@@ -232,6 +245,7 @@ def _notes(
     yield "Measured", "; ".join(measured(entries))
     yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
     yield "Settings", settings({row.label: row.settings for row in rows})
+    yield "Verdicts", verdicts(base.label, margin) if len(rows) > 1 else ""
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
     yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
     yield "Deliberate differences", "; ".join(deliberate(entries))

@@ -42,6 +42,7 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
         "gate": lambda row: row.gate_form,
         "validation bits/byte": lambda row: of_interval(row.bits_per_byte) if row.n else "diverged",
         f"difference to {table.reference}": lambda row: _difference(row, table),
+        "verdict": lambda row: "reference" if row.verdict is None else str(row.verdict),
         "MaxVio": lambda row: NOTHING if row.max_vio is None else f"{row.max_vio:.2f}",
         "dead experts": lambda row: (
             NOTHING if row.dead_experts is None else f"{short(row.dead_experts)} of {row.experts}"
@@ -63,10 +64,11 @@ def legend(table: Table) -> str:
     return (
         f"Bits per byte: greedy routing, mean over n seeds ± half the {CONFIDENCE:.0%} Student-t interval; lower is "
         f"better. Difference to {table.reference}: paired by seed, with the interval of the paired differences; not "
-        "separated where it holds zero; not after Holm where only the test that is corrected for all comparisons (5%) "
-        "finds nothing. MaxVio: highest load of an expert over the fair share, minus 1, counted over the whole "
-        "validation set before drops; mean over seeds, then the worst layer. Dead experts: below 5% of the fair share "
-        "over the whole validation set; mean over seeds, summed over layers. FLOPs: forward. Resolvable: the smallest "
+        "after Holm where only the test that is corrected for all comparisons (5%) finds nothing. Verdict: what these "
+        "differences say, each by itself; equivalent where they are less than the margin. MaxVio: highest load of an "
+        "expert over the fair share, minus 1, counted over the whole validation set before drops; mean over seeds, "
+        "then the worst layer. Dead experts: below 5% of the fair share over the whole validation set; mean over "
+        "seeds, summed over layers. FLOPs: forward. Resolvable: the smallest "
         "true difference that a paired t-test at 5% finds with power 80% given n and the spread seen, itself uncertain "
         "at small n."
     )
@@ -126,5 +128,5 @@ def _difference(row: TableRow, table: Table) -> str:
     if row.difference is None:
         return "reference" if row.label == table.reference else NOTHING
     pairs = f" (n = {row.difference.n})" if row.difference.n != row.n else ""
-    lacking = ", not separated" if not row.difference.separated else "" if row.found else ", not after Holm"
+    lacking = ", not after Holm" if row.difference.separated and not row.found else ""
     return of_interval(row.difference, "+") + pairs + lacking

@@ -15,7 +15,7 @@ from rlroute.experiments.launch.progress import Monitor
 from rlroute.experiments.launch.ray_session import require_installed
 from rlroute.experiments.launch.supervisor import require_reach
 from rlroute.records import RunFolder
-from rlroute.schema import RunRecord
+from rlroute.schema import MadeFrom, RunRecord
 from rlroute.sink import require as require_wandb
 
 
@@ -45,6 +45,28 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
             work.
         MissingDependencyError: the launcher, or wandb where it is asked for, is not installed.
     """
+    check_jobs(jobs, how)
+    folders = {job.id: RunFolder(how.store, job.config, job.seed) for job in jobs}
+    for folder in folders.values():
+        folder.create()
+        folder.set_aside(None)
+    print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {how.store}/; {_engines(jobs)}", file=sys.stderr)
+
+    def say(run: str, reason: str) -> None:
+        with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
+            folders[run].set_aside(reason)
+
+    with Monitor(jobs, how.store):
+        failed = launch(jobs, how, search, say)
+    return [folder.read() for folder in folders.values() if folder.ended], failed
+
+
+def check_jobs(jobs: Sequence[Job], how: Launch) -> dict[RunConfig, MadeFrom]:
+    """Find out whether jobs can be trained, and what they are made from; nothing is written.
+
+    Raises:
+        As :func:`run_jobs` does before any work.
+    """
     from rlroute.provenance import made_from
     from rlroute.training.prepare import check, refuse_changed
 
@@ -73,18 +95,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     made = {config: made_from(config, corpora[config.data].provenance) for config in seeds_of}
     for job in jobs:
         refuse_changed(folders[job.id], made[job.config])
-    for folder in folders.values():
-        folder.create()
-        folder.set_aside(None)
-    print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {how.store}/; {_engines(jobs)}", file=sys.stderr)
-
-    def say(run: str, reason: str) -> None:
-        with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
-            folders[run].set_aside(reason)
-
-    with Monitor(jobs, how.store):
-        failed = launch(jobs, how, search, say)
-    return [folder.read() for folder in folders.values() if folder.ended], failed
+    return made
 
 
 def _engines(jobs: Sequence[Job]) -> str:

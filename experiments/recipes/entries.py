@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, SitedRouter, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.registry import router_class
+from rlroute.registry import include, router_class
 from rlroute.values import from_dict
 
 Overrides = dict[str, dict[str, Any]]
@@ -45,6 +46,20 @@ def _literal(text: str) -> Any:
         except ValueError:
             continue
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def bring_in(entry: str) -> str:
+    """Return an entry whose router may be a file from anywhere, ``path/to/name.py`` or ``path/to/name.py:field=value``,
+    which is brought in: ``name:field=value``.
+
+    Raises:
+        ConfigError: there is no such file, or its name cannot be a router's.
+    """
+    file, colon, fields = entry.partition(":")
+    if not file.endswith(".py"):
+        return entry
+    include(file)
+    return f"{Path(file).stem}{colon}{fields}"
 
 
 def split_sites(entry: str) -> tuple[str, dict[str, str]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import fields
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_entry, split_sites
-from rlroute.experiments.recipes.tuned import GRID, tuned_settings
-from rlroute.registry import default_names, refusals
+from rlroute.experiments.recipes.tuned import GRID, settings_of, tuned_settings
+from rlroute.registry import default_names, refusals, router_class
 from rlroute.routing import RouterShape
 
 ALL = "all"
@@ -65,6 +66,47 @@ def build_comparison(
         why = f"the tuned recipe sets it for {entry}; --no-tuned takes yours for all"
         refuse_overwritten(train, said, tuned_settings(split_sites(entry)[0]), why)
     return [build_entry(entry, data, model, train, tuned_settings) for entry in entries]
+
+
+def build_pair(
+    candidate: str,
+    reference: str,
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    tuned: bool,
+    said: Collection[str] = (),
+) -> tuple[list[RunConfig], list[str]]:
+    """Return the configurations of two entries of which one changes the routing of the other, and whose settings each
+    has.
+
+    A candidate that was never tuned gets the reference's learning rates, and its router's fields where it has fields of
+    the same name: what differs is the routing, and a copy of the reference under another name is the same.
+
+    Args:
+        candidate, reference: entries.
+        data, model, train, tuned, said: as of :func:`build_comparison`.
+
+    Raises:
+        ConfigError: as :func:`build_comparison` does.
+    """
+    first = split_sites(candidate)[0]
+    lent = _lent(first, split_sites(reference)[0]) if tuned and not tuned_settings(first) else {}
+    (theirs,) = build_comparison([reference], data, model, train, tuned=tuned, said=said)
+    refuse_overwritten(train, said, lent, f"it is lent {candidate} by {reference}; --no-tuned takes yours for both")
+    if lent:
+        mine = build_entry(candidate, data, model, train, lambda router: lent if router == first else {})
+        return [mine, theirs], [f"those of {reference}", settings_of(theirs.to_dict())]
+    (mine,) = build_comparison([candidate], data, model, train, tuned=tuned, said=said)
+    return [mine, theirs], [settings_of(config.to_dict()) for config in (mine, theirs)]
+
+
+def _lent(router: str, reference: str) -> Overrides:
+    """Return the tuned settings of another router as far as a router takes them."""
+    known = {field.name for field in fields(router_class(parse_entry(router)[0]).Config)}
+    lent = tuned_settings(reference)
+    return lent and lent | {"router": {n: v for n, v in lent.get("router", {}).items() if n in known}}
 
 
 def refuse_overwritten(train: TrainConfig, said: Collection[str], settings: Overrides, why: str) -> None:

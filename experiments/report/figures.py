@@ -153,7 +153,7 @@ def forest_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[st
     """Draw each entry's paired difference to the reference, with its interval and the differences of single seeds;
     None where there is none.
 
-    Filled: found also when corrected for the number of comparisons (Holm).
+    Filled: found also when corrected for the number of comparisons (Holm). Shaded: within the margin.
     """
     rows = [(row, difference) for row in table.rows if (difference := row.difference)]
     if not rows:
@@ -183,6 +183,7 @@ def forest_figure(table: Table, entries: Mapping[str, Entry], styles: Mapping[st
         figure.add_annotation(
             x=1, xref="paper", xanchor="left", y=name, text=_said(difference, row.p_holm), showarrow=False
         )
+    figure.add_vrect(-table.margin, table.margin, fillcolor="#7a8494", opacity=0.15, line_width=0)
     figure.add_vline(0, line={"width": 1.5, "color": "#7a8494"})
     figure.update_yaxes(autorange="reversed", showline=False, showgrid=False, automargin=True, ticks="")
     figure.update_xaxes(tickformat="+.2f")

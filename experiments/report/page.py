@@ -25,6 +25,7 @@ from rlroute.experiments.report.figures import (
 from rlroute.experiments.report.html import render_page
 from rlroute.experiments.report.style import Style
 from rlroute.experiments.text import listed, of_interval, short
+from rlroute.experiments.verdicts import MARGIN
 from rlroute.records import write_atomically
 from rlroute.schema import RunRecord
 
@@ -43,7 +44,12 @@ SECONDARY = (
 
 
 def write_report(
-    records: Sequence[RunRecord], path: Path, *, reference: str | None = None, left_out: Sequence[str] = ()
+    records: Sequence[RunRecord],
+    path: Path,
+    *,
+    reference: str | None = None,
+    left_out: Sequence[str] = (),
+    margin: float = MARGIN,
 ) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
@@ -53,13 +59,14 @@ def write_report(
         reference: label of the entry that differences are taken to, as in
             :func:`~rlroute.experiments.comparison.table.build_table`.
         left_out: what other runs there are, and why they are not here.
+        margin: the difference below which entries are equivalent.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
         MissingDependencyError: Plotly is not installed.
         StoreError: the file cannot be written.
     """
-    table = build_table(records, reference, left_out)
+    table = build_table(records, reference, left_out, margin)
     write_atomically(path, render(table, make_entries(records)))
 
 
@@ -123,8 +130,8 @@ def _config(entry: Entry) -> dict[str, str]:
 
 
 def conclude(table: Table) -> Iterable[str]:
-    """Say in words what the table shows and what it does not: who is separated from the reference, who is not, who is
-    unbalanced.
+    """Say in words what the table shows and what it does not: who is better or worse than the reference, who is
+    equivalent, who is unbalanced.
     """
     ranked = [row for row in table.rows if row.bits_per_byte]
     if not ranked:
@@ -135,7 +142,7 @@ def conclude(table: Table) -> Iterable[str]:
     among = "" if all(row.causal for row in ranked) else " of all that are causal"
     bits = of_interval(best.bits_per_byte)
     yield f"{best.label} has the lowest mean validation loss{among}: {bits} bits per byte over {seeds}."
-    yield from _separation(table)
+    yield from _verdicts(table)
     yield from _balance(ranked)
     future = [row.label for row in ranked if not row.causal]
     if future:
@@ -149,20 +156,22 @@ def conclude(table: Table) -> Iterable[str]:
         yield f"Diverged: {lost} {'run' if lost == 1 else 'runs'}, named below and left out of all figures."
 
 
-def _separation(table: Table) -> Iterable[str]:
+def _verdicts(table: Table) -> Iterable[str]:
     pairs = [(row, row.difference) for row in table.rows if row.difference]
     if all(difference.half_width is None for _, difference in pairs):
-        yield "One seed has no interval, so nothing here is separated from anything."
+        yield "One seed has no interval, so every verdict is unresolved."
         return
-    better = [_change(row) for row, difference in pairs if difference.separated and difference.mean < 0]
-    worse = [_change(row) for row, difference in pairs if difference.separated and difference.mean > 0]
+    said = [(row, row.verdict) for row, _ in pairs if row.verdict is not None]
+    better = [_change(row) for row, verdict in said if verdict.direction == "better"]
+    worse = [_change(row) for row, verdict in said if verdict.direction == "worse"]
     yield f"Better than {table.reference}, paired by seed: {listed(better)}."
     yield f"Worse than {table.reference}: {listed(worse)}."
-    others = [row.label for row, difference in pairs if not difference.separated]
-    yield f"Not separated from {table.reference}: {listed(others)}."
+    alike = [row.label for row, verdict in said if verdict.equivalent]
+    yield f"Equivalent to {table.reference} within {table.margin:g} bits per byte: {listed(alike)}."
+    yield f"Unresolved: {listed([row.label for row, verdict in said if not verdict.resolved])}."
     if better or worse:
         holds = [row.label for row, _ in pairs if row.found]
-        yield f"Separated also when corrected for {len(pairs)} comparisons (Holm, 5%): {listed(holds)}."
+        yield f"Better or worse also when corrected for {len(pairs)} comparisons (Holm, 5%): {listed(holds)}."
 
 
 def _balance(ranked: Sequence[TableRow]) -> Iterable[str]:

@@ -89,6 +89,8 @@ class Asked(TypedDict):
     """Ids of runs without their seeds; of a sweep or of tuning, the run's own alone."""
     seeds: list[Whole]
     """As a run has one."""
+    registration: NotRequired[Digest]
+    """SHA-256 of the plan of the judgement that asked: see docs/judge.md."""
 
 
 class Described(TypedDict):

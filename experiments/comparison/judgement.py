@@ -1,0 +1,190 @@
+"""What a judgement has found: as lines for a reader, and as plain values for a program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlroute.experiments.comparison.entries import Entry
+from rlroute.experiments.comparison.marks import marks
+from rlroute.experiments.comparison.notes import diverged
+from rlroute.experiments.comparison.registration import Registration
+from rlroute.experiments.statistics import Interval, differences
+from rlroute.experiments.text import si
+from rlroute.experiments.verdicts import Verdict
+from rlroute.schema import RunRecord
+
+VERSION = 1
+"""Of the fields of judgement.json."""
+SAME = "the candidate is the reference, configuration and code: the same runs stand for both"
+EXACT = "every difference is exactly 0: both entries computed the same, and nothing is left to test"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen after so many seeds.
+
+    Attributes:
+        against_0: the mean difference, with the interval that is held against 0.
+        within: the same, with the one that is held against the margin.
+        level: the look's share of the probability of a wrong verdict.
+        verdict: what both say.
+    """
+
+    against_0: Interval
+    within: Interval
+    level: float
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        return f"{self.against_0.n} seeds: {self.against_0.mean:+.4f} ({_ends(self.against_0)}), {self.verdict}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "n": self.against_0.n,
+            "level": self.level,
+            "effect": self.against_0.mean,
+            "interval": [self.against_0.low, self.against_0.high],
+            "equivalence_interval": [self.within.low, self.within.high],
+            "verdict": str(self.verdict),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A judgement, which ends with the first look that resolves it, with the last one, or with a run that diverged.
+
+    Attributes:
+        registration: what was said before the first run.
+        file: where.
+        command: the command line behind it.
+        candidate, reference: the entries' runs.
+        looks: those that were taken.
+    """
+
+    registration: Registration
+    file: Path
+    command: str | None = None
+    candidate: Entry | None = None
+    reference: Entry | None = None
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """The last look's; unresolved where a run diverged."""
+        unresolved = Verdict(None, False, self.registration["plan"]["margin"])
+        return unresolved if self.diverged or not self.looks else self.looks[-1].verdict
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The entries by what they are called; one where both are the same."""
+        plan = self.registration["plan"]
+        found = {plan["reference"]["label"]: self.reference, plan["candidate"]["label"]: self.candidate}
+        return {label: entry for label, entry in found.items() if entry is not None}
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """All runs, each once."""
+        return [run for entry in self.entries.values() for run in entry.runs]
+
+    @property
+    def diverged(self) -> list[str]:
+        """Which entries diverged, and where."""
+        return [
+            diverged(Entry(label, entry.runs))
+            for label, entry in self.entries.items()
+            if len(entry.finished) < len(entry.runs)
+        ]
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """Candidate minus reference by seed, where both finished."""
+        if self.candidate is None or self.reference is None:
+            return {}
+        one, other = self.candidate.bits_by_seed, self.reference.bits_by_seed
+        seeds = sorted(one.keys() & other.keys())
+        return dict(zip(seeds, differences({s: one[s] for s in seeds}, {s: other[s] for s in seeds}), strict=True))
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What all runs took, those that were there before included: runs, tokens, training FLOPs, seconds of training
+        and of evaluation.
+        """
+        seconds = (sum(run.summary["seconds"].values()) for run in self.runs)
+        return {
+            "runs": len(self.runs),
+            "runs_there_before": len({run.id for run in self.runs} & set(self.registration["plan"]["there_before"])),
+            "tokens": sum(run.summary["tokens"] for run in self.runs),
+            "training_flops": sum(run.summary["model"].get("training_flops", 0) for run in self.runs),
+            "seconds": math.fsum(seconds),
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be said beside the verdict."""
+        plan = self.registration["plan"]
+        said = [f"diverged: {line}" for line in self.diverged]
+        if plan["candidate"]["config"] == plan["reference"]["config"]:
+            said.append(SAME)
+        elif self.looks and not any(self.differences.values()):
+            said.append(EXACT)
+        for label, entry in self.entries.items():
+            said += [f"measured: {label} {mark} ({figures})" for mark, figures in marks(entry.runs).items()]
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: what judgement.json holds."""
+        plan, last = self.registration["plan"], self.looks[-1].to_dict() if self.looks else {}
+        return {
+            "version": VERSION,
+            "candidate": plan["candidate"]["label"],
+            "reference": plan["reference"]["label"],
+            "verdict": str(self.verdict),
+            "direction": self.verdict.direction,
+            "equivalent": self.verdict.equivalent,
+            "margin": plan["margin"],
+            **{name: last.get(name) for name in ("effect", "interval", "equivalence_interval", "n")},
+            "differences": {str(seed): difference for seed, difference in self.differences.items()},
+            "looks": [look.to_dict() for look in self.looks],
+            "cost": self.cost,
+            "notes": self.notes,
+            "runs": [run.id for run in self.runs],
+            "command": self.command,
+            "registration": self.registration,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{title:<13} {text}" if title else text for title, text in self._lines())
+
+    def _lines(self) -> Iterable[tuple[str, str]]:
+        plan = self.registration["plan"]
+        yield "", f"{plan['candidate']['label']} against {plan['reference']['label']}: {self.verdict}"
+        if self.looks:
+            last = self.looks[-1]
+            confidence = f"{1 - plan['level']:.0%} over all looks"
+            yield (
+                "effect",
+                f"{last.against_0.mean:+.4f} bits per byte (below 0 is better), n = {last.against_0.n} seeds",
+            )
+            yield "interval", f"{_ends(last.against_0)}, {confidence}"
+            yield "equivalence", f"{_ends(last.within)}, each end {confidence}, margin {plan['margin']:g}"
+        yield "cost", _cost(self.cost)
+        yield "registration", f"SHA-256 {self.registration['sha256']} in {self.file}"
+        for note in self.notes:
+            yield "note", note
+
+
+def _ends(interval: Interval) -> str:
+    return f"{interval.low:+.4f} to {interval.high:+.4f}"
+
+
+def _cost(cost: Mapping[str, float]) -> str:
+    before = f" ({cost['runs_there_before']} there before)" if cost["runs_there_before"] else ""
+    return (
+        f"{cost['runs']} runs{before}, {si(cost['tokens'])} tokens, {si(cost['training_flops'])} training FLOPs, "
+        f"{cost['seconds']:,.0f} s of training and evaluation"
+    )
