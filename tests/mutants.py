@@ -271,8 +271,8 @@ MUTANTS = [
         ("load is counted after drops", "decision.demand_E(context.mask_T).to(", "decision.load_E(context.mask_T).to("),
         (
             "probability mass has no gradient",
-            "mass_E / mass_E.detach().sum()).sum()",
-            "mass_E.detach() / mass_E.sum()).sum()",
+            "mass_E / mass_E.detach().sum()\n",
+            "mass_E.detach() / mass_E.sum()\n",
         ),
     ),
     *faults(
@@ -322,9 +322,9 @@ MUTANTS = [
         "rlroute/training/evaluate.py",
         "tests/test_evaluation.py",
         ("the greedy policy is sampled", "modes = [False, True]", "modes = [True, True]"),
-        ("drop rate is always 0", "(used_L - ran_L).sum()", "(ran_L - ran_L).sum()"),
+        ("drop rate is always 0", "(used_L - kept_L).sum()", "(ran_L - ran_L).sum()"),
         ("bits are per token", "nats / math.log(2) / text_bytes", "nats / math.log(2) / tokens"),
-        ("the last batch stands for all", "sums_L6[site] += _sums(decision)", "sums_L6[site] = _sums(decision)"),
+        ("the last batch stands for all", "sums_L7[site] += _sums(decision)", "sums_L7[site] = _sums(decision)"),
         ("load is counted after drops", "+= decision.demand_E()", "+= decision.load_E()"),
         (
             "entropies of batches weigh alike",
