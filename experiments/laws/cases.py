@@ -112,7 +112,7 @@ def changes(router: type[Router], config: RouterConfig) -> list[dict[str, Any]]:
 def cases(
     router: type[Router], config: RouterConfig, needs: Callable[[int], dict[str, Any]] = lambda experts: {}
 ) -> Iterator[Case]:
-    """Yield the cases of a router; of its choices those that go together with the others, for some shape.
+    """Yield the cases of a router; of its choices those that go together with the others, and with its scores.
 
     Args:
         router: its class.
@@ -122,9 +122,17 @@ def cases(
     for change in changes(router, config):
         try:
             case = Case(router, replace(config, **change), tuple(change), needs)
-            _ = case.shapes
-        except Exception:  # a rule between fields forbids it, it has not what a term reads, or its making is broken:
-            if change:  # the plain configuration shows that
-                continue
-            case = Case(router, config, (), needs)
-        yield case
+        except ConfigError:  # a rule between fields forbids it
+            if not change:
+                raise
+            continue
+        if change is not OF_WEIGHTS or _takes_any(case):
+            yield case
+
+
+def _takes_any(case: Case) -> bool:
+    """Whether there is a shape that the router takes; where it cannot be built at all, its default case says so."""
+    try:
+        return bool(case.shapes)
+    except Exception:
+        return False
