@@ -468,8 +468,8 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 # --- the words of the command line
 
 COMMANDS = (
-    *("train", "compare", "plan", "data", "sweep", "routers", "presets", "check", "runs", "table", "report", "verify"),
-    *("export", "export-tokens", "tune", "play", "bench", "gradients", "trace"),
+    *("train", "compare", "judge", "plan", "data", "sweep", "routers", "presets", "check", "runs", "table", "report"),
+    *("verify", "export", "export-tokens", "tune", "play", "bench", "gradients", "trace"),
 )
 
 
