@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlroute.baselines.zaya import STATE
 from rlroute.experiments.checkpoints.blocks import FORMATS
 from rlroute.experiments.recipes.entries import router_of
 from rlroute.registry import router_class
@@ -23,6 +24,18 @@ from tests.published import AWAITED, NO_ROUTERS, ROWS, SETTINGS, D, E, K, Row
 T = 257
 SHIFTS = (0.0, -2.0)
 """What is added to random biases of the choice: under the second every sigmoid that is chosen by is negative."""
+_OF_ZAYA = {
+    "balancing_biases": "bias_E",
+    "router_states_scale": "carry_R",
+    "down_proj.weight": "down.weight",
+    "down_proj.bias": "down.bias",
+    "router_mlp.norm.weight": "scores.norm.weight",
+    "router_mlp.fc1.weight": "scores.first.weight",
+    "router_mlp.fc1.bias": "scores.first.bias",
+    "router_mlp.fc2.weight": "scores.second.weight",
+    "router_mlp.fc2.bias": "scores.second.bias",
+    "router_mlp.out_proj.weight": "scores.last.weight",
+}
 TIED = 1e-6
 """Experts whose scores are no further apart may come in any order."""
 _LENGTHS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
@@ -64,9 +77,12 @@ def measure(row: Row, shift: float) -> Distance:
         want_TE, wanted = call(theirs, x_TD.clone(), bias_E)
         router = ours(row)
         copy_weights(theirs, bias_E if wanted else None, router)
-        context = Watching(**vars(make_context(T, explore=False)))
+        context = Watching(**vars(make_context(T, explore=False, earlier={0: _with_state()})))
         decision = router(x_TD, context)
         got_TE = dense(decision)
+        if row.published == "zaya.ZayaRouter":
+            assert bool(got_TE[:, -1].any()), "no token skips"
+            got_TE[:, -1] = 0  # there one that does has no gate
     ranked_TE = context.ranked[0] if context.ranked else decision.logits_TE
     best_TE = ranked_TE.sort(dim=1, descending=True).values
     clear_T = best_TE[:, row.k - 1] - best_TE[:, row.k] > TIED
@@ -83,6 +99,8 @@ def build(row: Row) -> nn.Module:
     cls = getattr(file, name)
     if name == "JetMoeTopKGating":
         return cls(D, E, row.k)
+    if name == "ZayaRouter":
+        return cls(settings, 1)
     if name == "DbrxFFN":  # without its experts
         block = cls.__new__(cls)
         nn.Module.__init__(block)
@@ -97,7 +115,7 @@ def ours(row: Row) -> Router:
     config = router_of(row.entry)
     assert config is not None
     shared = row.settings.get("n_shared_experts", 0)
-    return router_class(config.name)(config, make_shape(E, row.k, d_model=D, num_shared_experts=shared))
+    return router_class(config.name)(config, make_shape(E, row.k, d_model=D, num_shared_experts=shared, site_index=1))
 
 
 def shake(module: nn.Module, shift: float) -> None:
@@ -105,11 +123,15 @@ def shake(module: nn.Module, shift: float) -> None:
     module.eval()
     for seed, (name, tensor) in enumerate(module.state_dict().items()):
         values = _draw(*tensor.shape, seed=10 + seed)
-        of_choice, scale = "correction_bias" in name, "scale" in name
-        if tensor.is_floating_point():
-            tensor.copy_(0.1 * values + shift if of_choice else 1 + 0.1 * values if scale else 0.3 * values)
-        else:  # a table of experts
-            tensor.copy_(_draw(len(tensor), E, seed=10 + seed).argsort(1)[:, : tensor.shape[1]])
+        if not tensor.is_floating_point():  # a table of experts
+            values = _draw(len(tensor), E, seed=10 + seed).argsort(1)[:, : tensor.shape[1]]
+        elif "correction_bias" in name or "balancing" in name:
+            values = 0.1 * values + shift
+        elif "scale" in name or "norm" in name:
+            values = 1 + 0.1 * values
+        else:
+            values = values * (1.7 * tensor.shape[1] ** -0.5 if tensor.dim() == 2 else 0.3)
+        tensor.copy_(values)
 
 
 def copy_weights(module: nn.Module, bias_E: Tensor | None, router: Router) -> None:
@@ -120,6 +142,9 @@ def copy_weights(module: nn.Module, bias_E: Tensor | None, router: Router) -> No
         bias_E: the bias of the choice, where the module is called with it.
         router: ours.
     """
+    if type(module).__name__ == "ZayaRouter":
+        router.load_state_dict({_OF_ZAYA[name]: tensor for name, tensor in module.state_dict().items()})
+        return
     state = {name.rpartition(".")[2]: tensor for name, tensor in module.state_dict().items()}
     weight_ED = state.pop("weight")
     if "scale" in state:  # of the normalised input, element by element: here a part of the matrix
@@ -142,6 +167,9 @@ def call(module: Any, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, bool]:
     if name == "DbrxFFN":
         gates_TK, ids_TK = module.route_tokens_to_experts(module.router(x_TD))
         return _of_ids(x_TD, gates_TK, ids_TK), False
+    if name == "ZayaRouter":
+        _, gates_TK, ids_TK, _ = module(x_TD[None], _with_state().memo[STATE][None])
+        return _of_ids(x_TD, gates_TK, ids_TK), False
     wanted = list(inspect.signature(module.forward).parameters)
     wants_bias, wants_ids = any("bias" in argument for argument in wanted), "input_ids" in wanted
     rows = x_TD[None] if name.startswith("Afmoe") else x_TD  # which reads three dimensions
@@ -155,6 +183,12 @@ def dense(decision: RoutingDecision) -> Tensor:
     """
     gates_TE = torch.zeros(T, E).index_put((decision.token_ids_R, decision.expert_ids_R), decision.gates_R)
     return gates_TE if decision.shared_gates_TS is None else torch.cat([gates_TE, decision.shared_gates_TS], 1)
+
+
+def _with_state() -> RoutingDecision:
+    """Return a decision of the site before, which hands on a state as ZAYA's routers do."""
+    ids_TK = torch.zeros(T, 1, dtype=torch.long)
+    return RoutingDecision.token_choice(ids_TK, torch.ones(T, 1), E, memo={STATE: _draw(T, 16, seed=3)})
 
 
 def _of_ids(_: Tensor, gates_TK: Tensor, ids_TK: Tensor) -> Tensor:

@@ -274,6 +274,19 @@ CATALOGUE: dict[str, Published] = {
         active="6.6",
         source="Phi-3.5-MoE, arXiv 2404.14219, and GRIN, arXiv 2409.12136",
     ),
+    "longcat-flash": Published(
+        entry="longcat",
+        model=_model(56, 6144, 64, copy_experts=256, **_every(2, 12288), **_experts(512, 12, 2048)),
+        vocab_size=131_072,
+        total="560",
+        active="27",
+        source="LongCat-Flash, arXiv 2509.01322",
+        balance="a bias that holds 8 of 12 experts real, its rate not published",
+        differs=(
+            "28 layers of two latent attentions, two dense MLPs, and experts beside them: 56 blocks of one attention, "
+            "every second with experts and no MLP, stand in"
+        ),
+    ),
     "ernie-4.5": Published(
         entry="topk:bias_rate=0.001",
         model=_model(28, 2560, 20, 4, **_experts(64, 6, 1536, shared=2, dense=1)),
@@ -329,4 +342,5 @@ def tiny(published: Published) -> ModelConfig:
         num_dense_layers=dense,
         d_dense=None,
         d_latent=32 if model.d_latent else None,
+        copy_experts=min(model.copy_experts, 8),
     )

@@ -54,7 +54,8 @@ def count(published: Published) -> Counted:
     with torch.device("meta"):
         made = Transformer(model, shape, lambda site: make_router(run.router_at(site.site), site))
     total = sum(p.numel() for p in made.parameters())
-    idle = sum(site.pair_parameters * (site.router.shape.num_experts - model.k) for site in made.routed)
+    runs = model.k * (getattr(run.router, "real_share", 1.0) if model.copy_experts else 1.0)
+    idle = sum(site.pair_parameters * (site.router.shape.num_real_experts - runs) for site in made.routed)
     input_only = 0 if published.input_counts else made.embed.weight.numel()
     return Counted(total / 1e9, (total - idle - input_only) / 1e9, made.routers[0].gate_meaning)
 
