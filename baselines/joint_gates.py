@@ -2,7 +2,8 @@
 
 Inkling, by its public code: s = sigmoid(z) of routed and shared experts; the k largest s + b of the routed ones are
 chosen, and their gates and the shared experts' are s over the sum of all of these, times `route_scale` and a learned
-number, at first 1. A token can so rest on the shared experts. Without any this is `topk:score=sigmoid`.
+number, at first 1. A token can so rest on the shared experts. Without any this is `topk:score=sigmoid`; a gate that is
+alone is the score.
 
 The bias moves as in loss-free balancing (Wang et al. 2024, arXiv 2408.15664); what Inkling's training does is not
 published.
@@ -53,14 +54,6 @@ class JointGatesRouter(Router):
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("bias_E", torch.zeros(shape.num_experts))
 
-    @classmethod
-    def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
-        """Refuse a gate that nothing else is normalised with."""
-        reason = super().refuses(config, shape)
-        if reason is None and shape.k == 1 and not shape.num_shared_experts:
-            return "k = 1 without shared experts: the gate would be a constant 1, legal are 2 and more"
-        return reason
-
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Choose by biased scores; normalise the unbiased ones of all experts that run."""
         logits_TE, k = self.scores(x_TD), self.shape.k
@@ -69,7 +62,9 @@ class JointGatesRouter(Router):
         runs_TX = logits_TE.gather(1, ids_TK)
         if self.shared_SD is not None:
             runs_TX = torch.cat([runs_TX, functional.linear(x_TD, self.shared_SD)], 1)
-        gates_TX = self.config.route_scale * self.scale * functional.logsigmoid(runs_TX).softmax(1)
+        several = runs_TX.shape[1] > 1  # one gate over itself would be a constant 1
+        gates_TX = functional.logsigmoid(runs_TX).softmax(1) if several else runs_TX.sigmoid()
+        gates_TX = self.config.route_scale * self.scale * gates_TX
         return RoutingDecision.token_choice(
             ids_TK,
             gates_TX[:, :k],

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rlroute.baselines.joint_gates import JointGatesRouter
-from rlroute.errors import ConfigError
 from rlroute.routing import Sums
 from tests.conftest import D, draw, make_context, make_shape
 from tests.tiny import make_model, run_tokens, shake, small_config
@@ -79,7 +78,8 @@ def test_the_bias_moves_until_its_share_of_the_budget() -> None:
     assert router.bias_E.tolist() == [-0.25, 0.25, 0, 0, 0, 0]
 
 
-def test_a_gate_that_would_be_constant_is_refused() -> None:
-    with pytest.raises(ConfigError, match="k = 1 without shared experts: the gate would be a constant 1"):
-        make(shared=0, k=1)
-    assert make(k=1).shape.k == 1
+def test_a_gate_that_is_alone_is_its_score() -> None:
+    router = make(shared=0, k=1)
+    decision = router(draw(T, D), make_context(T))
+    assert decision.logits_TE is not None
+    torch.testing.assert_close(decision.gates_R, decision.logits_TE.sigmoid().amax(1))

@@ -19,7 +19,7 @@ from rlroute.balance import load_balance, router_z
 from rlroute.config import ModelConfig, RouterConfig, RunConfig
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.experiments.laws import contract as laws
-from rlroute.experiments.laws.cases import Case, cases
+from rlroute.experiments.laws.cases import HELD, OF_WEIGHTS, Case, cases
 from rlroute.experiments.laws.contract import LAWS
 from rlroute.experiments.laws.steps import with_a_past
 from rlroute.registry import router_class, run_config
@@ -31,6 +31,7 @@ CASES = {
     case.label: case
     for name in any_router_names()
     for case in cases(router_class(name), default_config(name), partial(needs, name, D))
+    if name in ("switch", "reinforce") or case.changed not in (tuple(OF_WEIGHTS), tuple(HELD))  # the base's own
 }
 
 

@@ -34,7 +34,7 @@ from rlroute.routing import Feedback, RoutingDecision, Sums, Term
 from rlroute.training.prepare import check
 from rlroute.training.step import backward_batch
 from tests.conftest import draw, make_context, make_feedback, make_shape
-from tests.tiny import CPU64, V, make_batch, run_batch, shake, small_config
+from tests.tiny import CPU64, DATA, V, make_batch, run_batch, shake, small_config
 from tests.toys import ToyRouter, toy_model
 
 slowly = settings(derandomize=True, deadline=None, max_examples=60)
@@ -283,7 +283,7 @@ def test_routers_without_scores_refuse_terms_by_name_before_any_work(name: str, 
     weights: dict[str, Any] = {weight: 0.5}
     config = router_class(name).Config(**weights)
     with pytest.raises(ConfigError, match=rf"router {name}: {weight} = 0\.5: .* legal is 0"):
-        check({RunConfig(router=config): [0]})
+        check({RunConfig(data=DATA, router=config): [0]})
 
 
 def test_weights_are_logged_by_site() -> None:

@@ -132,7 +132,7 @@ def independent_entries():
 
 
 BY_BATCH = {"base", "expert_choice", "quantile", "remoe", "sinkhorn"}
-BATCH_TERMS = ("balance_weight", "importance_weight", "load_weight", "charge_weight")
+BATCH_TERMS = ("balance_weight", "mixed_balance_weight", "importance_weight", "load_weight", "charge_weight")
 
 
 @pytest.mark.parametrize("entry", independent_entries())

@@ -305,7 +305,12 @@ def options_of(command: Any) -> Iterator[tuple[str, set[type]]]:
             yield name, kinds
 
 
-CASES = [(command, name, kinds) for command, (call, _) in COMMANDS.items() for name, kinds in options_of(call)]
+CASES = [
+    (command, name, kinds)
+    for command, (call, _) in COMMANDS.items()
+    for name, kinds in options_of(call)
+    if command == "train" or "." not in name or name in ("data.seq_len", "model.k", "train.lr")  # the same dataclasses
+]
 
 
 def test_there_are_options_to_be_tried() -> None:
@@ -321,7 +326,7 @@ def test_every_numeric_option_refuses_what_it_cannot_be(
     (tmp_path / "sweep.toml").write_text('entries = ["hash"]\n[base]\ndata.spec = "synth:documents=64,length=64"\n')
     before = contents(tmp_path)
     values = ["-1", "1" + "0" * 30] + (["nan", "inf", "-inf", "1e999"] if float in kinds else [])
-    for value in values[: 1 if "." in name and command != "train" else None]:  # the same fields as those of `train`
+    for value in values:
         if float in kinds and value.startswith("1") and "e" not in value:
             continue  # a large float is one
         option = f"--{name.replace('_', '-')}"
