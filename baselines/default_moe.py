@@ -7,6 +7,7 @@ has a part from every expert. The gates are p, not normalised over the chosen.
 The mean is that of all pairs that the expert ran in a step, exact whatever the micro-batches and workers; the average
 starts at the first one. Ours are: its decay, of which the abstract says nothing, and that the means belong to the
 model, in evaluation too. With `straight_through` they are there for the gradient alone, and evaluation is plain top-k.
+A free expert's mean is 0, whatever it would give.
 
 Outputs by pair are asked of the layer, and environments have none. They cost memory, one row a pair. The sum p_e d_e is
 a product of E D multiplications a token, and is counted.

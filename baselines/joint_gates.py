@@ -2,8 +2,8 @@
 
 Inkling, by its public code: s = sigmoid(z) of routed and shared experts; the k largest s + b of the routed ones are
 chosen, and their gates and the shared experts' are s over the sum of all of these, times `route_scale` and a learned
-number, at first 1. A token can so rest on the shared experts. Without any this is `topk:score=sigmoid`; a gate that is
-alone is the score.
+number, at first 1. A token can so rest on the shared experts. Without any this is `topk:score=sigmoid,bias_rate=0.001`
+times that number; a gate that is alone is the score.
 
 The bias moves as in loss-free balancing (Wang et al. 2024, arXiv 2408.15664); what Inkling's training does is not
 published.

@@ -6,8 +6,8 @@ A token chooses k of all experts by softmax + bias, so that an easy one may spen
 not normalised over the chosen, times a scale. After each step the bias of each of the N real experts moves by a rate
 times (K_e / k) / N - n_e / (k T): of a token's k experts K_e are then real on average, and real ones equally loaded.
 The biases of free experts stay 0. The paper's zero-computation experts return their input: `--model.copy-experts 8`.
-Without free experts all k are real. The rate is ours, the paper's not being known to us; its loss by device is every
-router's `device_balance_weight`.
+Without free experts all k are real. The rate is ours, the paper's not being known to us. Its loss by device,
+in which the free experts are one group more, is not here: every router's `device_balance_weight` leaves them out.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from rlroute.limits import Between
 
 if TYPE_CHECKING:  # SciPy is loaded late: a command line's help shows the margin
     from rlroute.experiments.statistics import Interval
@@ -25,6 +27,9 @@ LEVEL = 0.05
 """The highest probability of a wrong verdict."""
 LOOKS = (3, 4, 6, 8, 12, 16)
 """Seeds at which a judgement looks; beyond them each look has twice the seeds of the one two before."""
+MaxSeeds = Annotated[int, Between(LOOKS[0], 10_000)]
+"""The most seeds of a judgement."""
+MAX_SEEDS = LOOKS[-1]
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,12 @@ ROWS: list[Row] = [
         n_routed_experts=E - ZERO,
         zero_expert_num=ZERO,
     ),
+    *_rows(
+        "longcat:route_scale=2.5",
+        "longcat_flash.LongcatFlashTopkRouter",
+        n_routed_experts=E - ZERO,
+        zero_expert_num=ZERO,
+    ),
     # Sigmoids.
     *_rows(_GROUPED, *_LIKE_DEEPSEEK_V3),
     *_rows(_GROUPED + ",normalize=false", *_LIKE_DEEPSEEK_V3, norm_topk_prob=False),

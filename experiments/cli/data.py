@@ -32,8 +32,8 @@ def plan(
         entry: what would be trained.
         device: where (default: h100 for --train.device cuda, else cpu); speed is assumed, and the page says from what.
         tuned: use the entry's tuned settings.
-        preset: gpu-30m, gpu-124m or gpu-350m: the data, model and train options, but for those that are given; nothing
-            is tuned.
+        preset: gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for
+            those that are given; nothing is tuned.
     """
     from rlroute.experiments.bench.plan import make_plan, to_page
     from rlroute.experiments.recipes.presets import build_comparison

@@ -14,8 +14,8 @@ from rlroute.experiments.cli.common import LAUNCH, SHARED, Shared, command_line,
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.launch.jobs import Launch
-from rlroute.experiments.verdicts import MARGIN
-from rlroute.limits import Between, Positive
+from rlroute.experiments.verdicts import MARGIN, MAX_SEEDS, MaxSeeds
+from rlroute.limits import Positive
 
 UNRESOLVED = 3
 """The exit code where all seeds are spent, or a run diverged, without a verdict."""
@@ -25,7 +25,7 @@ def judge(
     candidate: tyro.conf.Positional[str],
     against: str = "switch",
     margin: Positive = MARGIN,
-    max_seeds: Annotated[int, Between(3, 10_000)] = 16,
+    max_seeds: MaxSeeds = MAX_SEEDS,
     budget: Budget = "tokens",
     seconds: Positive | None = None,
     tuned: bool = True,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 from rlroute.config import Budget, DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.experiments.comparison.budget import with_budget
@@ -30,13 +29,10 @@ from rlroute.experiments.launch.runs import check_jobs, run_all
 from rlroute.experiments.recipes.entries import bring_in
 from rlroute.experiments.recipes.presets import build_pair
 from rlroute.experiments.statistics import differences
-from rlroute.experiments.verdicts import MARGIN, intervals, looks, verdict
-from rlroute.limits import Between, Positive, checked
+from rlroute.experiments.verdicts import MARGIN, MAX_SEEDS, MaxSeeds, intervals, looks, verdict
+from rlroute.limits import Positive, checked
 from rlroute.records import RunFolder
 from rlroute.schema import Asked, RunRecord
-
-MaxSeeds = Annotated[int, Between(3, 10_000)]
-MAX_SEEDS = 16
 
 
 def judge(
