@@ -1,8 +1,8 @@
 """Activation recomputation (Chen et al. 2016, arXiv 1604.06174): a part of a model keeps its inputs alone, and computes
 the rest again in backward.
 
-Routers stay outside: a decision is drawn once, and is what the part gets, forward and again. Nothing in a part draws but
-from keys, so that what is computed again has the same bits, and so have gradients.
+Routers stay outside: a decision is drawn once, and is what the part gets, forward and again. A part draws from keys
+alone, so that what is computed again has the same bits, and so have gradients.
 """
 
 from collections.abc import Callable
