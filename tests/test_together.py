@@ -14,6 +14,8 @@ from rlroute.model.accounting import is_matrix
 from rlroute.model.recompute import set_recompute
 from rlroute.reading import read_run
 from rlroute.training import loop
+from rlroute.training.data import load_corpus
+from rlroute.training.prepare import expected_costs, flops_per_step
 from rlroute.training.step import backward_batch
 from tests.runs import figures, interrupted
 from tests.tiny import CPU64, DATA, MODEL, TRAIN, make_batch, make_model, shake, small_config
@@ -69,6 +71,16 @@ def test_a_run_with_everything_resumes_replays_and_is_verified(tmp_path: Path) -
     assert one == other
     assert not [row for row in read_run(run).train if row["pairs_L"]]
     assert verify(tmp_path / "runs", evaluate=True) == []
+
+
+def test_a_budget_buys_more_steps_where_experts_cost_nothing_and_verify_knows_it(tmp_path: Path) -> None:
+    train = replace(TRAIN, steps=4, log_every=1)
+    plain = build_entry("switch", DATA, MODEL, train)
+    each = flops_per_step(plain, expected_costs(plain, load_corpus(DATA.spec)))
+    bought = replace(train, budget="flops", budget_amount=6.0 * each)
+    config = build_entry("topk", DATA, replace(MODEL, zero_experts=8), bought)
+    assert loop.train(config, 0, tmp_path)["steps"] > train.steps
+    assert verify(tmp_path) == []
 
 
 def test_devices_of_shards_hold_no_free_experts() -> None:

@@ -386,9 +386,7 @@ def claims(routers: Sequence[Router], gate_form: str) -> dict[str, Any]:
 
 
 def _by_device(model: Transformer, demand_L: Sequence[Tensor], shards: int) -> list[Tensor]:
-    """Return the pairs that went to each device, of each site whose experts are cut into shards; those of free experts
-    go nowhere.
-    """
+    """Return the pairs of real experts on each device, of each site whose experts are cut into shards."""
     return [
         demand_E[: site.router.shape.num_real_experts].view(shards, -1).sum(1)
         for site, demand_E in zip(model.routed, demand_L, strict=True)
