@@ -150,7 +150,7 @@ class TrainConfig(Execution):
     """How one run is trained."""
 
     steps: Count = 500
-    """Optimizer steps under budget tokens; the most steps under the others."""
+    """Optimizer steps under budget tokens; the most steps under budget time."""
     batch_size: Size = 8
     """Sequences per step."""
     micro_batches: Count = 1

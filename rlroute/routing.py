@@ -259,8 +259,9 @@ class Router(nn.Module):
         """
         if not 1 <= shape.k <= shape.num_experts:
             return f"k = {shape.k}: legal are 1 to num_experts = {shape.num_experts}"
-        if vain := (cls.wishes | config.wishes) - shape.grants:
-            return f"it wishes for {', '.join(sorted(vain))} of the experts, which site {shape.site} does not hand out"
+        for whose, wished in (("it", cls.wishes), (f"erc_weight = {config.erc_weight}", config.wishes)):
+            if vain := ", ".join(sorted(wished - shape.grants)):
+                return f"{whose} wishes for {vain} of the experts, which site {shape.site} does not hand out"
         for name, weight in config.term_weights.items():
             if weight and not cls.carries(name):
                 return f"{name} = {weight}: its decisions do not carry what that term reads, legal is 0"
@@ -285,8 +286,8 @@ class Router(nn.Module):
 
     @classmethod
     def carries(cls, weight: str) -> bool:
-        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, gates that learn for
-        ``importance_weight``, else probabilities.
+        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, ``simbal_weight`` and
+        ``erc_weight``, gates that learn for ``importance_weight``, else probabilities.
         """
         if weight == "importance_weight":
             return "gate" in cls.learns_from

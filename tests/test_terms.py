@@ -218,7 +218,7 @@ def test_coupling_teaches_router_and_experts_once_a_step_however_it_is_cut() -> 
 def test_coupling_is_refused_where_the_weights_are_not_at_hand() -> None:
     config = build_entry("switch:erc_weight=0.5", DATA, replace(MODEL, num_experts=4), replace(TRAIN, micro_batches=2))
     check({config: [0]}, workers=2, expert_shards=1)
-    reason = "it wishes for weights of the experts, which site 0{} does not hand out"
+    reason = "erc_weight = 0.5 wishes for weights of the experts, which site 0{} does not hand out"
     with pytest.raises(ConfigError, match=reason.format("")):
         check({config: [0]}, workers=2, expert_shards=2)
     with pytest.raises(ConfigError, match=reason.format(".attention")):

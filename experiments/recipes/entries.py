@@ -20,7 +20,8 @@ from rlroute.values import from_dict
 Overrides = dict[str, dict[str, Any]]
 """Fields of ``train`` and ``router`` to change."""
 
-_NEXT_ROUTER = re.compile(r"\+(?=[A-Za-z_])")  # the + of 1e+3 parts nothing
+_NEXT_ROUTER = re.compile(r"\+(?=[A-Za-z_])(?!(?:\w+\+)*\w+-[0-9a-f]{12}-s\d)")
+# The + of 1e+3 parts nothing, nor does that of a run's folder.
 
 
 def parse_entry(text: str) -> tuple[str, dict[str, Any]]:

@@ -39,9 +39,20 @@ class AtHand:
         """Return a run's validation batches."""
         return validation_batches(config, self.corpus(config.data))
 
+    def _most_steps(self, config: RunConfig) -> int:
+        """Return the steps that no run goes beyond: under budget flops, those of which the budget pays for the
+        unembedding alone, three forwards of it each.
+        """
+        train = config.train
+        if train.budget != "flops":
+            return train.steps
+        assert train.budget_amount is not None
+        each = 6 * config.model.d_model * self.corpus(config.data).vocab_size
+        return int(train.budget_amount / (each * train.batch_size * config.data.seq_len)) + 1
+
     def chain(self, config: RunConfig, seed: int, steps: int) -> str:
         """Return the hash chain over the batches of so many steps; runs that see the same batches share it."""
-        steps = min(steps, config.train.steps)  # no run has more, whatever its record says
+        steps = min(steps, self._most_steps(config))  # no run has more, whatever its record says
         if steps < 1:
             return ""
         key = (config.data, seed, config.train.batch_size)

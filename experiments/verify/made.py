@@ -108,26 +108,30 @@ def check_model(run: RunRecord, config: RunConfig, model: Transformer, ledger: L
 def _check_costs(run: RunRecord, config: RunConfig, counted: Costs, ledger: Ledger) -> None:
     final, tokens, recorded = run.summary["final"], run.summary["tokens"], dict[str, Any](run.summary["model"])
     pairs_L = final["pairs_L"] if final and "pairs_L" in final else [float(config.model.k)] * len(counted.pair_flops_L)
-    spent, exact = _spent(run, config, counted)
+    spent, off = _spent(run, config, counted)
     old = run.config["schema"] < 2  # when nothing said what training took in all
-    rough = {"training_flops": LOGGED * spent, "training_only_flops_per_token": LOGGED * spent / (3 * tokens or 1)}
+    rough = {"training_flops": off * spent, "training_only_flops_per_token": off * spent / (3 * tokens or 1)}
     for field, value in counted.recorded(pairs_L, spent, tokens, run.summary["steps"]).items():
         if field == "training_flops" and old:
             continue
-        if field in rough and not exact:
+        if field in rough and off:
             ledger.near("summary.json", f"model/{field}", recorded.get(field), value, rough[field])
         else:
             ledger.same("summary.json", f"model/{field}", recorded.get(field), value, "by the pairs that ran")
     if config.train.budget == "flops" and run.summary["status"] == "finished":
         steps = planned_steps(config, counted, spent, run.summary["steps"])
-        ledger.near("summary.json", "steps", run.summary["steps"], steps, 0 if exact else 1 + LOGGED * steps)
+        ledger.near("summary.json", "steps", run.summary["steps"], steps, off and 1 + off * steps)
 
 
-def _spent(run: RunRecord, config: RunConfig, counted: Costs) -> tuple[int, bool]:
-    """Return the training FLOPs by the pairs per token of the logged steps, and whether all tokens ran k of them."""
-    tokens, sites = run.summary["tokens"], len(counted.pair_flops_L)
-    logged = [row["pairs_L"] for row in run.train if "pairs_L" in row] or [[float(config.model.k)] * sites]
-    mean_L = [math.fsum(pairs) / len(logged) for pairs in zip(*logged, strict=True)]
-    exact = config.model.capacity_factor is None and all(each == config.model.k for pairs in logged for each in pairs)
+def _spent(run: RunRecord, config: RunConfig, counted: Costs) -> tuple[int, float]:
+    """Return the training FLOPs by the pairs per token of the logged steps, or of evaluations where none is logged; and
+    how far off they may be, relatively: 0 where all tokens ran k pairs.
+    """
+    tokens, k = run.summary["tokens"], float(config.model.k)
+    logged, seen = ([row["pairs_L"] for row in rows if "pairs_L" in row] for rows in (run.train, run.evals))
+    ran = logged or seen or [[k] * len(counted.pair_flops_L)]
+    mean_L = [math.fsum(pairs) / len(ran) for pairs in zip(*ran, strict=True)]
+    dropless = config.model.capacity_factor is None and not config.model.round_to
+    exact = dropless and all(each == k for pairs in ran for each in pairs)
     pairs_L = [round(pairs * counted.samples * tokens) for pairs in mean_L]
-    return counted.of_training(tokens, pairs_L, run.summary["steps"]), exact
+    return counted.of_training(tokens, pairs_L, run.summary["steps"]), 0.0 if exact else LOGGED if logged else 1.0

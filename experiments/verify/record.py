@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,14 +79,14 @@ def check_summary(run: RunRecord, config: RunConfig, ledger: Ledger) -> None:
     ledger.same("summary.json", "budget", summary["budget"], {"kind": train.budget, "amount": amount})
     ledger.same("summary.json", "tokens", summary["tokens"], steps * per_step)
     ledger.same("summary.json", "batches/steps", summary["batches"]["steps"], steps)
-    _check_status(run, train.steps, ledger)
+    _check_status(run, math.inf if train.budget == "flops" else train.steps, ledger)
     final = summary["final"]
     if final is not None:
         ledger.same("summary.json", "seconds/train", summary["seconds"]["train"], final["seconds"], "as the last row")
     _check_speed(run, ledger)
 
 
-def _check_status(run: RunRecord, planned: int, ledger: Ledger) -> None:
+def _check_status(run: RunRecord, planned: float, ledger: Ledger) -> None:
     """A finished run has a last evaluation. A diverged one has none, stopped where it says, and went no further."""
     summary, steps = run.summary, run.summary["steps"]
     finished = summary["status"] == "finished"

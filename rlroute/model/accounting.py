@@ -26,6 +26,14 @@ def is_expert(name: str) -> bool:
     return ".moe.experts." in name
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter that is no router's holds matrices: what decays, and may be in bfloat16.
+
+    Of experts, real or free, it has one row each: their biases and constants are vectors.
+    """
+    return parameter.dim() > (2 if is_expert(name) or ".moe.free." in name else 1)
+
+
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 over the names and bytes of parameters, in the order of their names."""
     digest = hashlib.sha256()

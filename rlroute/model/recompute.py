@@ -1,8 +1,8 @@
 """Activation recomputation (Chen et al. 2016, arXiv 1604.06174): a part of a model keeps its inputs alone, and computes
 the rest again in backward.
 
-Routers stay outside: a decision is drawn once, and is what the part gets, forward and again. Nothing in a part draws,
-so that what is computed again has the same bits, and so have gradients.
+Routers stay outside: a decision is drawn once, and is what the part gets, forward and again. A part draws from keys
+alone, so that what is computed again has the same bits, and so have gradients.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Recomputing(nn.Module):
     recompute = False
 
     def forgetting(self, part: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a part, which draws nothing, on its inputs."""
+        """Run a part, which draws from keys alone, on its inputs."""
         if not (self.recompute and torch.is_grad_enabled()):
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -50,8 +50,8 @@ def stand_in(router: Router, decision: RoutingDecision, x_TD: Tensor) -> Routing
     numbers as their weights.
     """
     if "outputs" in router.wishes:
-        ran_R1 = (decision.kept_R & decision.used_R)[:, None]
-        decision = replace(decision, outputs_RD=x_TD.detach()[decision.token_ids_R] * ran_R1)
+        rows_RD = x_TD.detach()[decision.token_ids_R]
+        decision = replace(decision, outputs_RD=rows_RD * decision.runs_R[:, None])
     if "weights" in router.wishes:
         sizes = (router.shape.num_experts, router.shape.d_expert, router.shape.d_model)
         places = torch.arange(sizes[0] * sizes[1] * sizes[2], dtype=x_TD.dtype, device=x_TD.device)

@@ -15,6 +15,7 @@ from rlroute.config import SCHEMA, RunConfig
 from rlroute.kernels import resolve_backend
 from rlroute.learning import adapt
 from rlroute.limits import checked_seed
+from rlroute.model import Transformer
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.checks import checked
 from rlroute.model.compiling import set_compiled
@@ -239,7 +240,8 @@ class _Run:
         measured |= {"max_vio_L": max_vio_L(result.demand_L), **result.per_token()}
         traffic = self.group.traffic() if result.sums_L else None
         if traffic is not None:
-            measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(self._by_device(result))}}
+            by_device_L = _by_device(self.model, result.demand_L, self.group.placement.shards)
+            measured |= {"traffic": traffic | {"device_max_vio_L": max_vio_L(by_device_L)}}
         measured, load_LE = self._look((measured, load_fractions(result.demand_L)))
         if traffic is not None and "seconds" in traffic:
             share = traffic["seconds"] / (self.progress.seconds["train"] - self.logged)
@@ -247,12 +249,6 @@ class _Run:
         self.logged = self.progress.seconds["train"]
         self._append("metrics", self._row("train") | measured)
         self._append("loads", {"step": self.progress.step, "load_LE": rounded(load_LE)})
-
-    def _by_device(self, result: StepResult) -> list[Tensor]:
-        """Return the pairs that went to each device, of each site whose experts are cut into shards."""
-        sharded = [isinstance(site, MoELayer) for site in self.model.routed]
-        shards = self.group.placement.shards
-        return [demand_E.view(shards, -1).sum(1) for demand_E, cut in zip(result.demand_L, sharded, strict=True) if cut]
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.group.rank == 0:
@@ -387,6 +383,15 @@ def claims(routers: Sequence[Router], gate_form: str) -> dict[str, Any]:
         "learns_from": sorted({signal for router in routers for signal in router.learns_from}),
         "causal": all(router.causal for router in routers),
     }
+
+
+def _by_device(model: Transformer, demand_L: Sequence[Tensor], shards: int) -> list[Tensor]:
+    """Return the pairs of real experts on each device, of each site whose experts are cut into shards."""
+    return [
+        demand_E[: site.router.shape.num_real_experts].view(shards, -1).sum(1)
+        for site, demand_E in zip(model.routed, demand_L, strict=True)
+        if isinstance(site, MoELayer)
+    ]
 
 
 def _listed(meanings: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rlroute.config import TrainConfig
-from rlroute.model.accounting import is_expert, is_router
+from rlroute.model.accounting import is_expert, is_matrix, is_router
 from rlroute.training.group import ALONE, Group
 
 MASTER = "master"
@@ -36,8 +36,7 @@ class Optimizer:
         self.names = {parameter: name for name, parameter in named}
         self.router = [p for name, p in named if is_router(name)]
         self.shared = [p for name, p in named if not is_router(name)]
-        # Of experts a parameter has one row each: their biases are vectors.
-        matrices = {p for name, p in named if p.dim() > (2 if is_expert(name) else 1)}
+        matrices = {p for name, p in named if is_matrix(name, p)}
         groups = [
             {"params": [p for p in self.shared if p in matrices], "weight_decay": config.weight_decay, "scale": 1.0},
             {"params": [p for p in self.shared if p not in matrices], "weight_decay": 0.0, "scale": 1.0},

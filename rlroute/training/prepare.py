@@ -15,7 +15,7 @@ from rlroute.config import DataConfig, RunConfig
 from rlroute.errors import ConfigError, DataError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.model import ModelShape, Transformer
-from rlroute.model.accounting import Costs, costs, is_expert, is_router
+from rlroute.model.accounting import Costs, costs, is_matrix, is_router
 from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
 from rlroute.model.recompute import set_recompute
@@ -46,7 +46,7 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
     model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
     if config.train.param_dtype == "bfloat16":
         for name, parameter in model.named_parameters():
-            if parameter.dim() > (2 if is_expert(name) else 1) and not is_router(name):  # vectors are few, and matter
+            if is_matrix(name, parameter) and not is_router(name):  # vectors are few, and matter
                 parameter.data = parameter.data.bfloat16()
     return model
 
