@@ -124,9 +124,14 @@ def _check_costs(run: RunRecord, config: RunConfig, counted: Costs, ledger: Ledg
 
 
 def _spent(run: RunRecord, config: RunConfig, counted: Costs) -> tuple[int, bool]:
-    """Return the training FLOPs by the pairs per token of the logged steps, and whether all tokens ran k of them."""
+    """Return the training FLOPs by the pairs per token of the logged steps, and whether all tokens ran k of them. Where
+    no step is logged nothing says how many ran: they are those of the record, and what follows from them is held to it.
+    """
     tokens, sites = run.summary["tokens"], len(counted.pair_flops_L)
-    logged = [row["pairs_L"] for row in run.train if "pairs_L" in row] or [[float(config.model.k)] * sites]
+    logged = [row["pairs_L"] for row in run.train if "pairs_L" in row]
+    if not logged and "training_flops" in run.summary["model"]:
+        return run.summary["model"]["training_flops"], True
+    logged = logged or [[float(config.model.k)] * sites]
     mean_L = [math.fsum(pairs) / len(logged) for pairs in zip(*logged, strict=True)]
     exact = config.model.capacity_factor is None and all(each == config.model.k for pairs in logged for each in pairs)
     pairs_L = [round(pairs * counted.samples * tokens) for pairs in mean_L]
