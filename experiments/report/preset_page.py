@@ -26,8 +26,8 @@ TERMS = {
 """What balances, by the field that has its weight or rate."""
 HEAD = """# Published models as presets
 
-Made by `rlroute presets --markdown`. `--preset NAME`, of `train`, `compare` and `bench step` (and `preset = "NAME"` in
-a sweep), stands for a published model's transformer, as far as ours can express it, and, where no entry is named, for
+Made by `rlroute presets --markdown`. `--preset NAME`, of `train`, `compare`, `plan` and `bench step` (and
+`preset = "NAME"` in a sweep), stands for a published model's transformer, as far as ours can express it, and, where no entry is named, for
 its router; `NAME-tiny` is the same router at a size that trains on a CPU in minutes: a few layers of width 64, at most
 16 experts of which at most 4 run, together 128 wide. What is given besides goes before a preset, and nothing is tuned:
 data, batches and learning rates are ours.
