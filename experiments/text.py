@@ -56,8 +56,8 @@ def two_digits(value: float) -> str:
 
 def si(value: float) -> str:
     """Return three digits and a unit prefix."""
-    power = min(max(int(math.log10(abs(value))) // 3, 0), 4) if value else 0
-    return f"{value / 1000**power:.3g}{' ' * (power > 0)}{'kMGT'[power - 1] if power else ''}"
+    power = min(max(int(math.log10(abs(value))) // 3, 0), 5) if value else 0
+    return f"{value / 1000**power:.3g}{' ' * (power > 0)}{'kMGTP'[power - 1] if power else ''}"
 
 
 def rounded(value: Any) -> Any:

@@ -151,3 +151,9 @@ def test_the_command_prints_a_plan_and_leaves_nothing(tmp_path: Path, monkeypatc
     assert done.code == 0 and "NVIDIA B200" in done.out and "| parameters |" in done.out and "hours" in done.out
     assert "legal are" in refused(rlroute("plan", "switch", *TINY, "--device", "h100"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_brings_its_own_entry_to_a_plan_and_without_either_it_is_refused() -> None:
+    alone, named = rlroute("plan", "--preset", "mixtral-tiny"), rlroute("plan", "topk", "--preset", "mixtral-tiny")
+    assert (alone.code, named.code) == (0, 0) and "mixtral-tiny on " in alone.out
+    assert "wants an ENTRY" in refused(rlroute("plan"))

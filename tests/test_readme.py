@@ -48,6 +48,11 @@ def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():
         assert settings_of(now) == "tuned"
 
 
+def test_every_router_has_a_row():
+    files = {path.stem for folder in ("agents", "baselines") for path in (ROOT / folder).glob("[!_]*.py")}
+    assert files <= set(re.findall(r"^\| `(\w+)` \|", README, re.M))
+
+
 @pytest.fixture
 def sample(tmp_path, routers):
     """The README's router, saved as it stands there."""

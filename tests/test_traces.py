@@ -280,7 +280,7 @@ def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path) -> None:
     for name, reason in (
         ("a.txt", "is no trace: want a name that ends in .jsonl, .npy"),
         ("empty", "is the folder of no run, and holds no router_trace_rank"),
-        ("nonesuch", "there is no file 'nonesuch', and 0 runs"),
+        ("nonesuch", f"there is no file 'nonesuch', and 0 runs of {tmp_path} are called so: there are none"),
         ("cut.npy", "cut.npy: EOF"),
         ("short.npy", "array short ends before token 30 of 30"),
     ):

@@ -452,3 +452,18 @@ def test_an_empty_store_and_none_are_refused(tmp_path):
         verify(tmp_path)
     with pytest.raises(StoreError):
         verify(tmp_path / "none")
+
+
+def test_runs_too_short_to_log_a_step_are_passed_over_whatever_pairs_ran(tmp_path):
+    """Variable k, every expert, dropped pairs and free experts: nothing but the record says what training took."""
+    few = (*TINY, "--train.log-every", 100, "--launcher", "local", "--seeds", 1, "--out", tmp_path / "out")
+    ran("compare", "top_p", "soft", "dense_mixer", *few, "--store", tmp_path / "varied")
+    ran("compare", "switch", "longcat", *few, "--model.zero-experts", 1, "--store", tmp_path / "free")
+    for store in (tmp_path / "varied", tmp_path / "free"):
+        assert not any(row["kind"] == "train" for run in read_runs(store) for row in run.train)
+        assert not verify(store)
+    summary = next((tmp_path / "free").glob("switch-*")) / "summary.json"
+    edited = json.loads(summary.read_text())
+    edited["model"]["training_flops"] *= 2
+    summary.write_text(json.dumps(edited))
+    assert any("training_only_flops_per_token" in str(found) for found in verify(tmp_path / "free"))

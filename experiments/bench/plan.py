@@ -156,7 +156,7 @@ def to_page(plan: Plan, what: str) -> str:
         "tokens": f"{plan.tokens:,}",
         "training FLOPs": f"{plan.flops:,}",
     }
-    rows |= {f"memory: {name}": f"{si(value)}B" for name, value in asdict(memory).items()}
+    rows |= {f"memory: {name}": f"{si(value)}B" if value else "0 B" for name, value in asdict(memory).items()}
     fits = "fits" if memory.total < machine.bytes else "does not fit"
     rows["memory"] = f"{si(memory.total)}B of {si(machine.bytes)}B: {fits}"
     rows |= _times(plan, speed)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlroute.config import DEFAULT_CORPUS, DataConfig
+from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import SHARED, Shared, said, with_preset
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
@@ -19,7 +20,7 @@ from rlroute.limits import Count
 
 
 def plan(
-    entry: tyro.conf.Positional[str],
+    entry: tyro.conf.Positional[str] = "",
     device: Literal["h100", "h200", "a100", "b200", "cpu"] | None = None,
     tuned: bool = True,
     preset: str | None = None,
@@ -29,7 +30,7 @@ def plan(
     hours on a device.
 
     Args:
-        entry: what would be trained.
+        entry: what would be trained; with a preset by default its own.
         device: where (default: h100 for --train.device cuda, else cpu); speed is assumed, and the page says from what.
         tuned: use the entry's tuned settings.
         preset: gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for
@@ -40,6 +41,8 @@ def plan(
     from rlroute.training.data import load_corpus
 
     size = with_preset(preset, shared.data, shared.model, shared.train)
+    if not (entry := entry or size.entry):
+        raise ConfigError("rlroute plan wants an ENTRY: a router (rlroute routers), or dense")
     name_broken(entry)
     tuned = tuned and preset is None
     (config,) = build_comparison([entry], size.data, size.model, size.train, tuned=tuned, said=said("train"))

@@ -28,9 +28,9 @@ HEAD = """# Published models as presets
 
 Made by `rlroute presets --markdown`. `--preset NAME`, of `train`, `compare`, `judge`, `plan` and `bench step` (and
 `preset = "NAME"` in a sweep), stands for a published model's transformer, as far as ours can express it, and in
-`train`, `compare` and sweeps, where no entry is named, for its router; `NAME-tiny` is the same router at a size that
-trains on a CPU in minutes: a few layers of width 64, at most 16 experts of which at most 4 run, together 128 wide. What
-is given besides goes before a preset, and nothing is tuned: data, batches and learning rates are ours.
+`train`, `compare`, `plan` and sweeps, where no entry is named, for its router; `NAME-tiny` is the same router at a size
+that trains on a CPU in minutes: a few layers of width 64, at most 16 experts of which at most 4 run, together 128 wide.
+What is given besides goes before a preset, and nothing is tuned: data, batches and learning rates are ours.
 
 Parameters are counted on the model as it would be built, with the vocabulary of its authors; *active* are those of a
 token. *published* has the figures that the authors print. Ours agree with them to 1 %, or to one unit of the last digit

@@ -124,14 +124,17 @@ def _check_costs(run: RunRecord, config: RunConfig, counted: Costs, ledger: Ledg
 
 
 def _spent(run: RunRecord, config: RunConfig, counted: Costs) -> tuple[int, float]:
-    """Return the training FLOPs by the pairs per token of the logged steps, or of evaluations where none is logged; and
-    how far off they may be, relatively: 0 where all tokens ran k pairs.
+    """Return the training FLOPs by the pairs per token of the logged steps, and how far off they may be, relatively: 0
+    where all tokens ran k pairs. Where no step is logged nothing says how many ran: the FLOPs are those of the record,
+    and what follows from them is held to it.
     """
     tokens, k = run.summary["tokens"], float(config.model.k)
-    logged, seen = ([row["pairs_L"] for row in rows if "pairs_L" in row] for rows in (run.train, run.evals))
-    ran = logged or seen or [[k] * len(counted.pair_flops_L)]
+    logged = [row["pairs_L"] for row in run.train if "pairs_L" in row]
+    if not logged and "training_flops" in run.summary["model"]:
+        return run.summary["model"]["training_flops"], 0.0
+    ran = logged or [[k] * len(counted.pair_flops_L)]
     mean_L = [math.fsum(pairs) / len(ran) for pairs in zip(*ran, strict=True)]
     dropless = config.model.capacity_factor is None and not config.model.round_to
     exact = dropless and all(each == k for pairs in ran for each in pairs)
     pairs_L = [round(pairs * counted.samples * tokens) for pairs in mean_L]
-    return counted.of_training(tokens, pairs_L, run.summary["steps"]), 0.0 if exact else LOGGED if logged else 1.0
+    return counted.of_training(tokens, pairs_L, run.summary["steps"]), 0.0 if exact else LOGGED
