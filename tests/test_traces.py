@@ -277,16 +277,20 @@ def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "cut.npy").write_bytes(np.lib.format.magic(1, 0) + b"\xff")
     np.save(tmp_path / "short.npy", draw())
     (tmp_path / "short.npy").write_bytes((tmp_path / "short.npy").read_bytes()[:-2])
+    for seed in (0, 1):
+        (tmp_path / f"run-0123456789ab-s{seed}").mkdir()
+        (tmp_path / f"run-0123456789ab-s{seed}" / "config.json").write_text("{}")
     for name, reason in (
         ("a.txt", "is no trace: want a name that ends in .jsonl, .npy"),
         ("empty", "is the folder of no run, and holds no router_trace_rank"),
-        ("nonesuch", f"there is no file 'nonesuch', and 0 runs of {tmp_path} are called so: there are none"),
+        ("nonesuch", "there is no file 'nonesuch', and 0 runs"),
+        ("run-", "and 2 runs of " + str(tmp_path) + " are called so: run-0123456789ab-s0, run-0123456789ab-s1"),
         ("cut.npy", "cut.npy: EOF"),
         ("short.npy", "array short ends before token 30 of 30"),
     ):
         path = tmp_path / name
         with pytest.raises(RlrouteError, match=re.escape(reason)):
-            measure(open_trace(name if name == "nonesuch" else str(path), tmp_path))
+            measure(open_trace(name if name in ("nonesuch", "run-") else str(path), tmp_path))
 
 
 # The command

@@ -115,9 +115,8 @@ def open_trace(word: str, store: Path) -> Trace:
 def _run_of(word: str, store: Path) -> Path:
     runs = sorted(path.parent.name for path in store.glob("*/config.json")) if store.is_dir() else []
     if len(found := find(runs, word)) != 1:
-        there = ", ".join((found or runs)[:8]) or "none"
-        so = f"{len(found)} runs of {store} are called so: there are {there}"
-        raise StoreError(f"there is no file {shown(word)}, and {so}")
+        so = f": {', '.join(found[:8])}" if found else ""
+        raise StoreError(f"there is no file {shown(word)}, and {len(found)} runs of {store} are called so{so}")
     return store / found[0]
 
 

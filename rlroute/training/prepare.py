@@ -270,8 +270,8 @@ def planned_steps(config: RunConfig, costs: Costs, spent: int = 0, done: int = 0
     if steps < train.eval_every and not done:
         raise ConfigError(
             f"train.budget_amount = {train.budget_amount:.3g} FLOPs: "
-            f"{train.eval_every} steps cost {per_step * train.eval_every:.3g}, and "
-            f"train.eval_every = {train.eval_every} of them must be paid for"
+            f"{train.eval_every} steps cost {per_step * train.eval_every:.3g}, and it must pay for "
+            f"train.eval_every = {train.eval_every}"
         )
     return max(steps, done)
 
