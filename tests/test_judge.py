@@ -20,11 +20,12 @@ from rlroute.experiments.recipes.presets import build_pair
 from rlroute.experiments.recipes.tuned import TUNED
 from rlroute.experiments.verdicts import intervals, looks, shares, verdict
 from rlroute.reading import read_runs
+from rlroute.registry import default_names, router_class
 from rlroute.seal import of_part
 from rlroute.training import loop
 from tests import ROOT
 from tests.commands import TINY, contents, ran, refused, rlroute, stamps, start
-from tests.conftest import HANG
+from tests.conftest import HANG, make_shape
 from tests.runs import figures
 from tests.test_include import SOURCE
 from tests.tiny import DATA, MODEL, TRAIN
@@ -114,6 +115,15 @@ def test_judging_again_trains_nothing_and_says_the_same_and_so_does_python(store
 def test_nothing_is_amiss_in_the_store(stored: Path) -> None:
     assert ran("verify", stored / "runs") == ""
     assert "8" in ran("runs", stored / "runs") and ran("table", stored / "runs")
+
+
+@pytest.mark.parametrize("name", default_names())
+def test_what_a_router_is_lent_it_can_take(name: str) -> None:
+    for reference in ("switch", "reinforce", "noisy_topk"):
+        (mine, _), _ = build_pair(name, reference, DATA, MODEL, TRAIN, tuned=True)
+        assert mine.router is not None
+        why = router_class(name).refuses(mine.router, make_shape(MODEL.num_experts, MODEL.k))
+        assert why is None or "weight" not in why
 
 
 def test_a_copy_of_the_reference_from_a_file_is_equivalent(tmp_path: Path, routers: None, store: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields
 
-from rlroute.config import DENSE, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_entry, split_sites
 from rlroute.experiments.recipes.tuned import GRID, settings_of, tuned_settings
@@ -103,9 +103,12 @@ def build_pair(
 
 
 def _lent(router: str, reference: str) -> Overrides:
-    """Return the tuned settings of another router as far as a router takes them."""
-    known = {field.name for field in fields(router_class(parse_entry(router)[0]).Config)}
-    lent = tuned_settings(reference)
+    """Return the tuned settings of another router as far as a router takes them: terms that read what its decisions do
+    not carry are left out.
+    """
+    cls, lent = router_class(parse_entry(router)[0]), tuned_settings(reference)
+    terms = RouterConfig().term_weights
+    known = {field.name for field in fields(cls.Config) if field.name not in terms or cls.carries(field.name)}
     return lent and lent | {"router": {n: v for n, v in lent.get("router", {}).items() if n in known}}
 
 
