@@ -49,6 +49,7 @@ WHOLE_COMMANDS = frozenset(
     f"test_{name}.py"
     for name in [
         "audit",
+        "blocks",
         "check",
         "checkpoint",
         "cli",
@@ -58,19 +59,25 @@ WHOLE_COMMANDS = frozenset(
         "identity",
         "include",
         "judge",
+        "parity",
+        "judge",
         "play",
+        "presets",
         "reading",
         "replay",
         "sink",
         "third_party",
         "token_table",
         "tokenizer",
+        "together",
         "training",
         "triton",
         "verify",
     ]
 )
-"""Files whose tests mostly run whole commands, train to the end or interpret kernels: too long for `make fast`."""
+"""Files whose tests mostly run whole commands, train to the end, interpret kernels or build published models: too long
+for `make fast`.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
