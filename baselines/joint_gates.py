@@ -54,6 +54,13 @@ class JointGatesRouter(Router):
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("bias_E", torch.zeros(shape.num_experts))
 
+    @classmethod
+    def refuses(cls, config: RouterConfig, shape: RouterShape) -> str | None:
+        """Refuse shared experts that the layer weighs itself."""
+        if shape.weighs_shared:
+            return "model.shared_gate weighs the shared experts, whose gates it makes: legal is 'none'"
+        return super().refuses(config, shape)
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Choose by biased scores; normalise the unbiased ones of all experts that run."""
         logits_TE, k = self.scores(x_TD), self.shape.k

@@ -9,14 +9,14 @@ For k = 1 the gate is the expert's share of the softmax over all: over the chose
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlroute.balance import cv_squared
 from rlroute.config import RouterConfig
+from rlroute.errors import ConfigError
 from rlroute.limits import NonNegative
-from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Term
+from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
+from rlroute.sampling import staying_probability
 from rlroute.seeding import normal
 
 
@@ -30,7 +30,12 @@ class NoisyTopKRouter(Router):
         importance_weight: NonNegative = 0.1
         """Weight of CV^2 of the summed gates."""
         load_weight: NonNegative = 0.1
-        """Weight of CV^2 of the smooth load estimate."""
+        """Weight of CV^2 of the smooth load, of the noise that it draws itself."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.load_std is not None:
+                raise ConfigError(f"noisy_topk.load_std = {self.load_std}: legal is none, it draws noise of its own")
 
     learns_from = frozenset({"gate"})
     gate_meaning = "softmax over the chosen noisy logits"
@@ -41,7 +46,6 @@ class NoisyTopKRouter(Router):
         super().__init__(config, shape)
         self.scores = LinearScores(shape, "scores", 0.0)
         self.noise = LinearScores(shape, "noise", 0.0)
-        self.batch_dependent |= config.load_weight > 0
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k largest noisy logits; the clean ones where not exploring."""
@@ -59,24 +63,8 @@ class NoisyTopKRouter(Router):
             ids_TK, gates_TK, self.shape.num_experts, logits_TE=clean_TE, probs_TE=clean_TE.softmax(1), memo=memo
         )
 
-    def objective(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Term]:
-        """Return the load loss; that of importance is a term of the configuration."""
-        context = feedback.context
-        load_E = (self._chosen_probability(decision) * context.mask_T[:, None]).sum(0)
-        return {"load": Term(feedback.share * cv_squared(context.sum_over_scope(load_E)), self.config.load_weight)}
-
-    def _chosen_probability(self, decision: RoutingDecision) -> Tensor:
-        """Return P(x, i), the probability that expert i stays among the k largest if its own noise is drawn anew; shape
-        (T, E).
-        """
+    def chosen_probability(self, decision: RoutingDecision) -> Tensor:
+        """Return how probable each expert is by the noise that was drawn; shape (T, E)."""
         noisy_TE, std_TE, clean_TE = decision.memo["noisy_TE"], decision.memo["std_TE"], decision.logits_TE
         assert clean_TE is not None
-        experts, k = self.shape.num_experts, self.shape.k
-        if k == experts:
-            return torch.ones_like(clean_TE)
-        ranked_TK = noisy_TE.topk(k + 1, dim=1).values
-        inside_TE = noisy_TE > ranked_TK[:, k, None]
-        # What expert i has to beat: the k-th largest of the others.
-        threshold_TE = torch.where(inside_TE, ranked_TK[:, k, None], ranked_TK[:, k - 1, None])
-        probability_TE: Tensor = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
-        return probability_TE
+        return staying_probability(clean_TE, noisy_TE, std_TE, self.shape.k)

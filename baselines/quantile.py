@@ -7,7 +7,11 @@ cutoff; the next step chooses by it. `estimate` says how it is found:
 - `exact`, with its defaults Megatron-Core's `quantile_balancing`: the (T k / E + 1)-th largest of a micro-batch's T
   tokens, averaged over micro-batches by their tokens. Where T k / E is no whole number it is rounded down.
 - `sequence`: likewise of each sequence, so that micro-batches of any size give the same. The bias is the mean, for all
-  sequences; that each be balanced by itself (https://kexue.fm/archives/11760) is not what it does.
+  sequences.
+- `own`: every sequence is balanced by itself (Su 2026, https://kexue.fm/archives/11760): while exploring, its tokens
+  choose by a bias that was solved on these same tokens, cutoffs and bias by turns, `rounds` times from the stored one.
+  A token then sees later ones; evaluation, which must not, chooses by the mean over the sequences of the steps before.
+  We read of that article only what others say of it, so that the turns and the evaluation are ours.
 - `histogram`, as in Kimi K3 (as torchtitan's pull request 4577 describes it): the quantile over all tokens of the step,
   interpolated within a bin, out of a histogram from min beta - 1 to max beta + 1, where all values lie. Micro-batches
   and workers add their histograms up. K3's bias is -beta.
@@ -39,10 +43,12 @@ class QuantileRouter(Router):
     class Config(RouterConfig):
         """Fields of quantile balancing."""
 
-        estimate: Literal["exact", "histogram", "sequence"] = "exact"
+        estimate: Literal["exact", "histogram", "sequence", "own"] = "exact"
         """What the bias is solved on: exact: each micro-batch; histogram: the whole step, by bins; sequence: each
-        sequence.
+        sequence, and the mean serves all; own: each sequence, which chooses by its own while exploring.
         """
+        rounds: Count = 10
+        """Of cutoffs and biases by turns, where sequences have their own."""
         bins: Count = 1000
         """Of each expert's histogram; Kimi K3: 1000."""
         ema_decay: BelowOne = 0.0
@@ -63,6 +69,7 @@ class QuantileRouter(Router):
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.batch_dependent = config.estimate == "exact" or config.mixes_tokens
+        self.two_rules = config.estimate == "own"
         self.scores = LinearScores(shape, "scores", config.init_std)
         self.register_buffer("beta_E", torch.zeros(shape.num_experts))
 
@@ -70,7 +77,10 @@ class QuantileRouter(Router):
         """Select by biased scores, gate by unbiased ones."""
         logits_TE = self.scores(x_TD)
         scores_TE = logits_TE.sigmoid()
-        ids_TK = context.choose(scores_TE - self.beta_E, self.shape.k)
+        beta_TE, memo = self.beta_E, {}
+        if self.config.estimate == "own" and context.explore:
+            beta_TE, memo = self._own(scores_TE.detach(), context)
+        ids_TK = context.choose(scores_TE - beta_TE, self.shape.k)
         gates_TK = scores_TE.gather(1, ids_TK)
         if self.shape.k > 1:
             gates_TK = normalize_rows(gates_TK)
@@ -80,10 +90,25 @@ class QuantileRouter(Router):
             self.shape.num_experts,
             logits_TE=logits_TE,
             probs_TE=normalize_rows(scores_TE),
+            memo=memo,
         )
+
+    def _own(self, scores_TE: Tensor, context: RoutingContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return for each token the bias that balances its sequence, shape (T, E), and these biases' sum over valid
+        tokens.
+        """
+        (group_T, groups), beta_TE = sequences(context), self.beta_E.expand_as(scores_TE)
+        for _ in range(self.config.rounds):
+            over_TE = above_cutoff(scores_TE, beta_TE, self.shape.k)
+            solved_GE, tokens_G = quantiles(over_TE, self.shape.k, context.mask_T, group_T, groups)
+            solved_GE = solved_GE - solved_GE.mean(1, keepdim=True)
+            beta_TE = solved_GE[group_T]
+        return beta_TE, {"beta_E": (solved_GE * tokens_G[:, None]).sum(0)}
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
         """Return the micro-batch's histograms, or the sum over its tokens of what was solved on them."""
+        if "beta_E" in decision.memo:
+            return {"beta_E": decision.memo["beta_E"]}
         assert decision.logits_TE is not None
         scores_TE, context = decision.logits_TE.detach().sigmoid(), feedback.context
         over_TE = above_cutoff(scores_TE, self.beta_E, self.shape.k)
@@ -113,12 +138,13 @@ class QuantileRouter(Router):
         return low, self.beta_E.amax() + 1 - low
 
 
-def above_cutoff(scores_TE: Tensor, beta_E: Tensor, k: int) -> Tensor:
-    """Return the scores less their token's cutoff, the (k + 1)-th best of s - beta, shape (T, E).
+def above_cutoff(scores_TE: Tensor, beta_TE: Tensor, k: int) -> Tensor:
+    """Return the scores less their token's cutoff, the (k + 1)-th best of s - beta, shape (T, E); beta is each token's
+    or, of shape (E,), the same for all.
 
     With k = E there is nothing to balance: the cutoff is the least.
     """
-    cutoff_T1 = (scores_TE - beta_E).sort(1, descending=True).values[:, min(k, scores_TE.shape[1] - 1), None]
+    cutoff_T1 = (scores_TE - beta_TE).sort(1, descending=True).values[:, min(k, scores_TE.shape[1] - 1), None]
     return scores_TE - cutoff_T1
 
 

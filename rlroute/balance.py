@@ -25,10 +25,13 @@ def regularisers(router: Router, decision: RoutingDecision, feedback: Feedback) 
     Raises:
         ConfigError: a term reads what the decision does not carry.
     """
-    return {
+    terms = {
         name: Term(_REGULARISERS[name](decision, feedback), weight)
         for name, weight in weights_among(router, _REGULARISERS)
     }
+    for name, weight in weights_among(router, ("load",)):  # which asks the router itself
+        terms[name] = Term(feedback.share * smooth_load(router.original, decision, feedback.context), weight)
+    return terms
 
 
 def weights_among(router: Router, among: Iterable[str]) -> Iterator[tuple[str, float | Tensor]]:
@@ -172,6 +175,14 @@ def importance(decision: RoutingDecision, context: RoutingContext) -> Tensor:
     experts_R = decision.expert_ids_R.clamp(max=decision.num_experts - 1)
     sums_E = gates_R.new_zeros(decision.num_experts).index_add(0, experts_R, gates_R)
     return cv_squared(context.sum_over_scope(sums_E))
+
+
+def smooth_load(router: Router, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+    """Return CV^2 of the experts' smooth loads over the balance scope (Shazeer et al. 2017, arXiv 1701.06538): of the
+    sums of :meth:`rlroute.routing.Router.chosen_probability`.
+    """
+    probability_TE = router.chosen_probability(decision)[:, : decision.num_experts]
+    return cv_squared(context.sum_over_scope((probability_TE * context.mask_T[:, None]).sum(0)))
 
 
 def hold_max_vio(router: Router, sums: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,11 @@ Nothing heavy is imported here either (:mod:`rlroute.config`).
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from rlroute.errors import ConfigError
 from rlroute.limits import NonNegative, Positive, check_fields
+
+_NEEDED = {"load_std": "load_weight", "erc_alpha": "erc_weight", "balance_rate": "target_max_vio"}
+"""Fields that say how, and the field that says whether at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,12 @@ class RouterConfig:
     """
     importance_weight: NonNegative = 0.0
     """Weight of CV^2 of the experts' summed gates over the balance scope (Shazeer et al. 2017, arXiv 1701.06538)."""
+    load_weight: NonNegative = 0.0
+    """Weight of CV^2 of the experts' smooth load over the balance scope (Shazeer et al. 2017): of the probability that
+    each is among the k best by its logit with noise.
+    """
+    load_std: Positive | None = None
+    """Standard deviation of that noise, which no choice need see; none: 1 / E (V-MoE, arXiv 2106.05974)."""
     simbal_weight: NonNegative = 0.0
     """Weight of the distance of the score weights' Gram matrix from the identity (SimBal, arXiv 2506.14038)."""
     erc_weight: NonNegative = 0.0
@@ -59,6 +69,10 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, f"router {self.name}")
+        for name, needed in _NEEDED.items():
+            value, plain = getattr(self, name), getattr(RouterConfig, name)
+            if value != plain and getattr(self, needed) == getattr(RouterConfig, needed):
+                raise ConfigError(f"{self.name}.{name} = {value} does nothing without {needed}: legal is {plain}")
 
     def reads(self) -> dict[str, str]:
         """Return the SHA-256 of what the router reads besides its own code, by a name for each; nothing by default.
@@ -90,5 +104,5 @@ class RouterConfig:
     @property
     def mixes_tokens(self) -> bool:
         """Whether one of these terms mixes the tokens of a micro-batch."""
-        mixing = (self.device_balance_weight, self.communication_balance_weight, self.importance_weight)
-        return self.balances or any(mixing)
+        mixing = ("device_balance_weight", "communication_balance_weight", "importance_weight", "load_weight")
+        return self.balances or any(getattr(self, name) for name in mixing)

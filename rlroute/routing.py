@@ -23,7 +23,7 @@ from rlroute.config import RouterConfig
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.feedback import Feedback, Sums, Term
-from rlroute.sampling import top_k
+from rlroute.sampling import staying_probability, top_k
 from rlroute.shape import WISHES, RouterShape, Site
 
 __all__ = [
@@ -286,12 +286,21 @@ class Router(nn.Module):
 
     @classmethod
     def carries(cls, weight: str) -> bool:
-        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, ``simbal_weight`` and
-        ``erc_weight``, gates that learn for ``importance_weight``, else probabilities.
+        """Whether its decisions carry what the term of a weight reads: logits for ``z_weight``, ``load_weight``,
+        ``simbal_weight`` and ``erc_weight``, gates that learn for ``importance_weight``, else probabilities.
         """
         if weight == "importance_weight":
             return "gate" in cls.learns_from
-        return ("logits" if weight in ("z_weight", "simbal_weight", "erc_weight") else "probs") in cls.publishes
+        of_logits = ("z_weight", "load_weight", "simbal_weight", "erc_weight")
+        return ("logits" if weight in of_logits else "probs") in cls.publishes
+
+    def chosen_probability(self, decision: RoutingDecision) -> Tensor:
+        """Return how probable it is that a token chooses each expert, shape (T, E), differentiable: what
+        ``load_weight`` weighs. A router that draws noise of its own goes by that; others suppose some.
+        """
+        logits_TE, std = decision.logits_TE, self.config.load_std or 1 / self.shape.num_experts
+        assert logits_TE is not None
+        return staying_probability(logits_TE, logits_TE, std, self.shape.k)
 
     @property
     def num_samples(self) -> int:

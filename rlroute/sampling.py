@@ -52,3 +52,23 @@ def plackett_luce_log_prob(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         conditionals.append(left_TE.gather(1, ids_T1) - left_TE.logsumexp(1, keepdim=True))
         left_TE = left_TE.scatter(1, ids_T1, float("-inf"))
     return torch.cat(conditionals, dim=1)
+
+
+def staying_probability(clean_TE: Tensor, noisy_TE: Tensor, std: Tensor | float, k: int) -> Tensor:
+    """Return the probability that each expert is among a row's k best if its own Gaussian noise is drawn anew and that
+    of the others stays (Shazeer et al. 2017, arXiv 1701.06538): a smooth count of choices; shape (T, E).
+
+    Args:
+        clean_TE: logits.
+        noisy_TE: the same with the noise that was drawn, or without any.
+        std: standard deviation of the noise.
+        k: experts of a row.
+    """
+    if k == clean_TE.shape[1]:
+        return torch.ones_like(clean_TE)
+    ranked_TK = noisy_TE.topk(k + 1, dim=1).values
+    inside_TE = noisy_TE > ranked_TK[:, k, None]
+    # What expert i has to beat: the k-th largest of the others.
+    threshold_TE = torch.where(inside_TE, ranked_TK[:, k, None], ranked_TK[:, k - 1, None])
+    probability_TE: Tensor = torch.special.ndtr((clean_TE - threshold_TE) / std)
+    return probability_TE

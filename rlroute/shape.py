@@ -32,6 +32,7 @@ class RouterShape:
         site_index, num_sites: which of how many routed sites this is.
         devices: over so many are the experts spread evenly.
         num_shared_experts: S, experts that every token runs besides.
+        weighs_shared: whether the layer weighs these itself (``model.shared_gate``).
         grants: what the site hands to routers that wish for it.
         d_expert: F, where it hands out weights.
     """
@@ -47,6 +48,7 @@ class RouterShape:
     num_sites: int = 1
     devices: int = 1
     num_shared_experts: int = 0
+    weighs_shared: bool = False
     grants: frozenset[str] = WISHES
     d_expert: int = 1
     num_free_experts: int = 0

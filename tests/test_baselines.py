@@ -162,7 +162,7 @@ def test_the_smooth_load_is_unbiased(k: int) -> None:
     router, tokens = trained_noisy(k), 20_000
     decision = router(draw(1, D).expand(tokens, -1), make_context(tokens))
     chosen_E = decision.demand_E() / tokens
-    error_E = (router._chosen_probability(decision).mean(0) - chosen_E).abs()
+    error_E = (router.chosen_probability(decision).mean(0) - chosen_E).abs()
     assert bool((error_E < 4.5 * (0.25 / tokens) ** 0.5).all())
     assert k == 5 or float(chosen_E.max() - chosen_E.min()) > 0.1
 

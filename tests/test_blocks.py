@@ -88,7 +88,9 @@ def test_the_capacity_of_switch_is_a_factor_here() -> None:
     ours = read_block(kind, config, block.state_dict())
     got_TD, want_TD = outputs(block, ours)
     assert float((got_TD - want_TD).abs().max()) > 0.1
-    assert_same(*outputs(block, replace(ours, model=replace(ours.model, capacity_factor=3 * E / S))))
+    assert_same(
+        *outputs(block, replace(ours, model=replace(ours.model, capacity_factor=3 * E / S, capacity_rows="sequence")))
+    )
 
 
 @pytest.mark.parametrize(

@@ -123,14 +123,17 @@ def cases(draw: st.DrawFn) -> Case:
     of: Literal["expert", "device"] = draw(st.sampled_from(["expert", "device"]))
     by: Literal["sample", "sequence"] = draw(st.sampled_from(["sample", "sequence"]))
     devices = draw(st.sampled_from([d for d in (1, 2, 3) if experts % d == 0]))
+    capacity: dict[str, Any] = {
+        "capacity_factor": draw(st.sampled_from([0.01, 0.5, 0.8, 1.0, 1.3])),
+        "capacity_order": draw(st.sampled_from(["position", "gate"])),
+        "capacity_rows": by,
+        "capacity_groups": 1 if by == "sequence" else draw(st.integers(1, 9)),
+        "capacity_of": of,
+    }
     config = small_config(
         num_experts=experts,
         k=k,
-        capacity_factor=draw(st.none() | st.sampled_from([0.01, 0.5, 0.8, 1.0, 1.3])),
-        capacity_order=draw(st.sampled_from(["position", "gate"])),
-        capacity_rows=by,
-        capacity_groups=1 if by == "sequence" else draw(st.integers(1, 9)),
-        capacity_of=of,
+        **(capacity if draw(st.booleans()) else {}),
         devices=devices,
         round_to=(size := draw(st.sampled_from([0, 0, 1, 2, 3, 4]))),
         rounding=draw(st.sampled_from(["down", "nearest"])) if size else "down",

@@ -4,14 +4,18 @@ Shape suffixes: T tokens, E experts, K experts per token, S shared experts.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rlroute.baselines.joint_gates import JointGatesRouter
+from rlroute.errors import ConfigError
+from rlroute.experiments.recipes.entries import build_entry
 from rlroute.routing import Sums
+from rlroute.training.prepare import check
 from tests.conftest import D, draw, make_context, make_shape
-from tests.tiny import make_model, run_tokens, shake, small_config
+from tests.tiny import DATA, MODEL, TRAIN, make_model, run_tokens, shake, small_config
 
 T, E, K, S = 12, 6, 2, 3
 
@@ -76,6 +80,15 @@ def test_the_bias_moves_until_its_share_of_the_budget() -> None:
     for progress in (0.4, 0.6):
         router.adapt(Sums({"demand_E": torch.tensor([9, 3, 6, 6, 6, 6])}, []), progress)
     assert router.bias_E.tolist() == [-0.25, 0.25, 0, 0, 0, 0]
+
+
+def test_gates_that_the_layer_makes_are_refused_before_any_work() -> None:
+    config = build_entry("joint_gates", DATA, replace(MODEL, num_shared_experts=1, shared_gate="sigmoid"), TRAIN)
+    with pytest.raises(
+        ConfigError, match=r"joint_gates: model\.shared_gate weighs the shared experts, .* legal is 'none'"
+    ):
+        check({config: [0]})
+    check({replace(config, model=replace(config.model, shared_gate="none")): [0]})
 
 
 def test_a_gate_that_is_alone_is_its_score() -> None:

@@ -15,7 +15,7 @@ from rlroute.errors import ConfigError
 from rlroute.learning import adapt
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
 
-ESTIMATES = ("exact", "histogram", "sequence")
+ESTIMATES = ("exact", "histogram", "sequence", "own")
 
 
 def make(experts: int = 8, k: int = 2, **config: Any) -> QuantileRouter:
@@ -125,7 +125,7 @@ def test_all_values_lie_within_the_histogram() -> None:
         assert float(over_TE.min()) >= float(beta_E.min()) - 1 and float(over_TE.max()) <= float(beta_E.max()) + 1
 
 
-@pytest.mark.parametrize("estimate", ["histogram", "sequence"])
+@pytest.mark.parametrize("estimate", ["histogram", "sequence", "own"])
 def test_micro_batches_add_up_to_the_batch(estimate: str) -> None:
     moved = []
     for size in (12, 4):
@@ -145,7 +145,9 @@ def skewed(step: int, tokens: int = 512) -> Tensor:
     return draw(tokens, D, seed=100 + step) + 2
 
 
-@pytest.mark.parametrize(("estimate", "ema_decay"), [*((estimate, 0.0) for estimate in ESTIMATES), ("exact", 0.5)])
+@pytest.mark.parametrize(
+    ("estimate", "ema_decay"), [*((estimate, 0.0) for estimate in ESTIMATES if estimate != "own"), ("exact", 0.5)]
+)
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_skewed_stream_is_balanced_within_steps(k: int, estimate: str, ema_decay: float) -> None:
     router, context, worst = make(k=k, estimate=estimate, ema_decay=ema_decay), make_context(512, length=128), []
@@ -192,3 +194,64 @@ def test_beta_moves_the_choice_and_never_the_gate() -> None:
 def test_a_bias_that_never_moves_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"quantile\.ema_decay = 1\.0: legal are numbers from 0 to below 1"):
         make(ema_decay=1.0)
+
+
+# A bias for each sequence
+
+
+def own_by_definition(scores: list[list[float]], beta: list[float], k: int, rounds: int) -> list[float]:
+    """Cutoffs and biases by turns, number after number, the mean taken off each time."""
+    for _ in range(rounds):
+        beta = by_definition(scores, beta, k)
+        mean = sum(beta) / len(beta)
+        beta = [value - mean for value in beta]
+    return beta
+
+
+@pytest.mark.parametrize(("k", "rounds"), [(2, 1), (2, 3), (1, 10)])
+def test_each_sequence_chooses_by_the_bias_solved_on_itself(k: int, rounds: int) -> None:
+    router, x_TD = make(k=k, estimate="own", rounds=rounds), draw(24, D)
+    router.beta_E.copy_(0.1 * draw(8, seed=3))
+    start, mask_T = router.beta_E.tolist(), torch.tensor([1, 1, 1, 1, 1, 1, 1, 0] * 3).bool()
+    order_T = draw(24, seed=5).argsort()  # the rows stand in any order
+    keys = {"sequence_T": (torch.arange(24) // 8)[order_T], "position_T": (torch.arange(24) % 8)[order_T]}
+    context = make_context(24, mask_T=mask_T[order_T], **keys)
+    decision = router(x_TD[order_T], context)
+    assert decision.logits_TE is not None
+    scores_TE, total_E = decision.logits_TE.detach().sigmoid(), torch.zeros(8).double()
+    for sequence in range(3):
+        here_T = context.sequence_T == sequence
+        solved = own_by_definition(scores_TE[here_T & context.mask_T].tolist(), start, k, rounds)
+        own = torch.tensor(solved, dtype=torch.float64)
+        total_E += 7 * own
+        biased_TE = scores_TE[here_T] - own
+        chosen_TK = biased_TE.gather(1, decision.expert_ids_R.view(24, k)[here_T])
+        torch.testing.assert_close(chosen_TK, biased_TE.topk(k).values)  # the solution itself makes ties
+    router.adapt(sums_of(router, decision, make_feedback(context, num_valid=21)), 0.0)
+    torch.testing.assert_close(router.beta_E, total_E / 21, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("experts", "k", "length"), [(8, 2, 64), (16, 2, 128), (64, 8, 256)])
+def test_every_sequence_is_balanced_by_itself_at_once(experts: int, k: int, length: int) -> None:
+    """Where one bias for all leaves each sequence uneven, however well it balances all of them together."""
+    router, context = make(experts, k, estimate="own"), make_context(512, length=length)
+    x_TD = skewed(0) + 2 * draw(512 // length, D, seed=7).repeat_interleave(length, 0)  # each has a bent of its own
+    shared = make(experts, k)
+    for _ in range(30):
+        shared.adapt(sums_of(shared, shared(x_TD, context), make_feedback(context)), 0.0)
+
+    def worst(one: QuantileRouter) -> list[float]:
+        rows = one(x_TD, context).expert_ids_R.view(512 // length, length * k)
+        return [float(metrics.max_vio(torch.bincount(row, minlength=experts))) for row in rows]
+
+    assert max(worst(router)) < 0.5 < 0.7 < min(worst(shared))
+
+
+def test_evaluation_sees_no_later_token_and_has_the_mean_bias() -> None:
+    router, x_TD = make(estimate="own"), draw(12, D)
+    router.beta_E.copy_(0.1 * draw(8, seed=3))
+    assert router.two_rules and router.causal and not router.batch_dependent and not make().two_rules
+    greedy = router(x_TD, make_context(12, explore=False))
+    assert greedy.logits_TE is not None
+    want_TK = (greedy.logits_TE.sigmoid() - router.beta_E).topk(2).indices
+    assert torch.equal(greedy.expert_ids_R.view(12, 2), want_TK)

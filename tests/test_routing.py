@@ -307,7 +307,11 @@ def test_a_configuration_comes_back_from_json_with_its_hash(name: str | None) ->
 def test_every_field_is_part_of_the_hash() -> None:
     hashes = {RunConfig().content_hash(), RunConfig(router=router_class("hash").Config()).content_hash()}
     changed = 0
-    bases: dict[str, Any] = {"data": DataConfig(), "model": ModelConfig(num_layers=2), "train": TrainConfig()}
+    bases: dict[str, Any] = {
+        "data": DataConfig(),
+        "model": ModelConfig(num_layers=2, capacity_factor=1.0),
+        "train": TrainConfig(),
+    }
     for part, base in bases.items():
         for field in fields(base):
             value = getattr(base, field.name)
@@ -353,6 +357,35 @@ def test_every_field_is_part_of_the_hash() -> None:
         (
             {"model": {"capacity_rows": "sequence", "capacity_groups": 2}},
             "model.capacity_groups = 2: with capacity_rows 'sequence' legal is 1",
+        ),
+        (
+            {"model": {"capacity_order": "gate"}},
+            "model.capacity_order = 'gate' does nothing without model.capacity_factor",
+        ),
+        ({"model": {"capacity_rows": "sequence"}}, "model.capacity_rows = 'sequence' does nothing without model.capac"),
+        (
+            {"model": {"capacity_groups": 2}},
+            "model.capacity_groups = 2 does nothing without model.capacity_factor: leg",
+        ),
+        (
+            {"model": {"capacity_of": "device", "devices": 2}},
+            "model.capacity_of = 'device' does nothing without model.capacity_factor: legal is 'expert'",
+        ),
+        (
+            {"router": {"name": "switch", "erc_alpha": 0.5}},
+            "switch.erc_alpha = 0.5 does nothing without erc_weight: legal is 1.0",
+        ),
+        (
+            {"router": {"name": "switch", "balance_rate": 0.5, "balance_weight": 0.1}},
+            "switch.balance_rate = 0.5 does nothing without target_max_vio: legal is 0.001",
+        ),
+        (
+            {"router": {"name": "topk", "load_std": 0.5}},
+            "topk.load_std = 0.5 does nothing without load_weight: legal is None",
+        ),
+        (
+            {"router": {"name": "noisy_topk", "load_std": 0.5}},
+            "noisy_topk.load_std = 0.5: legal is none, it draws noise of its own",
         ),
         ({"model": {"head_width": 5}}, "model.head_width = 5: must be even"),
         ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads = 3: must divide model.num_heads = 4"),

@@ -4,6 +4,7 @@ holds a target of MaxVio.
 Shape suffixes: T tokens, D model width, E experts, K experts per token, G devices.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,41 @@ def test_importance_is_of_the_gates_of_valid_tokens_and_used_slots() -> None:
     assert (gradient_TK != 0).tolist() == [[True, False], [True, True], [False, False]]
 
 
+# Smooth load
+
+
+@pytest.mark.parametrize(("k", "std"), [(1, 0.5), (2, None), (4, 2.0), (8, None)])
+def test_the_smooth_load_supposes_noise_where_a_router_has_none(k: int, std: float | None) -> None:
+    """By its definition, token by token: the normal distribution at what an expert has to beat."""
+    router, mask_T = make("topk", k=k, load_weight=0.25, load_std=std, init_std=0.7), torch.arange(12) % 5 != 0
+    context, x_TD = make_context(12, mask_T=mask_T), draw(12, D)
+    decision = router(x_TD, context)
+    assert decision.logits_TE is not None
+    load_E = torch.zeros(8).double()
+    for logits in decision.logits_TE[mask_T].tolist():
+        for expert, logit in enumerate(logits):
+            others = sorted(logits[:expert] + logits[expert + 1 :], reverse=True)
+            z = (logit - others[k - 1]) / (std or 1 / 8) if k < 8 else math.inf
+            load_E[expert] += 0.5 * math.erfc(-z / math.sqrt(2))
+    term = terms_of(router, decision, make_feedback(context, num_valid=18))["load"]
+    assert term.weight == 0.25 and router.batch_dependent
+    assert float(term.value.detach()) == pytest.approx(int(mask_T.sum()) / 18 * float(cv_squared(load_E)))
+    assert k == 8 or bool(torch.autograd.grad(term.value, router.score_weights)[0].any())
+
+
+def test_the_smooth_load_alone_evens_out_what_is_chosen() -> None:
+    x_TD, context, worst = draw(256, D) + 1.0, make_context(256), []
+    router = make("unbalanced", init_std=0.5, load_weight=1.0, load_std=0.5)
+    for _ in range(100):
+        decision = router(x_TD, context)
+        worst.append(float(metrics.max_vio(decision.demand_E())))
+        (gradient_ED,) = torch.autograd.grad(
+            terms_of(router, decision, make_feedback(context))["load"].value, router.score_weights
+        )
+        router.score_weights.data -= 0.05 * gradient_ED
+    assert worst[0] > 1 and worst[-1] < 0.5 * worst[0]
+
+
 # SimBal
 
 
@@ -140,6 +176,11 @@ def test_an_orthogonal_start_keeps_lengths_as_far_as_there_is_room(name: str, ex
     [
         ("reinforce", {"importance_weight": 0.5}, "importance_weight = 0.5: .* legal is 0"),
         ("hash", {"importance_weight": 0.5}, "importance_weight = 0.5: .* legal is 0"),
+        (
+            "hash",
+            {"load_weight": 0.5},
+            "load_weight = 0.5: its decisions do not carry what that term reads, legal is 0",
+        ),
         ("hash", {"simbal_weight": 0.5}, "simbal_weight = 0.5: .* legal is 0"),
         ("frozen", {"simbal_weight": 0.5}, "simbal_weight = 0.5: it has no linear scores that learn, legal is 0"),
         ("bandit", {"erc_weight": 0.5}, "erc_weight = 0.5: .* legal is 0"),

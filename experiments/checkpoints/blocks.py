@@ -218,7 +218,7 @@ def _switch(config: Any, state: _State) -> Block:
         "experts.in_EHD": torch.stack([state.linear(f"{expert}.wi") for expert in experts]),
         "experts.out_EDF": torch.stack([state.linear(f"{expert}.wo") for expert in experts]),
     }
-    return _block("switch", 1, _activation(config.dense_act_fn, PLAIN), weights, capacity_rows="sequence")
+    return _block("switch", 1, _activation(config.dense_act_fn, PLAIN), weights)
 
 
 def _jetmoe(config: Any, state: _State) -> Block:

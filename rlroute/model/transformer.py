@@ -259,6 +259,7 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             # The experts of attention are replicas on every device, and none of them is shared.
             devices=(config.devices or shape.placement.shards) if isinstance(site, int) else 1,
             num_shared_experts=config.num_shared_experts if isinstance(site, int) else 0,
+            weighs_shared=config.shared_gate != "none" and isinstance(site, int),
             grants=_grants(config, site, shape.placement.shards),
             d_expert=config.d_expert,
             num_free_experts=config.num_free_experts if isinstance(site, int) else 0,
