@@ -77,7 +77,7 @@ class QuantileRouter(Router):
         """Select by biased scores, gate by unbiased ones."""
         logits_TE = self.scores(x_TD)
         scores_TE = logits_TE.sigmoid()
-        beta_TE, memo = self.beta_E, {}
+        beta_TE, memo = self.beta_E, dict[str, Tensor]()
         if self.config.estimate == "own" and context.explore:
             beta_TE, memo = self._own(scores_TE.detach(), context)
         ids_TK = context.choose(scores_TE - beta_TE, self.shape.k)

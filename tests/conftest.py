@@ -57,6 +57,7 @@ WHOLE_COMMANDS = frozenset(
         "extras",
         "faults",
         "identity",
+        "hash_file",
         "include",
         "judge",
         "parity",

@@ -389,7 +389,7 @@ def test_every_command_calls_the_store_store():
     for command in ("runs", "table", "report"):
         said = ran(command, "--help")
         assert "STORE" in said and "--store" not in said
-    for command in ("train", "compare", "sweep", "tune", "export", "export-tokens"):
+    for command in ("train", "compare", "sweep", "tune", "export", "export-tokens", "export-clusters"):
         assert "--store" in ran(command, "--help")
     assert "--store" in ran("bench", "scale", "--help")
     everything = "".join(ran(command, "--help") for command in COMMANDS)
@@ -469,7 +469,7 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 
 COMMANDS = (
     *("train", "compare", "judge", "plan", "data", "sweep", "routers", "presets", "check", "runs", "table", "report"),
-    *("verify", "export", "export-tokens", "tune", "play", "bench", "gradients", "trace"),
+    *("verify", "export", "export-tokens", "export-clusters", "tune", "play", "bench", "gradients", "trace"),
 )
 
 

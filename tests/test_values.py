@@ -282,6 +282,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "tune": (training.tune, ("hash",)),
     "play": (games.play, ()),
     "export-tokens": (stored.export_tokens, ("hash",)),
+    "export-clusters": (stored.export_clusters, ("hash",)),
     "gradients": (gradients.gradients, ("switch",)),
     "bench kernels": (benches.Kernels, ()),
     "bench layer": (benches.Layer, ()),

@@ -68,7 +68,17 @@ def _run() -> None:
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.include import without_includes
     from rlroute.experiments.cli.judge import judge
-    from rlroute.experiments.cli.stored import export, export_tokens, presets, report, routers, runs, table, verify
+    from rlroute.experiments.cli.stored import (
+        export,
+        export_clusters,
+        export_tokens,
+        presets,
+        report,
+        routers,
+        runs,
+        table,
+        verify,
+    )
     from rlroute.experiments.cli.traces import trace
     from rlroute.experiments.cli.training import compare, sweep, train, tune
 
@@ -88,6 +98,7 @@ def _run() -> None:
         verify,
         export,
         export_tokens,
+        export_clusters,
         tune,
         play,
         bench,

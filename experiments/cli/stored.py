@@ -1,5 +1,5 @@
 """The commands that read what is there: ``routers``, ``presets``, ``runs``, ``table``, ``report``, ``verify``,
-``export`` and ``export-tokens``.
+``export``, ``export-tokens`` and ``export-clusters``.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -18,7 +18,10 @@ from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.foreign import printable
-from rlroute.limits import Count, Positive
+from rlroute.limits import Count, Experts, Positive, Seed
+
+if TYPE_CHECKING:
+    from rlroute.schema import RunRecord
 
 
 def routers(markdown: bool = False) -> None:
@@ -183,17 +186,71 @@ def export_tokens(
     from rlroute.experiments.play.token_table import token_table
     from rlroute.records import storing
 
-    records, _ = select(store, (run,))
-    if len(records) > 1:
-        raise ConfigError(f"run {run!r}: {len(records)} start so, the first {records[0].id}")
+    record = _one(store, run)
     make_folder(out.parent)
-    table = token_table(records[0], store, tokens)
+    table = token_table(record, store, tokens)
     with storing(out):
         table.save(out)
     print(
         f"{len(table.x_ND)} tokens in {out}; loss uniform {table.uniform:.4f}, fixed {table.fixed:.4f}, oracle "
         f"{table.oracle:.4f}"
     )
+
+
+def export_clusters(
+    run: tyro.conf.Positional[str],
+    out: Annotated[Path, tyro.conf.Positional] = Path("results/clusters.npy"),
+    store: Path = RUNS,
+    form: Literal["clustered", "balanced", "dispersed"] = "balanced",
+    experts: Experts | None = None,
+    k: Count | None = None,
+    seed: Seed = 0,
+) -> None:
+    """Write a table of experts from clusters of a trained run's token embeddings: `hash:table=file,file=OUT` routes by
+    it.
+
+    Args:
+        run: the run's id or the start of it; the dense model has embeddings too.
+        out: the table, a .npy file.
+        store: the run store.
+        form: clustered: a token's expert is its cluster's; balanced: likewise, while there is room in it; dispersed:
+            the tokens of a cluster are spread over all experts.
+        experts: clusters, and experts; as many as the run's.
+        k: experts of a token; as many as the run's.
+        seed: of the first centres.
+    """
+    import numpy as np
+
+    from rlroute.experiments.checkpoints.clusters import cluster_table
+    from rlroute.experiments.checkpoints.trained import trained_model
+    from rlroute.records import replacing
+
+    if out.suffix != ".npy":
+        raise ConfigError(f"{out}: legal are names that end in .npy")
+    config, corpus, model = trained_model(_one(store, run), store)
+    experts, k = experts or config.model.num_experts, k or config.model.k
+    if k > experts:
+        raise ConfigError(f"--k {k}: legal are 1 to --experts {experts}")
+    make_folder(out.parent)
+    table_VLK = cluster_table(
+        model.embed.weight.detach().float().numpy(), corpus.token_counts_V, experts, k, form, seed
+    )
+    with replacing(out) as file:
+        np.save(file, table_VLK)
+    load_E = np.bincount(table_VLK.reshape(-1), corpus.token_counts_V.repeat(k), minlength=experts)
+    print(
+        f"{k} of {experts} experts for each of {len(table_VLK)} tokens in {out}, MaxVio "
+        f"{load_E.max() / load_E.mean() - 1:.2f} over the training corpus; as an entry: "
+        f"hash:table=file,file={out}"
+    )
+
+
+def _one(store: Path, run: str) -> RunRecord:
+    """Return the run of a store whose id starts so."""
+    records, _ = select(store, (run,))
+    if len(records) > 1:
+        raise ConfigError(f"run {run!r}: {len(records)} start so, the first {records[0].id}")
+    return records[0]
 
 
 def _say_left_out(lines: Sequence[str]) -> None:

@@ -16,23 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from rlroute.experiments.checkpoints.trained import trained_model
 from torch import Tensor
 from torch.nn import functional
 
 from rlroute.config import RunConfig
 from rlroute.envs.tables import TokenTable
-from rlroute.errors import CheckpointError, ConfigError, StoreError
+from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
-from rlroute.provenance import made_from
-from rlroute.records import RunFolder
 from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.schema import RunRecord
-from rlroute.training.checkpoint import load_weights
-from rlroute.training.data import Batch, eval_batches, load_corpus
+from rlroute.training.data import Batch, eval_batches
 from rlroute.training.loop import DTYPES
-from rlroute.training.prepare import build_model, refuse_changed
 from rlroute.training.step import Device, make_context
 
 
@@ -54,14 +51,7 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
     if config.model.num_layers - 1 not in config.model.moe_layers:
         raise ConfigError(f"run {record.id} has a dense last layer: want one whose last layer has experts")
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
-    refuse_changed(RunFolder(store, config, record.config["seed"]), made_from(config, corpus.provenance))
-    model = build_model(config, corpus, record.config["seed"])
-    step, ended = load_weights(store / record.id, model, record.id), record.summary["steps"]
-    if step is None:
-        raise StoreError(f"{store / record.id} holds no checkpoint")
-    if step != ended and record.summary["status"] == "finished":
-        raise CheckpointError(f"{store / record.id} holds weights of step {step}: the run ended at step {ended}")
+    config, corpus, model = trained_model(record, store)
     if config.train.param_dtype == "bfloat16":
         model.float()  # outcomes are in float32, and rounded weights are the same there
     device = Device(config.train.device, DTYPES[config.train.dtype])
