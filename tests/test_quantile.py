@@ -214,7 +214,10 @@ def test_each_sequence_chooses_by_the_bias_solved_on_itself(k: int, rounds: int)
     router.beta_E.copy_(0.1 * draw(8, seed=3))
     start, mask_T = router.beta_E.tolist(), torch.tensor([1, 1, 1, 1, 1, 1, 1, 0] * 3).bool()
     order_T = draw(24, seed=5).argsort()  # the rows stand in any order
-    keys = {"sequence_T": (torch.arange(24) // 8)[order_T], "position_T": (torch.arange(24) % 8)[order_T]}
+    keys: dict[str, Any] = {
+        "sequence_T": (torch.arange(24) // 8)[order_T],
+        "position_T": (torch.arange(24) % 8)[order_T],
+    }
     context = make_context(24, mask_T=mask_T[order_T], **keys)
     decision = router(x_TD[order_T], context)
     assert decision.logits_TE is not None
