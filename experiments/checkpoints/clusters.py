@@ -67,7 +67,8 @@ def k_means(points_VD: np.ndarray, clusters: int, generator: np.random.Generator
 
 def _distances(points_VD: np.ndarray, centres_ED: np.ndarray) -> np.ndarray:
     lengths = (points_VD**2).sum(axis=1)[:, None] + (centres_ED**2).sum(axis=1)
-    return np.maximum(lengths - 2 * points_VD @ centres_ED.T, 0)
+    distances_VE: np.ndarray = np.maximum(lengths - 2 * points_VD @ centres_ED.T, 0)
+    return distances_VE
 
 
 def _balanced(distances_VE: np.ndarray, counts_V: np.ndarray, k: int) -> np.ndarray:
