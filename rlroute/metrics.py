@@ -77,6 +77,15 @@ def dead_experts(load_E: Tensor, share: float = 0.05) -> Tensor:
     return ((load_E < share * load_E.double().mean()) | (load_E == 0)).sum()
 
 
+def square_sum(logits_TE: Tensor | None) -> Tensor | float:
+    """Return the sum over rows of the mean square of a row's finite logits; NaN where there are none."""
+    if logits_TE is None:
+        return math.nan
+    finite_TE, values_TE = logits_TE.isfinite(), logits_TE.detach().double()
+    squares_T = torch.where(finite_TE, values_TE, 0.0).square().sum(1)
+    return (squares_T / finite_TE.sum(1)).sum()
+
+
 def drop_rate(decision: RoutingDecision) -> Tensor:
     """Return the share of chosen pairs that the capacity step dropped; 0 where none was chosen."""
     chosen = decision.demand_E().sum()

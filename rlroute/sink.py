@@ -13,6 +13,7 @@ import queue
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from rlroute.alarms import Alarm, Watch
 from rlroute.extras import missing
 from rlroute.reading import site_keys
 from rlroute.values import flatten
@@ -29,6 +31,8 @@ PATIENCE = 30.0
 """Seconds that the end of a run waits for wandb."""
 BACKLOG = 10_000
 """Rows that may wait for wandb."""
+LOOK_SECONDS = 20.0
+"""How often it is looked whether a run has stalled."""
 _said: list[str] = []
 
 
@@ -104,7 +108,7 @@ def _keys(sites: Sequence[int | str], name: str, values: list[Any]) -> Iterable[
 class _Wandb(Sink):
     """A queue, and the thread that empties it into a wandb run."""
 
-    def __init__(self, mode: Mode, folder: Path) -> None:
+    def __init__(self, mode: Literal["offline", "online"], folder: Path) -> None:
         self._mode, self._folder = mode, folder
         self._queue: queue.Queue[tuple[str, dict[str, Any]] | None] = queue.Queue(BACKLOG)
         self._summary: dict[str, Any] | None = None
@@ -114,6 +118,7 @@ class _Wandb(Sink):
         try:
             self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             self._sites = site_keys(self._config["config"]["model"])
+            self._watch = Watch(folder.name, self._config["config"]["model"])
             self._earlier = sorted(_rows(folder), key=lambda named: named[1]["step"])
             self._thread.start()
         except Exception as error:
@@ -189,11 +194,30 @@ class _Wandb(Sink):
         first = run.step
         for name, row in self._earlier:
             _log(run, first, name, row, self._sites)
-        while not self._stopped and (named := self._queue.get()) is not None:
+            self._new_alarms(name, row)  # which were sent when the rows were new
+        while not self._stopped and (named := self._next(run)) is not None:
             _log(run, first, *named, self._sites)
+            _alert(run, self._new_alarms(*named))
         run.summary.update(
             {name: leaf for name, leaf in leaves(self._summary or {}, "", self._sites) if leaf is not None}
         )
+
+    def _next(self, run: Any) -> tuple[str, dict[str, Any]] | None:
+        """Wait for the next row, or the end; say it if none comes."""
+        since = time.monotonic()
+        while True:
+            try:
+                return self._queue.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                _alert(run, self._watch.idle(time.monotonic() - since))
+
+    def _new_alarms(self, name: str, row: dict[str, Any]) -> list[Alarm]:
+        return self._watch.see(row) if name == "metrics" else []
+
+
+def _alert(run: Any, alarms: Iterable[Alarm]) -> None:
+    for alarm in alarms:
+        run.alert(title=alarm.kind, text=str(alarm), level="WARN", wait_duration=0)
 
 
 def _let_go() -> None:

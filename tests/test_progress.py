@@ -137,6 +137,27 @@ def test_without_a_terminal_a_line_says_the_same(watched):
     )
 
 
+def test_new_alarms_are_said_once_and_counted_while_they_stand(tmp_path, clock):
+    one = job("switch", 0)
+    monitor = Monitor([one], tmp_path, clock)
+    load = [[1 / 16] * 16]
+    rows = [eval_row(step, 2.5, [0.1]) | {"dead_L": [5], "load_LE": load} for step in (10, 20, 30)]
+    folder = write(tmp_path, one, train_row(10, 10.0), *rows)
+    with running(folder):
+        assert "1 running, 1 alarm; " in monitor.line()
+        (said,) = monitor.take_alarms()
+        assert said.startswith(f"alarm: {one.id}, site 0: 5 of 16 experts are dead")
+        folder.append("metrics", rows[-1] | {"step": 40})
+        monitor.look()
+        assert monitor.take_alarms() == []
+        clock.set(200.0)
+        monitor.look()
+        (said,) = monitor.take_alarms()
+        assert said == f"alarm: {one.id}: no row for 200 s (alarm from 180 on, since step 40)"
+        folder.append("metrics", eval_row(50, 2.5, [0.1]) | {"dead_L": [0], "load_LE": load})
+        assert "alarm" not in monitor.line()
+
+
 def test_a_run_taken_up_again_is_read_anew(tmp_path, clock):
     one = job("switch", 0)
     monitor = Monitor([one], tmp_path, clock)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlroute import sink
+from rlroute import alarms, sink
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
-from rlroute.reading import read_described, read_part
+from rlroute.reading import read_described, read_part, read_rows
 from rlroute.records import RunFolder
 from rlroute.schema import untimed
 from rlroute.training import loop
@@ -53,6 +53,9 @@ class Run:
 
     def log(self, row, step):
         said("log", row=row, step=step)
+
+    def alert(self, **how):
+        said("alert", **how)
 
     def update(self, values):
         said("summary", values=values)
@@ -276,6 +279,49 @@ def test_a_diverged_run_says_so(fake, tmp_path):
     (values,) = (call["values"] for call in fake("summary"))
     assert values["status"] == "diverged"
     assert "not finite" in values["diverged/what"]
+
+
+@pytest.fixture
+def watched(fake, tmp_path, monkeypatch):
+    """The sink of a run that has begun, told of an evaluation at which two of four experts are dead."""
+    folder = RunFolder(tmp_path / "runs", CONFIG, 0)
+    interrupted(CONFIG, tmp_path / "runs", 5)
+    opened = sink.open_sink("offline", folder.path)
+    row = next(row for row in read_rows(folder.path / "metrics.jsonl") if row["kind"] == "eval")
+    for step in range(6, 10):
+        opened.log("metrics", row | {"step": step, "dead_L": [2]})
+    yield opened
+    opened.close()
+
+
+def test_an_alarm_is_an_alert_once(fake, watched):
+    watched.close()
+    (alert,) = fake("alert")
+    assert (alert["title"], alert["level"], alert["wait_duration"]) == ("dead experts", "WARN", 0)
+    assert alert["text"].startswith(f"{CONFIG.run_id(0)}, site 0: 2 of 4 experts are dead")
+
+
+def test_a_run_that_stalls_is_an_alert(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(sink, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(alarms, "THRESHOLDS", alarms.Thresholds(stall_seconds=0.05, stall=0.0))
+    interrupted(CONFIG, tmp_path, 4)
+    opened = sink.open_sink("offline", tmp_path / CONFIG.run_id(0))
+    until(lambda: fake("alert"))
+    opened.close()
+    assert [alert["title"] for alert in fake("alert")] == ["stalled"]
+
+
+def test_alarms_of_before_a_resume_are_not_sent_again(fake, watched, tmp_path):
+    folder = tmp_path / "runs" / CONFIG.run_id(0)
+    watched.close()
+    row = next(row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval")
+    rows = [row | {"step": step, "dead_L": [2]} for step in range(6, 10)]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(each) + "\n" for each in rows))
+    again = sink.open_sink("offline", folder)
+    again.log("metrics", row | {"step": 10, "dead_L": [2]})
+    again.close()
+    assert len(fake("alert")) == 1 and len(fake("init")) == 2
 
 
 def test_ids_are_legal_and_stay_apart():

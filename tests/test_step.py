@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlroute import metrics
 from rlroute.model import Transformer
 from rlroute.routing import Feedback, RoutingDecision, Term
 from rlroute.training.step import Device, StepResult, backward_batch, forward, make_context
@@ -64,6 +65,26 @@ def test_a_term_is_added_with_its_weight_and_logged_without() -> None:
     assert once.terms["squares"].equal(thrice.terms["squares"]) and thrice.terms["squares"].equal(thrice.terms["again"])
     assert once.weights == {"squares": [0.5, 0.5]}
     assert thrice.weights == {"squares": [1.0, 1.0], "again": [0.5, 0.5]}
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_size_of_logits_is_their_root_mean_square_over_all_micro_batches(parts: int) -> None:
+    model, batch = shake(make_model("unbalanced", small_config())), make_batch(4)
+    result = backward_batch(model, batch, CPU64, seed=0, step=0, micro_batches=parts)
+    _, decisions = forward(model, batch, make_context(batch, CPU64, seed=0, step=0, explore=True), CPU64)
+    for size, decision in zip(result.per_token()["logits_L"], decisions, strict=True):
+        assert decision.logits_TE is not None
+        torch.testing.assert_close(size, decision.logits_TE.square().mean().sqrt(), rtol=1e-12, atol=0)
+
+
+def test_routers_without_logits_have_no_size_and_masked_ones_do_not_count() -> None:
+    result = backward_batch(make_model("hash", small_config()), make_batch(), CPU64, seed=0, step=0, micro_batches=2)
+    assert result.per_token()["logits_L"].isnan().all()
+    masked = torch.tensor([[3.0, -torch.inf, 1.0], [2.0, 2.0, 2.0]], requires_grad=True)
+    assert float(metrics.square_sum(masked)) == 5 + 4
 
 
 # Precision

@@ -70,6 +70,8 @@ def runs(store: Store = RUNS, run: Annotated[str, tyro.conf.Positional, tyro.con
     for one in listed:
         if one.state == "set aside":
             print(printable(f"{one.id} was set aside: {one.reason}"))
+        for alarm in one.alarms if one.state == "running" else ():
+            print(printable(f"alarm: {alarm}"))
     damaged = [f"{one.id}: {one.reason}" for one in listed if one.state == "damaged"]
     if damaged:
         raise StoreError(f"{len(damaged)} of {len(listed)} runs cannot be read: {'; '.join(damaged)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rlroute.alarms import Alarm, Watch
 from rlroute.experiments.launch.jobs import Job
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, si
@@ -46,8 +47,12 @@ class Follower:
         self.train: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.state: State = "empty"
+        self.watch = Watch(job.id, job.config.to_dict()["model"])
+        self.alarms: list[Alarm] = []
+        """New ones, for whoever says them to take out."""
         self.pace = 0.0  # share of the run a second, since it was first seen to run; kept when it is over
         self._read = self._file = 0  # bytes, and which file
+        self._heard: float | None = None  # when its last row came, or it was first seen to run
         self._first: tuple[float, float] | None = None  # when it was first seen to run, and how far it was
 
     def look(self, now: float) -> None:
@@ -57,6 +62,14 @@ class Follower:
         self.state = state(self.folder)
         for row in self._rows():
             self.train, self.evaluation = (row, self.evaluation) if row["kind"] == "train" else (self.train, row)
+            self.alarms += self.watch.see(row)
+            self._heard = now
+        if self.state != "running":
+            self._heard = None
+        elif self._heard is None:
+            self._heard = now
+        else:
+            self.alarms += self.watch.idle(now - self._heard)
         if self.state == "running" and self._first is None:
             self._first = now, self.share
         elif self.state == "running" and self._first is not None and now > self._first[0]:
@@ -128,11 +141,13 @@ class Monitor:
         try:
             if not console.is_terminal:
                 while not self.stop.wait(LOG_SECONDS):
-                    print(self.line(), file=sys.stderr, flush=True)
+                    print(self.line(), *self.take_alarms(), sep="\n", file=sys.stderr, flush=True)
                 return
             with Live(console=console, transient=True, auto_refresh=False) as live:
                 while not self.stop.wait(REFRESH_SECONDS):
                     live.update(self.draw(console), refresh=True)
+                    for alarm in self.take_alarms():
+                        console.print(alarm, style="yellow", markup=False, highlight=False)  # above the table
         except OSError:  # whoever looked on is gone, and the runs are not held up by that
             return
 
@@ -147,6 +162,13 @@ class Monitor:
         for run in self.runs:
             run.look(now)
 
+    def take_alarms(self) -> list[str]:
+        """Return, each in a line, the alarms that have come since the last call."""
+        said = [f"alarm: {alarm}" for run in self.runs for alarm in run.alarms]
+        for run in self.runs:
+            run.alarms.clear()
+        return said
+
     def line(self) -> str:
         """Return in one line how far all are, and what the running entries have come to."""
         self.look()
@@ -154,6 +176,8 @@ class Monitor:
         shown: tuple[State, ...] = ("running", "stopped early", "set aside")
         states = [f"{counts[one]} {one}" for one in shown if counts[one]]
         ended = f"{sum(counts[one] for one in ENDED)} of {len(self.runs)} runs ended"
+        standing = sum(len(run.watch.standing) for run in self.runs if run.state == "running")
+        states += [f"{standing} alarm{'s' if standing > 1 else ''}"] if standing else []
         elapsed = (self.clock() - self.start) / 60
         head = f"{', '.join([ended, *states])}; {elapsed:.1f} min so far, left {self._left(self.runs)}"
         running = [runs for runs in self.entries.values() if any(run.state == "running" for run in runs)]

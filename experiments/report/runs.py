@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlroute.alarms import Alarm, alarms
 from rlroute.errors import StoreError
 from rlroute.experiments.comparison.entries import labels
 from rlroute.experiments.terminal import Grid
@@ -29,6 +31,13 @@ class Listed:
     bits: float | None
     begun: str
     reason: str = ""
+    alarms: tuple[Alarm, ...] = ()
+    """Those that are over too."""
+
+    @property
+    def standing(self) -> str:
+        """The kinds of the alarms that the last rows raise."""
+        return ", ".join(dict.fromkeys(alarm.kind for alarm in self.alarms if alarm.until is None))
 
 
 def list_runs(store: Path) -> list[Listed]:
@@ -60,7 +69,22 @@ def _of_record(record: RunRecord) -> Listed:
         step=record.summary["steps"],
         bits=final["bits_per_byte"] if final else None,
         begun=record.environment.get("begun", ""),
+        alarms=_alarms(record.id, record.config["config"], [*record.train, *record.evals]),
     )
+
+
+def _alarms(
+    run: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], idle: float | None = None
+) -> tuple[Alarm, ...]:
+    """Return a run's alarms; its evaluations come behind the training row of the same step."""
+    ordered = sorted(rows, key=lambda row: (row["step"], row["kind"] == "eval"))
+    return tuple(alarms(run, config["model"], ordered, idle))
+
+
+def _idle(folder: Path) -> float:
+    """Return the seconds since a run's last row was written, or since it was begun."""
+    files = [path for name in ("metrics.jsonl", "config.json", ".lock") if (path := folder / name).exists()]
+    return max(0.0, time.time() - files[0].stat().st_mtime)
 
 
 def _listed(folder: Path) -> Listed:
@@ -79,6 +103,9 @@ def _listed(folder: Path) -> Listed:
             bits=evals[-1]["bits_per_byte"] if evals else None,
             begun=begun,
             reason=(failure(folder) or "") if now == "set aside" else "",
+            alarms=_alarms(folder.name, described["config"], rows, _idle(folder) if now == "running" else None)
+            if described
+            else (),
         )
     except (StoreError, LookupError, TypeError) as error:
         return Listed(id=folder.name, config=None, state="damaged", step=0, bits=None, begun="", reason=str(error))
@@ -93,9 +120,10 @@ def to_grid(runs: Sequence[Listed]) -> Grid:
         steps = f"{run.step:,}" + (f" of {run.config['train']['steps']:,}" if run.config else "")
         bits = NOTHING if run.bits is None else f"{run.bits:.4f}"
         begun = run.begun[:16].replace("T", " ") or NOTHING
-        lines.append((said[run.id], _parts(run.id)[2], run.state, steps, bits, begun, called[run.id]))
-    head = ("run", "seed", "state", "steps", "bits/byte", "begun (UTC)", "id")
-    return Grid(head, lines, left=("state", "begun (UTC)", "id"), spare=("begun (UTC)", "seed", "steps"))
+        lines.append((said[run.id], _parts(run.id)[2], run.state, steps, bits, run.standing, begun, called[run.id]))
+    head = ("run", "seed", "state", "steps", "bits/byte", "alarms", "begun (UTC)", "id")
+    left, spare = ("state", "alarms", "begun (UTC)", "id"), ("begun (UTC)", "seed", "steps", "alarms")
+    return Grid(head, lines, left=left, spare=spare)
 
 
 def _parts(run: str) -> tuple[str, str, str]:
@@ -145,20 +173,25 @@ def run_text(store: Path, word: str) -> str:
 
 def _record_text(record: RunRecord) -> str:
     parts = {"config": record.config, "environment": record.environment, "summary": record.summary}
-    return _text(record.id, [record.summary["status"]], record.evals, parts)
+    lines = [record.summary["status"], *map(_said, _of_record(record).alarms)]
+    return _text(record.id, lines, record.evals, parts)
 
 
 def _folder_text(folder: Path) -> str:
     if state(folder) in ("finished", "diverged"):
         return _record_text(read_run(folder))
     listed, rows = _listed(folder), rows_so_far(folder)
-    lines = [f"{listed.state}: {listed.reason}" if listed.reason else listed.state]
+    lines = [f"{listed.state}: {listed.reason}" if listed.reason else listed.state, *map(_said, listed.alarms)]
     if rows:
         lines.append(f"last row: {json.dumps(rows[-1])}")
     files = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     lines.append(f"in {folder}: {', '.join(sorted(files)) or 'nothing yet'}")
     parts = {name: part for name in ("config", "environment") if (part := read_part(folder, name))}
     return _text(folder.name, lines, [row for row in rows if row["kind"] == "eval"], parts)
+
+
+def _said(alarm: Alarm) -> str:
+    return f"alarm: {alarm}"
 
 
 def _text(run: str, lines: Sequence[str], evals: Sequence[Any], parts: Mapping[str, Any]) -> str:

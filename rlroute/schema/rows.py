@@ -91,6 +91,10 @@ class TrainRow(TypedDict):
     """Pairs that ran per token, those of free experts left out; old records do not say."""
     without_L: NotRequired[list[Part]]
     """The share of tokens for which no real expert ran; old records do not say."""
+    logits_L: NotRequired[list[Amount | None]]
+    """Root mean square of the router's logits over the step's tokens and all experts, by site; None where it has none;
+    old records do not say.
+    """
     traffic: NotRequired[dict[str, Any]]
     """What was sent between the processes of an expert-parallel group: see docs/parallel.md."""
 

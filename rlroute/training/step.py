@@ -44,6 +44,7 @@ class StepResult:
         sums_L: what ran and what the routers observed, by site, for ``adapt``.
         pairs_L: pairs that ran, those of free experts left out, by site, of all routing samples; int64.
         without_L: rows for which no real expert ran, by site; int64.
+        squares_L: mean squares of a row's router logits, summed over rows, by site; NaN without logits; float64.
         rows: valid rows, of all routing samples.
     """
 
@@ -53,6 +54,7 @@ class StepResult:
     sums_L: list[dict[str, Tensor]]
     pairs_L: Tensor
     without_L: Tensor
+    squares_L: Tensor
     rows: int
 
     @property
@@ -61,8 +63,14 @@ class StepResult:
         return [sums["demand_E"] for sums in self.sums_L]
 
     def per_token(self) -> dict[str, Tensor]:
-        """Return the pairs that ran per token, and the share of tokens for which none did, by site."""
-        return {"pairs_L": self.pairs_L.double() / self.rows, "without_L": self.without_L.double() / self.rows}
+        """Return the pairs that ran per token, the share of tokens for which none did, and the root mean square of the
+        router's logits, by site.
+        """
+        return {
+            "pairs_L": self.pairs_L.double() / self.rows,
+            "without_L": self.without_L.double() / self.rows,
+            "logits_L": (self.squares_L / self.rows).sqrt(),
+        }
 
 
 def make_context(batch: Batch, device: Device, *, samples: int = 1, **keys: Any) -> RoutingContext:
@@ -150,6 +158,7 @@ def backward_batch(
     values: dict[str, list[Tensor]] = defaultdict(lambda: [nothing] * sites)
     weights: dict[str, list[float | Tensor]] = defaultdict(lambda: [0.0] * sites)
     sums_L: list[dict[str, Tensor]] = [{} for _ in model.routers]
+    squares_L = loss.new_zeros(sites)
     for number, micro in group.share(list(enumerate(split(batch, micro_batches)))):
         chosen: dict[Site, Tensor] | None = None if on_choices is None else {}
         context = make_context(micro, device, samples=samples, micro_batch=number, chosen=chosen, **keys)
@@ -160,6 +169,8 @@ def backward_batch(
         total = loss_MT.sum() / (num_valid * samples)
         learned = learn(model.routers, decisions, feedback, total)
         loss += total.detach()
+        for site, decision in enumerate(decisions):
+            squares_L[site] += metrics.square_sum(decision.logits_TE)
         for site, terms in enumerate(learned.terms_L):
             for name, term in terms.items():
                 values[name][site] = values[name][site] + term.value.detach().reshape(())
@@ -168,12 +179,12 @@ def backward_batch(
             for name, value in new.items():
                 sums[name] = sums[name] + value if name in sums else value
     terms_L = {name: torch.stack(value_L) for name, value_L in values.items()}
-    group.add_up([loss, *terms_L.values(), *(value for sums in sums_L for value in sums.values())])
+    group.add_up([loss, *terms_L.values(), *(value for sums in sums_L for value in sums.values()), squares_L])
     group.sum_gradients(model)
     real_L = [router.shape.num_real_experts for router in model.routers]
     ran_L2 = [torch.stack([s["load_E"][:real].sum(), s["without"]]) for s, real in zip(sums_L, real_L, strict=True)]
     pairs_L, without_L = torch.stack(ran_L2, dim=1) if sites else loss.new_zeros(2, 0)
-    return StepResult(loss, terms_L, dict(weights), sums_L, pairs_L, without_L, num_valid * samples)
+    return StepResult(loss, terms_L, dict(weights), sums_L, pairs_L, without_L, squares_L, num_valid * samples)
 
 
 def load_fractions(demand_L: Sequence[Tensor]) -> list[Tensor]:
