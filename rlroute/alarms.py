@@ -27,8 +27,8 @@ class Thresholds:
     collapse: float = 0.5
     """MaxVio of an evaluation over E / k - 1, where every token takes the same expert."""
     logits: float = 20.0
-    """Root mean square of a site's router logits in a training step: a softmax over such is one-hot, and bfloat16 rounds
-    them to an eighth. Routers here are near 1.
+    """Root mean square of a site's router logits in a training step: a softmax over such is one-hot, and bfloat16
+    rounds them to an eighth. Routers here are near 1.
     """
     stall: float = 10.0
     """Time since the last row over the usual time between training rows."""

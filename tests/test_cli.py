@@ -424,6 +424,28 @@ def test_runs_says_what_has_become_of_each(compared, tmp_path):
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d|–", row[5]) for row in cells(said))
 
 
+def test_runs_has_alarms_that_stand_and_the_sentences_of_what_runs(compared, tmp_path):
+    store = tmp_path / "runs"
+    shutil.copytree(compared / "runs", store)
+    assert "alarm" not in ran("runs", store)
+    folders = [next(store.glob(f"switch-*-s{seed}")) for seed in (0, 1)]
+    for folder in folders:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (folder / "summary.json").unlink()
+        bad = [row | {"dead_L": [3] * len(row["dead_L"])} if row["kind"] == "eval" else row for row in rows]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with (folders[0] / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = ran("runs", store)
+    assert [(row[2], row[6]) for row in cells(said) if row[0] == "switch"] == [
+        ("running", "dead experts"),
+        ("interrupted", "dead experts"),
+    ]
+    sentences = [line for line in said.splitlines() if line.startswith("alarm: ")]
+    assert sentences and all(line.startswith(f"alarm: {folders[0].name}, site ") for line in sentences)
+    assert f"alarm: {folders[1].name}, site 0: 3 of 4 experts are dead" in ran("runs", store, folders[1].name)
+
+
 def test_an_unfinished_run_can_be_inspected(compared, tmp_path):
     store = tmp_path / "runs"
     shutil.copytree(compared / "runs", store)

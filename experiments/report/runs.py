@@ -120,9 +120,12 @@ def to_grid(runs: Sequence[Listed]) -> Grid:
         steps = f"{run.step:,}" + (f" of {run.config['train']['steps']:,}" if run.config else "")
         bits = NOTHING if run.bits is None else f"{run.bits:.4f}"
         begun = run.begun[:16].replace("T", " ") or NOTHING
-        lines.append((said[run.id], _parts(run.id)[2], run.state, steps, bits, run.standing, begun, called[run.id]))
-    head = ("run", "seed", "state", "steps", "bits/byte", "alarms", "begun (UTC)", "id")
-    left, spare = ("state", "alarms", "begun (UTC)", "id"), ("begun (UTC)", "seed", "steps", "alarms")
+        lines.append([said[run.id], _parts(run.id)[2], run.state, steps, bits, begun, run.standing, called[run.id]])
+    head = ["run", "seed", "state", "steps", "bits/byte", "begun (UTC)", "alarms", "id"]
+    if not any(run.standing for run in runs):
+        for line in (head, *lines):
+            del line[-2]
+    left, spare = ("state", "begun (UTC)", "alarms", "id"), ("begun (UTC)", "seed", "steps", "alarms")
     return Grid(head, lines, left=left, spare=spare)
 
 
