@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rlroute.experiments.checkpoints.trained import trained_model
 from torch import Tensor
 from torch.nn import functional
 
 from rlroute.config import RunConfig
 from rlroute.envs.tables import TokenTable
 from rlroute.errors import ConfigError
+from rlroute.experiments.checkpoints.trained import trained_model
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
 from rlroute.registry import run_config
