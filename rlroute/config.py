@@ -42,6 +42,9 @@ DEFAULT_CORPUS = "package:sympy"
 _SITES = re.compile(r"(mlp|attention)?(?:(\d+)(?:-(\d+))?)?")
 
 Budget = Literal["tokens", "flops", "time"]
+Parts = Literal["all", "non-moe", "moe", "attention", "router"]
+"""Which parameters train. moe: those of routed sites, routers among them; non-moe: all others; attention: those of
+attention but for its routers, if it has any; router: those of routers alone (ST-MoE, arXiv 2202.08906, section 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +168,10 @@ class TrainConfig(Execution):
     """What balance losses look at: a micro-batch, or the whole batch (which needs as many workers as micro-batches)."""
     lr: Positive = 1.2e-2
     """Peak learning rate of AdamW."""
-    router_lr_scale: Positive = 1.0
-    """The router's learning rate over ``lr``."""
+    router_lr_scale: NonNegative = 1.0
+    """The router's learning rate over ``lr``; 0: routers are frozen."""
+    parts: Parts = "all"
+    """What trains; all else is frozen, to the bit (:mod:`rlroute.model.parts`)."""
     warmup_steps: Whole = 40
     final_lr: NonNegative = 0.1
     """The learning rate at the end over its peak (cosine decay)."""
@@ -186,6 +191,11 @@ class TrainConfig(Execution):
     record_choices: bool = False
     """Keep which experts were chosen at every step, so that the router ``replay`` can take the same."""
 
+    @property
+    def routers_train(self) -> bool:
+        """Whether routers learn anything, by gradients or otherwise."""
+        return self.parts in ("all", "moe", "router") and self.router_lr_scale > 0
+
     def check(self) -> None:
         """Refuse illegal values by name.
 
@@ -194,6 +204,8 @@ class TrainConfig(Execution):
         """
         check_fields(self, "train")
         self.check_execution()
+        if self.parts == "router" and not self.routers_train:
+            raise ConfigError("train.router_lr_scale = 0 with train.parts = 'router': nothing trains, legal is above 0")
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}"

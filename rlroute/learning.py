@@ -95,10 +95,15 @@ def _terms(router: Router, decision: RoutingDecision, feedback: Feedback) -> dic
 
 def _sums(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
     with noted(router.config.name, router.shape.site):
-        counted, observed = count(decision, feedback), router.observe(decision, feedback)
+        counted, observed = count(decision, feedback), observe(router, decision, feedback)
     if taken := sorted(counted.keys() & observed.keys()):
         raise DecisionError(f"router {router.config.name} observes {taken[0]!r}, which is counted from its decision")
     return counted | observed
+
+
+def observe(router: Router, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
+    """Return what a router observed, after backward; a frozen one nothing."""
+    return {} if router.frozen else router.observe(decision, feedback)
 
 
 @torch.no_grad()
@@ -112,6 +117,8 @@ def adapt(routers: Sequence[Router], sums_L: Sequence[dict[str, Tensor]], progre
     """
     kinds = [(type(r), r.config, r.shape.num_experts) for r in routers]
     for router, kind, sums in zip(routers, kinds, sums_L, strict=True):
+        if router.frozen:
+            continue
         peers = [other for other, its_kind in zip(sums_L, kinds, strict=True) if its_kind == kind]
         with noted(router.config.name, router.shape.site):
             router.adapt(Sums(sums, peers), progress)

@@ -196,6 +196,7 @@ class Router(nn.Module):
 
     Attributes:
         config, shape: what it was made of.
+        frozen: whether it learns nothing, of whatever it could: it neither observes nor adapts.
         held_weight: the weight of the f.P loss that holds ``config.target_max_vio``, a buffer; None without a target.
     """
 
@@ -209,6 +210,7 @@ class Router(nn.Module):
     wishes: frozenset[str] = frozenset()
     common: tuple[str, ...] = ()
     batch_dependent: bool = False
+    frozen: bool = False
     held_weight: Tensor | None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -233,6 +235,11 @@ class Router(nn.Module):
         if name == "scores" and isinstance(value, LinearScores) and self.config.orthogonal:
             value.orthogonalise(self.shape)
         super().__setattr__(name, value)
+
+    def freeze(self) -> None:
+        """Let it decide as it does now, for ever."""
+        self.frozen = True
+        self.requires_grad_(False)
 
     @property
     def original(self) -> Router:

@@ -364,6 +364,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
         "step": (4, 0, -8, 8.0, True, "8", None, float("nan"), torch.tensor(8)),
         "chain": ("", "0" * 63, "g" * 64, "A" * 64, "0" * 64 + "\n", 0, None),
         "flops": (-1, 1.0, float("nan"), True, None, "1"),
+        "forward": (-1, 1.0, 2**62, True, None, "1"),
         "seconds": ({}, {"train": 1.0}, {"train": -1.0, "eval": 0.0}, {"train": float("nan"), "eval": 0.0},
                     {"train": float("inf"), "eval": 0.0}, {"train": 1, "eval": "0"},
                     {"train": 1.0, "eval": 0.0, "x": 1.0}, None),

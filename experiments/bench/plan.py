@@ -111,7 +111,9 @@ def make_plan(config: RunConfig, corpus: Corpus, device: str) -> Plan:
         tokens=tokens,
         flops=steps * flops_per_step(config, costs),
         again=_again(config, costs, corpus.vocab_size),
-        memory=expected_memory(config, costs.total_parameters, corpus.vocab_size, costs.samples),
+        memory=expected_memory(
+            config, costs.total_parameters, corpus.vocab_size, costs.samples, costs.trained_parameters
+        ),
         machine=MACHINES.get(device) or Machine("this machine's CPU", memory_here(), CPU_PEAK * train.threads),
         share=share,
         assumed=assumed,

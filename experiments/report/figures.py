@@ -123,7 +123,9 @@ def _training(entry: Entry) -> Points:
 
 
 def _flops(run: RunRecord, row: EvalRow | TrainRow) -> float:
-    model = run.summary["model"]
+    model, share = run.summary["model"], row["tokens"] / max(1, run.summary["tokens"])
+    if "training_flops" in model:
+        return share * model["training_flops"]
     return 3.0 * row["tokens"] * (model["flops_per_token"] + model["training_only_flops_per_token"])
 
 

@@ -41,13 +41,13 @@ class AtHand:
 
     def _most_steps(self, config: RunConfig) -> int:
         """Return the steps that no run goes beyond: under budget flops, those of which the budget pays for the
-        unembedding alone, three forwards of it each.
+        unembedding alone: three forwards of it each, or one where it may be frozen.
         """
         train = config.train
         if train.budget != "flops":
             return train.steps
         assert train.budget_amount is not None
-        each = 6 * config.model.d_model * self.corpus(config.data).vocab_size
+        each = (6 if train.parts == "all" else 2) * config.model.d_model * self.corpus(config.data).vocab_size
         return int(train.budget_amount / (each * train.batch_size * config.data.seq_len)) + 1
 
     def chain(self, config: RunConfig, seed: int, steps: int) -> str:

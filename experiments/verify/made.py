@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -108,10 +109,10 @@ def check_model(run: RunRecord, config: RunConfig, model: Transformer, ledger: L
 def _check_costs(run: RunRecord, config: RunConfig, counted: Costs, ledger: Ledger) -> None:
     final, tokens, recorded = run.summary["final"], run.summary["tokens"], dict[str, Any](run.summary["model"])
     pairs_L = final["pairs_L"] if final and "pairs_L" in final else [float(config.model.k)] * len(counted.pair_flops_L)
-    spent, off = _spent(run, config, counted)
+    spent, forward, off = _spent(run, config, counted, pairs_L)
     old = run.config["schema"] < 2  # when nothing said what training took in all
-    rough = {"training_flops": off * spent, "training_only_flops_per_token": off * spent / (3 * tokens or 1)}
-    for field, value in counted.recorded(pairs_L, spent, tokens, run.summary["steps"]).items():
+    rough = {"training_flops": off * spent, "training_only_flops_per_token": off * forward / (tokens or 1)}
+    for field, value in counted.recorded(pairs_L, spent, forward, tokens).items():
         if field == "training_flops" and old:
             continue
         if field in rough and off:
@@ -123,18 +124,26 @@ def _check_costs(run: RunRecord, config: RunConfig, counted: Costs, ledger: Ledg
         ledger.near("summary.json", "steps", run.summary["steps"], steps, off and 1 + off * steps)
 
 
-def _spent(run: RunRecord, config: RunConfig, counted: Costs) -> tuple[int, float]:
-    """Return the training FLOPs by the pairs per token of the logged steps, and how far off they may be, relatively: 0
-    where all tokens ran k pairs. Where no step is logged nothing says how many ran: the FLOPs are those of the record,
-    and what follows from them is held to it.
+def _spent(run: RunRecord, config: RunConfig, counted: Costs, greedy_L: Sequence[float]) -> tuple[int, float, float]:
+    """Return the training FLOPs by the pairs per token of the logged steps, in all and but for backwards, and how far
+    off they may be, relatively: 0 where all tokens ran k pairs. Where no step is logged nothing says how many ran: the
+    FLOPs are those of the record, at sites in the proportion of the greedy pairs, and what follows is held to it.
     """
-    tokens, k = run.summary["tokens"], float(config.model.k)
+    tokens, k, steps = run.summary["tokens"], float(config.model.k), run.summary["steps"]
     logged = [row["pairs_L"] for row in run.train if "pairs_L" in row]
     if not logged and "training_flops" in run.summary["model"]:
-        return run.summary["model"]["training_flops"], 0.0
+        none_L = [0] * len(greedy_L)
+        each, alone = (
+            math.fsum(n * flops for n, flops in zip(greedy_L, flops_L, strict=True))
+            for flops_L in (counted.step.pair_flops_L, counted.pair_flops_L)
+        )
+        spent = run.summary["model"]["training_flops"]
+        pairs = (spent - counted.of_training(tokens, none_L, steps)) / each if each else 0
+        return spent, counted.forward_in_training(tokens, none_L, steps) + pairs * alone, 0.0
     ran = logged or [[k] * len(counted.pair_flops_L)]
     mean_L = [math.fsum(pairs) / len(ran) for pairs in zip(*ran, strict=True)]
     dropless = config.model.capacity_factor is None and not config.model.round_to
     exact = dropless and all(each == k for pairs in ran for each in pairs)
     pairs_L = [round(pairs * counted.samples * tokens) for pairs in mean_L]
-    return counted.of_training(tokens, pairs_L, run.summary["steps"]), 0.0 if exact else LOGGED
+    spent, forward = (book(tokens, pairs_L, steps) for book in (counted.of_training, counted.forward_in_training))
+    return spent, forward, 0.0 if exact else LOGGED

@@ -134,6 +134,7 @@ class _SortedExperts(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, hidden_NH, in_EHD, out_EDF, gates_N1, tokens_N, pairs_N = ctx.saved_tensors
         in_HD, out_DF = in_EHD.unbind(0), out_EDF.unbind(0)
+        moves_x, learns = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         din_EHD, dw_out_EDF = torch.empty_like(in_EHD), torch.empty_like(out_EDF)
         din_HD, dw_out_DF = din_EHD.unbind(0), dw_out_EDF.unbind(0)
         for expert, count in enumerate(ctx.counts):
@@ -164,16 +165,19 @@ class _SortedExperts(torch.autograd.Function):
             act_CF, dgates_N[rows] = _activate_backward(dact_CF, hidden_CH, gates_N1[rows], ctx.activation, dhidden_CH)
             products = zip(pieces, dhidden_of, x_of, dout_of, torch.split(act_CF, sizes), strict=True)
             for (expert, _, first), dhidden, x, dout, act in products:
-                beta = 0 if first else 1  # with beta 0 the uninitialised target is never read
-                torch.addmm(din_HD[expert], dhidden.t(), x, beta=beta, out=din_HD[expert])
-                torch.addmm(dw_out_DF[expert], dout.t(), act, beta=beta, out=dw_out_DF[expert])
-                torch.mm(dhidden, in_HD[expert], out=x)  # dx in its place: x is no longer needed
-            dx_TD.index_add_(0, tokens_C, x_CD)
+                if learns:
+                    beta = 0 if first else 1  # with beta 0 the uninitialised target is never read
+                    torch.addmm(din_HD[expert], dhidden.t(), x, beta=beta, out=din_HD[expert])
+                    torch.addmm(dw_out_DF[expert], dout.t(), act, beta=beta, out=dw_out_DF[expert])
+                if moves_x:
+                    torch.mm(dhidden, in_HD[expert], out=x)  # dx in its place: x is no longer needed
+            if moves_x:
+                dx_TD.index_add_(0, tokens_C, x_CD)
         dgates_R = None
         if ctx.needs_input_grad[3]:
             dgates_R = dgates_N.new_zeros(ctx.num_pairs)
             dgates_R[pairs_N] = dgates_N
-        return dx_TD, din_EHD, dw_out_EDF, dgates_R, None, None, None, None, None
+        return dx_TD, din_EHD, dw_out_EDF, dgates_R, None, None, None, None, None  # what nobody asked for is not read
 
 
 def _activate_backward(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlroute.config import ModelConfig
-from rlroute.model.attention import Attention
+from rlroute.model.attention import Attention, AttentionExperts
+from rlroute.model.moe import MoELayer
 from rlroute.model.transformer import Transformer, sites
 from rlroute.model.work import Work, measure_sites
 
@@ -63,30 +64,49 @@ def fingerprints(
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a training step is charged, backwards included, in FLOPs.
+
+    Attributes:
+        fixed_flops: per row, whatever its route: the backbone and the routers.
+        pair_flops_L: of a pair, by site.
+    """
+
+    fixed_flops: int
+    pair_flops_L: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Costs:
     """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its
     site.
 
     Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up. A step
-    is charged three forwards of all that is differentiated; of the routers, what they were seen to run.
+    is charged three forwards of what trains, two of what is frozen where a gradient passes on its way to what trains
+    before it (of attention's scores, which have no weights, three), and one of the rest; of the routers, what they were
+    seen to run.
 
     Attributes:
         total_parameters, router_parameters: all of them, and those of routers; matrices that a greedy forward reads are
             among them where they are not trained by gradients, too (a bandit's).
+        trained_parameters: those that are not frozen.
         fixed_parameters, fixed_flops: what a token's greedy forward uses whatever its route: the backbone and the
             routers' scores.
         pair_parameters_L, pair_flops_L: what each pair adds, by site.
         work_L: what each router runs, by site.
+        step: what a training step is charged.
         samples: M.
     """
 
     total_parameters: int
+    trained_parameters: int
     router_parameters: int
     fixed_parameters: int
     fixed_flops: int
     pair_parameters_L: tuple[int, ...]
     pair_flops_L: tuple[int, ...]
     work_L: tuple[Work, ...]
+    step: Step
     samples: int
 
     @property
@@ -105,42 +125,36 @@ class Costs:
             "flops_per_token": self.fixed_flops + round(flops),
         }
 
-    def recorded(self, pairs_L: Sequence[float], spent: int, tokens: int, steps: int) -> dict[str, int]:
+    def recorded(self, pairs_L: Sequence[float], spent: int, forward: float, tokens: int) -> dict[str, int]:
         """Return what a run records: parameters, FLOPs per token of the greedy forward, what training took beyond
         that, and what it took in all.
 
         Args:
             pairs_L: pairs per token of the greedy forward, by site.
-            spent: training FLOPs, of so many ``steps`` on so many ``tokens``.
+            spent, forward: FLOPs of training on so many ``tokens``: in all, and but for those of backwards.
         """
         greedy = self.per_token(pairs_L)
-        forward = greedy["flops_per_token"]
-        trained = self.forward_in_training(spent, tokens, steps) if tokens else forward
+        each = greedy["flops_per_token"]
         return greedy | {
             "total_parameters": self.total_parameters,
             "router_parameters": self.router_parameters,
-            "training_only_flops_per_token": trained - forward,
+            "training_only_flops_per_token": round(forward / tokens) - each if tokens else 0,
             "training_flops": spent,
         }
 
     def of_training(self, tokens: int, pairs_L: Sequence[int], steps: int = 1) -> int:
         """Return the FLOPs of steps on so many tokens with so many pairs at each site, of all routing samples."""
+        pairs = sum(n * each for n, each in zip(pairs_L, self.step.pair_flops_L, strict=True))
+        return pairs + tokens * self.samples * self.step.fixed_flops + steps * self._adapting
+
+    def forward_in_training(self, tokens: int, pairs_L: Sequence[int], steps: int = 1) -> int:
+        """Return those of them that are not a backward's."""
         pairs = sum(n * each for n, each in zip(pairs_L, self.pair_flops_L, strict=True))
-        return 3 * pairs + self._beside_pairs(tokens, steps)
+        return pairs + tokens * self.samples * (self.fixed_flops + self.training_flops) + steps * self._adapting
 
-    def forward_in_training(self, spent: int, tokens: int, steps: int) -> int:
-        """Return the FLOPs per token of so many steps on so many tokens that took ``spent`` in all, but for those of
-        backwards.
-        """
-        pairs = (spent - self._beside_pairs(tokens, steps)) / 3
-        adapting = steps * sum(work.adapt for work in self.work_L)
-        return self.samples * (self.fixed_flops + self.training_flops) + round((pairs + adapting) / tokens)
-
-    def _beside_pairs(self, tokens: int, steps: int) -> int:
-        """Return the FLOPs of steps but for those of pairs: three forwards of the backbone, and the routers."""
-        backbone = self.fixed_flops - sum(work.greedy for work in self.work_L)
-        routers = sum(work.training for work in self.work_L)
-        return tokens * self.samples * (3 * backbone + routers) + steps * sum(work.adapt for work in self.work_L)
+    @property
+    def _adapting(self) -> int:
+        return sum(work.adapt for work in self.work_L)
 
 
 def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
@@ -157,16 +171,53 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
     buffers = sum(work.buffers for work in work_L)
     fixed = total - router - sum(site.pair_parameters * site.router.shape.num_real_experts for site in routed)
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and not is_router(name))
-    plain_attention = sum(isinstance(block.attention, Attention) for block in model.blocks)
+    plain_attention = [block.attention for block in model.blocks if isinstance(block.attention, Attention)]
     return Costs(
         total_parameters=total + buffers,
+        trained_parameters=sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
         router_parameters=router + buffers,
         fixed_parameters=fixed + sum(work.active_parameters for work in work_L),
         fixed_flops=2 * (fixed - model.embed.weight.numel() - norms)
-        + 2 * plain_attention * (seq_len + 1) * config.attention_width
+        + sum(attention.mixing_flops(seq_len) for attention in plain_attention)
         + sum(work.greedy for work in work_L),
         pair_parameters_L=tuple(site.pair_parameters for site in routed),
         pair_flops_L=tuple(site.pair_flops(seq_len) for site in routed),
         work_L=work_L,
+        step=_step(model, work_L, seq_len),
         samples=max((site.router.num_samples for site in routed), default=1),
     )
+
+
+def _step(model: Transformer, work_L: Sequence[Work], seq_len: int) -> Step:
+    """Charge each part of a model, in the order of its forward, by whether it trains, and whether anything before it
+    does: then a gradient passes through it.
+    """
+    fixed, pairs_L, works = 0, list[int](), iter(work_L)
+    passes = model.embed.weight.requires_grad
+    for part in (
+        *(part for block in model.blocks for part in (block.attention, block.moe or block.mlp)),
+        model.unembed,
+    ):
+        assert part is not None
+        mixing = part.mixing_flops(seq_len) if isinstance(part, Attention | AttentionExperts) else 0
+        site = part if isinstance(part, AttentionExperts | MoELayer) else None
+        if site is not None:
+            work, learns = next(works), not site.router.frozen
+            fixed += work.training if passes or learns else work.forward
+            passes |= learns and "gate" in site.router.learns_from  # by what the experts give, which it weighs
+        apart = {id(p) for p in (*site.pair_weights, *site.router.parameters())} if site else set[int]()
+        own = [p for p in part.parameters() if id(p) not in apart and p.dim() > 1]
+        trains = any(p.requires_grad for p in (*own, *(site.pair_weights if site else ())))
+        passes |= trains
+        if site is not None:
+            weights = site.pair_flops(seq_len) - mixing
+            pairs_L.append(_charged(weights, mixing, trains, passes))
+        fixed += _charged(2 * sum(p.numel() for p in own), 0 if site else mixing, trains, passes)
+    return Step(fixed, tuple(pairs_L))
+
+
+def _charged(weights: int, mixing: int, trains: bool, passes: bool) -> int:
+    """Return a part's FLOPs of a step by those of its forward: of products with its weights, and of tokens with one
+    another.
+    """
+    return weights * (1 + passes + trains) + mixing * (1 + 2 * passes)

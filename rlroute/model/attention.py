@@ -70,6 +70,10 @@ class Attention(nn.Module):
         self.out = KeyedLinear(inner, width, std_out, seed, f"layers.{layer}.attention.out")
         self.rotary = Rotary(head, seq_len, config.rope_base)
 
+    def mixing_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of a row's scores and values, of (S + 1) / 2 keys on average."""
+        return 2 * (seq_len + 1) * self.out.in_features
+
     def forward(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
         """Return the attention output, shape (B, S, D); ``mask_BSS`` says whom each position attends to."""
         batch, length, _ = x_BSD.shape
@@ -111,13 +115,22 @@ class AttentionExperts(Recomputing):
         self.rotary = Rotary(head, seq_len, config.rope_base)
 
     @property
+    def pair_weights(self) -> list[nn.Parameter]:
+        """The weights of all experts."""
+        return [self.query_EPD, self.out_EDP]
+
+    @property
     def pair_parameters(self) -> int:
         """The weights that a pair runs."""
-        return self.query_EPD[0].numel() + self.out_EDP[0].numel()
+        return sum(parameter[0].numel() for parameter in self.pair_weights)
+
+    def mixing_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of a pair's scores and values, of (S + 1) / 2 keys on average."""
+        return 2 * (seq_len + 1) * self.query_EPD.shape[1]
 
     def pair_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of a pair: its projections, and scores and values of (S + 1) / 2 keys on average."""
-        return 2 * self.pair_parameters + 2 * (seq_len + 1) * self.query_EPD.shape[1]
+        """Forward FLOPs of a pair: its projections, scores and values."""
+        return 2 * self.pair_parameters + self.mixing_flops(seq_len)
 
     def forward(
         self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None

@@ -197,9 +197,14 @@ class MoELayer(DenseParts):
         self.up = None if latent is None else keyed("latent.up", latent, width)
 
     @property
+    def pair_weights(self) -> list[nn.Parameter]:
+        """The weights of the experts held here."""
+        return list(self.experts.parameters())
+
+    @property
     def pair_parameters(self) -> int:
         """The weights that a pair runs."""
-        return sum(parameter[0].numel() for parameter in self.experts.parameters())
+        return sum(parameter[0].numel() for parameter in self.pair_weights)
 
     def pair_flops(self, seq_len: int) -> int:
         """Forward FLOPs of a pair; biases are added, which does not count."""

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from rlroute.balance import regularisers
 from rlroute.coupling import terms_of_weights
 from rlroute.faults import noted
-from rlroute.learning import adapt, count, weighted
+from rlroute.learning import adapt, count, observe, weighted
 from rlroute.model.checks import check, named
 from rlroute.model.wishes import stand_in
 from rlroute.routing import Feedback, Router, RoutingContext, RoutingDecision, Site
@@ -217,7 +217,10 @@ def _measure(
 def _copy(router: Router) -> Router:
     if any(tensor.is_meta for tensor in [*router.parameters(), *router.buffers()]):
         with torch.device("cpu"):
-            return type(router)(router.config, router.shape)
+            copy = type(router)(router.config, router.shape)
+        if router.frozen:
+            copy.freeze()
+        return copy
     router = deepcopy(router)
     router.zero_grad()
     return router
@@ -272,7 +275,7 @@ def _step(
         if isinstance(loss, Tensor) and loss.requires_grad:
             torch.autograd.backward(loss)
     with noted(*whose), forward:
-        sums = count(decision, feedback) | router.observe(decision, feedback)
+        sums = count(decision, feedback) | observe(router, decision, feedback)
     with noted(*whose), last:
         adapt([router], [sums], context.progress)
     return (forward, back, last), decision

@@ -61,4 +61,5 @@ class Ahead:
                 progress.step, progress.chain = step, chain
                 raise Diverged(f"the {'language-model loss' if loss is None else 'gradient'} is not finite")
             progress.flops += self.costs.of_training(self.tokens, pairs_L)
+            progress.forward += self.costs.forward_in_training(self.tokens, pairs_L)
         return row

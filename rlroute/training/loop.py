@@ -341,7 +341,7 @@ class _Run:
     def _costs(self, final: dict[str, Any] | None, tokens: int) -> dict[str, int]:
         """Return parameters, and FLOPs by the pairs that ran: greedy in the last evaluation."""
         pairs_L = final["pairs_L"] if final else [float(self.config.model.k)] * len(self.model.routers)
-        return self.costs.recorded(pairs_L, self.progress.flops, tokens, self.progress.step)
+        return self.costs.recorded(pairs_L, self.progress.flops, self.progress.forward, tokens)
 
     def _summary(self, status: str, final: dict[str, Any] | None, diverged: dict[str, Any] | None) -> dict[str, Any]:
         config, progress = self.config, self.progress

@@ -43,7 +43,7 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
     """Return the bytes of weights, gradients and moments, and of what a micro-batch's backward pass keeps: each layer's
     input and hidden values (of one layer where they are computed again), and of the rows whose logits are there at a
-    time these and their gradient.
+    time these and their gradient. Where parts are frozen, of the weights and the logits alone.
     """
     train, model = config.train, config.model
     size = 8 if train.dtype == "float64" else 4
@@ -53,10 +53,12 @@ def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> i
     widths = [model.active_width] * experts
     widths += [model.d_dense or model.active_width] * (model.num_layers - experts)
     hidden = model.num_layers * model.d_model + (max(widths) if train.recompute else sum(widths))
-    rows = min(tokens, train.loss_chunk or tokens)
-    weights = 4 * size * least_parameters(config, vocab_size, expert_shards)
-    logits = 2 * rows * vocab_size * size
-    return weights + tokens * hidden * kept + logits + 16 * train.batch_size * config.data.seq_len
+    weights = size * least_parameters(config, vocab_size, expert_shards)
+    logits = min(tokens, train.loss_chunk or tokens) * vocab_size * size
+    batch = 16 * train.batch_size * config.data.seq_len
+    if train.parts != "all":  # there may be no backward at all
+        return weights + logits + batch
+    return 4 * weights + tokens * hidden * kept + 2 * logits + batch
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Memory:
         return sum(astuple(self))
 
 
-def expected_memory(config: RunConfig, parameters: int, vocab_size: int, samples: int = 1) -> Memory:
+def expected_memory(
+    config: RunConfig, parameters: int, vocab_size: int, samples: int = 1, trained: int | None = None
+) -> Memory:
     """Return what a run in one process is expected to need, by part.
 
     Args:
@@ -91,7 +95,9 @@ def expected_memory(config: RunConfig, parameters: int, vocab_size: int, samples
         parameters: of its model.
         vocab_size: V.
         samples: M.
+        trained: parameters that are not frozen; None: all.
     """
+    trained = parameters if trained is None else trained
     train = config.train
     size, compute = _sizes(config)
     rows = train.batch_size // train.micro_batches * config.data.seq_len * samples
@@ -99,9 +105,9 @@ def expected_memory(config: RunConfig, parameters: int, vocab_size: int, samples
     stored = 2 if train.param_dtype == "bfloat16" else size
     copied = parameters // config.model.num_layers if train.recompute else parameters  # of a block, while it is there
     return Memory(
-        weights=(stored + (size if stored < size else 0)) * parameters,
-        gradients=stored * parameters,
-        moments=2 * size * parameters,
+        weights=stored * parameters + (size * trained if stored < size else 0),
+        gradients=stored * trained,
+        moments=2 * size * trained,
         copies=compute * copied if compute < stored else 0,
         activations=rows * kept_of_a_row(config),
         logits=logits,

@@ -26,13 +26,15 @@ MOST_UPDATES = 2**24
 
 class Optimizer:
     """AdamW with the schedule and the clips of a :class:`TrainConfig`, over the parameters that this process of a group
-    holds.
+    holds, those that are frozen left out.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, group: Group = ALONE) -> None:
         self.config, self.group = config, group
-        self.masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters() if p.dtype == torch.bfloat16}
-        named = [(name, self.masters.get(p, p)) for name, p in model.named_parameters()]
+        free = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {p: nn.Parameter(p.detach().float()) for p in free.values() if p.dtype == torch.bfloat16}
+        self.nothing = torch.zeros((), device=next(model.parameters()).device)
+        named = [(name, self.masters.get(p, p)) for name, p in free.items()]
         self.names = {parameter: name for name, parameter in named}
         self.router = [p for name, p in named if is_router(name)]
         self.shared = [p for name, p in named if not is_router(name)]
@@ -42,7 +44,7 @@ class Optimizer:
             {"params": [p for p in self.shared if p not in matrices], "weight_decay": 0.0, "scale": 1.0},
             {"params": self.router, "weight_decay": 0.0, "scale": config.router_lr_scale},
         ]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
     def step(self, step: int, progress: float) -> dict[str, float | Tensor]:
         """Clip, update, clear the gradients; return the learning rate and both gradient norms as they were before
@@ -75,7 +77,7 @@ class Optimizer:
     def _clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         gradients = [(self.names[p], p.grad) for p in parameters if p.grad is not None]
         if not gradients:
-            return self.shared[0].new_zeros(())  # of the device, unlike the norm of nothing
+            return self.nothing  # of the device, unlike the norm of nothing
         norm = get_total_norm([g for name, g in gradients if not is_expert(name)])
         if experts := [g for name, g in gradients if is_expert(name)]:
             norm = (norm.square() + self.group.sum_over_shards(get_total_norm(experts).square())).sqrt()

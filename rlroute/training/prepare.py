@@ -18,6 +18,7 @@ from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs, is_matrix, is_router
 from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
+from rlroute.model.parts import freeze
 from rlroute.model.recompute import set_recompute
 from rlroute.model.transformer import router_shapes, sites
 from rlroute.records import RunFolder, state
@@ -43,6 +44,7 @@ def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALO
     model = Transformer(config.model, _shape(config, corpus, seed, group.placement), _router_maker(config))
     model.loss_chunk, model.packed = config.train.loss_chunk, config.data.packed
     set_recompute(model, config.train.recompute)
+    freeze(model, config.train)
     model.to(config.train.device, torch.float64 if config.train.dtype == "float64" else torch.float32)
     if config.train.param_dtype == "bfloat16":
         for name, parameter in model.named_parameters():
@@ -60,7 +62,9 @@ def meta_model(config: RunConfig, corpus: Corpus, seed: int = 0, placement: Plac
         ConfigError: the router does not fit.
     """
     with torch.device("meta"):
-        return Transformer(config.model, _shape(config, corpus, seed, placement), _router_maker(config))
+        model = Transformer(config.model, _shape(config, corpus, seed, placement), _router_maker(config))
+    freeze(model, config.train)
+    return model
 
 
 def shapes(config: RunConfig, corpus: Corpus) -> list[RouterShape]:
