@@ -188,6 +188,8 @@ class TrainConfig(Execution):
     eval_every: Count = 40
     log_every: Count = 10
     checkpoint_every: Count = 100
+    keep_checkpoints: bool = False
+    """Keep the weights of every checkpoint, not of the last alone: `rlroute inspect` shows how routes settle."""
     record_choices: bool = False
     """Keep which experts were chosen at every step, so that the router ``replay`` can take the same."""
 

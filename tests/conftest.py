@@ -59,6 +59,7 @@ WHOLE_COMMANDS = frozenset(
         "identity",
         "hash_file",
         "include",
+        "inspect",
         "judge",
         "parity",
         "judge",

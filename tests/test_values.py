@@ -19,7 +19,7 @@ import torch
 from rlroute.config import RouterConfig, RunConfig, SitedRouter
 from rlroute.errors import ConfigError
 from rlroute.experiments.bench.kernels import parse_shape
-from rlroute.experiments.cli import benches, games, gradients, judge, stored, training
+from rlroute.experiments.cli import benches, games, gradients, inspection, judge, stored, training
 from rlroute.experiments.gradients.instrument import Sweep
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.play.player import Learning
@@ -284,6 +284,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "export-tokens": (stored.export_tokens, ("hash",)),
     "export-clusters": (stored.export_clusters, ("hash",)),
     "gradients": (gradients.gradients, ("switch",)),
+    "inspect drops": (inspection.inspect, ("switch",)),
     "bench kernels": (benches.Kernels, ()),
     "bench layer": (benches.Layer, ()),
     "bench step": (benches.Step, ()),

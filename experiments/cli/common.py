@@ -86,6 +86,19 @@ def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[st
     return ([record for record in records if record.id in chosen], []) if only else largest_group(records)
 
 
+def one_run(store: Path, word: str) -> RunRecord:
+    """Return the ended run of a store that a word names.
+
+    Raises:
+        StoreError: there is none.
+        ConfigError: there are several.
+    """
+    records, _ = select(store, (word,))
+    if len(records) > 1:
+        raise ConfigError(f"run {word!r}: {len(records)} start so, the first {records[0].id}")
+    return records[0]
+
+
 def publish(records: list[RunRecord], out: Path, reference: str | None, margin: float) -> None:
     """Print the table of the largest group of comparable runs, after a list of all where others are left out; write it
     and the report, for which the table does not wait.

@@ -67,6 +67,7 @@ def _run() -> None:
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.include import without_includes
+    from rlroute.experiments.cli.inspection import inspect
     from rlroute.experiments.cli.judge import judge
     from rlroute.experiments.cli.stored import (
         export,
@@ -104,6 +105,7 @@ def _run() -> None:
         bench,
         gradients,
         trace,
+        inspect,
     )
     description = (
         "Compare the routers of mixture-of-experts transformers inside identical models. "

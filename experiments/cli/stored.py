@@ -7,21 +7,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.cli.common import RUNS, Store, select
+from rlroute.experiments.cli.common import RUNS, Store, one_run, select
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.foreign import printable
 from rlroute.limits import Count, Experts, Positive, Seed
-
-if TYPE_CHECKING:
-    from rlroute.schema import RunRecord
 
 
 def routers(markdown: bool = False) -> None:
@@ -188,7 +185,7 @@ def export_tokens(
     from rlroute.experiments.play.token_table import token_table
     from rlroute.records import storing
 
-    record = _one(store, run)
+    record = one_run(store, run)
     make_folder(out.parent)
     table = token_table(record, store, tokens)
     with storing(out):
@@ -224,35 +221,26 @@ def export_clusters(
     import numpy as np
 
     from rlroute.experiments.checkpoints.clusters import cluster_table
-    from rlroute.experiments.checkpoints.trained import trained_model
+    from rlroute.experiments.checkpoints.trained import open_run
     from rlroute.records import replacing
 
     if out.suffix != ".npy":
         raise ConfigError(f"{out}: legal are names that end in .npy")
-    config, corpus, model = trained_model(_one(store, run), store)
-    experts, k = experts or config.model.num_experts, k or config.model.k
+    trained = open_run(one_run(store, run), store)
+    experts, k = experts or trained.config.model.num_experts, k or trained.config.model.k
     if k > experts:
         raise ConfigError(f"--k {k}: legal are 1 to --experts {experts}")
     make_folder(out.parent)
-    table_VLK = cluster_table(
-        model.embed.weight.detach().float().numpy(), corpus.token_counts_V, experts, k, form, seed
-    )
+    embed_VD, counts_V = trained.model.embed.weight.detach().float().numpy(), trained.corpus.token_counts_V
+    table_VLK = cluster_table(embed_VD, counts_V, experts, k, form, seed)
     with replacing(out) as file:
         np.save(file, table_VLK)
-    load_E = np.bincount(table_VLK.reshape(-1), corpus.token_counts_V.repeat(k), minlength=experts)
+    load_E = np.bincount(table_VLK.reshape(-1), counts_V.repeat(k), minlength=experts)
     print(
         f"{k} of {experts} experts for each of {len(table_VLK)} tokens in {out}, MaxVio "
         f"{load_E.max() / load_E.mean() - 1:.2f} over the training corpus; as an entry: "
         f"hash:table=file,file={out}"
     )
-
-
-def _one(store: Path, run: str) -> RunRecord:
-    """Return the run of a store whose id starts so."""
-    records, _ = select(store, (run,))
-    if len(records) > 1:
-        raise ConfigError(f"run {run!r}: {len(records)} start so, the first {records[0].id}")
-    return records[0]
 
 
 def _say_left_out(lines: Sequence[str]) -> None:

@@ -22,14 +22,12 @@ from torch.nn import functional
 from rlroute.config import RunConfig
 from rlroute.envs.tables import TokenTable
 from rlroute.errors import ConfigError
-from rlroute.experiments.checkpoints.trained import trained_model
+from rlroute.experiments.checkpoints.trained import open_routed
 from rlroute.model import Transformer
 from rlroute.model.transformer import Block
-from rlroute.registry import run_config
 from rlroute.routing import RoutingDecision
 from rlroute.schema import RunRecord
 from rlroute.training.data import Batch, eval_batches
-from rlroute.training.loop import DTYPES
 from rlroute.training.step import Device, make_context
 
 
@@ -46,17 +44,17 @@ def token_table(record: RunRecord, store: Path, tokens: int) -> TokenTable:
         StoreError: its checkpoint is not there.
         CheckpointError, DataError: its checkpoint or its corpus cannot be read.
     """
-    config = run_config(record.config["config"])
-    if config.router is None or not config.model.moe_layers:
-        raise ConfigError(f"run {record.id} has no MoE layer: want one of a router")
+    run = open_routed(record, store)
+    config = run.config
     if config.model.num_layers - 1 not in config.model.moe_layers:
         raise ConfigError(f"run {record.id} has a dense last layer: want one whose last layer has experts")
-    config, corpus, model = trained_model(record, store)
+    model = run.model
     if config.train.param_dtype == "bfloat16":
         model.float()  # outcomes are in float32, and rounded weights are the same there
-    device = Device(config.train.device, DTYPES[config.train.dtype])
-    batches = eval_batches(corpus, num_tokens=tokens, batch_size=config.train.batch_size, seq_len=config.data.seq_len)
-    parts = [_outcomes(model, config, batch, device) for batch in batches]
+    batches = eval_batches(
+        run.corpus, num_tokens=tokens, batch_size=config.train.batch_size, seq_len=config.data.seq_len
+    )
+    parts = [_outcomes(model, config, batch, run.device) for batch in batches]
     return TokenTable(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 

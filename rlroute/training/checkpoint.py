@@ -45,6 +45,8 @@ def save_checkpoint(
     progress: Progress,
     run_id: str,
     group: Group = ALONE,
+    *,
+    keep: bool = False,
 ) -> None:
     """Write the checkpoint of a step, and remove all but the one before it. All ranks of a group call this, and see the
     same folder.
@@ -56,6 +58,7 @@ def save_checkpoint(
         progress: where the run stands.
         run_id: whose the weights are, readable from the safetensors header.
         group: the processes that train together.
+        keep: remove none that is older.
 
     Raises:
         StoreError: the folder cannot be written, by any of them; the previous checkpoint stays.
@@ -82,7 +85,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
     if first:
         steps = [step for step in own_checkpoints(folder) if step <= progress.step]
-        _keep(folder, steps[-KEPT:])
+        _keep(folder, steps if keep else steps[-KEPT:])
 
 
 @contextmanager
@@ -191,13 +194,14 @@ def load_checkpoint(
     return None, []
 
 
-def load_weights(folder: Path, model: nn.Module, run_id: str) -> int | None:
-    """Load the weights of the newest checkpoint of a run and return its step; None where there is none.
+def load_weights(folder: Path, model: nn.Module, run_id: str, at: int | None = None) -> int | None:
+    """Load the weights of the newest checkpoint of a run, or of the one ``at`` a step, and return its step; None where
+    there is none.
 
     Raises:
         CheckpointError: it is not sound: an older one is not what the run ended with.
     """
-    found = own_checkpoints(folder)
+    found = {step: path for step, path in own_checkpoints(folder).items() if at in (None, step)}
     if not found:
         return None
     step, path = max(found.items())
@@ -210,12 +214,13 @@ def load_weights(folder: Path, model: nn.Module, run_id: str) -> int | None:
     return step
 
 
-def end_checkpoints(folder: Path) -> None:
-    """Keep the newest weights of an ended run and forget what only a resume needs."""
-    newest = max(own_checkpoints(folder), default=-1)
-    _keep(folder, [newest])
-    for file in (folder / folder_name(newest)).glob("trainer*.pt"):
-        file.unlink(missing_ok=True)
+def end_checkpoints(folder: Path, keep: bool = False) -> None:
+    """Keep the newest weights of an ended run, or all of them, and forget what only a resume needs."""
+    found = own_checkpoints(folder)
+    _keep(folder, found if keep else list(found)[-1:])
+    for path in own_checkpoints(folder).values():
+        for file in path.glob("trainer*.pt"):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

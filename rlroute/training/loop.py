@@ -170,7 +170,7 @@ class _Run:
             summary = self._summary("diverged", None, stopped) | {"measured": None}  # of no use where numbers are not
         if self.group.rank == 0:
             self.folder.finish(summary)
-            end_checkpoints(self.folder.path)
+            end_checkpoints(self.folder.path, self.config.train.keep_checkpoints)
             self.sink.close(summary)
         return summary
 
@@ -306,7 +306,8 @@ class _Run:
 
     def _checkpoint(self) -> None:
         self._look()
-        save_checkpoint(self.folder.path, self.model, self.optimizer, self.progress, self.folder.id, self.group)
+        keep, run = self.config.train.keep_checkpoints, self.folder
+        save_checkpoint(run.path, self.model, self.optimizer, self.progress, run.id, self.group, keep=keep)
         self.saved = self.progress.step
 
     def _resume(self) -> dict[str, Any] | None:

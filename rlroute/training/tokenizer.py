@@ -42,6 +42,10 @@ class Encoder(Protocol):
         """Return the ids of each document, without BOS."""
         ...
 
+    def spelled(self, token: int) -> bytes:
+        """Return the bytes that an id stands for; none for BOS."""
+        ...
+
 
 def open_encoder(tokenizer: str | None) -> Encoder:
     """Return the encoder that ``data.tokenizer`` names: ``bpe``, ``bytes`` (or None), or a file.
@@ -66,6 +70,10 @@ class ByteEncoder:
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return each document's bytes."""
         return [np.frombuffer(document.data, np.uint8) for document in documents]
+
+    def spelled(self, token: int) -> bytes:
+        """Return the byte; none for BOS."""
+        return bytes([token]) if token < 256 else b""
 
 
 class TokenizerFile:
@@ -98,6 +106,10 @@ class TokenizerFile:
         maker = f"{self.sha256} tokenizers {library.__version__}"
         dtype = np.min_scalar_type(self.vocab_size - 1)
         return remembered(maker, documents, dtype, lambda: list(self._encode(library, documents, dtype)))
+
+    def spelled(self, token: int) -> bytes:
+        """Return the bytes that an id stands for; none for BOS."""
+        return self._said.bytes_V[token] if token < self.vocab_size - 1 else b""
 
     def _encode(self, library: Any, documents: Sequence[Document], dtype: np.dtype) -> Iterable[np.ndarray]:
         tokenizer = _load(library, self.path, self._said)

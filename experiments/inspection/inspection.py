@@ -1,0 +1,187 @@
+"""Everything that is shown of a trained run, site by site.
+
+Shape suffixes: T tokens, L labels, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from rlroute import metrics
+from rlroute.experiments.checkpoints.trained import TrainedRun
+from rlroute.experiments.inspection.domains import Domains, find_domains
+from rlroute.experiments.inspection.history import History, look_back
+from rlroute.experiments.inspection.measures import Agreement, agree, coactivation, label_counts, lifts, shares
+from rlroute.experiments.inspection.probe import SiteProbe, run_probe
+from rlroute.experiments.inspection.tokens import Speller, favourites
+from rlroute.experiments.inspection.worth import Worth, measure_worth
+from rlroute.routing import Site
+
+PAIRS = 3
+"""Pairs of experts that are named of a site."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experts that are chosen together.
+
+    Attributes:
+        one, other: their numbers.
+        tokens: that chose both.
+        share: of the tokens of the less loaded one.
+        lift: how many there are over how many there would be if pairs were spread as loads are.
+    """
+
+    one: int
+    other: int
+    tokens: int
+    share: float
+    lift: float
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """What one site shows.
+
+    Attributes:
+        site: its key.
+        load_E: pairs that chose each expert.
+        max_vio, load_entropy, dead: of these loads.
+        router_entropy: of the routing distributions, over log E; None without probabilities.
+        dropped: the share of pairs that a capacity dropped.
+        domains: how domains and experts belong together; None where the corpus has none.
+        by_domain_LE: the share of each domain's pairs that each expert has; empty where there are none.
+        tokens: how token ids and experts belong together.
+        favourites: each expert's favourite tokens, spelled, with the share of their occurrences that chose it.
+        together_EE: the tokens that chose both of two experts; the diagonal has loads.
+        pairs: the most connected experts; empty where a token has one expert.
+    """
+
+    site: Site
+    load_E: list[int]
+    max_vio: float
+    load_entropy: float
+    dead: int
+    router_entropy: float | None
+    dropped: float
+    domains: Agreement | None
+    by_domain_LE: list[list[float]]
+    tokens: Agreement
+    favourites: list[list[tuple[str, float]]]
+    together_EE: list[list[int]]
+    pairs: list[Pair]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a trained run shows.
+
+    Attributes:
+        run, router: its id, and the names of its routers.
+        step: at which it ended.
+        tokens: validation tokens that were looked at.
+        loss: on these, nats a token.
+        domains: the names of the domains of these tokens, and what they are; none where the corpus says nothing.
+        sites: first to last.
+        history: since when routes are what they are.
+        worth: what the experts are worth; None where it was not asked for.
+        worth_tokens: on how many of the tokens that was measured.
+    """
+
+    run: str
+    router: str
+    step: int
+    tokens: int
+    loss: float
+    domains: list[str]
+    meaning: str
+    sites: list[SiteView]
+    history: History
+    worth: Worth | None
+    worth_tokens: int
+
+
+def inspect_run(run: TrainedRun, tokens: int, worth_tokens: int) -> Inspection:
+    """Look inside a run.
+
+    Args:
+        run: an ended run of a router.
+        tokens: at least so many validation tokens.
+        worth_tokens: of which so many, at least, tell what experts are worth; 0: that is not measured.
+
+    Raises:
+        DataError: there are fewer, or the corpus cannot be read.
+        StoreError, CheckpointError: its checkpoints cannot be read.
+    """
+    domains = find_domains(run.corpus)
+    batches = run.batches(tokens, None if domains is None else domains.corpus)
+    keys = {"seed": run.seed, "step": run.last_step}
+    probe, spell = run_probe(run.model, batches, run.device, **keys), Speller(run.config.data)
+    labels = [batch.domains_BS.reshape(-1) for batch in batches if batch.domains_BS is not None]
+    label_T = np.concatenate(labels) if labels else None
+    few, windows = batches[:0], 0
+    while windows * run.config.data.seq_len < worth_tokens and len(few) < len(batches):
+        few, windows = batches[: len(few) + 1], windows + len(batches[len(few)].tokens_BS)
+    return Inspection(
+        run=run.id,
+        router=run.config.router_name,
+        step=run.last_step,
+        tokens=len(probe.token_T),
+        loss=float(probe.loss_T.mean()),
+        domains=[] if domains is None else list(domains.names),
+        meaning="" if domains is None else domains.meaning,
+        sites=[_view(key, site, probe.token_T, domains, label_T, spell) for key, site in probe.sites.items()],
+        history=look_back(run, batches),
+        worth=measure_worth(run.model, few, run.device, **keys) if few else None,
+        worth_tokens=windows * run.config.data.seq_len,
+    )
+
+
+def _view(
+    key: Site, site: SiteProbe, token_T: np.ndarray, domains: Domains | None, label_T: np.ndarray | None, spell: Speller
+) -> SiteView:
+    load_E, by_domain = site.load_E, np.zeros((0, 0))
+    if domains is not None and label_T is not None:
+        counts_LE = label_counts(site.chosen_TE, label_T, len(domains.names))
+        by_domain = counts_LE / counts_LE.sum(1, keepdims=True).clip(min=1)
+    return SiteView(
+        site=key,
+        load_E=load_E.tolist(),
+        max_vio=float(metrics.max_vio(load_E)),
+        load_entropy=float(metrics.load_entropy(load_E)),
+        dead=int(metrics.dead_experts(load_E)),
+        router_entropy=site.entropy,
+        dropped=site.dropped,
+        domains=None if label_T is None else agree(site.chosen_TE, label_T),
+        by_domain_LE=by_domain.tolist(),
+        tokens=agree(site.chosen_TE, token_T),
+        favourites=[[(spell(token), share) for token, share in of] for of in favourites(site.chosen_TE, token_T)],
+        together_EE=coactivation(site.chosen_TE).tolist(),
+        pairs=connected(coactivation(site.chosen_TE)),
+    )
+
+
+def connected(together_EE: Tensor) -> list[Pair]:
+    """Return the pairs of experts that are chosen together most for their loads.
+
+    Args:
+        together_EE: from :func:`.measures.coactivation`.
+    """
+    share_EE, lift_EE = shares(together_EE), lifts(together_EE)
+    pairs = [(one, other) for one in range(len(lift_EE)) for other in range(one) if together_EE[one, other]]
+    pairs = [pair for pair in pairs if math.isfinite(lift_EE[pair])]
+    pairs.sort(key=lambda pair: (-float(lift_EE[pair]), pair))
+    return [
+        Pair(
+            other,
+            one,
+            int(together_EE[one, other]),
+            float(max(share_EE[one, other], share_EE[other, one])),
+            float(lift_EE[one, other]),
+        )
+        for one, other in pairs[:PAIRS]
+    ]
