@@ -32,6 +32,7 @@ from rlroute.limits import (
     refuse_product,
 )
 from rlroute.router_config import RouterConfig as RouterConfig  # also for whoever wants configurations
+from rlroute.start import StartConfig as StartConfig
 from rlroute.variants import LayerVariants
 
 SCHEMA = 2
@@ -188,8 +189,6 @@ class TrainConfig(Execution):
     eval_every: Count = 40
     log_every: Count = 10
     checkpoint_every: Count = 100
-    keep_checkpoints: bool = False
-    """Keep the weights of every checkpoint, not of the last alone: `rlroute inspect` shows how routes settle."""
     record_choices: bool = False
     """Keep which experts were chosen at every step, so that the router ``replay`` can take the same."""
 
@@ -254,6 +253,7 @@ class RunConfig:
     """One training run but for its seed. ``router`` None is the dense model of equal active width, the yardstick.
 
     ``others`` are routers for some sites, the first that serves a site deciding there; ``router`` decides elsewhere.
+    ``start`` is the checkpoint of another run whose weights this one starts from; None: they derive from the seed.
 
     Raises:
         ConfigError: a part holds an illegal value. The parts themselves are plain values until they meet here, so that
@@ -265,6 +265,7 @@ class RunConfig:
     router: RouterConfig | None = None
     others: tuple[SitedRouter, ...] = ()
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: StartConfig | None = None
 
     def __post_init__(self) -> None:
         for name, kind in {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}.items():
@@ -281,6 +282,9 @@ class RunConfig:
             _want("others", other, SitedRouter)
         if self.others and self.router is None:
             raise ConfigError(f"routers at sites {self.others[0].sites}: the dense model has none elsewhere")
+        _want("start", self.start, StartConfig | None)
+        if self.start is not None:
+            self.start.check()
 
     def router_at(self, site: int | str) -> RouterConfig:
         """Return the configuration of a site's router; not for the dense model."""
@@ -303,7 +307,8 @@ class RunConfig:
         parts = {"data": asdict(self.data), "model": asdict(self.model), "train": asdict(self.train)}
         router = {"name": DENSE} if self.router is None else _router_dict(self.router)
         others = {"others": [{"sites": other.sites} | _router_dict(other.router) for other in self.others]}
-        return parts | {"router": router} | (others if self.others else {})
+        start = {} if self.start is None else {"start": asdict(self.start)}
+        return parts | {"router": router} | (others if self.others else {}) | start
 
     def content_hash(self) -> str:
         """Return 12 hex digits of the SHA-256 of the configuration and the schema version."""

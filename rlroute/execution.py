@@ -8,6 +8,11 @@ from typing import Annotated, Literal
 from rlroute.errors import ConfigError
 from rlroute.limits import Between, Count
 
+Keep = Literal["weights", "state", "all"]
+"""What of a run's checkpoints stays once it has ended: the last one's weights; its optimizer's state as well; the
+weights of all. It changes no figure, and is no part of what a run is.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:

@@ -17,7 +17,16 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, SitedRouter, TrainConfig
+from rlroute.config import (
+    DENSE,
+    DataConfig,
+    ModelConfig,
+    RouterConfig,
+    RunConfig,
+    SitedRouter,
+    StartConfig,
+    TrainConfig,
+)
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.faults import explain, noted
 from rlroute.loading import Source, checked_path, file_of, load
@@ -168,7 +177,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown router or field, or an illegal value.
     """
-    refuse_unknown("run", values, ("data", "model", "router", "others", "train"))
+    refuse_unknown("run", values, ("data", "model", "router", "others", "train", "start"))
     others = values.get("others", ())
     if not isinstance(others, list | tuple):
         raise ConfigError(f"others = {others!r}: want a list")
@@ -178,6 +187,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         router=_router_config(values.get("router", {"name": DENSE})),
         others=tuple(map(_sited_router, others)),
         train=from_dict(TrainConfig, values.get("train", {}), "train"),
+        start=None if values.get("start") is None else from_dict(StartConfig, values["start"], "start"),
     )
 
 

@@ -68,6 +68,7 @@ WHOLE_COMMANDS = frozenset(
         "reading",
         "replay",
         "sink",
+        "start",
         "third_party",
         "token_table",
         "tokenizer",

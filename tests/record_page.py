@@ -22,6 +22,7 @@ FILES = (
             "TrainFields",
             "NamedRouter",
             "SitedRouter",
+            "StartFields",
         ),
     ),
     ("environment.json", ("Environment",)),

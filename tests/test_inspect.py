@@ -23,13 +23,13 @@ from tests.commands import ran, refused, rlroute
 from tests.tiny import DATA, MODEL, STEPS, TRAIN
 
 KEYS = {"seed": 0, "step": STEPS}
-KEEPING = replace(TRAIN, keep_checkpoints=True, record_choices=True, micro_batches=2)
+KEEPING = replace(TRAIN, record_choices=True, micro_batches=2)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    train(build_entry("switch", DATA, MODEL, KEEPING), 0, folder)
+    train(build_entry("switch", DATA, MODEL, KEEPING), 0, folder, keep="all")
     return folder
 
 
@@ -45,7 +45,7 @@ def run(store):
 def test_a_run_keeps_the_weights_of_every_checkpoint_if_it_is_asked_to(run, tmp_path):
     assert run.steps == [4, 8, 12] == list(own_checkpoints(run.folder))
     assert not list(run.folder.glob("checkpoint-*/trainer*"))  # nobody resumes from these
-    train(build_entry("switch", DATA, MODEL, replace(KEEPING, keep_checkpoints=False)), 0, tmp_path)
+    train(build_entry("switch", DATA, MODEL, KEEPING), 0, tmp_path)
     (record,) = read_runs(tmp_path)
     plain = open_routed(record, tmp_path)
     assert plain.steps == [12]
@@ -193,7 +193,7 @@ def test_inspect_shows_tables_figures_and_a_page(store, run, tmp_path):
 
 def test_a_run_that_kept_its_end_alone_says_which_option_keeps_more(tmp_path):
     train(build_entry("switch", DATA, MODEL, TRAIN), 0, tmp_path)
-    assert "--train.keep-checkpoints" in ran("inspect", "switch", "--store", tmp_path, *FEW[:2], "--worth-tokens", "0")
+    assert "--keep all" in ran("inspect", "switch", "--store", tmp_path, *FEW[:2], "--worth-tokens", "0")
 
 
 def test_inspect_drops_shows_what_the_batch_changes(store, tmp_path):

@@ -301,7 +301,7 @@ def options_of(command: Any) -> Iterator[tuple[str, set[type]]]:
         kinds, _ = limits_of(hint)
         nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         for kind in nested:
-            below = "" if kind is Launch or kind.__name__ == "Shared" else f"{name}."
+            below = "" if kind.__name__ in ("Launch", "Shared", "From") else f"{name}."
             yield from ((f"{below}{inner}", kinds) for inner, kinds in options_of(kind))
         if not nested and kinds & {int, float}:
             yield name, kinds

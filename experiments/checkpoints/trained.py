@@ -18,6 +18,7 @@ from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus
 from rlroute.training.loop import DTYPES
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.prepare import build_model, refuse_changed
+from rlroute.training.start import take_start
 from rlroute.training.step import Device
 
 
@@ -70,7 +71,7 @@ class TrainedRun:
             StoreError: there is no checkpoint.
             CheckpointError: it cannot be read, or is of an earlier step.
         """
-        model = self.initial()
+        model = self._built()
         step = load_weights(self.folder, model, self.id)
         if step is None:
             raise StoreError(f"{self.folder} holds no checkpoint")
@@ -79,7 +80,17 @@ class TrainedRun:
         return model
 
     def initial(self) -> Transformer:
-        """Return a model at the run's initial weights."""
+        """Return a model at the run's initial weights.
+
+        Raises:
+            ConfigError, CheckpointError: those of another run, which is gone or has changed.
+        """
+        model = self._built()
+        if self.config.start is not None:
+            take_start(model, self.config, self.corpus, self.seed, self.folder.parent)
+        return model
+
+    def _built(self) -> Transformer:
         return build_model(self.config, self.corpus, self.seed)
 
     def at(self, step: int) -> Transformer:
@@ -89,7 +100,7 @@ class TrainedRun:
             StoreError: there is none of this step.
             CheckpointError: it cannot be read.
         """
-        model = self.initial()
+        model = self._built()
         if load_weights(self.folder, model, self.id, step) is None:
             raise StoreError(f"{self.folder} holds no checkpoint of step {step}: there are {self.steps}")
         return model

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, is_dataclass
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
 from rlroute.errors import ConfigError, MissingDependencyError, StoreError
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
-from rlroute.limits import checked, option
+from rlroute.limits import Whole, check_fields, checked, option
 
 if TYPE_CHECKING:
     from rlroute.experiments.recipes.sizes import Preset
@@ -36,10 +36,62 @@ class Shared:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class From:
+    """From which weights runs start."""
+
+    origin: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN")] = None
+    """Start from the weights of another run, in place of those of the seed: its folder, or its id in the store."""
+    from_step: Whole | None = None
+    """Of its checkpoint; none: the last. A run keeps the others with --keep all."""
+    from_router: Literal["kept", "fresh"] = "kept"
+    """kept: what that checkpoint holds of the routers is taken where it has a place; fresh: they start anew."""
+
+    def check(self) -> None:
+        """Refuse illegal values by name.
+
+        Raises:
+            ConfigError: a value is illegal, or there is nothing that it could say something about.
+        """
+        check_fields(self, None)
+        if self.origin is None:
+            refuse_others("runs that start from no other", "none: say --from RUN", self, From())
+
+    def find(self, store: Path) -> StartConfig | None:
+        """Return the start that is meant, None where none is; its run is then in the store.
+
+        Raises:
+            ConfigError, StoreError, CheckpointError: there is none like that.
+        """
+        from rlroute.experiments.launch.origin import find_start
+
+        if self.origin is None:
+            return None
+        choices = {n.removeprefix("from_"): v for n, v in vars(self).items() if n not in ("origin", "from_step")}
+        return find_start(run_folder(self.origin, store), store, self.from_step, **choices)
+
+
+def run_folder(run: str, store: Path) -> Path:
+    """Return the folder of a run that is named by it, or by its id in the store as ``rlroute runs`` takes it.
+
+    Raises:
+        ConfigError: there is none, or several are called so.
+    """
+    from rlroute.experiments.report.runs import find
+
+    if (Path(run) / "config.json").is_file():
+        return Path(run)
+    ids = find(sorted(path.parent.name for path in store.glob("*/config.json")), run)
+    if len(ids) != 1:
+        several = f"{len(ids)} runs are called so in {store}, the first {ids[0]}" if ids else f"not a run of {store}"
+        raise ConfigError(f"run {run!r}: {several}; legal are a run's folder, and an id or the start of one")
+    return store / ids[0]
+
+
 Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 """The run store (or compact file) of a command that reads nothing else; of the others it is ``--store``."""
 RUNS = Path("runs")
-LAUNCH, SHARED = Launch(), Shared()
+LAUNCH, SHARED, FROM = Launch(), Shared(), From()
 """The defaults of commands that train."""
 
 
@@ -53,7 +105,7 @@ def with_checked_options(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         for name, value in signature.bind(*arguments, **options).arguments.items():
-            if isinstance(value, Launch):
+            if isinstance(value, Launch | From):
                 value.check()
             elif not is_dataclass(value):
                 checked(value, hints[name], option(name))

@@ -10,7 +10,7 @@ import tyro
 
 from rlroute.config import Budget
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import LAUNCH, SHARED, Shared, command_line, said, with_preset
+from rlroute.experiments.cli.common import FROM, LAUNCH, SHARED, From, Shared, command_line, said, with_preset
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.launch.jobs import Launch
@@ -32,6 +32,7 @@ def judge(
     preset: str | None = None,
     out: Path = Path("results"),
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
     """Judge one routing change: better, worse, equivalent within the margin, or unresolved. What is compared, margin,
@@ -72,6 +73,7 @@ def judge(
         data=size.data,
         model=size.model,
         train=size.train,
+        start=start.find(launch.store),
         how=launch,
         said=said("train"),
         command=command_line(),

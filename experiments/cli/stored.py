@@ -130,7 +130,9 @@ def report(
     print(f"report in {out}")
 
 
-def verify(store: Store = RUNS, rerun: int = 0, seed: int = 0, evaluate: bool = False) -> None:
+def verify(
+    store: Store = RUNS, rerun: int = 0, seed: int = 0, evaluate: bool = False, sources: Path | None = None
+) -> None:
     """Compute again what stored runs say, from their configurations, the code and the data at hand; say what differs.
 
     Silent where all is as it says; else a line for each finding, and exit code 1.
@@ -140,10 +142,11 @@ def verify(store: Store = RUNS, rerun: int = 0, seed: int = 0, evaluate: bool = 
         rerun: so many runs are trained once more as well, and every figure is held against the record bit for bit.
         seed: which runs these are; those that say they diverged come first.
         evaluate: stored weights are evaluated once more as well.
+        sources: the store of the runs from whose weights others start; the store itself by default.
     """
     from rlroute.experiments.verify.store import verify as verified
 
-    findings = verified(store, reruns=rerun, draw=seed, evaluate=evaluate)
+    findings = verified(store, reruns=rerun, draw=seed, evaluate=evaluate, sources=sources)
     for finding in findings:
         print(finding)
     if findings:

@@ -12,8 +12,10 @@ import tyro
 from rlroute.config import Budget, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import (
+    FROM,
     LAUNCH,
     SHARED,
+    From,
     Shared,
     command_line,
     fitting_entries,
@@ -45,6 +47,7 @@ def train(
     tuned: bool = True,
     preset: str | None = None,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
     """Train one run: ENTRY is a router, `router:field=value,...`, or `dense`. An unfinished run goes on where it stood.
@@ -77,6 +80,7 @@ def train(
     name_broken(entry)
     tuned = tuned and preset is None
     (config,) = build_comparison([entry], size.data, size.model, steps, tuned=tuned, said=said("train"))
+    config = replace(config, start=start.find(launch.store))
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
     (record,) = run_all([Job(config, seed, command_line(), label=entry)], launch)
     print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
@@ -96,6 +100,7 @@ def compare(
     preset: str | None = None,
     out: Path = Path("results"),
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
     """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the entries that
@@ -126,7 +131,7 @@ def compare(
             "tuned": tuned,
             "preset": preset,
         }
-        _refuse_of_text(options, launch, shared)
+        _refuse_of_text(options, launch, start, shared)
         compare_clusters(entries, seeds, out, launch.concurrency or cores())
         return
     from rlroute.experiments.comparison.budget import find_reference, with_budget
@@ -143,6 +148,8 @@ def compare(
         entries = fitting_entries(all_entries() if entries else default_entries(), size.data, size.model)
     configs = build_comparison(entries, size.data, size.model, size.train, tuned=tuned, said=said("train"))
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
+    found = start.find(launch.store)
+    configs = [replace(config, start=found) for config in configs]
     make_folder(out)
     named = list(zip(entries, configs, strict=True))
     jobs = [Job(config, seed, command_line(), label=entry) for seed in range(seeds) for entry, config in named]
@@ -151,7 +158,7 @@ def compare(
     print(f"runs in {launch.store}/")
 
 
-def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> None:
+def _refuse_of_text(options: dict[str, Any], launch: Launch, start: From, shared: Shared) -> None:
     """Refuse what applies to ``--task text`` alone.
 
     Raises:
@@ -161,6 +168,7 @@ def _refuse_of_text(options: dict[str, Any], launch: Launch, shared: Shared) -> 
     takes = "ENTRIES, --seeds, --out and --concurrency"
     refuse_others("--task clusters", takes, options, plain)
     refuse_others("--task clusters", takes, replace(launch, concurrency=None), LAUNCH)
+    refuse_others("--task clusters", takes, {"from": start.origin}, {"from": None})
     for part in ("data", "model", "train"):
         mine, other = ({f"{part}.{n}": v for n, v in vars(getattr(s, part)).items()} for s in (shared, SHARED))
         refuse_others("--task clusters", takes, mine, other)
@@ -172,6 +180,7 @@ def sweep(
     reference: str | None = None,
     margin: Positive = MARGIN,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+    start: Annotated[From, tyro.conf.arg(name="")] = FROM,
 ) -> None:
     """Train the runs that a TOML file describes; print their table. The same command goes on where it stopped, and
     tries again what failed.
@@ -187,10 +196,11 @@ def sweep(
 
     read = sweeping.read_spec(spec)
     name_broken(*read.entries)
-    jobs, how = read.jobs(command_line()), read.launch(launch, said())
-    search = read.search(jobs)
+    how = read.launch(launch, said())
+    search = read.search(read.jobs(command_line()))
     if search is not None:
         how = sweeping.apart(how, read.name)
+    jobs = read.jobs(command_line(), start.find(how.store))
     out = out or Path("results") / read.name
     make_folder(out)
     records, failed = run_jobs(jobs, how, search)
@@ -209,6 +219,7 @@ def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
     launch: Annotated[Launch, tyro.conf.arg(name="")] = TUNING,
+    start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     train: Annotated[TrainConfig, tyro.conf.arg()] = TrainConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
@@ -224,7 +235,7 @@ def tune(
     name_broken(*entries)
     entries = tuning.named(entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model), train, said("train"))
     make_folder(out.parent)
-    trials = tuning.tune(entries, train, launch, command_line())
+    trials = tuning.tune(entries, train, launch, command_line(), start.find(launch.store))
     tuning.write_trials(trials, train, out, command_line())
     for entry, found in tuning.best_trials(trials).items():
         print(f"{entry}: {found}")

@@ -140,16 +140,20 @@ def router_label(config: Mapping[str, Any]) -> str:
 
 
 def labels(configs: Mapping[str, Mapping[str, Any]], *, whole: bool = False) -> dict[str, str]:
-    """Return what plain configurations are called: their routers, and in brackets the fields in which those of the same
-    routers differ: the routers' own where they tell them apart, unless the ``whole`` is wanted.
+    """Return what plain configurations are called: their routers, the run that they start from unless it is the same of
+    all, and in brackets the fields in which those of the same routers differ: the routers' own where they tell them
+    apart, unless the ``whole`` is wanted.
     """
+    origins = {name: f" from {config['start']['run']}" if "start" in config else "" for name, config in configs.items()}
+    several = len(set(origins.values())) > 1
+    named = {name: router_label(config) + several * origins[name] for name, config in configs.items()}
     alike: dict[str, list[dict[str, Any]]] = {}
-    for config in configs.values():
-        alike.setdefault(router_label(config), []).append(flat_config(config))
+    for name, config in configs.items():
+        alike.setdefault(named[name], []).append(flat_config(config))
     fields = {label: _telling(flats, whole) for label, flats in alike.items()}
     said = {}
     for name, config in configs.items():
-        label, own = router_label(config), flat_config(config)
+        label, own = named[name], flat_config(config)
         differing = ", ".join(f"{_short(field)}={own.get(field)}" for field in fields[label])
         said[name] = f"{label} ({differing})" if differing else label
     return said
@@ -212,7 +216,7 @@ def agreed(run: RunRecord) -> dict[tuple[Any, ...], Any]:
     for name, value in _made(run).items():
         whose = () if name.startswith("routers.") else (own,)  # a router is one code, whose ever entry it is in
         said[(f"config.made_from.{name}", *whose)] = value
-    said["fingerprint.backbone", seed] = run.summary["fingerprint"]["backbone"]
+    said["fingerprint.backbone", seed, source(run)] = run.summary["fingerprint"]["backbone"]
     for shape in by_shape([run]):
         said["fingerprint.shared", seed, *shape] = run.summary["fingerprint"]["shared"]
     return said | {(f"batches.chain at step {step}", seed): chain for step, chain in _chains(run).items()}
@@ -250,8 +254,9 @@ def _require_equal(field: str, values: Sequence[tuple[str, Any]], reason: str) -
 
 def _check_identity(runs: Sequence[RunRecord]) -> None:
     """Check the runs of one seed: the same initial weights, the same batches in the same order."""
-    backbones = [(run.id, run.summary["fingerprint"]["backbone"]) for run in runs]
-    _require_equal("fingerprint.backbone", backbones, SAME_WEIGHTS)
+    for alike in by_source(runs).values():
+        backbones = [(run.id, run.summary["fingerprint"]["backbone"]) for run in alike]
+        _require_equal("fingerprint.backbone", backbones, SAME_WEIGHTS)
     for alike in by_shape(runs).values():
         shared = [(run.id, run.summary["fingerprint"]["shared"]) for run in alike]
         _require_equal("fingerprint.shared", shared, SAME_WEIGHTS)
@@ -272,18 +277,33 @@ def _check_overlap(runs: Sequence[RunRecord]) -> None:
             _require_equal("batches.steps", values, "without a common step their batches cannot be compared")
 
 
-def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int, int | None], list[RunRecord]]:
-    """Group the MoE runs whose shared parameters have the same shapes; dense layers are as wide as what a token runs,
-    unless they have a width of their own.
+def source(run: RunRecord) -> str:
+    """Return the checkpoint that a run starts from, as a table names it; empty where its weights are the seed's."""
+    start = run.config["config"].get("start")
+    return f"{start['run']} at step {start['step']} (sha256 {start['sha256'][:12]})" if start else ""
+
+
+def by_source(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Group runs by the checkpoint that they start from."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(source(run), []).append(run)
+    return groups
+
+
+def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int, int | None, str], list[RunRecord]]:
+    """Group the MoE runs whose shared parameters have the same shapes, and come from the same weights in the same way;
+    dense layers are as wide as what a token runs, unless they have a width of their own.
     """
-    groups: dict[tuple[int, int, int, int | None], list[RunRecord]] = {}
+    groups: dict[tuple[int, int, int, int | None, str], list[RunRecord]] = {}
     for run in runs:
         model = run.config["config"]["model"]
         if run.config["router"] != DENSE:
             shared = model.get("num_shared_experts", 0)
             dense = (model["num_dense_layers"] or model.get("moe_every", 1) > 1) and model.get("d_dense") is None
             width = model["k"] + shared if dense else None
-            shape = (model["num_experts"], shared, model.get("constant_experts", 0), width)
+            start = json.dumps(run.config["config"].get("start"), sort_keys=True)
+            shape = (model["num_experts"], shared, model.get("constant_experts", 0), width, start)
             groups.setdefault(shape, []).append(run)
     return groups
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rlroute.config import Budget, DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import Budget, DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
 from rlroute.experiments.comparison.budget import with_budget
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
 from rlroute.experiments.comparison.judgement import Judgement, Look
@@ -47,6 +47,7 @@ def judge(
     data: DataConfig | None = None,
     model: ModelConfig | None = None,
     train: TrainConfig | None = None,
+    start: StartConfig | None = None,
     how: Launch | None = None,
     said: Collection[str] = (),
     command: str | None = None,
@@ -63,6 +64,7 @@ def judge(
         seconds: training time of each run under budget time.
         tuned: use tuned settings: see :func:`rlroute.experiments.recipes.presets.build_pair`.
         data, model, train: what both entries share; the defaults of ``compare`` where nothing is said.
+        start: the weights from which both start, if they are another run's.
         how: where the runs are stored and how they are launched.
         said: fields of ``train`` that were set on purpose, beyond those that differ from their defaults.
         command: the command line behind it, for the records.
@@ -77,7 +79,7 @@ def judge(
     how, shared = how or Launch(), (data or DataConfig(), model or ModelConfig(), train or TrainConfig())
     names = [bring_in(entry) for entry in (candidate, against)]
     configs, settings = build_pair(names[0], names[1], *shared, tuned=tuned, said=said)
-    configs = with_budget(configs, budget, configs[1], seconds)
+    configs = [replace(c, start=start) for c in with_budget(configs, budget, configs[1], seconds)]
     at = looks(max_seeds)
     jobs = _jobs(configs, names, max_seeds, command)
     made = check_jobs(jobs, how)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rlroute.config import DENSE, SCHEMA
-from rlroute.experiments.comparison.entries import Entry, by_shape, flat_config, of_router, varying
+from rlroute.experiments.comparison.entries import Entry, by_shape, by_source, flat_config, of_router, source, varying
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.recipes.tuned import TUNING_SEEDS
 from rlroute.experiments.verdicts import LEVEL
@@ -29,6 +29,10 @@ def measured(entries: Sequence[Entry]) -> list[str]:
     return [f"{entry.label} {mark} ({said})" for entry in entries for mark, said in marks(entry.runs).items()]
 
 
+ORIGIN = ("start.run", "start.step", "start.sha256")
+"""What :func:`starts` says."""
+
+
 def deliberate(entries: Sequence[Entry]) -> list[str]:
     flats = {entry.label: flat_config(entry.runs[0].config["config"]) for entry in entries}
     said = (
@@ -37,7 +41,7 @@ def deliberate(entries: Sequence[Entry]) -> list[str]:
         else []
     )
     for name in varying(list(flats.values())):
-        if not of_router(name):
+        if not of_router(name) and name not in ORIGIN:
             labels: dict[str, list[str]] = {}
             for label, flat in flats.items():
                 labels.setdefault(json.dumps(flat.get(name)), []).append(label)
@@ -105,10 +109,11 @@ def identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     shapes = by_shape(runs)
     for (experts, *_), alike in shapes.items():
         title = "Same initial weights" + (f" ({experts} experts)" if len(shapes) > 1 else "")
-        said = f"all but the routers' own, equal over {_count(alike)} with experts: "
+        said = f"all but the routers' own, equal over {_count(alike)} with experts{_from(alike)}: "
         yield title, said + _per_seed(alike, lambda run: run.summary["fingerprint"]["shared"])
-    said = f"outside the layers that have experts, equal over {_count(runs)}: "
-    yield "Same initial backbone", said + _per_seed(runs, lambda run: run.summary["fingerprint"]["backbone"])
+    for alike in by_source(runs).values():
+        said = f"outside the layers that have experts, equal over {_count(alike)}{_from(alike)}: "
+        yield "Same initial backbone", said + _per_seed(alike, lambda run: run.summary["fingerprint"]["backbone"])
     finished = [run for run in runs if run.summary["status"] == "finished"] or list(runs)
     if len({run.summary["steps"] for run in finished}) == 1:
         said = f"hash chain over {finished[0].summary['steps']:,} steps, equal over {_count(finished)}: "
@@ -118,6 +123,19 @@ def identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
             "Same batches",
             "hash chains of the shorter runs are prefixes of the longest's, compared at all common evaluation steps",
         )
+
+
+def _from(runs: Sequence[RunRecord]) -> str:
+    return f" from {name}" if (name := source(runs[0])) else ""
+
+
+def starts(entries: Sequence[Entry]) -> list[str]:
+    """Say which checkpoint entries start from, where any starts from one."""
+    labels: dict[str, list[str]] = {}
+    for entry in entries:
+        labels.setdefault(source(entry.runs[0]) or "the weights of their seeds", []).append(entry.label)
+    said = [f"{name} ({', '.join(who)})" for name, who in labels.items()]
+    return said if any(source(entry.runs[0]) for entry in entries) else []
 
 
 def _count(runs: Sequence[RunRecord]) -> str:

@@ -21,6 +21,7 @@ from rlroute.experiments.comparison.notes import (
     measured,
     provenance,
     settings,
+    starts,
     tuning_trials,
     verdicts,
 )
@@ -135,9 +136,10 @@ def build_table(
 def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
     if name is None:
         return next((entry for entry in entries if entry.router == "switch"), entries[0])
-    for entry in entries:
-        if entry.label == name:
-            return entry
+    named = [entry for entry in entries if entry.label == name]
+    named = named or [entry for entry in entries if entry.label.partition(" ")[0] == name]
+    if len(named) == 1:
+        return named[0]
     raise ComparisonError(
         f"reference {name!r} is not in the table: legal are {', '.join(entry.label for entry in entries)}"
     )
@@ -248,6 +250,7 @@ def _notes(
     yield "Verdicts", verdicts(base.label, margin) if len(rows) > 1 else ""
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
     yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
+    yield "Starts from", "; ".join(starts(entries))
     yield "Deliberate differences", "; ".join(deliberate(entries))
     yield "Gate form own", "; ".join(gates(entries))
     yield (

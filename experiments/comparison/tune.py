@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
@@ -54,11 +55,18 @@ def named(entries: Sequence[str], train: TrainConfig, said: Collection[str] = ()
     return found
 
 
-def tune(entries: Sequence[str], train: TrainConfig, how: Launch, command: str) -> list[Trial]:
-    """Walk the grid of each entry, one of `named`, and return all trials, in the order in which they ran."""
+def tune(
+    entries: Sequence[str], train: TrainConfig, how: Launch, command: str, start: StartConfig | None = None
+) -> list[Trial]:
+    """Walk the grid of each entry, one of `named`, and return all trials, in the order in which they ran.
+
+    Args:
+        entries, train, how, command: what is trained, and how.
+        start: the weights from which all trials start, if they are another run's.
+    """
     trials: list[Trial] = []
     while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
-        configs = [_trial(entry, point, train) for entry, point in following]
+        configs = [replace(_trial(entry, point, train), start=start) for entry, point in following]
         jobs = [together([Job(config, seed, command) for seed in TUNING_SEEDS]) for config in configs]
         records = run_all(list(chain.from_iterable(jobs)), how)
         found = {record.id: record for record in records}

@@ -44,7 +44,7 @@ RECORDED_LEGEND = (
     "there too; explored choices included."
 )
 KEEP = (
-    "The run kept the weights of its end alone: --train.keep-checkpoints keeps those of every checkpoint "
+    "The run kept the weights of its end alone: --keep all keeps those of every checkpoint "
     "(--train.checkpoint-every), which shows how routes settle in between."
 )
 WORTH_LEGEND = (

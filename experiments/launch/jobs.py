@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
+from rlroute.execution import Keep
 from rlroute.limits import Between, check_fields, checked_seed
 from rlroute.schema import Asked
 from rlroute.sink import Mode
@@ -106,6 +107,10 @@ class Launch:
     """Minutes without a step after which a run counts as hung; the first step has ten if that is more."""
     wandb: Mode = "off"
     """Log every run to Weights & Biases as well: offline, for `wandb sync`, or online; it never harms a run."""
+    keep: Keep = "weights"
+    """What of a run's checkpoints stays once it has ended: the last one's weights; its optimizer's state as well; the
+    weights of all, by which `rlroute inspect` shows how routes settle.
+    """
 
     @property
     def cluster(self) -> str | None:

@@ -104,10 +104,10 @@ def _train_alone(
 def _train(job: Job, how: Launch, watched: Callable[[], AbstractContextManager[Callable[[int], None]]]) -> None:
     from rlroute.training.loop import train
 
-    origin: Any = {"command": job.command, "asked": job.asked}
+    options: Any = {"command": job.command, "asked": job.asked, "wandb": how.wandb, "keep": how.keep}
     if how.workers == 1:
         with watched() as on_step:
-            train(job.config, job.seed, how.store, **origin, on_step=on_step, wandb=how.wandb)
+            train(job.config, job.seed, how.store, **options, on_step=on_step)
     else:
         from rlroute.parallel.workers import train_group
 
@@ -120,8 +120,7 @@ def _train(job: Job, how: Launch, watched: Callable[[], AbstractContextManager[C
             chunks=how.exchange_chunks,
             cpus=how.cpus,
             gpus=how.gpus,
-            **origin,
+            **options,
             retries=how.retries,
             patience=60 * how.patience,
-            wandb=how.wandb,
         )

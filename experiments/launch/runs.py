@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rlroute.config import RunConfig
+from rlroute.config import DataConfig, RunConfig
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.launcher import launch
@@ -17,6 +18,9 @@ from rlroute.experiments.launch.supervisor import require_reach
 from rlroute.records import RunFolder
 from rlroute.schema import MadeFrom, RunRecord
 from rlroute.sink import require as require_wandb
+
+if TYPE_CHECKING:
+    from rlroute.training.data import Corpus
 
 
 def run_all(jobs: Sequence[Job], how: Launch) -> list[RunRecord]:
@@ -92,10 +96,23 @@ def check_jobs(jobs: Sequence[Job], how: Launch) -> dict[RunConfig, MadeFrom]:
         raise ConfigError("--gpus 0 with train.device = 'cuda': say how much of a GPU a worker gets")
     if how.wandb != "off":
         require_wandb()
+    for line in _starts(jobs, how, corpora):
+        print(line, file=sys.stderr)
     made = {config: made_from(config, corpora[config.data].provenance) for config in seeds_of}
     for job in jobs:
         refuse_changed(folders[job.id], made[job.config])
     return made
+
+
+def _starts(jobs: Sequence[Job], how: Launch, corpora: Mapping[DataConfig, Corpus]) -> Iterator[str]:
+    """Find out whether runs can start from others, and say once for each start what these have nothing for."""
+    from rlroute.training.start import check_start
+
+    for config in dict.fromkeys(job.config for job in jobs):
+        if config.start is not None:
+            keyed = check_start(config, corpora[config.data], how.store)
+            anew = f"; anew: {', '.join(keyed)}" if keyed else ""
+            yield f"{config.router_name} starts from {config.start}{anew}"
 
 
 def _engines(jobs: Sequence[Job]) -> str:

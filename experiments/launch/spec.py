@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlroute import seeding
-from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, Search, together
 from rlroute.experiments.recipes.entries import none_where_legal
@@ -68,9 +68,13 @@ class Spec:
     grace: int | None = None
     reduction: float = 3.0
 
-    def jobs(self, command: str) -> list[Job]:
+    def jobs(self, command: str, start: StartConfig | None = None) -> list[Job]:
         """Return the runs, without those that are the same twice (a router field that an entry does not have changes
         nothing there).
+
+        Args:
+            command: the command line behind them, for their records.
+            start: the weights from which all of them start, if they are another run's.
 
         Raises:
             ConfigError: a field that no entry has, or an illegal value.
@@ -83,7 +87,7 @@ class Spec:
                 {path: value for path, value in values.items() if _applies(path, configs[entry])}
                 for values in (self.base, choice)
             )
-            config = _with(configs[entry], base | mine)
+            config = replace(_with(configs[entry], base | mine), start=start)
             label = " ".join([entry, *(f"{path.rpartition('.')[2]}={value}" for path, value in mine.items())])
             for job in together([Job(config, seed, command, label=label) for seed in self.seeds]):
                 jobs.setdefault(job.id, job)

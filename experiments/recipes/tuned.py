@@ -122,7 +122,7 @@ def tuning_of(config: Mapping[str, Any]) -> Tuning:
     if nearest is None or not all(values.items() <= config[part].items() for part, values in TUNED[nearest].items()):
         return Tuning(None, False)
     tuned = _plain(nearest) | TUNED[nearest].get("router", {})
-    return Tuning(nearest, tuned | config["router"] == tuned and not config.get("others"))
+    return Tuning(nearest, tuned | config["router"] == tuned and not config.get("others") and not config.get("start"))
 
 
 def settings_of(config: Mapping[str, Any]) -> str:

@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 from rlroute.commit import core_sha256_at
 from rlroute.config import DataConfig, RunConfig
+from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.provenance import made_from
 from rlroute.schema import MadeFrom
 from rlroute.training.data import Batch, Corpus, batch_chain, load_corpus
 from rlroute.training.prepare import build_model, cut, validation_batches
+from rlroute.training.start import take_start
 
 
 class AtHand:
-    """What is computed from a run's configuration and seed alone."""
+    """What is computed from a run's configuration and seed alone, and from the runs that runs start from.
 
-    def __init__(self) -> None:
+    Args:
+        sources: the store in which these lie.
+    """
+
+    def __init__(self, sources: Path | None = None) -> None:
+        self.sources = sources
         self.corpus = cache(self._corpus)
         self.made_from = cache(self._made_from)
         self.core_at = cache(core_sha256_at)
@@ -31,9 +39,21 @@ class AtHand:
         return made_from(config, self.corpus(config.data).provenance)
 
     def model(self, config: RunConfig, seed: int) -> Transformer:
-        """Return a run's model at its initial weights, on the CPU."""
-        here = replace(config, train=replace(config.train, device="cpu", kernel="auto"))
-        return build_model(here, self.corpus(config.data), seed)
+        """Return a run's model at its initial weights, on the CPU.
+
+        Raises:
+            ConfigError, CheckpointError: those of another run, which are not in ``sources``, or are not what they were.
+        """
+        here, corpus = (
+            replace(config, train=replace(config.train, device="cpu", kernel="auto")),
+            self.corpus(config.data),
+        )
+        model = build_model(here, corpus, seed)
+        if config.start is not None:
+            if self.sources is None:
+                raise ConfigError(f"start.run = {config.start.run!r}: want --sources STORE, in which that run lies")
+            take_start(model, here, corpus, seed, self.sources)
+        return model
 
     def validation(self, config: RunConfig) -> Sequence[Batch]:
         """Return a run's validation batches."""

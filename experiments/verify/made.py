@@ -15,8 +15,8 @@ from rlroute.kernels import choose_backend
 from rlroute.model import Transformer
 from rlroute.model.accounting import Costs, costs, fingerprints
 from rlroute.schema import EvalRow, RunRecord
+from rlroute.training.audit import claims
 from rlroute.training.data import tokens_sha256
-from rlroute.training.loop import claims
 from rlroute.training.prepare import planned_steps
 from rlroute.values import differing
 

@@ -42,12 +42,14 @@ def chosen(runs: Sequence[RunRecord], count: int, seed: int) -> list[RunRecord]:
     return sorted(drawn, key=lambda run: run.summary["status"] != "diverged")[:count]
 
 
-def rerun(run: RunRecord, ledger: Ledger) -> None:
-    """Train a run once more in a store of its own, and hold every figure against the record, bit for bit."""
+def rerun(run: RunRecord, sources: Path | None, ledger: Ledger) -> None:
+    """Train a run once more in a store of its own, and hold every figure against the record, bit for bit; the run that
+    it starts from, if it does, lies in ``sources``.
+    """
     config, seed = run_config(run.config["config"]), run.config["seed"]
     with tempfile.TemporaryDirectory(prefix="rlroute-verify-") as scratch:
         try:
-            train(config, seed, Path(scratch))
+            train(config, seed, Path(scratch), sources=sources)
         except RlrouteError as error:
             ledger.add("summary.json", "status", run.summary["status"], f"not to be trained: {error}", "trained again")
             return

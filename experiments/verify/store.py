@@ -19,13 +19,16 @@ from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 
 
-def verify(path: Path, *, reruns: int = 0, draw: int = 0, evaluate: bool = False) -> list[Finding]:
+def verify(
+    path: Path, *, reruns: int = 0, draw: int = 0, evaluate: bool = False, sources: Path | None = None
+) -> list[Finding]:
     """Return what is wrong with stored runs.
 
     Args:
         path: a run store or a compact file.
         reruns: how many runs to train once more; ``draw`` is the seed by which they are chosen.
         evaluate: whether stored weights are evaluated once more.
+        sources: the store of the runs that others start from; by default a store's own.
 
     Raises:
         StoreError: there is no such store or file, or nothing in it.
@@ -34,13 +37,13 @@ def verify(path: Path, *, reruns: int = 0, draw: int = 0, evaluate: bool = False
     runs = _read(path, findings)
     if not runs and not findings:
         raise StoreError(f"{path} holds no ended run")
-    hand = AtHand()
+    hand = AtHand(sources or (path if path.is_dir() else None))
     with _own_threads():
         for run in runs:
             findings += _check(run, path, [other for other in runs if other is not run], hand, evaluate)
         for run in replay.chosen(runs, reruns, draw):
             ledger = Ledger(run.id)
-            replay.rerun(run, ledger)
+            replay.rerun(run, hand.sources, ledger)
             findings += ledger.findings
     return findings + missing(path, runs)
 
@@ -92,7 +95,13 @@ def _check_made(run: RunRecord, path: Path, config: RunConfig, hand: AtHand, eva
     if made.check_data(run, config, hand, ledger):  # of other data, everything below would be wrong as well
         made.check_batches(run, config, hand, ledger)
         made.check_bits(run, config, hand, ledger)
-        model = hand.model(config, run.config["seed"])
+        try:
+            model = hand.model(config, run.config["seed"])
+        except RlrouteError as error:
+            if config.start is None:
+                raise
+            ledger.add("config.json", "config/start", str(config.start), "that checkpoint", str(error))
+            return
         made.check_model(run, config, model, ledger)
         if (path / run.id).is_dir():
             replay.check_weights(run, path / run.id, config, model, hand, evaluate, ledger)

@@ -25,6 +25,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
+from rlroute.execution import Keep
 from rlroute.parallel.mesh import Mesh, WorkerError, check_mesh
 from rlroute.records import RunFolder
 from rlroute.registry import include, included, run_config
@@ -64,6 +65,7 @@ def train_group(
     patience: float = 600.0,
     timeout: float | None = None,
     wandb: Mode = "off",
+    keep: Keep = "weights",
 ) -> dict[str, Any]:
     """Train a run with several workers and return its summary, as :func:`rlroute.training.loop.train` does with one.
 
@@ -85,6 +87,7 @@ def train_group(
         timeout: seconds that a worker waits for the others before it gives them up; longer than a watchdog waits if
             nothing is said, so that one that hangs has left its stacks by then.
         wandb: where rank 0 sends the rows besides the records.
+        keep: what of its checkpoints stays once it has ended.
 
     Raises:
         ConfigError: the workers cannot share the experts or the step, found before any starts.
@@ -98,7 +101,7 @@ def train_group(
     check_shares(config, workers)
     waits = max(patience, START_SECONDS) + 60 if timeout is None else timeout
     what = (config.to_dict(), list(map(str, included())), seed, str(store.absolute()), command, asked)
-    job = (*what, expert_parallel, chunks, patience, waits, wandb)
+    job = (*what, expert_parallel, chunks, patience, waits, wandb, keep)
     with _bundles(workers, cpus, gpus) as strategies, _rendezvous() as (address, port):
         for attempt in range(retries + 1):
             actors = _start(strategies, cpus, gpus)
@@ -173,6 +176,7 @@ class _Worker:
         patience: float,
         timeout: float,
         wandb: Mode,
+        keep: Keep,
     ) -> tuple[dict[str, Any], list[str]]:
         import ray
 
@@ -197,8 +201,8 @@ class _Worker:
             watchdog(patience, folder.path, rank) as alive,
             Defects(run, folder.path, lambda e: not _follows_a_loss(e)),
         ):
-            origin: Any = {"command": command, "asked": asked}
-            summary = dict(train(run, seed, Path(store), **origin, on_step=alive, group=group, wandb=wandb))
+            how: Any = {"command": command, "asked": asked, "wandb": wandb, "keep": keep}
+            summary = dict(train(run, seed, Path(store), **how, on_step=alive, group=group))
         return summary, take_warnings()
 
 

@@ -20,6 +20,7 @@ from rlroute.schema.run import (
     ModelFields,
     NamedRouter,
     SitedRouter,
+    StartFields,
     TrainFields,
 )
 from rlroute.schema.summary import (
@@ -87,6 +88,7 @@ __all__ = [
     "Seal",
     "Signed",
     "SitedRouter",
+    "StartFields",
     "Stored",
     "Summary",
     "TrainFields",

@@ -52,6 +52,17 @@ class TrainFields(TypedDict):
     """Sequences per step."""
 
 
+class StartFields(TypedDict):
+    """Fields of :class:`rlroute.start.StartConfig`; these are in every record that has any."""
+
+    run: Name
+    """Id of the run whose weights this one starts from."""
+    step: Whole
+    """Steps after which they were written."""
+    sha256: Digest
+    """Of the weights."""
+
+
 class Configuration(TypedDict):
     """A run's configuration: :meth:`rlroute.config.RunConfig.to_dict`."""
 
@@ -65,6 +76,8 @@ class Configuration(TypedDict):
     """The router that decides wherever no other does; of name ``dense`` in the dense model."""
     others: NotRequired[list[SitedRouter]]
     """The routers of some sites."""
+    start: NotRequired[StartFields]
+    """The checkpoint whose weights the run starts from; without one they derive from the seed."""
 
 
 class MadeFrom(TypedDict):

@@ -1,5 +1,5 @@
 """What a trained model's routers really do, measured on validation tokens at the end of a run: how many pairs run, whom
-a token's route and output depend on, and what the routers compute.
+a token's route and output depend on, and what the routers compute; and what they say of themselves.
 
 Tokens are changed, and what should not depend on them is compared with what it was: the rows before a change in the
 same sequence, and all rows of other sequences. Each routed site is handed the unchanged rows bit by bit as they were
@@ -14,7 +14,7 @@ sites.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -313,3 +313,22 @@ def _declared(router: Router) -> int | None:
     """Return the FLOPs of its greedy forward that a router claims, where it does: nobody has to, or is believed."""
     claim = getattr(router, "flops_per_token", None)
     return None if claim is None else int(claim() if callable(claim) else claim)
+
+
+# What they say
+
+
+def claims(routers: Sequence[Router], gate_form: str) -> dict[str, Any]:
+    """Return what routers say of themselves: the meaning of their gates, what they learn from, whether they are
+    causal.
+    """
+    return {
+        "gate": {"form": gate_form, "meaning": _listed(router.gate_meaning for router in routers)},
+        "learns_from": sorted({signal for router in routers for signal in router.learns_from}),
+        "causal": all(router.causal for router in routers),
+    }
+
+
+def _listed(meanings: Iterable[str]) -> str:
+    """Return different texts once each, in their order; ``none`` where there is none."""
+    return "; ".join(dict.fromkeys(meanings)) or "none"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rlroute.config import SCHEMA
 from rlroute.errors import CheckpointError, RlrouteError
+from rlroute.execution import Keep
 from rlroute.model.accounting import is_expert
 from rlroute.records import storing, sync_folder
 from rlroute.training import manifest
@@ -45,8 +46,7 @@ def save_checkpoint(
     progress: Progress,
     run_id: str,
     group: Group = ALONE,
-    *,
-    keep: bool = False,
+    keep: Keep = "weights",
 ) -> None:
     """Write the checkpoint of a step, and remove all but the one before it. All ranks of a group call this, and see the
     same folder.
@@ -58,7 +58,7 @@ def save_checkpoint(
         progress: where the run stands.
         run_id: whose the weights are, readable from the safetensors header.
         group: the processes that train together.
-        keep: remove none that is older.
+        keep: ``all`` keeps the earlier ones too.
 
     Raises:
         StoreError: the folder cannot be written, by any of them; the previous checkpoint stays.
@@ -85,7 +85,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
     if first:
         steps = [step for step in own_checkpoints(folder) if step <= progress.step]
-        _keep(folder, steps if keep else steps[-KEPT:])
+        _keep(folder, steps if keep == "all" else steps[-KEPT:])
 
 
 @contextmanager
@@ -214,11 +214,27 @@ def load_weights(folder: Path, model: nn.Module, run_id: str, at: int | None = N
     return step
 
 
-def end_checkpoints(folder: Path, keep: bool = False) -> None:
-    """Keep the newest weights of an ended run, or all of them, and forget what only a resume needs."""
-    found = own_checkpoints(folder)
-    _keep(folder, found if keep else list(found)[-1:])
-    for path in own_checkpoints(folder).values():
+def read_weights(path: Path, run: str, sha256: str) -> dict[str, Tensor]:
+    """Return a model's state out of a run's checkpoint, all experts together, whatever model it is.
+
+    Raises:
+        CheckpointError: it is not sound, or its weights are not those of the SHA-256; the message names the checkpoint.
+    """
+    try:
+        with _reading():
+            found = manifest.read_manifest(path, run)
+            if found.weights_sha256 != sha256:
+                raise CheckpointError(f"its weights have SHA-256 {found.weights_sha256}, want {sha256}")
+            shards = _shards(path, found, max(entry["size"] for entry in found.files.values()))
+            return {n: torch.cat([part[n] for part in shards]) if is_expert(n) else v for n, v in shards[0].items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+
+
+def end_checkpoints(folder: Path, keep: Keep = "weights") -> None:
+    """Keep the newest weights of an ended run, or more where that is wanted, and forget what only a resume needs."""
+    _keep(folder, list(own_checkpoints(folder))[0 if keep == "all" else -1 :])
+    for path in own_checkpoints(folder).values() if keep != "state" else ():
         for file in path.glob("trainer*.pt"):
             file.unlink(missing_ok=True)
 
@@ -267,13 +283,7 @@ def _read_weights(path: Path, found: Manifest, model: nn.Module, group: Group) -
     Raises:
         CheckpointError: it is not what the manifest says, or does not fit the model.
     """
-    shards, own = [], model.state_dict()
-    for shard in range(found.shards):
-        data = found.read(path, shard_names(shard, found.shards)[0], _most_bytes(model, group))
-        wanted = {"schema": str(SCHEMA), "step": str(found.step), "run": found.run}
-        if _header(data) != wanted:
-            raise CheckpointError(f"the header of shard {shard + 1} is {_header(data)}, want {wanted}")
-        shards.append(load(data))
+    shards, own = _shards(path, found, _most_bytes(model, group)), model.state_dict()
     if shards[0].keys() != own.keys():
         raise CheckpointError(f"it does not fit the model: {min(shards[0].keys() ^ own.keys())}")
     state = {}
@@ -283,6 +293,22 @@ def _read_weights(path: Path, found: Manifest, model: nn.Module, group: Group) -
         if (value.shape, value.dtype) != (own[name].shape, own[name].dtype):
             raise CheckpointError(f"it does not fit the model: {name} is {value.dtype} of {tuple(value.shape)}")
     return state
+
+
+def _shards(path: Path, found: Manifest, most: int) -> list[dict[str, Tensor]]:
+    """Return what a checkpoint's shards hold of the model's state; no file may have more bytes.
+
+    Raises:
+        CheckpointError: it is not what the manifest says.
+    """
+    shards = []
+    for shard in range(found.shards):
+        data = found.read(path, shard_names(shard, found.shards)[0], most)
+        wanted = {"schema": str(SCHEMA), "step": str(found.step), "run": found.run}
+        if _header(data) != wanted:
+            raise CheckpointError(f"the header of shard {shard + 1} is {_header(data)}, want {wanted}")
+        shards.append(load(data))
+    return shards
 
 
 def _header(data: bytes) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """Train one run from its configuration to its summary, resuming from its checkpoint if there is one."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlroute.choices import ChoiceLog
 from rlroute.config import SCHEMA, RunConfig
+from rlroute.execution import Keep
 from rlroute.kernels import resolve_backend
 from rlroute.learning import adapt
 from rlroute.limits import checked_seed
@@ -23,11 +24,10 @@ from rlroute.model.moe import MoELayer
 from rlroute.provenance import made_from, utc_now
 from rlroute.reading import last_row
 from rlroute.records import RunFolder
-from rlroute.routing import Router
 from rlroute.schema import Asked, MadeFrom, Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink, warn
 from rlroute.training.ahead import Ahead, Diverged
-from rlroute.training.audit import audit
+from rlroute.training.audit import audit, claims
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
 from rlroute.training.data import Corpus, load_corpus, next_link, sample_batch, tokens_sha256
 from rlroute.training.determinism import deterministic
@@ -46,6 +46,7 @@ from rlroute.training.prepare import (
     validation_batches,
 )
 from rlroute.training.progress import Progress
+from rlroute.training.start import take_start
 from rlroute.training.step import Device, StepResult, backward_batch, load_fractions, max_vio_L, rounded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -61,6 +62,8 @@ def train(
     on_step: Callable[[int], None] = lambda step: None,
     group: Group = ALONE,
     wandb: Mode = "off",
+    keep: Keep = "weights",
+    sources: Path | None = None,
 ) -> Summary:
     """Train a run to its end and return its summary; an ended run is returned as it is, an unfinished one goes on.
 
@@ -75,6 +78,8 @@ def train(
         on_step: called with the number of steps done, after each.
         group: the processes that train this run together.
         wandb: where the rows go besides the records; whatever happens there, the records are the same.
+        keep: what of its checkpoints stays once it has ended.
+        sources: the store of the run that this one starts from, if it does; by default the same.
 
     Raises:
         ConfigError, DataError: bad input, before anything is written.
@@ -91,7 +96,7 @@ def train(
     torch.set_num_threads(config.train.threads)
     check_shares(config, group.size)
     check_memory(config, corpus.vocab_size, group.placement.shards)
-    run = _Run(config, seed, folder, corpus, made, command, group, wandb, asked)
+    run = _Run(config, seed, folder, corpus, made, command, group, wandb, asked, keep, sources or store)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary
@@ -117,10 +122,12 @@ class _Run:
         group: Group = ALONE,
         wandb: Mode = "off",
         asked: Asked | None = None,
+        keep: Keep = "weights",
+        sources: Path | None = None,
     ) -> None:
         self.config, self.seed, self.folder, self.corpus = config, seed, folder, corpus
         self.command, self.asked = command, asked
-        self.made, self.group, self.wandb = made, group, wandb
+        self.made, self.group, self.wandb, self.keep = made, group, wandb, keep
         self.sink: Sink = OFF  # opened with the records
         self.cut = cut(config)
         self.batches = Batches(
@@ -131,6 +138,8 @@ class _Run:
             torch.cuda.reset_peak_memory_stats()
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
+        if config.start is not None:
+            take_start(self.model, config, corpus, seed, sources or folder.path.parent, group)
         if config.train.compile:
             torch.compiler.reset()  # what runs before this one in the same process were compiled to
             set_compiled(self.model, True)
@@ -170,7 +179,7 @@ class _Run:
             summary = self._summary("diverged", None, stopped) | {"measured": None}  # of no use where numbers are not
         if self.group.rank == 0:
             self.folder.finish(summary)
-            end_checkpoints(self.folder.path, self.config.train.keep_checkpoints)
+            end_checkpoints(self.folder.path, self.keep)
             self.sink.close(summary)
         return summary
 
@@ -306,8 +315,8 @@ class _Run:
 
     def _checkpoint(self) -> None:
         self._look()
-        keep, run = self.config.train.keep_checkpoints, self.folder
-        save_checkpoint(run.path, self.model, self.optimizer, self.progress, run.id, self.group, keep=keep)
+        parts = (self.model, self.optimizer, self.progress)
+        save_checkpoint(self.folder.path, *parts, self.folder.id, self.group, self.keep)
         self.saved = self.progress.step
 
     def _resume(self) -> dict[str, Any] | None:
@@ -375,17 +384,6 @@ class _Run:
         }
 
 
-def claims(routers: Sequence[Router], gate_form: str) -> dict[str, Any]:
-    """Return what routers say of themselves: the meaning of their gates, what they learn from, whether they are
-    causal.
-    """
-    return {
-        "gate": {"form": gate_form, "meaning": _listed(router.gate_meaning for router in routers)},
-        "learns_from": sorted({signal for router in routers for signal in router.learns_from}),
-        "causal": all(router.causal for router in routers),
-    }
-
-
 def _by_device(model: Transformer, demand_L: Sequence[Tensor], shards: int) -> list[Tensor]:
     """Return the pairs of real experts on each device, of each site whose experts are cut into shards."""
     return [
@@ -393,8 +391,3 @@ def _by_device(model: Transformer, demand_L: Sequence[Tensor], shards: int) -> l
         for site, demand_E in zip(model.routed, demand_L, strict=True)
         if isinstance(site, MoELayer)
     ]
-
-
-def _listed(meanings: Iterable[str]) -> str:
-    """Return different texts once each, in their order; ``none`` where there is none."""
-    return "; ".join(dict.fromkeys(meanings)) or "none"

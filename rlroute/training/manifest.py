@@ -84,6 +84,14 @@ class Manifest:
         """Into how many shards the experts were cut."""
         return len(self.files) // 2
 
+    @property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the model's weights: that of their file, or over those of all shards' files, one after the
+        other.
+        """
+        digests = [self.files[shard_names(shard, self.shards)[0]]["sha256"] for shard in range(self.shards)]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
     def to_text(self) -> str:
         """Return the one text that says this."""
         values = {"schema": SCHEMA, "run": self.run, "step": self.step, "files": dict(self.files)}
