@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -54,6 +55,14 @@ class Grid:
         for cells in list(zip(*columns.values(), strict=True))[1:]:
             table.add_row(*map(Text, cells))
         return table
+
+    def text(self, width: int = 100) -> str:
+        """Return the table as so many columns of a terminal show it."""
+        from rich.console import Console
+
+        file = io.StringIO()
+        Console(file=file, width=width, color_system=None).print(self.draw(width))
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def left_out(self, width: int) -> list[str]:
         """Return the titles that do not fit into so many columns of a terminal."""

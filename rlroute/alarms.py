@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlroute.reading import site_keys
+from rlroute.schema import RunRecord
 
 Kind = Literal["dead experts", "collapse", "router logits", "stalled"]
 
@@ -150,6 +151,12 @@ class Watch:
         known = self.found.get((kind, site))
         if known is not None and known.until is None:
             self.found[kind, site] = replace(known, until=self.step)
+
+
+def alarms_of(record: RunRecord) -> list[Alarm]:
+    """Return the alarms of an ended run."""
+    rows = sorted([*record.train, *record.evals], key=lambda row: (row["step"], row["kind"] == "eval"))
+    return alarms(record.id, record.config["config"]["model"], rows)
 
 
 def alarms(

@@ -65,6 +65,7 @@ WHOLE_COMMANDS = frozenset(
         "judge",
         "play",
         "presets",
+        "python",
         "reading",
         "replay",
         "sink",

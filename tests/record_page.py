@@ -50,6 +50,35 @@ FILES = (
     ("failed.json", ("Failure",)),
     ("A compact file", ("Stored",)),
 )
+NUMBERS = re.compile(r"\b(Whole|Amount|Number|Signed|Part|Vio|int|float)\b")
+UNITS = {
+    "optimizer steps": ("step", "steps"),
+    "tokens": ("tokens", "train_tokens", "valid_tokens", "seq_len", "vocab_size"),
+    "s": ("seconds",),
+    "tokens/s": ("tokens_per_second",),
+    "nats/token": ("loss",),
+    "bits/byte": ("bits_per_byte", "floor_bits_per_byte"),
+    "nats/token per unit of weight": ("grad_norm", "router_grad_norm"),
+    "experts": ("dead_L", "num_experts", "num_shared_experts"),
+    "experts/token": ("k",),
+    "pairs/token": ("pairs_L",),
+    "FLOPs": ("training_flops",),
+    "FLOPs/token": ("flops_per_token", "training_only_flops_per_token"),
+    "FLOPs/row": ("greedy", "training", "declared_L"),
+    "parameters": ("active_parameters", "total_parameters", "router_parameters"),
+    "bytes": ("peak_memory",),
+    "sequences": ("batch_size",),
+    "blocks": ("num_layers", "num_dense_layers"),
+    "processes": ("workers",),
+    "shards": ("expert_parallel",),
+    "threads": ("threads",),
+    "as `kind` says: tokens, FLOPs or s": ("amount",),
+    "the term's own": ("terms",),
+    "1/(the term's own)": ("weights",),
+    "1": ("lr", "max_vio_L", "cv_L", "logits_L"),
+    "none": ("schema", "seed", "seeds"),
+}
+"""The unit of each field that is a number, by the field's name; a share of a whole (``Part``) is of itself."""
 HEAD = """# What a record holds
 
 Written by `python -m tests.record_page` out of `rlroute/schema/`, to which every record is held when it is read
@@ -88,10 +117,24 @@ def page() -> str:
         parts.append(f"## {title}\n")
         for name in names:
             told = " ".join((getattr(schema, name).__doc__ or "").split())
-            lines = [f"| `{field}` | {_typed(kind)} | {_plain(text)} |" for field, kind, text in fields(name)]
-            parts.append(f"**{name}**: {_plain(told)}\n\n| field | type | meaning |\n|---|---|---|")
+            lines = [f"| `{f}` | {_typed(kind)} | {unit(f, kind)} | {_plain(text)} |" for f, kind, text in fields(name)]
+            parts.append(f"**{name}**: {_plain(told)}\n\n| field | type | unit | meaning |\n|---|---|---|---|")
             parts += [*lines, ""]
     return "\n".join(parts)
+
+
+def unit(field: str, kind: str) -> str:
+    """Return the unit of a field; nothing of one that holds no number.
+
+    Raises:
+        LookupError: nobody has said it.
+    """
+    if not NUMBERS.search(kind):
+        return ""
+    said = [unit for unit, names in UNITS.items() if field in names]
+    if not said and "Part" not in kind:
+        raise LookupError(f"the field {field} is a number: say its unit in tests/record_page.py")
+    return said[0] if said else "1 (a share)"
 
 
 def _typed(kind: str) -> str:

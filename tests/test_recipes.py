@@ -10,11 +10,10 @@ import pytest
 from rlroute.baselines.switch import SwitchRouter
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import fitting_entries
 from rlroute.experiments.cli.training import tune as tune_command
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.recipes.grid import Axis, Grid, best, edges, key, unscored
-from rlroute.experiments.recipes.presets import all_entries, build_comparison, default_entries
+from rlroute.experiments.recipes.presets import all_entries, build_comparison, default_entries, fitting_entries
 from rlroute.experiments.recipes.tuned import (
     GRID,
     TUNED,

@@ -6,16 +6,16 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
-from functools import partial, wraps
+from functools import wraps
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
+from rlroute.config import DataConfig, ModelConfig, StartConfig, TrainConfig
 from rlroute.errors import ConfigError, MissingDependencyError, StoreError
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.launch.jobs import Launch
@@ -23,6 +23,7 @@ from rlroute.extras import missing
 from rlroute.limits import Whole, check_fields, checked, option
 
 if TYPE_CHECKING:
+    from rlroute.experiments.comparison.compare import Comparison
     from rlroute.experiments.recipes.sizes import Preset
     from rlroute.schema import RunRecord
 
@@ -151,30 +152,28 @@ def one_run(store: Path, word: str) -> RunRecord:
     return records[0]
 
 
-def publish(records: list[RunRecord], out: Path, reference: str | None, margin: float) -> None:
-    """Print the table of the largest group of comparable runs, after a list of all where others are left out; write it
-    and the report, for which the table does not wait.
+def publish(found: Comparison, out: Path) -> None:
+    """Print the table of a comparison, after a list of all runs where others are left out; write it and the report, for
+    which the table does not wait.
     """
-    from rlroute.experiments.comparison.groups import largest_group
-    from rlroute.experiments.comparison.table import build_table
     from rlroute.experiments.comparison.text import to_csv, to_markdown
     from rlroute.experiments.report.page import write_report
     from rlroute.experiments.report.runs import list_records, to_grid
     from rlroute.records import write_atomically
 
-    runs, left_out = largest_group(records)
-    built = build_table(runs, reference, left_out, margin)
+    built = found.table
     for row in built.rows:
         if row.marks:
             print(f"rlroute: {row.label} is marked: {row.marks}", file=sys.stderr)
     write_atomically(out / "table.md", to_markdown(built))
     write_atomically(out / "table.csv", to_csv(built))
-    if left_out:
-        show_grid(to_grid(list_records(records)))
+    if found.left_out:
+        show_grid(to_grid(list_records(found.records)))
     show_table(built)
     where = f"table in {out}/table.md and table.csv"
     try:
-        write_report(runs, out / "report.html", reference=reference, left_out=left_out, margin=margin)
+        page = out / "report.html"
+        write_report(found.runs, page, reference=built.reference, left_out=found.left_out, margin=built.margin)
         print(f"{where}, report in {out}/report.html")
     except ImportError as error:
         (out / "report.html").unlink(missing_ok=True)  # that of another table
@@ -199,17 +198,6 @@ def refuse_others(what: str, takes: str, given: object, default: object) -> None
         if value != plain[name]:
             said = f" {value}" if isinstance(value, str | int | float | Path) else ""
             raise ConfigError(f"{option(name)}{said} does not apply to {what}, which takes {takes}")
-
-
-def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig) -> tuple[str, ...]:
-    """Return those of the entries, which nobody named, whose routers take the model's shapes; say who is left out."""
-    from rlroute.experiments.recipes.presets import fitting
-    from rlroute.training.data import load_corpus
-    from rlroute.training.prepare import shapes
-
-    config = RunConfig(data=data, model=model)
-    wanted = shapes(config, load_corpus(config.data.spec, config.data.tokenizer))
-    return tuple(fitting(entries, wanted, partial(print, file=sys.stderr)))
 
 
 def command_line() -> str:

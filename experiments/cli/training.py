@@ -18,7 +18,6 @@ from rlroute.experiments.cli.common import (
     From,
     Shared,
     command_line,
-    fitting_entries,
     publish,
     refuse_others,
     said,
@@ -28,7 +27,7 @@ from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
-from rlroute.experiments.launch.jobs import Job, Launch, together
+from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.limits import Between, Positive, Seed
 from rlroute.machine import cores
@@ -134,9 +133,7 @@ def compare(
         _refuse_of_text(options, launch, start, shared)
         compare_clusters(entries, seeds, out, launch.concurrency or cores())
         return
-    from rlroute.experiments.comparison.budget import find_reference, with_budget
-    from rlroute.experiments.launch.runs import run_all
-    from rlroute.experiments.recipes.presets import ALL, all_entries, build_comparison, default_entries
+    from rlroute.experiments.comparison import compare as comparing
 
     size, tuned = with_preset(preset, shared.data, shared.model, shared.train), tuned and preset is None
     if budget != "tokens" and shared.train.budget != "tokens":
@@ -144,17 +141,24 @@ def compare(
     name_broken(*entries)
     if not entries and size.entry:
         entries = (size.entry,)
-    if not entries or entries == (ALL,):
-        entries = fitting_entries(all_entries() if entries else default_entries(), size.data, size.model)
-    configs = build_comparison(entries, size.data, size.model, size.train, tuned=tuned, said=said("train"))
-    configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
-    found = start.find(launch.store)
-    configs = [replace(config, start=found) for config in configs]
     make_folder(out)
-    named = list(zip(entries, configs, strict=True))
-    jobs = [Job(config, seed, command_line(), label=entry) for seed in range(seeds) for entry, config in named]
-    records = run_all(together(jobs), launch)
-    publish(records, out, reference, margin)
+    found = comparing.compare(
+        entries,
+        seeds=seeds,
+        reference=reference,
+        margin=margin,
+        budget=budget,
+        seconds=seconds,
+        tuned=tuned,
+        data=size.data,
+        model=size.model,
+        train=size.train,
+        start=start.find(launch.store),
+        how=launch,
+        said=said("train"),
+        command=command_line(),
+    )
+    publish(found, out)
     print(f"runs in {launch.store}/")
 
 
@@ -191,6 +195,7 @@ def sweep(
         reference: the entry that differences are taken to.
         margin: a difference below it does not matter, in bits per byte; say it before the runs.
     """
+    from rlroute.experiments.comparison.compare import tabulate
     from rlroute.experiments.launch import spec as sweeping
     from rlroute.experiments.launch.runs import run_jobs
 
@@ -207,7 +212,7 @@ def sweep(
     if search is not None:
         show(sweeping.ranking(jobs, how.store))
     elif records:
-        publish(records, out, reference, margin)
+        publish(tabulate(records, reference, margin), out)
     for run, reason in failed.items():
         print(f"set aside: {run}: {reason}", file=sys.stderr)
     print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")
@@ -230,6 +235,7 @@ def tune(
     """
     from rlroute.experiments.comparison import tune as tuning
     from rlroute.experiments.recipes.grid import edges
+    from rlroute.experiments.recipes.presets import fitting_entries
     from rlroute.experiments.recipes.tuned import GRID
 
     name_broken(*entries)

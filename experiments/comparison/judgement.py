@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlroute.experiments.comparison.entries import Entry
+from rlroute.experiments.comparison.frames import Library, to_frame
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.comparison.notes import diverged
 from rlroute.experiments.comparison.registration import Registration
@@ -54,7 +55,7 @@ class Look:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Judgement:
     """A judgement, which ends with the first look that resolves it, with the last one, or with a run that diverged.
 
@@ -156,6 +157,25 @@ class Judgement:
             "command": self.command,
             "registration": self.registration,
         }
+
+    def frame(self, library: Library | None = None) -> Any:
+        """Return a row for each seed that both entries finished: their bits per byte, and the difference.
+
+        Args:
+            library: polars or pandas; whichever is installed, polars first, if nothing is said.
+
+        Raises:
+            MissingDependencyError: it is not installed.
+        """
+        one, other = (entry.bits_by_seed if entry else {} for entry in (self.candidate, self.reference))
+        rows = [
+            {"seed": seed, "candidate": one[seed], "reference": other[seed], "difference": difference}
+            for seed, difference in self.differences.items()
+        ]
+        return to_frame(rows, library)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return "\n".join(f"{title:<13} {text}" if title else text for title, text in self._lines())

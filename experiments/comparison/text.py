@@ -7,6 +7,7 @@ import io
 import unicodedata
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.table import Table, TableRow
@@ -93,16 +94,26 @@ def to_markdown(table: Table, timings: bool = True) -> str:
 
 def to_csv(table: Table, timings: bool = True) -> str:
     """Return the rows as CSV at full precision, an interval in four columns; nothing stands for None."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    rows = plain_rows(table, timings)
+    writer.writerow(rows[0])
+    writer.writerows(map(no_formula, row.values()) for row in rows)
+    return text.getvalue()
+
+
+def plain_rows(table: Table, timings: bool = True) -> list[dict[str, Any]]:
+    """Return each row's figures by their columns' names, an interval in four."""
     intervals = ("bits_per_byte", "difference", "sampled_bits_per_byte")
     names = [field.name for field in fields(TableRow) if timings or field.name not in TIMINGS]
     parts = [(name, part) for name in names for part in (("mean", "low", "high", "n") if name in intervals else ("",))]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([f"{name}_{part}" if part else name for name, part in parts])
-    for row in table.rows:
-        cells = (getattr(getattr(row, name), part, None) if part else getattr(row, name) for name, part in parts)
-        writer.writerow(map(no_formula, cells))
-    return text.getvalue()
+    return [
+        {
+            f"{name}_{part}" if part else name: getattr(getattr(row, name), part, None) if part else getattr(row, name)
+            for name, part in parts
+        }
+        for row in table.rows
+    ]
 
 
 def no_formula(cell: object) -> object:

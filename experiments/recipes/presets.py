@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields
+from functools import partial
 
 from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
@@ -11,6 +13,8 @@ from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_en
 from rlroute.experiments.recipes.tuned import GRID, settings_of, tuned_settings
 from rlroute.registry import default_names, refusals, router_class
 from rlroute.routing import RouterShape
+from rlroute.training.data import load_corpus
+from rlroute.training.prepare import shapes
 
 ALL = "all"
 """In place of entries: every one that there is."""
@@ -37,6 +41,13 @@ def fitting(entries: Sequence[str], shapes: Sequence[RouterShape], say: Callable
     if refused:
         say(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in refused.items())}")
     return [entry for entry in entries if parse_entry(entry)[0] not in refused]
+
+
+def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig) -> tuple[str, ...]:
+    """Return those of the entries, which nobody named, whose routers take the model's shapes; say who is left out."""
+    config = RunConfig(data=data, model=model)
+    wanted = shapes(config, load_corpus(config.data.spec, config.data.tokenizer))
+    return tuple(fitting(entries, wanted, partial(print, file=sys.stderr)))
 
 
 def build_comparison(

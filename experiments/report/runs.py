@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlroute.alarms import Alarm, alarms
+from rlroute.alarms import Alarm, alarms, alarms_of
 from rlroute.errors import StoreError
 from rlroute.experiments.comparison.entries import labels
 from rlroute.experiments.terminal import Grid
@@ -69,16 +69,8 @@ def _of_record(record: RunRecord) -> Listed:
         step=record.summary["steps"],
         bits=final["bits_per_byte"] if final else None,
         begun=record.environment.get("begun", ""),
-        alarms=_alarms(record.id, record.config["config"], [*record.train, *record.evals]),
+        alarms=tuple(alarms_of(record)),
     )
-
-
-def _alarms(
-    run: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], idle: float | None = None
-) -> tuple[Alarm, ...]:
-    """Return a run's alarms; its evaluations come behind the training row of the same step."""
-    ordered = sorted(rows, key=lambda row: (row["step"], row["kind"] == "eval"))
-    return tuple(alarms(run, config["model"], ordered, idle))
 
 
 def _idle(folder: Path) -> float:
@@ -93,7 +85,7 @@ def _listed(folder: Path) -> Listed:
         if (now := state(folder)) in ENDED:
             return _of_record(read_run(folder))
         described, begun = read_part(folder, "config"), (read_part(folder, "environment") or {}).get("begun", "")
-        rows = rows_so_far(folder)
+        rows, idle = rows_so_far(folder), _idle(folder) if now == "running" else None
         evals = [row for row in rows if row["kind"] == "eval"]
         return Listed(
             id=folder.name,
@@ -103,9 +95,7 @@ def _listed(folder: Path) -> Listed:
             bits=evals[-1]["bits_per_byte"] if evals else None,
             begun=begun,
             reason=(failure(folder) or "") if now == "set aside" else "",
-            alarms=_alarms(folder.name, described["config"], rows, _idle(folder) if now == "running" else None)
-            if described
-            else (),
+            alarms=tuple(alarms(folder.name, described["config"]["model"], rows, idle)) if described else (),
         )
     except (StoreError, LookupError, TypeError) as error:
         return Listed(id=folder.name, config=None, state="damaged", step=0, bits=None, begun="", reason=str(error))

@@ -1,0 +1,186 @@
+"""The commands from Python: results as objects, DataFrames of both libraries, an import that stays light."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import rlroute
+from rlroute.errors import ConfigError, MissingDependencyError, StoreError
+from rlroute.experiments.comparison import frames
+from rlroute.experiments.comparison.text import plain_rows, to_markdown
+from rlroute.reading import read_runs
+from rlroute.records import write_compact
+from tests import ROOT
+from tests.commands import TINY, ran
+from tests.tiny import DATA, MODEL, STEPS, TRAIN
+
+HERE = {"tuned": False, "data": DATA, "model": MODEL, "train": TRAIN}
+LIBRARIES = [name for name in ("polars", "pandas") if importlib.util.find_spec(name)]
+PAGE = ROOT / "docs" / "python.md"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("python") / "runs"
+
+
+@pytest.fixture(scope="module")
+def how(store):
+    return rlroute.Launch(store=store, launcher="local")
+
+
+@pytest.fixture(scope="module")
+def found(how):
+    return rlroute.compare(["hash", "switch", "dense"], seeds=2, how=how, **HERE)
+
+
+def table(frame):
+    """A DataFrame of either library as lists by column, what is not there as None."""
+    columns = frame.to_dict(as_series=False) if hasattr(frame, "to_dicts") else frame.to_dict("list")
+    return {name: [None if value != value else value for value in values] for name, values in columns.items()}
+
+
+def test_a_comparison_has_table_runs_and_verdicts(found, store):
+    assert {run.id for run in found.runs} == {run.id for run in read_runs(store)}
+    assert found.verdicts == {row.label: row.verdict for row in found.table.rows if row.label != "switch"}
+    assert set(found.verdicts) == {"hash", "dense"} and found.left_out == ()
+    assert found._repr_markdown_() == to_markdown(found.table)
+    head, *lines = repr(found).splitlines()
+    assert head.split()[0] == "router" and {line.split()[0].strip(",") for line in lines} == {"hash", "switch", "dense"}
+
+
+def test_a_comparison_is_the_command_s(found, tmp_path, monkeypatch):
+    """Of the same settings, in another store: the same figures."""
+    monkeypatch.chdir(tmp_path)
+    ran("compare", "hash", "switch", "dense", *TINY, "--seeds", "1", "--launcher", "local", "--no-tuned")
+    config = next(run.config["config"] for run in read_runs(tmp_path / "runs") if run.config["router"] == "hash")
+    parts = {
+        "data": rlroute.DataConfig(**config["data"]),
+        "model": rlroute.ModelConfig(**config["model"]),
+        "train": rlroute.TrainConfig(**config["train"]),
+    }
+    how = rlroute.Launch(store=tmp_path / "again", launcher="local")
+    again = rlroute.compare(["hash", "switch", "dense"], seeds=1, tuned=False, how=how, **parts)
+    command = (tmp_path / "results" / "table.csv").read_text().splitlines()
+    rows = plain_rows(again.table)
+    assert [line.split(",")[0] for line in command[1:]] == [row["label"] for row in rows]
+    at = command[0].split(",").index("bits_per_byte_mean")
+    assert [float(line.split(",")[at]) for line in command[1:]] == [row["bits_per_byte_mean"] for row in rows]
+
+
+def test_a_judgement_is_an_object_with_its_runs_and_a_frame(how, found):
+    judged = rlroute.judge("unbalanced", max_seeds=3, how=how, say=lambda line: None, **HERE)
+    assert repr(judged) == str(judged) and str(judged.verdict) in repr(judged)
+    rows = table(judged.frame())
+    assert rows["seed"] == [0, 1, 2] and rows["difference"] == list(judged.differences.values())
+    both = zip(rows["candidate"], rows["reference"], strict=True)
+    assert [one - other for one, other in both] == pytest.approx(rows["difference"])
+    assert len(judged.runs) == 6
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_row_for_each_run_has_its_figures_and_its_configuration(library, found, store, tmp_path):
+    runs = sorted(found.runs, key=lambda run: run.id)
+    only = tmp_path / "runs.jsonl"
+    write_compact(runs, only)
+    rows = table(rlroute.load_runs(only, library=library))
+    assert rows["id"] == [run.id for run in runs] and rows["status"] == ["finished"] * 6
+    assert rows["entry"] == ["dense"] * 2 + ["hash"] * 2 + ["switch"] * 2 and rows["seed"] == [0, 1] * 3
+    finals = [run.summary["final"] for run in runs]
+    assert rows["bits_per_byte"] == [final["bits_per_byte"] for final in finals]
+    assert rows["max_vio_L/0"] == [(final["max_vio_L"] or [None])[0] for final in finals] == rows["max_vio"]
+    assert rows["train.lr"] == [TRAIN.lr] * 6 and rows["model.num_experts"] == [4] * 6
+    assert rows["router.table"] == [None, None, "random", "random", None, None]
+    assert type(rlroute.load_runs(only, library=library)).__module__.startswith(library)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_rows_by_step_and_by_expert_are_all_there(library, found, store):
+    runs = {run.id: run for run in read_runs(store)}
+    evals, train, loads = (
+        table(rlroute.load_runs(store, what, library=library)) for what in ("evals", "train", "loads")
+    )
+    assert evals["loss"] == [row["loss"] for run in runs.values() for row in run.evals]
+    assert train["step"] == list(range(1, STEPS + 1)) * len(runs)
+    assert train["grad_norm"] == [row["grad_norm"] for run in runs.values() for row in run.train]
+    routed = [run for run in runs.values() if run.config["router"] != "dense"]
+    assert loads["share"] == [share for run in routed for row in run.loads for share in row["load_LE"][0]]
+    assert loads["expert"][:5] == [0, 1, 2, 3, 0] and set(loads["site"]) == {"0"}
+
+
+def test_columns_hold_one_type_and_what_is_nested_is_text():
+    rows = [{"a": 1, "b": "x", "c": [1, None]}, {"a": 2.5, "b": 3, "d": None}, {"a": None, "b": True}]
+    assert table(frames.to_frame(rows)) == {
+        "a": [1.0, 2.5, None],
+        "b": ["x", "3", "True"],
+        "c": ["[1, null]", None, None],
+        "d": [None] * 3,
+    }
+
+
+def test_what_is_illegal_is_one_line(found, store, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="what = 'rows'"):
+        rlroute.load_runs(store, "rows")
+    with pytest.raises(ConfigError, match="library = 'arrow'"):
+        rlroute.load_runs(store, library="arrow")
+    with pytest.raises(StoreError, match="no run store"):
+        rlroute.load_runs(tmp_path / "none")
+    with pytest.raises(ConfigError, match="--seeds"):
+        rlroute.compare(["switch"], seeds=0)
+    with pytest.raises(ConfigError, match="--margin"):
+        rlroute.compare(["switch"], margin=-1.0)
+    with pytest.raises(AttributeError, match="no attribute 'compares'"):
+        rlroute.compares  # noqa: B018
+    monkeypatch.setattr(frames, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="needs the package polars: pip install"):
+        rlroute.load_runs(store)
+
+
+def test_pandas_is_taken_where_polars_is_not_there(found, store, monkeypatch):
+    pytest.importorskip("pandas")
+    monkeypatch.setattr(frames, "find_spec", lambda name: SimpleNamespace() if name == "pandas" else None)
+    assert type(rlroute.load_runs(store)).__module__.startswith("pandas")
+
+
+@pytest.mark.processes
+def test_the_import_is_light_and_names_are_found_late():
+    code = (
+        "import sys, rlroute; assert set(rlroute.__all__) <= set(dir(rlroute)); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'numpy', 'rlroute')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "['rlroute']\n"
+    assert all(getattr(rlroute, name) is not None for name in rlroute.__all__)
+
+
+# The page
+
+
+def test_the_queries_of_the_page_read_the_store_without_rlroute(found, store, monkeypatch):
+    duckdb = pytest.importorskip("duckdb")
+    queries = re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(queries) == 3
+    monkeypatch.chdir(store.parent)
+    runs = {run.id: run for run in read_runs(store)}
+    best, curves, loads = (duckdb.sql(query).fetchall() for query in queries)
+    finals = {run.id: run.summary["final"] for run in runs.values()}
+    assert [row[-1] for row in best] == sorted(final["bits_per_byte"] for final in finals.values())
+    assert {(row[0], row[1]) for row in best} == {(run.config["router"], run.config["seed"]) for run in runs.values()}
+    assert {row[2] for row in best} == {TRAIN.lr}
+    wanted = [(run.id, row["step"], row["bits_per_byte"]) for run in runs.values() for row in run.evals]
+    assert sorted(curves) == sorted(wanted)
+    assert len(loads) == sum(4 * len(run.loads) for run in runs.values() if run.config["router"] != "dense")
+    (first,) = (run for run in runs.values() if run.id == loads[0][0])
+    assert [row[-1] for row in loads[:4]] == first.loads[0]["load_LE"][0]
+
+
+def test_the_page_names_every_column(found, store):
+    """But for those of the configuration, which docs/routers.md and --help name."""
+    text = PAGE.read_text()
+    for what in ("runs", "evals", "train", "loads"):
+        names = {re.sub(r"/.*", "", name) for name in rlroute.load_runs(store, what).columns if "." not in name}
+        assert [name for name in sorted(names) if f"`{name}`" not in text] == []
