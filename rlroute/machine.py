@@ -5,6 +5,7 @@ admin-guide/cgroup-v1/memory.rst, scheduler/sched-bwc.rst): the smallest limit o
 it counts.
 """
 
+import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,28 @@ from pathlib import Path, PurePosixPath
 ROOT = Path("/")
 """Where ``proc/self`` lies."""
 Limit = Callable[[Path], float]
+
+
+KEEPING = {-3: 2**30, -1: 2**31 - 1}
+"""Of glibc's malloc: tensors below 1 GiB (M_MMAP_THRESHOLD) are no mappings of their own, and 2 GiB of what is freed
+(M_TRIM_THRESHOLD) stay.
+"""
+_keeping = False
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what this process frees, where it is glibc: else each step's large tensors are mapped
+    afresh, page by page. What is kept is given back by ``malloc_trim``.
+    """
+    global _keeping
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        _keeping = all(mallopt(name, value) for name, value in KEEPING.items())
+
+
+def allocator() -> str:
+    """Return how this process allocates memory, as records say it."""
+    return "glibc, freed memory is kept" if _keeping else "default"
 
 
 def cores(root: Path = ROOT) -> int:

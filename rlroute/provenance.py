@@ -15,6 +15,7 @@ from rlroute import __version__
 from rlroute.commit import commit_of
 from rlroute.config import RunConfig
 from rlroute.kernels.tiles import table_hash
+from rlroute.machine import allocator
 from rlroute.registry import router_code
 from rlroute.schema import Environment, MadeFrom
 from rlroute.sources import core_sha256
@@ -41,6 +42,7 @@ def environment(device: str, backend: str, threads: int) -> Environment:
         device_name=torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=threads,
+        allocator=allocator(),
         kernel_backend=backend,
         kernel_tiles=table_hash() if backend == "triton" else None,
     )

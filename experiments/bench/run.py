@@ -198,6 +198,7 @@ def _run(
     page: Callable[[Mapping[str, Any]], str] = to_markdown,
 ) -> str:
     torch.set_num_threads(1)
+    keep_freed_memory()  # peers have it too
     result = run_bench(
         rows,
         wanted.out,

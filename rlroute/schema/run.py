@@ -156,6 +156,8 @@ class Environment(TypedDict):
     """The instruction set that PyTorch used."""
     threads: Whole | Noted
     """CPU threads of a process."""
+    allocator: NotRequired[str]
+    """How memory on the CPU was allocated; it changes speeds alone."""
     kernel_backend: str
     """The engine that ran the experts."""
     kernel_tiles: NotRequired[str | None]

@@ -66,7 +66,9 @@ class ModelCosts(TypedDict):
     flops_per_token: Whole
     """Forward FLOPs of the greedy model."""
     training_only_flops_per_token: Signed
-    """Forward FLOPs that training took beyond those; below 0 where it took fewer."""
+    """Forward FLOPs that training took beyond those. Below 0 where it took fewer: training dropped more pairs than the
+    last evaluation, or a router of variable k ran fewer in it. Both are what ran, over the tokens of each.
+    """
     training_flops: NotRequired[Whole]
     """What all steps took, backwards included; old records do not say."""
 

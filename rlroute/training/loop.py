@@ -43,6 +43,7 @@ from rlroute.training.prepare import (
     planned_steps,
     refuse_changed,
     refuse_other_ranks,
+    set_up,
     validation_batches,
 )
 from rlroute.training.progress import Progress
@@ -93,7 +94,7 @@ def train(
     refuse_other_ranks(group, made)
     if group.agree(folder.ended):
         return folder.read().summary
-    torch.set_num_threads(config.train.threads)
+    set_up(config)
     check_shares(config, group.size)
     check_memory(config, corpus.vocab_size, group.placement.shards)
     run = _Run(config, seed, folder, corpus, made, command, group, wandb, asked, keep, sources or store)
@@ -185,10 +186,9 @@ class _Run:
 
     def _budget_used(self) -> float:
         if self.config.train.budget == "time":
-            assert self.config.train.budget_amount is not None
-            return max(
-                self.progress.seconds["train"] / self.config.train.budget_amount, self.progress.step / self.steps
-            )
+            amount = self.config.train.budget_amount
+            assert amount is not None
+            return max(self.progress.seconds["train"] / amount, self.progress.step / self.steps)
         return self.progress.step / self.steps
 
     def _advance(self, used: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from rlroute.config import DataConfig, RunConfig
 from rlroute.errors import ConfigError, DataError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
+from rlroute.machine import keep_freed_memory
 from rlroute.model import ModelShape, Transformer
 from rlroute.model.accounting import Costs, costs, is_matrix, is_router
 from rlroute.model.compiling import check_compiler
@@ -31,6 +32,12 @@ from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.memory import check_memory
 from rlroute.values import differing
+
+
+def set_up(config: RunConfig) -> None:
+    """Give this process its threads, and let it keep the memory that it frees."""
+    torch.set_num_threads(config.train.threads)
+    keep_freed_memory()
 
 
 def build_model(config: RunConfig, corpus: Corpus, seed: int, group: Group = ALONE) -> Transformer:
