@@ -26,6 +26,7 @@ from rlroute.experiments.bench.results import read_result
 from rlroute.experiments.bench.timing import choose, run_bench, to_markdown
 from rlroute.experiments.recipes.presets import routers_for
 from rlroute.kernels import resolve_backend, tiles
+from rlroute.machine import keep_freed_memory
 from rlroute.records import storing, write_atomically
 from rlroute.training.prepare import check
 
