@@ -54,6 +54,7 @@ WHOLE_COMMANDS = frozenset(
         "checkpoint",
         "cli",
         "defects",
+        "export",
         "extras",
         "faults",
         "identity",

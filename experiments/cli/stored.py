@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,21 +154,60 @@ def verify(
         sys.exit(1)
 
 
-def export(out: tyro.conf.Positional[Path], store: Path = RUNS, only: tuple[str, ...] = ()) -> None:
+def export(
+    out: tyro.conf.Positional[Path],
+    store: Path = RUNS,
+    only: tuple[str, ...] = (),
+    weights: str = "",
+    form: Literal["moe", "transformers"] = "moe",
+) -> None:
     """Write the ended runs of a store into one compact file for publication: those that make one table, or those that
-    --only names.
+    --only names. With --weights, write the trained weights of one run.
 
     Args:
-        out: the compact file, one JSON object a line.
+        out: the compact file, one JSON object a line; of weights a .safetensors file, or a new folder.
         store: the run store.
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
+        weights: the id of a run, or the start of it, whose weights are wanted.
+        form: moe: its mixture of experts in one file, docs/export.md says what is in it; transformers: the whole model
+            as a checkpoint that a class of transformers loads, where one expresses it.
     """
+    if weights:
+        _export_weights(out, store, only, weights, form)
+        return
+    if form != "moe":
+        raise ConfigError("--form applies to --weights alone")
     from rlroute.records import write_compact
 
     records, left_out = select(store, only)
     write_compact(records, out)
     _say_left_out(left_out)
     print(f"{len(records)} runs in {out}")
+
+
+def _export_weights(out: Path, store: Path, only: tuple[str, ...], run: str, form: str) -> None:
+    if only:
+        raise ConfigError("--only does not apply to --weights, which names the run itself")
+    if form == "moe" and out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: legal are names that end in .safetensors")
+    if form == "transformers" and os.path.lexists(out):
+        raise ConfigError(f"{out} is there already: want a new folder")
+    from rlroute.experiments.checkpoints.classes import export_class
+    from rlroute.experiments.checkpoints.moe_file import moe_file
+    from rlroute.experiments.checkpoints.trained import open_routed
+    from rlroute.records import replacing
+
+    trained = open_routed(one_run(store, run), store)
+    if form == "moe":
+        files, what = {out: moe_file(trained)}, "its mixture"
+    else:
+        made = export_class(trained)
+        files, what = {out / name: data for name, data in made.files.items()}, made.config["architectures"][0]
+    for path, data in files.items():
+        make_folder(path.parent)
+        with replacing(path) as file:
+            file.write(data)
+    print(f"{trained.id}, step {trained.last_step}: {what} in {out}")
 
 
 def export_tokens(
