@@ -208,6 +208,13 @@ class RoutingDecision:
             return values_R.view(self.num_tokens, self.k).sum(1)
         return values_R.new_zeros(self.num_tokens).index_add(0, self.token_ids_R, values_R)
 
+    def table(self, values_R: Tensor) -> Tensor:
+        """Return a value per pair as a table of tokens and experts, whatever the order of the pairs, shape (T, E + 1):
+        unused slots have the last column. Values of pairs that are the same are added.
+        """
+        table_TE = values_R.new_zeros(self.num_tokens, self.num_experts + 1)
+        return table_TE.index_put((self.token_ids_R, self.expert_ids_R), values_R, accumulate=True)
+
     def all_kept_T(self) -> Tensor:
         """Say of each token whether all of its pairs were kept; shape (T,), bool."""
         return self.token_sum((~self.kept_R).long()) == 0

@@ -44,6 +44,7 @@ FILES = (
             "Dependence",
             "MeasuredFlops",
             "RouterFlops",
+            "Regret",
         ),
     ),
     ("seal.json", ("Seal",)),
@@ -56,7 +57,7 @@ UNITS = {
     "tokens": ("tokens", "train_tokens", "valid_tokens", "seq_len", "vocab_size"),
     "s": ("seconds",),
     "tokens/s": ("tokens_per_second",),
-    "nats/token": ("loss",),
+    "nats/token": ("loss", "nats", "nats_C"),
     "bits/byte": ("bits_per_byte", "floor_bits_per_byte"),
     "nats/token per unit of weight": ("grad_norm", "router_grad_norm"),
     "experts": ("dead_L", "num_experts", "num_shared_experts"),
@@ -76,7 +77,8 @@ UNITS = {
     "the term's own": ("terms",),
     "1/(the term's own)": ("weights",),
     "1": ("lr", "max_vio_L", "cv_L", "logits_L"),
-    "none": ("schema", "seed", "seeds"),
+    "sets": ("sets",),
+    "none": ("schema", "seed", "seeds", "layer"),
 }
 """The unit of each field that is a number, by the field's name; a share of a whole (``Part``) is of itself."""
 HEAD = """# What a record holds

@@ -509,6 +509,7 @@ def test_figures_are_named_by_their_sites_whose_experts_may_differ_in_number() -
     assert row_of(build_table(other), "switch").max_vio_site == "1.attention"
     dense_first = [changed(make_run("switch", seed), "config.config.model.num_dense_layers", 1) for seed in range(2)]
     one_site = [changed(run, "summary.final.max_vio_L", [0.7]) for run in dense_first]
+    one_site = [changed(run, "summary.final.load_LE", [load_E(0.7)]) for run in one_site]
     assert row_of(build_table(one_site), "switch").max_vio_site == "1"
 
 
@@ -533,6 +534,58 @@ def test_pairs_per_token_have_a_column_where_someone_does_not_run_k() -> None:
     cells = {row.label: columns(table)["pairs/token"](row) for row in table.rows}
     assert cells == {"switch": "–", "dense": "–", "hash": "2.00", "relu": "2.00"}
     assert dict(table.notes)["Tokens without an expert"] == "relu 25.00%"
+
+
+def test_all_measures_of_balance_are_in_the_csv_and_where_they_are_asked_for() -> None:
+    runs = make_runs(("switch", "unbalanced", "dense"), seeds=2)
+    runs = [
+        changed(run, "summary.final.load_LE.0", [1.0] + 15 * [0.0]) if run.config["router"] == "unbalanced" else run
+        for run in runs
+    ]
+    table = build_table(runs)
+    worst, even = row_of(table, "unbalanced"), row_of(table, "switch")
+    assert worst.gini == pytest.approx(15 / 16) and worst.min_over_max == 0
+    assert even.gini is not None and 0 < even.gini < 0.2 and even.min_over_max is not None and even.min_over_max > 0.5
+    assert row_of(table, "dense").gini is None and row_of(table, "dense").min_over_max is None
+    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert {line["router"]: line["gini"] for line in lines}["unbalanced"] == str(worst.gini)
+    assert {"max_vio", "gini", "min_over_max", "without_expert"} <= set(lines[0])
+    assert {"Gini", "min/max load", "without expert"} <= set(columns(table, balance=True))
+    assert not {"Gini", "min/max load", "without expert"} & set(columns(table))
+
+
+REGRET = {"layer": 1, "tokens": 128, "exact": 1.0, "sets": 119, "nats": 0.2, "better": 0.25}
+
+
+def with_regret(run: RunRecord, regret: Any) -> RunRecord:
+    """Return the run with a regret, and nothing else that its audit found."""
+    still = {"routes_L": [0.0] * LAYERS, "drops_L": [0.0] * LAYERS, "outputs": 0.0}
+    mode = {"pairs_L": [2.0] * LAYERS, "repeats": True, "later": still, "others": None}
+    flops: dict[str, list[int]] = {
+        f"{name}_L": [] for name in ("booked", "measured", "declared", "elementwise", "foreign")
+    }
+    measured = {"tokens": 64, "causal_L": [True] * LAYERS, "training": mode, "evaluation": mode, "flops": flops}
+    return changed(run, "summary.measured", measured | {"regret": regret})
+
+
+def test_regret_has_columns_where_some_record_says_it() -> None:
+    old = make_runs(("hash", "dense"), seeds=2)
+    assert not any("regret" in title.lower() for title in columns(build_table(old)))
+    nats = [with_regret(make_run("switch", seed), REGRET | {"nats": 0.2 + 0.1 * seed}) for seed in range(2)]
+    deaf = [with_regret(make_run("bandit", seed), "it is deaf") for seed in range(2)]
+    table = build_table([*old, *nats, *deaf])
+    rows, shown = {row.label: row for row in table.rows}, columns(table)
+    bits = [final["bits_per_byte"] / final["loss"] for run in nats if (final := run.summary["final"])]
+    assert rows["switch"].regret is not None and rows["switch"].better_routes == 0.25
+    assert rows["switch"].regret.mean == pytest.approx((0.2 * bits[0] + 0.3 * bits[1]) / 2)
+    assert [rows[name].regret for name in ("hash", "dense", "bandit")] == [None] * 3
+    assert shown["better routes"](rows["switch"]) == "25%" and shown["regret"](rows["hash"]) == "–"
+    said = dict(table.notes)["Regret"]
+    assert "128 validation tokens in layer 1" in said and "bandit none: it is deaf" in said and "at least" not in said
+    few = [with_regret(make_run("topk", seed), REGRET | {"exact": 0.75, "better": None}) for seed in range(2)]
+    table = build_table([*old, *few])
+    assert "topk at least, the best found by exchanges for 25% of tokens" in dict(table.notes)["Regret"]
+    assert columns(table)["better routes"](row_of(table, "topk")) == "–" and "regret_mean" in to_csv(table)
 
 
 def test_routers_of_sites_are_in_the_label() -> None:

@@ -5,8 +5,11 @@ records.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
@@ -25,6 +28,7 @@ from rlroute.experiments.comparison.notes import (
     tuning_trials,
     verdicts,
 )
+from rlroute.experiments.comparison.regrets import bits_of_regret, note, regrets
 from rlroute.experiments.recipes.tuned import settings_of
 from rlroute.experiments.statistics import (
     HOLM,
@@ -37,7 +41,8 @@ from rlroute.experiments.statistics import (
 )
 from rlroute.experiments.text import of_interval
 from rlroute.experiments.verdicts import MARGIN, Verdict, verdict
-from rlroute.schema import RunRecord
+from rlroute.metrics import gini, min_over_max
+from rlroute.schema import EvalRow, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,10 @@ class TableRow:
     max_vio: float | None
     max_vio_site: str | None
     """The key of the routed site at which it is reached."""
+    gini: float | None
+    """Of the loads, at the worst site: 0 is balance."""
+    min_over_max: float | None
+    """The lowest load over the highest, at the worst site: 1 is balance."""
     pairs_per_token: float | None
     """Pairs that ran, mean over sites; None in the dense model and in records that do not say."""
     pairs_differ: bool
@@ -72,6 +81,12 @@ class TableRow:
     sampled_bits_per_byte: Interval | None
     overlap: float | None
     """Share of a token's greedy experts that are drawn too."""
+    regret: Interval | None
+    """How many bits per byte the best routes of equal compute through the last layer would save; None in records that
+    do not say, or where there is none: see :mod:`rlroute.training.regret`.
+    """
+    better_routes: float | None
+    """The share of other routes with a lower loss than the one taken, where all were tried."""
     tokens_per_second: float | None
     active_parameters: int
     total_parameters: int
@@ -153,6 +168,10 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float
     bits = list(entry.bits_by_seed.values())
     diffs = [] if entry is base else paired(entry, base)
     vios = _by_site(entry, [final["max_vio_L"] for final in finals])
+    ginis, spans = (
+        _by_site(entry, [_of_loads(measure, final) for final in finals]) for measure in (gini, min_over_max)
+    )
+    regret, shares = bits_of_regret(runs), [found["better"] for found in regrets(runs)]
     pairs = _by_site(entry, [final["pairs_L"] for final in finals if "pairs_L" in final])
     without = _by_site(entry, [final["without_L"] for final in finals if "without_L" in final])
     speeds = [speed for run in runs if (speed := run.summary["tokens_per_second"]) is not None]
@@ -173,6 +192,8 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float
         smallest_resolvable=smallest_resolvable(diffs),
         max_vio=max(vios.values(), default=None),
         max_vio_site=max(vios, key=lambda site: vios[site], default=None),
+        gini=max(ginis.values(), default=None),
+        min_over_max=min(spans.values(), default=None),
         pairs_per_token=_mean(list(pairs.values())),
         pairs_differ=any(abs(number - k) >= 0.005 for number in pairs.values()),
         without_expert=max(without.values(), default=None),
@@ -180,6 +201,8 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float
         experts=sum(len(load_E) for load_E in finals[0]["load_LE"]) if finals else 0,
         sampled_bits_per_byte=t_interval(sampled) if sampled else None,
         overlap=_mean(overlaps),
+        regret=t_interval(regret) if regret else None,
+        better_routes=_mean([share for share in shares if share is not None]),
         tokens_per_second=_mean(speeds),
         active_parameters=first.summary["model"]["active_parameters"],
         total_parameters=first.summary["model"]["total_parameters"],
@@ -199,6 +222,11 @@ def _by_site(entry: Entry, runs: Sequence[Sequence[float | None]]) -> dict[str, 
     """Return means over runs by site, of the sites that have values: nothing chosen has no MaxVio."""
     means = (_mean([value for value in values if value is not None]) for values in zip(*runs, strict=True))
     return {str(site): mean for site, mean in zip(entry.sites, means, strict=bool(runs)) if mean is not None}
+
+
+def _of_loads(measure: Callable[[Tensor], Tensor], final: EvalRow) -> list[float | None]:
+    """Return a measure of the loads by site; None where nothing was chosen."""
+    return [float(measure(torch.tensor(load_E))) if any(load_E) else None for load_E in final["load_LE"]]
 
 
 def paired(entry: Entry, base: Entry) -> list[float]:
@@ -244,6 +272,7 @@ def _notes(
             if row.sampled_bits_per_byte
         ),
     )
+    yield "Regret", note(entries)
     yield "Measured", "; ".join(measured(entries))
     yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
     yield "Settings", settings({row.label: row.settings for row in rows})

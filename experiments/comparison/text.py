@@ -27,16 +27,23 @@ SPARE = (
     "pairs/token",
     "dead experts",
     "n",
+    "better routes",
+    "regret",
     "MaxVio",
     "settings",
 )
 """What a terminal that is too narrow does without, in this order."""
+BALANCE = ("Gini", "min/max load", "without expert")
+"""The measures of balance beside MaxVio, in the page alone and in the CSV."""
+REGRET = ("regret", "better routes")
 TIMINGS = ("tokens_per_second",)
 """The columns that differ when the same command runs again."""
 
 
-def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow], str]]:
-    """Return the title of each column and how a row fills it; pairs per token where some entry does not run k."""
+def columns(table: Table, timings: bool = True, balance: bool = False) -> dict[str, Callable[[TableRow], str]]:
+    """Return the title of each column and how a row fills it; pairs per token where some entry does not run k, regret
+    where some record says it, and all measures of balance where they are asked for.
+    """
     shown: dict[str, Callable[[TableRow], str]] = {
         "router": lambda row: _name(row, table),
         "settings": lambda row: row.settings,
@@ -45,9 +52,14 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
         f"difference to {table.reference}": lambda row: _difference(row, table),
         "verdict": lambda row: "reference" if row.verdict is None else str(row.verdict),
         "MaxVio": lambda row: NOTHING if row.max_vio is None else f"{row.max_vio:.2f}",
+        "Gini": lambda row: NOTHING if row.gini is None else f"{row.gini:.3f}",
+        "min/max load": lambda row: NOTHING if row.min_over_max is None else f"{row.min_over_max:.3f}",
+        "without expert": lambda row: NOTHING if row.without_expert is None else f"{row.without_expert:.2%}",
         "dead experts": lambda row: (
             NOTHING if row.dead_experts is None else f"{short(row.dead_experts)} of {row.experts}"
         ),
+        "regret": lambda row: of_interval(row.regret),
+        "better routes": lambda row: NOTHING if row.better_routes is None else f"{row.better_routes:.0%}",
         "pairs/token": lambda row: NOTHING if row.pairs_per_token is None else f"{row.pairs_per_token:.2f}",
         "tokens/s": lambda row: NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         "parameters active / total": lambda row: f"{si(row.active_parameters)} / {si(row.total_parameters)}",
@@ -57,11 +69,18 @@ def columns(table: Table, timings: bool = True) -> dict[str, Callable[[TableRow]
         "resolvable": lambda row: NOTHING if row.smallest_resolvable is None else f"{row.smallest_resolvable:.4f}",
     }
     hidden = {"tokens/s": not timings, "pairs/token": not any(row.pairs_differ for row in table.rows)}
+    hidden |= dict.fromkeys(BALANCE, not balance)
+    hidden |= dict.fromkeys(REGRET, not any(row.regret for row in table.rows))
     return {title: cell for title, cell in shown.items() if not hidden.get(title)}
 
 
 def legend(table: Table) -> str:
     """Return how to read the columns."""
+    regret = (
+        "Regret: how many bits per byte the best routes of as many experts through the last layer would save, on a "
+        "sample of the validation tokens; better routes: the share of all such routes that have a lower loss than the "
+        "one taken, 50% where it is as good as any. "
+    )
     return (
         f"Bits per byte: greedy routing, mean over n seeds ± half the {CONFIDENCE:.0%} Student-t interval; lower is "
         f"better. Difference to {table.reference}: paired by seed, with the interval of the paired differences; not "
@@ -69,7 +88,8 @@ def legend(table: Table) -> str:
         "differences say, each by itself; equivalent where they are less than the margin. MaxVio: highest load of an "
         "expert over the fair share, minus 1, counted over the whole validation set before drops; mean over seeds, "
         "then the worst layer. Dead experts: below 5% of the fair share over the whole validation set; mean over "
-        "seeds, summed over layers. FLOPs: forward. Resolvable: the smallest "
+        "seeds, summed over layers. "
+        f"{regret if any(row.regret for row in table.rows) else ''}FLOPs: forward. Resolvable: the smallest "
         "true difference that a paired t-test at 5% finds with power 80% given n and the spread seen, itself uncertain "
         "at small n."
     )
@@ -104,7 +124,7 @@ def to_csv(table: Table, timings: bool = True) -> str:
 
 def plain_rows(table: Table, timings: bool = True) -> list[dict[str, Any]]:
     """Return each row's figures by their columns' names, an interval in four."""
-    intervals = ("bits_per_byte", "difference", "sampled_bits_per_byte")
+    intervals = ("bits_per_byte", "difference", "sampled_bits_per_byte", "regret")
     names = [field.name for field in fields(TableRow) if timings or field.name not in TIMINGS]
     parts = [(name, part) for name in names for part in (("mean", "low", "high", "n") if name in intervals else ("",))]
     return [

@@ -13,7 +13,7 @@ from typing import Any
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.entries import Entry, make_entries
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
-from rlroute.experiments.comparison.text import columns, legend
+from rlroute.experiments.comparison.text import BALANCE, REGRET, columns, legend
 from rlroute.experiments.report.figures import (
     AXES,
     balance_figure,
@@ -34,6 +34,8 @@ FIRST = 8
 SECONDARY = (
     "settings",
     "gate",
+    *BALANCE,
+    *REGRET,
     "parameters active / total",
     "FLOPs/token",
     "training-only FLOPs/token",
@@ -41,6 +43,11 @@ SECONDARY = (
     "resolvable",
 )
 """The columns that narrow pages hide until the reader asks for them."""
+
+BALANCE_LEGEND = (
+    "Gini, min/max load and without expert: mean difference of two experts' loads over twice their mean, lowest over "
+    "highest load, and the share of tokens for which no expert ran; mean over seeds, then the worst layer."
+)
 
 
 def write_report(
@@ -86,7 +93,7 @@ def render(table: Table, entries: Sequence[Entry]) -> str:
         "balance": balance_figure(table, by_label, styles),
         "loads": loads_figure(routed) if routed else None,
     }
-    shown, first = columns(table), _first(table)
+    shown, first = columns(table, balance=True), _first(table)
     return render_page(
         "comparison.html",
         "comparison.js",
@@ -95,7 +102,7 @@ def render(table: Table, entries: Sequence[Entry]) -> str:
         columns=list(shown),
         secondary=SECONDARY,
         rows=[_row(row, table, [cell(row) for cell in shown.values()], styles) for row in table.rows],
-        legend=legend(table),
+        legend=f"{legend(table)} {BALANCE_LEGEND}",
         reference=table.reference,
         forest=figures["forest"] is not None,
         entries=[

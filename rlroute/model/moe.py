@@ -132,15 +132,20 @@ def decide(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelC
     Routers are in float32 at least unless the configuration says otherwise: one in bfloat16 diverges (Switch, arXiv
     2101.03961, table 2).
     """
+    decision = ask(router, x_TD, context, config)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        decision = limit(decision, config, context)  # an order by gate is that of the router's own
+        return apply_gate_form(decision, config.gate_form)
+
+
+def ask(router: Router, x_TD: Tensor, context: RoutingContext, config: ModelConfig) -> RoutingDecision:
+    """Return a router's decision as it answers, over all experts of the site."""
     device, low = x_TD.device.type, config.router_dtype == "bfloat16"
     with torch.autocast(device, torch.bfloat16, enabled=low), named(router, context.site):
         with noted(router.config.name, context.site):
             decision = router(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
         _check_shared_gates(decision, router, config)
-    with torch.autocast(device, enabled=False):
-        decision = replace(widened(decision) if low else decision, num_free_experts=router.shape.num_free_experts)
-        decision = limit(decision, config, context)  # an order by gate is that of the router's own
-        return apply_gate_form(decision, config.gate_form)
+    return replace(widened(decision) if low else decision, num_free_experts=router.shape.num_free_experts)
 
 
 def add_beside_pairs(out_TD: Tensor, decision: RoutingDecision, x_TD: Tensor) -> Tensor:
@@ -220,16 +225,26 @@ class MoELayer(DenseParts):
         shape (T, D), and the decision with what the router wishes for.
         """
         finish = self.start_experts(x_TD, decision, context)
-        gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
-        shared_TD = None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
+        shared_TD = self.of_shared(x_TD, decision)
         out_TD, decision = finish()
+        if "weights" in self.router.wishes:
+            decision = replace(decision, gate_EFD=self.experts.in_EHD[:, : self.config.d_expert])
+        return self.add_rest(out_TD, x_TD, decision, shared_TD), decision
+
+    def of_shared(self, x_TD: Tensor, decision: RoutingDecision) -> Tensor | None:
+        """Return what the experts that all tokens share give, shape (T, D); None where there are none."""
+        gates = [] if decision.shared_gates_TS is None else [decision.shared_gates_TS]
+        return None if self.shared is None else self.part(MoELayer.run_shared, x_TD, *gates)
+
+    def add_rest(self, out_TD: Tensor, x_TD: Tensor, decision: RoutingDecision, shared_TD: Tensor | None) -> Tensor:
+        """Return the gated sums of the pairs with all that is added to them, shape (T, D): what free and shared experts
+        give, and what the decision adds.
+        """
         if self.free is not None:
             with torch.autocast(x_TD.device.type, enabled=False):
                 out_TD = out_TD + self.free(x_TD.to(compute_dtype(x_TD)), decision)
-        if "weights" in self.router.wishes:
-            decision = replace(decision, gate_EFD=self.experts.in_EHD[:, : self.config.d_expert])
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        return add_beside_pairs(out_TD, decision, x_TD.to(compute_dtype(x_TD))), decision
+        return add_beside_pairs(out_TD, decision, x_TD.to(compute_dtype(x_TD)))
 
     def start_experts(
         self, x_TD: Tensor, decision: RoutingDecision, context: RoutingContext

@@ -7,7 +7,7 @@ Figures by site are lists in the order of the model's routed sites; their keys f
 Shape suffixes: L routed sites, E experts.
 """
 
-from rlroute.schema.measured import Dependence, Measured, MeasuredFlops, MeasuredMode, RouterFlops
+from rlroute.schema.measured import Dependence, Measured, MeasuredFlops, MeasuredMode, Regret, RouterFlops
 from rlroute.schema.record import RunRecord, Stored, untimed
 from rlroute.schema.rows import EvalRow, LoadRow, Sampled, TrainRow
 from rlroute.schema.run import (
@@ -82,6 +82,7 @@ __all__ = [
     "Noted",
     "Number",
     "Part",
+    "Regret",
     "RouterFlops",
     "RunRecord",
     "Sampled",

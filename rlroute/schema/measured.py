@@ -1,6 +1,6 @@
 """What the audit at the end of a run measured (:mod:`rlroute.training.audit`).
 
-Shape suffixes: L routed sites.
+Shape suffixes: L routed sites, C equal parts of the tokens by their confidence.
 """
 
 from typing import NotRequired
@@ -58,6 +58,35 @@ class MeasuredFlops(TypedDict):
     """Operators that it ran and nobody can count."""
 
 
+class Regret(TypedDict):
+    """How much lower losses would be on the best routes of equal compute through the last MoE layer
+    (:mod:`rlroute.training.regret`).
+    """
+
+    layer: Whole
+    """Which layer that is."""
+    tokens: Whole
+    """Validation tokens that were measured."""
+    exact: Part
+    """The share of them all of whose sets of as many experts were tried; the regret of the others is at least what was
+    found by exchanges.
+    """
+    sets: Whole
+    """The most other sets that were tried for a token."""
+    nats: Amount
+    """The loss of the route taken minus that of the best one, nats per token."""
+    better: Part | None
+    """The share of other sets that have a lower loss than the one chosen, mean over tokens all of whose sets were
+    tried: 0 where it is the best, 0.5 where it is as good as any.
+    """
+    confidence_C: list[Part]
+    """The highest probability of a next token, mean over each tenth of the tokens, from the least confident on."""
+    nats_C: list[Amount]
+    """``nats`` of each tenth."""
+    better_C: list[Part | None]
+    """``better`` of each tenth."""
+
+
 class Measured(TypedDict):
     """What was measured of a trained model on validation tokens (:mod:`rlroute.training.audit`)."""
 
@@ -73,3 +102,5 @@ class Measured(TypedDict):
     """Without."""
     flops: MeasuredFlops
     """What the routers run."""
+    regret: NotRequired[Regret | str]
+    """Of its routes; or why there is none. Older records do not say."""

@@ -1,5 +1,6 @@
 """What a trained model's routers really do, measured on validation tokens at the end of a run: how many pairs run, whom
-a token's route and output depend on, and what the routers compute; and what they say of themselves.
+a token's route and output depend on, what the routers compute, and what the best routes would have saved
+(:mod:`.regret`); and what they say of themselves.
 
 Tokens are changed, and what should not depend on them is compared with what it was: the rows before a change in the
 same sequence, and all rows of other sequences. Each routed site is handed the unchanged rows bit by bit as they were
@@ -33,6 +34,7 @@ from rlroute.model.work import measure
 from rlroute.routing import Router, RoutingContext
 from rlroute.schema import Dependence, Measured, MeasuredFlops, MeasuredMode
 from rlroute.training.data import EVAL_SEQUENCES, Batch
+from rlroute.training.regret import regret
 from rlroute.training.step import Device, forward, make_context
 
 UNSEEN = EVAL_SEQUENCES // 2
@@ -132,12 +134,6 @@ class Audit:
         return {"routes_L": routes_L[:sites], "drops_L": drops_L[:sites], "outputs": outputs}
 
 
-def _table(decision: RoutingDecision, values_R: Tensor) -> Tensor:
-    """Return a value per pair as a table of tokens and experts, whatever the order of the pairs; unused slots, too."""
-    table_TE = values_R.new_zeros(decision.num_tokens, decision.num_experts + 1)
-    return table_TE.index_put((decision.token_ids_R, decision.expert_ids_R), values_R, accumulate=True)
-
-
 def _far(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
     """Say of each row whether it differs by more than a share of its largest number."""
     scale_T = torch.maximum(a.abs().amax(1), b.abs().amax(1))
@@ -146,9 +142,9 @@ def _far(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
 
 def _routes_differ(a: RoutingDecision, b: RoutingDecision) -> Tensor:
     """Say of each row whether its pairs, their gates, or what is added beside them differ."""
-    pairs_a, pairs_b = (_table(d, torch.ones_like(d.expert_ids_R)) for d in (a, b))
+    pairs_a, pairs_b = (d.table(torch.ones_like(d.expert_ids_R)) for d in (a, b))
     differ_T = (pairs_a != pairs_b).any(1)
-    used = ((_table(d, d.gates_R * d.used_R), d.self_T, d.shared_gates_TS, d.fill_TD) for d in (a, b))
+    used = ((d.table(d.gates_R * d.used_R), d.self_T, d.shared_gates_TS, d.fill_TD) for d in (a, b))
     for one, other in zip(*used, strict=True):
         if one is not None and other is not None and one.numel():
             one, other = (value.view(len(differ_T), -1) for value in (one, other))
@@ -158,7 +154,7 @@ def _routes_differ(a: RoutingDecision, b: RoutingDecision) -> Tensor:
 
 def _drops_differ(a: RoutingDecision, b: RoutingDecision) -> Tensor:
     """Say of each row whether other pairs of it were dropped."""
-    dropped = (_table(d, (~d.kept_R & d.used_R).long()) for d in (a, b))
+    dropped = (d.table((~d.kept_R & d.used_R).long()) for d in (a, b))
     return torch.ne(*dropped).any(1)
 
 
@@ -179,7 +175,7 @@ def audit(
     Args:
         model: as trained.
         costs: as booked.
-        batches: of validation tokens, from which some sequences are drawn.
+        batches: all validation tokens, of which some are looked at.
         sequences: as many as a micro-batch has.
         device: where it runs.
         agree: makes all ranks go by rank 0's number.
@@ -203,6 +199,7 @@ def audit(
             "training": training,
             "evaluation": evaluation,
             "flops": _flops(model, costs, sampled, clean),
+            "regret": regret(model, batches, sequences, device, **plain),
         }
 
 
