@@ -312,6 +312,8 @@ def test_a_run_of_workers_leaves_the_record_of_one(entry, tmp_path):
     assert run_ranks(run, 2, tmp_path / "two", 2, entry)[0]["final"] is not None
     records = [RunFolder(tmp_path / name, config_of(entry, **eight()), 0).read() for name in ("one", "two")]
     one, two = (untimed(record.summary) | {"final": None} for record in records)
+    mine, theirs = (part["measured"].pop("regret") for part in (one, two))  # a sum, as the loss is
+    assert mine["nats"] > 0 and all(theirs[name] == pytest.approx(mine[name], abs=1e-10) for name in mine)
     assert one == two
     for a, b in zip(records[0].evals, records[1].evals, strict=True):
         assert a["chain"] == b["chain"] and a["load_LE"] == b["load_LE"] and a["dead_L"] == b["dead_L"]
