@@ -54,6 +54,11 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     return Interval(mean, mean - half, mean + half, n)
 
 
+def over_seeds(intervals: Sequence[Interval]) -> Interval:
+    """Return the interval over seeds of a quantity; one seed keeps its interval over draws."""
+    return intervals[0] if len(intervals) == 1 else t_interval([interval.mean for interval in intervals])
+
+
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return Wilson's interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953): sound for few trials, and
     near 0 and 1.

@@ -108,7 +108,7 @@ def read_described(folder: Path) -> Described:
     """
     described = cast(Described, read_json(folder / "config.json", Described))
     with _naming(folder / "config.json"):
-        _hold_config(described["config"])
+        hold_config(described["config"])
     return described
 
 
@@ -178,7 +178,7 @@ def read_rows(path: Path, torn_ok: bool = False) -> list[Row]:
     rows = []
     for where, row in read_lines(path, torn_ok):
         with _naming(where):
-            _hold_row(row, path)
+            hold_row(row, path)
         rows.append(row)
     return rows
 
@@ -204,15 +204,15 @@ def last_row(folder: Path) -> Row | None:
     if not file.exists():
         return None
     with _naming(file):
-        line = _last_line(file)
+        line = last_line(file)
         if line is None:
             return None
         row = parse_json(line)
-        _hold_row(row, file)
+        hold_row(row, file)
     return cast(Row, row)
 
 
-def _last_line(path: Path) -> bytes | None:
+def last_line(path: Path) -> bytes | None:
     """Return the last line that has an end; None where there is none."""
     window = 4096
     with reading(path, FILE) as file:
@@ -267,7 +267,7 @@ def _naming(file: Path | str) -> Iterator[None]:
 # What fits
 
 
-def _hold_row(row: Row, file: Path) -> None:
+def hold_row(row: Row, file: Path) -> None:
     kind, legal = row.get("kind"), ROWS[file.name]
     if not isinstance(kind, str | None) or kind not in legal:
         raise Unfit(f" = {shown(kind)}: legal in {file.name} is {' or '.join(map(repr, legal))}", "kind")
@@ -304,7 +304,7 @@ def refuse_inconsistent(record: RunRecord) -> None:
     config, summary = record.config, record.summary
     for name in ("id", "router", "seed", "config_hash", "schema"):
         _refuse_other(summary[name], config[name], "summary", name)
-    experts_L, log_every = _hold_config(config["config"])
+    experts_L, log_every = hold_config(config["config"])
     router = _router_name(config["config"])
     _refuse_other(config["router"], router, "config", "router")
     if (summary["status"] == "diverged") != (summary["diverged"] is not None):
@@ -319,14 +319,14 @@ def refuse_inconsistent(record: RunRecord) -> None:
     for name, found in rows:
         _refuse_disorder(found, summary["steps"], name)
         for index, row in enumerate(found):
-            _refuse_other_sites(row, experts_L, name, index)
+            refuse_other_sites(row, experts_L, name, index)
     _refuse_truncated(record, log_every)
     asked = config.get("asked", {"entries": (), "seeds": ()})
     if (count := len(asked["entries"]) * len(asked["seeds"])) > MOST_ASKED:
         raise Unfit(f" = {count} runs: legal are {MOST_ASKED}", "config", "asked")
 
 
-def _hold_config(config: Mapping[str, Any]) -> tuple[list[int], int]:
+def hold_config(config: Mapping[str, Any]) -> tuple[list[int], int]:
     """Hold a recorded configuration, older or newer than this code, to the fields that this code knows.
 
     Returns:
@@ -372,7 +372,7 @@ def _refuse_disorder(rows: Sequence[Any], steps: int, name: str) -> None:
         raise Unfit(f" has step {rows[-1]['step']}, the run ended at step {steps}", name)
 
 
-def _refuse_other_sites(row: Mapping[str, Any], experts_L: Sequence[int], *path: str | int) -> None:
+def refuse_other_sites(row: Mapping[str, Any], experts_L: Sequence[int], *path: str | int) -> None:
     """Refuse lists by site that are not of the model's sites, or loads that are not of their experts."""
     lists = {name: value for name, value in row.items() if name.endswith(("_L", "_LE")) and value is not None}
     for part in ("terms", "weights"):

@@ -24,6 +24,7 @@ from rlroute.experiments.bench.run import read_table
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import no_formula, to_csv, to_markdown
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.report.board import Board, Seen
 from rlroute.experiments.report.listing import routers_text
 from rlroute.experiments.report.page import render
 from rlroute.foreign import Unfit, parse_json, plain, printable, read_members, shown
@@ -421,10 +422,8 @@ def test_a_hostile_seed_or_key_is_no_script(tmp_path):
     assert "seed" in refusal(tmp_path, set_(plain_run(), "config.seed", hostile))
     run = make_run("switch")
     run.config["config"]["router"] = {"name": "switch", hostile: hostile}
-    table = build_table([run, make_run("hash")])
-    from rlroute.experiments.comparison.entries import make_entries
-
-    assert "<script>alert" not in render(table, make_entries([run, make_run("hash")]))
+    runs = [run, make_run("hash")]
+    assert "<script>alert" not in render(Board(runs=tuple(map(Seen.of, runs)), compared=runs))
 
 
 # The other readers

@@ -15,21 +15,25 @@ from rlroute.errors import ComparisonError, StoreError
 from rlroute.experiments.comparison.entries import make_entries
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import columns
-from rlroute.experiments.report.figures import (
-    AXES,
-    balance_figure,
-    curves_figure,
-    forest_figure,
-    loads_figure,
-    make_styles,
-)
-from rlroute.experiments.report.page import FIRST, conclude, write_report
+from rlroute.experiments.report.board import FIRST, Board, Group, Seen, make_styles
+from rlroute.experiments.report.choice import AXES
+from rlroute.experiments.report.curves import curves_figure
+from rlroute.experiments.report.differences import forest_figure
+from rlroute.experiments.report.loads import loads_figure
+from rlroute.experiments.report.page import conclude, write_report
 from rlroute.experiments.report.style import COLOURS, GREY, style_of
+from rlroute.experiments.report.tradeoff import tradeoff_figure
 from rlroute.experiments.statistics import differences, t_interval
+from rlroute.schema import RunRecord
 from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs, sited
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 MANY = ("switch", "dense", *(f"router_{i}" for i in range(12)))
+
+
+def make_groups(runs: list[RunRecord]) -> list[Group]:
+    """Return the entries of runs as figures take them, in the order of their labels."""
+    return sorted(Board(runs=tuple(map(Seen.of, runs)), compared=runs).groups, key=lambda group: group.label)
 
 
 class Page(HTMLParser):
@@ -154,8 +158,8 @@ def curve(figure: Any, name: str) -> Any:
 
 def test_curves_are_means_with_t_bands() -> None:
     runs = make_runs(("switch", "dense"))
-    entries = make_entries(runs)
-    figure = curves_figure(entries, make_styles(entries))
+    groups = make_groups(runs)
+    figure = curves_figure(groups, make_styles(groups))
     drawn = curve(figure, "switch")
     band = next(trace for trace in figure.data if trace.name == "switch" and trace.fill == "toself")
     last = [run.evals[-1] for run in runs if run.config["router"] == "switch"]
@@ -163,7 +167,7 @@ def test_curves_are_means_with_t_bands() -> None:
     assert (drawn.x[-1], drawn.y[-1]) == (last[0]["tokens"], pytest.approx(interval.mean, abs=1e-5))
     ends = sorted(y for x, y in zip(band.x, band.y, strict=True) if x == last[0]["tokens"])
     assert ends == pytest.approx([interval.low, interval.high], abs=1e-5)
-    single = make_entries(make_runs(("switch",), seeds=1))
+    single = make_groups(make_runs(("switch",), seeds=1))
     assert not [trace for trace in curves_figure(single, make_styles(single)).data if trace.fill == "toself"]
 
 
@@ -171,8 +175,8 @@ def test_training_losses_are_drawn_in_the_unit_of_the_evaluations() -> None:
     rows: Any = [{"step": s, "tokens": s * 2048, "seconds": s / 10, "loss": 5 / s} for s in (10, 20, 30)]
     runs = [replace(run, train=list(rows)) for run in make_runs(("switch",))]
     runs[1].train.pop()  # a step that not all seeds have is not drawn
-    entries = make_entries(runs)
-    (drawn,) = (t for t in curves_figure(entries, make_styles(entries)).data if t.meta["kind"] == "train")
+    groups = make_groups(runs)
+    (drawn,) = (t for t in curves_figure(groups, make_styles(groups)).data if t.meta["kind"] == "train")
     bits = [run.evals[-1]["bits_per_byte"] / run.evals[-1]["loss"] for run in runs]
     assert list(drawn.x) == [10 * 2048, 20 * 2048]
     assert drawn.y == pytest.approx([5 / s * sum(bits) / len(bits) for s in (10, 20)], abs=1e-5)
@@ -180,8 +184,8 @@ def test_training_losses_are_drawn_in_the_unit_of_the_evaluations() -> None:
 
 def test_curves_can_be_read_against_flops_and_time() -> None:
     runs = make_runs(("switch", "dense"))
-    entries = make_entries(runs)
-    drawn = curve(curves_figure(entries, make_styles(entries)), "switch")
+    groups = make_groups(runs)
+    drawn = curve(curves_figure(groups, make_styles(groups)), "switch")
     switch = [run for run in runs if run.config["router"] == "switch"]
     model, last = switch[0].summary["model"], [run.evals[-1] for run in switch]
     per_token = model["flops_per_token"] + model["training_only_flops_per_token"]
@@ -214,9 +218,9 @@ def test_every_entry_has_one_colour_in_all_figures() -> None:
     entries, table = make_entries(runs), build_table(runs)
     styles = make_styles(entries)
     assert len({style.colour for style in styles.values()}) == len(EFFECT)
-    curves = {t.name: t.line.color for t in curves_figure(entries, styles).data if t.mode == "lines+markers"}
-    points = balance_figure(table, {e.label: e for e in entries}, styles)
-    assert {t.name: t.marker.color for t in points.data if t.name} == {n: c for n, c in curves.items() if n != "dense"}
+    curves = {t.name: t.line.color for t in curves_figure(make_groups(runs), styles).data if t.mode == "lines+markers"}
+    points = tradeoff_figure(table, {e.label: e for e in entries}, styles)
+    assert {t.name: t.marker.color for t in points.data if t.name} == curves
 
 
 def luminance(colour: str) -> float:
@@ -244,11 +248,13 @@ def test_eight_entries_are_shown_at_first_with_the_reference_and_the_yardstick(t
     first = [row.label for row, b in zip(build_table(runs).rows, buttons, strict=True) if b["aria-pressed"] == "true"]
     assert len(buttons) == len(MANY) and len(first) == FIRST == 8 and {"switch", "dense"} < set(first)
     curves = page.figures["curves"]["data"]
-    assert {trace["meta"]["entry"] for trace in curves} == set(range(len(MANY)))  # the others are there to be shown
+    assert {trace["meta"]["entry"] for trace in curves} == {
+        run.config["config_hash"] for run in runs
+    }  # the others are there to be shown
 
 
 def test_heatmaps_show_every_seed_of_each_layer_of_each_entry_on_one_scale() -> None:
-    entries = make_entries(make_runs(("switch", "unbalanced"), seeds=3))
+    entries = make_groups(make_runs(("switch", "unbalanced"), seeds=3))
     figure = loads_figure(entries)
     loads = figure.layout.meta["loads"]
     assert [[[drawn["seed"] for drawn in seeds] for seeds in sites] for sites in loads] == [[[0, 1, 2]] * LAYERS] * 2
@@ -263,7 +269,7 @@ def test_heatmaps_show_every_seed_of_each_layer_of_each_entry_on_one_scale() -> 
 def test_a_seed_without_loads_is_an_empty_heatmap() -> None:
     runs = make_runs(("switch",), seeds=2)
     runs[1].loads.clear()
-    empty = loads_figure(make_entries(runs)).layout.meta["loads"][0][0][1]
+    empty = loads_figure(make_groups(runs)).layout.meta["loads"][0][0][1]
     assert empty == {"seed": 1, "steps": [], "share": []}
 
 
@@ -284,19 +290,19 @@ def test_what_cannot_be_compared_or_written_leaves_no_file(tmp_path: Path) -> No
 def test_sites_are_named_by_their_keys_and_may_have_other_numbers_of_experts(tmp_path: Path) -> None:
     runs = [sited(make_run("switch", seed)) for seed in range(2)]
     write_report(runs, tmp_path / "report.html")
-    options = re.findall(r'<option value="(\d)">([^<]*)</option>', (tmp_path / "report.html").read_text())
-    assert options == [("0", "switch"), ("0", "0.attention"), ("1", "0"), ("2", "1.attention"), ("3", "1")]
-    (sites,) = loads_figure(make_entries(runs)).layout.meta["loads"]
+    picker = re.search(r'<select id="site".*?</select>', (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert picker and re.findall(r">([^<]+)</option>", picker[0]) == ["0.attention", "0", "1.attention", "1"]
+    (sites,) = loads_figure(make_groups(runs)).layout.meta["loads"]
     assert [len(seeds[0]["share"]) for seeds in sites] == [4, EXPERTS, 4, EXPERTS]
 
 
 def test_a_run_that_chose_nothing_has_a_page(tmp_path: Path) -> None:
     runs = [changed(make_run("hash", seed), "summary.final.max_vio_L", [None, None]) for seed in range(2)]
     write_report([*runs, *make_runs(("switch",), seeds=2)], tmp_path / "report.html")
-    table = build_table(runs)
-    assert (
-        len(balance_figure(table, {e.label: e for e in make_entries(runs)}, make_styles(make_entries(runs))).data) == 0
+    figure = tradeoff_figure(
+        build_table(runs), {e.label: e for e in make_entries(runs)}, make_styles(make_entries(runs))
     )
+    assert {trace.xaxis for trace in figure.data} == {"x2"}  # against throughput alone
 
 
 def test_conclusion_names_who_is_untuned() -> None:

@@ -63,6 +63,7 @@ def _run() -> None:
     from rlroute.experiments.cli.benches import bench
     from rlroute.experiments.cli.check import check
     from rlroute.experiments.cli.common import with_checked_options
+    from rlroute.experiments.cli.dashboard import dashboard
     from rlroute.experiments.cli.data import data, plan
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
@@ -96,6 +97,7 @@ def _run() -> None:
         runs,
         table,
         report,
+        dashboard,
         verify,
         export,
         export_tokens,

@@ -6,16 +6,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlroute.experiments.gradients.instrument import Row, Sweep, Unmeasured
-from rlroute.experiments.gradients.signal import over_seeds, over_seeds_by_factor, relative_bias
+from rlroute.experiments.gradients.signal import over_seeds_by_factor, relative_bias
 from rlroute.experiments.report.html import render_page
-from rlroute.experiments.report.style import new_figure, style_of
-from rlroute.experiments.statistics import Interval
+from rlroute.experiments.report.signals import SETTING_WIDTH, Signal, setting, signals_figure
+from rlroute.experiments.statistics import Interval, over_seeds
 from rlroute.experiments.text import NOTHING, markdown, plus_minus, rounded, two_digits
 from rlroute.kernels import resolve_backend
 from rlroute.provenance import environment
@@ -23,8 +22,6 @@ from rlroute.provenance import environment
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-SETTING_WIDTH = 120
-"""Pixels that a size, step and layer takes at least in a figure, which is scrolled where it does not fit."""
 ROUNDING = 1e-9
 """What is smaller, in relative terms, is printed as 0."""
 
@@ -147,42 +144,12 @@ def render(rows: Sequence[Row], unmeasured: Sequence[Unmeasured], sweep: Sweep, 
 
 
 def figure(rows: Sequence[Row], of: Callable[[Row], Interval | None], title: str, *, log: bool = False) -> Figure:
-    """Draw a quantity of all rows, one colour and marker for each entry, beside one another for each size, step and
-    layer.
-    """
-    drawn = new_figure("", title, height=720)
-    for index, entry in enumerate(dict.fromkeys(row.entry for row in rows)):
-        found = [(_setting(row), of(row)) for row in rows if row.entry == entry]
-        points = [(where, point) for where, point in found if point is not None and math.isfinite(point.mean)]
-        ends = [(_distance(p.high, p.mean), _distance(p.low, p.mean)) for _, p in points]
-        style = style_of(index)
-        drawn.add_scatter(
-            x=[where for where, _ in points],
-            y=[point.mean for _, point in points],
-            error_y={
-                "array": [up for up, _ in ends],
-                "arrayminus": [down for _, down in ends],
-                "thickness": 1,
-                "width": 3,
-            },
-            name=escape(entry),
-            mode="markers",
-            marker={"color": style.colour, "symbol": style.symbol, "size": 8},
-        )
-    settings = list(dict.fromkeys(_setting(row) for row in rows))
-    drawn.update_layout(scattermode="group", legend={"y": -0.2, "yanchor": "top", "x": 0})
-    drawn.update_xaxes(type="category", categoryorder="array", categoryarray=settings, tickangle=0)
-    drawn.update_yaxes(**({"type": "log"} if log else {"zeroline": True, "zerolinecolor": "#9aa3b2"}))
-    return drawn
+    """Draw a quantity of all rows."""
+    return signals_figure([Signal(row.entry, _setting(row), of(row)) for row in rows], title, log=log)
 
 
 def _setting(row: Row) -> str:
-    layer = "" if row.layers == 1 else f"<br>{row.layers} layers, layer {row.layer}"
-    return f"E {row.experts}, k {row.k}, T {row.tokens}<br>step {row.train_steps}{layer}"
-
-
-def _distance(end: float | None, mean: float) -> float:
-    return abs(end - mean) if end is not None and math.isfinite(end) else 0.0
+    return setting(row.experts, row.k, row.tokens, row.train_steps, row.layers, row.layer)
 
 
 def _figure(value: float) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rlroute.experiments.statistics import CONFIDENCE, Interval, t_interval
+from rlroute.experiments.statistics import CONFIDENCE, Interval, over_seeds, t_interval
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -119,11 +119,6 @@ def relative_bias(squared: Interval) -> Interval:
     """Return |E g - G| / |G| from its square, cut off at 0."""
     low, high = (None if end is None else _root(end) for end in (squared.low, squared.high))
     return Interval(_root(squared.mean), low, high, squared.n)
-
-
-def over_seeds(intervals: Sequence[Interval]) -> Interval:
-    """Return the interval over seeds of a quantity; one seed keeps its interval over draws."""
-    return intervals[0] if len(intervals) == 1 else t_interval([interval.mean for interval in intervals])
 
 
 def over_seeds_by_factor(intervals: Sequence[Interval]) -> Interval:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlroute.experiments.gradients.page import brackets, mean_text
-from rlroute.experiments.gradients.signal import over_seeds
-from rlroute.experiments.statistics import Interval
+from rlroute.experiments.statistics import Interval, over_seeds
 from rlroute.experiments.text import NOTHING, markdown
 
 Row = Mapping[str, Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlroute.alarms import Alarm, Watch
 from rlroute.experiments.launch.jobs import Job
+from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, si
 from rlroute.reading import worst_vio
@@ -51,7 +51,7 @@ class Follower:
         self.alarms: list[Alarm] = []
         """New ones, for whoever says them to take out."""
         self.pace = 0.0  # share of the run a second, since it was first seen to run; kept when it is over
-        self._read = self._file = 0  # bytes, and which file
+        self._metrics = Tail(self.folder / "metrics.jsonl")
         self._heard: float | None = None  # when its last row came, or it was first seen to run
         self._first: tuple[float, float] | None = None  # when it was first seen to run, and how far it was
 
@@ -76,19 +76,10 @@ class Follower:
             self.pace = max(0.0, self.share - self._first[1]) / (now - self._first[0])
 
     def _rows(self) -> Iterable[dict[str, Any]]:
-        try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
-                number = os.fstat(file.fileno()).st_ino
-                if number != self._file:  # it was taken up again from a checkpoint, and the rows after that are gone
-                    self._read, self._file = 0, number
-                file.seek(self._read)
-                whole, _, _ = file.read().rpartition(b"\n")
-        except OSError:
-            return
-        self._read += len(whole) + bool(whole)
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError):  # whoever trains the run will say so
-                yield json.loads(line)
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._metrics.lines():
+                with contextlib.suppress(ValueError):  # whoever trains the run will say so
+                    yield json.loads(line)
 
     @property
     def share(self) -> float:
@@ -219,7 +210,7 @@ class Monitor:
         running = sum(run.state == "running" for run in runs)
         if not to_do:
             return ""
-        return _duration(to_do * len(paces) / (sum(paces) * running)) if paces and running else NOTHING
+        return duration(to_do * len(paces) / (sum(paces) * running)) if paces and running else NOTHING
 
 
 def _mean(values: Sequence[float | None], form: Callable[[float], str]) -> str:
@@ -227,7 +218,8 @@ def _mean(values: Sequence[float | None], form: Callable[[float], str]) -> str:
     return form(sum(known) / len(known)) if known else NOTHING
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time with its unit."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

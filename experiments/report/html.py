@@ -30,7 +30,7 @@ def render_page(template: str, script: str, figures: Mapping[str, Figure], **val
     """
     from plotly.offline import get_plotlyjs
 
-    scripts = [get_plotlyjs(), "\n".join(map(_read, ["base.js", *filter(None, [script])]))]
+    scripts = [get_plotlyjs(), "\n".join(map(_read, ["colours.js", "base.js", *filter(None, [script])]))]
     data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in figures.items()) + "}"
     return (
         _environment()
@@ -47,9 +47,9 @@ def render_page(template: str, script: str, figures: Mapping[str, Figure], **val
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader(__package__, "templates")
+    loader = ChoiceLoader([PackageLoader(__package__, folder) for folder in ("templates", "assets")])
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 

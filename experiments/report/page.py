@@ -1,36 +1,36 @@
-"""The page about a comparison.
+"""The page about a comparison: all views of it in one file.
 
 Like the table it is a pure function of run records.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlroute.config import DENSE
-from rlroute.experiments.comparison.entries import Entry, make_entries
-from rlroute.experiments.comparison.table import Table, TableRow, build_table
-from rlroute.experiments.comparison.text import BALANCE, REGRET, columns, legend
-from rlroute.experiments.report.figures import (
-    AXES,
-    balance_figure,
-    curves_figure,
-    forest_figure,
-    loads_figure,
-    make_styles,
-)
+from rlroute.experiments.comparison.table import Table, TableRow
+from rlroute.experiments.comparison.text import BALANCE, REGRET, legend
+from rlroute.experiments.report.board import Board, Group, Seen
+from rlroute.experiments.report.choice import ALL, AXES, KINDS, Choice
 from rlroute.experiments.report.html import render_page
-from rlroute.experiments.report.style import Style
+from rlroute.experiments.report.sheet import Sheet
+from rlroute.experiments.report.sheets import config_text, facts
+from rlroute.experiments.report.signals import MEASURES
+from rlroute.experiments.report.views import VIEWS, Listing, routed
 from rlroute.experiments.text import listed, of_interval, short
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.records import write_atomically
 from rlroute.schema import RunRecord
 
-FIRST = 8
-"""How many entries the curves show before the reader asks for more."""
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+ORDER = ("results", "forest", "curves", "verdicts", "balance", "loads", "health", "gradients", "runs")
+"""The views of the page, from top to bottom; of a run it has the facts, with all runs."""
+EVERYTHING = Choice(entries=ALL, entry=ALL)
+"""What is in the file; the page's script shows the first of it."""
 SECONDARY = (
     "settings",
     "gate",
@@ -43,11 +43,23 @@ SECONDARY = (
     "resolvable",
 )
 """The columns that narrow pages hide until the reader asks for them."""
-
 BALANCE_LEGEND = (
     "Gini, min/max load and without expert: mean difference of two experts' loads over twice their mean, lowest over "
     "highest load, and the share of tokens for which no expert ran; mean over seeds, then the worst layer."
 )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A view on the page: the ids of its figures with their widths, or its table, or a line why there is neither."""
+
+    name: str
+    title: str
+    caption: str
+    pickers: tuple[str, ...]
+    figures: tuple[tuple[str, int], ...] = ()
+    sheet: Sheet | None = None
+    line: str = ""
 
 
 def write_report(
@@ -57,6 +69,7 @@ def write_report(
     reference: str | None = None,
     left_out: Sequence[str] = (),
     margin: float = MARGIN,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
@@ -67,70 +80,85 @@ def write_report(
             :func:`~rlroute.experiments.comparison.table.build_table`.
         left_out: what other runs there are, and why they are not here.
         margin: the difference below which entries are equivalent.
+        results: what other commands published, by name.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
         MissingDependencyError: Plotly is not installed.
         StoreError: the file cannot be written.
     """
-    table = build_table(records, reference, left_out, margin)
-    write_atomically(path, render(table, make_entries(records)))
+    board = Board(
+        runs=tuple(map(Seen.of, records)),
+        reference=reference,
+        left_out=tuple(left_out),
+        margin=margin,
+        results=results or {},
+        compared=records,
+    )
+    write_atomically(path, render(board))
 
 
-def render(table: Table, entries: Sequence[Entry]) -> str:
+def render(board: Board) -> str:
     """Return the page.
 
     Raises:
+        ComparisonError: the runs are not comparable, or there is no such reference.
         MissingDependencyError: Plotly is not installed.
     """
-    styles = make_styles(entries)
-    by_label = {entry.label: entry for entry in entries}
-    ordered = [by_label[row.label] for row in table.rows]
-    routed = [entry for entry in ordered if entry.router != DENSE and entry.runs[0].loads]
-    figures = {
-        "forest": forest_figure(table, by_label, styles),
-        "curves": curves_figure(ordered, styles),
-        "balance": balance_figure(table, by_label, styles),
-        "loads": loads_figure(routed) if routed else None,
-    }
-    shown, first = columns(table, balance=True), _first(table)
+    table = board.build()
+    figures: dict[str, Figure] = {}
+    sections = [_section(name, board, figures) for name in ORDER]
+    drawn_loads = [group for group in routed(board) if group.runs[0].loads] if "loads" in figures else []
     return render_page(
         "comparison.html",
         "comparison.js",
-        {name: figure for name, figure in figures.items() if figure is not None},
+        figures,
         conclusion=list(conclude(table)),
-        columns=list(shown),
+        sections=sections,
+        glyphs={group.hash: board.styles[group.label].glyph for group in board.groups},
         secondary=SECONDARY,
-        rows=[_row(row, table, [cell(row) for cell in shown.values()], styles) for row in table.rows],
         legend=f"{legend(table)} {BALANCE_LEGEND}",
-        reference=table.reference,
-        forest=figures["forest"] is not None,
+        reference=next((row.config_hash for row in table.rows if row.label == table.reference), ""),
         entries=[
-            {"label": e.label, "glyph": styles[e.label].glyph, "first": str(e.label in first).lower()} for e in ordered
+            {"label": group.label, "hash": group.hash, "first": str(group.label in board.first).lower()}
+            for group in board.groups
         ],
-        first=len(first),
+        first=len(board.first),
         axes=AXES,
-        routed=[entry.label for entry in routed],
-        sites=[str(site) for site in routed[0].sites] if routed else [],
+        kinds=KINDS,
+        loads=[{"label": group.label, "hash": group.hash} for group in drawn_loads],
+        sites=[str(site) for site in drawn_loads[0].sites] if drawn_loads else [],
         notes=[(title, text) for title, text in table.notes if text],
-        configs=[_config(entry) for entry in ordered],
+        configs=[_config(group) for group in board.groups],
+        runs=[
+            {"id": run.id, "facts": {title: text for title, text in facts(run).items() if text}}
+            for group in board.groups
+            for run in group.runs
+        ],
     )
 
 
-def _first(table: Table) -> set[str]:
-    """Return who is shown at first: the reference and the yardsticks, and the best of the others."""
-    always = [row.label for row in table.rows if row.router == DENSE or row.label == table.reference]
-    others = [row.label for row in table.rows if row.label not in always]
-    return {*always, *others[: max(FIRST - len(always), 0)]}
+def _section(name: str, board: Board, figures: dict[str, Figure]) -> Section:
+    """Draw a view; put its figures to the others."""
+    view = VIEWS[name]
+    drawn: dict[str, Figure | Sheet | Listing | str] = {name: view.draw(board, EVERYTHING)}
+    if "measure" in view.pickers and not isinstance(drawn[name], str):
+        drawn = {f"{name}-{measure}": view.draw(board, EVERYTHING.but(measure=measure)) for measure in MEASURES}
+    ids: list[tuple[str, int]] = []
+    said: dict[str, Any] = {}
+    for place, what in drawn.items():
+        if isinstance(what, str | Listing):
+            said["line"] = str(what)
+        elif isinstance(what, Sheet):
+            said["sheet"] = what
+        else:
+            figures[place] = what
+            ids.append((place, (what.layout.meta or {}).get("width", 0)))
+    return Section(name, view.title, view.caption, view.pickers, tuple(ids), **said)
 
 
-def _row(row: TableRow, table: Table, cells: Sequence[str], styles: Mapping[str, Style]) -> dict[str, Any]:
-    return {"cells": cells, "glyph": styles[row.label].glyph, "reference": row.label == table.reference}
-
-
-def _config(entry: Entry) -> dict[str, str]:
-    text = json.dumps(entry.runs[0].config["config"], indent=1, sort_keys=True)
-    return {"label": entry.label, "runs": ", ".join(run.id for run in entry.runs), "text": text}
+def _config(group: Group) -> dict[str, str]:
+    return {"label": group.label, "runs": ", ".join(run.id for run in group.runs), "text": config_text(group.runs[0])}
 
 
 # What the table says, in words

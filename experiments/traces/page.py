@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from rlroute.experiments.report.figures import LOAD_COLOURS, LOAD_LIMIT
 from rlroute.experiments.report.html import render_page
+from rlroute.experiments.report.loads import LOAD_COLOURS, LOAD_LIMIT
 from rlroute.experiments.report.style import faint, new_figure, style_of
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.traces import text

@@ -1,0 +1,82 @@
+"""The load of every expert over time, as heatmaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlroute.experiments.report.board import Group
+from rlroute.experiments.report.style import new_figure
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+LOAD_COLOURS = {
+    "light": [[0, "#2b4c8c"], [0.125, "#93b5dc"], [0.25, "#f7f7f7"], [0.5, "#f2a57c"], [1, "#8c1c13"]],
+    "dark": [[0, "#5b8def"], [0.125, "#34507f"], [0.25, "#232a35"], [0.5, "#b3552d"], [1, "#ffb38a"]],
+}
+"""Cold below the fair share, warm above it, and the fair share as pale as the page."""
+LOAD_LIMIT = 4.0
+"""The colour scale of expert loads ends at this multiple of the fair share, in all heatmaps."""
+LOAD_COLUMNS = 100
+"""Points in time that a heatmap shows at most."""
+SEED_COLUMNS = 4
+"""Heatmaps side by side."""
+
+
+def loads_figure(groups: Sequence[Group], site: int | None = None) -> Figure:
+    """Draw the load of every expert over time: one heatmap for each seed, all of one entry and routed site at a time.
+
+    The figure shows the first; ``layout.meta["loads"][entry][site]`` holds, for each seed, what the script puts there:
+    its number, the steps, and each expert's load over the fair share.
+
+    Args:
+        groups: entries with routed sites.
+        site: the place of the only one that is read, of those of the only group; all if None.
+    """
+    from plotly.subplots import make_subplots
+
+    wanted = [range(len(group.sites)) if site is None else [site] for group in groups]
+    loads = [[_loads(group, place) for place in places] for group, places in zip(groups, wanted, strict=True)]
+    most = max(len(seeds) for sites in loads for seeds in sites)
+    across = min(most, SEED_COLUMNS)
+    down = -(-most // across)
+    plain = new_figure("training step", "expert", height=110 + 230 * down)
+    titles = [f"seed {drawn['seed']}" for drawn in loads[0][0]]
+    spacing = {"horizontal_spacing": 0.02, "vertical_spacing": 0.2 / down}
+    figure = make_subplots(down, across, shared_yaxes=True, subplot_titles=titles, figure=plain, **spacing)
+    for place, drawn in enumerate(loads[0][0]):
+        figure.add_heatmap(
+            x=drawn["steps"],
+            z=drawn["share"],
+            name=f"seed {drawn['seed']}",
+            coloraxis="coloraxis",
+            hovertemplate="step %{x}, expert %{y}<br>%{z:.2f} × the fair share",
+            row=place // across + 1,
+            col=place % across + 1,
+        )
+    bar = {"tickvals": [0, 1, 2, 3, 4], "ticktext": ["0", "1 (fair)", "2", "3", "≥ 4"], "thickness": 14}
+    bar |= {"outlinewidth": 0, "title": {"text": "load over<br>fair share"}}
+    figure.update_layout(
+        coloraxis={"cmin": 0, "cmax": LOAD_LIMIT, "colorscale": LOAD_COLOURS["light"], "colorbar": bar},
+        meta={"loads": loads, "scales": LOAD_COLOURS},
+    )
+    figure.update_xaxes(showgrid=False, zeroline=False, title={"text": ""})
+    figure.update_xaxes(title={"text": "training step"}, row=down)
+    figure.update_yaxes(showgrid=False, zeroline=False)
+    figure.update_yaxes(title={"text": "expert"}, col=1)
+    return figure
+
+
+def _loads(group: Group, site: int) -> list[dict[str, Any]]:
+    """Return what each seed's experts got at a site, over the fair share; sites may have different numbers of
+    experts.
+    """
+    found = []
+    for run in group.runs:
+        loads = run.loads
+        rows = loads[:: -(-len(loads) // LOAD_COLUMNS) or 1]
+        load_SE = [row["load_LE"][site] for row in rows]
+        share_ES = [[round(load * len(load_SE[0]), 2) for load in load_S] for load_S in zip(*load_SE, strict=True)]
+        found.append({"seed": run.seed, "steps": [row["step"] for row in rows], "share": share_ES})
+    return found

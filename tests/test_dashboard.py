@@ -1,0 +1,400 @@
+"""The dashboard follows a store that grows, shows what is there and says what is not, keeps all that is chosen in its
+address, and answers only who may ask.
+"""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlroute.errors import ConfigError
+from rlroute.experiments.comparison.table import build_table, paired
+from rlroute.experiments.dashboard import app as app_module
+from rlroute.experiments.dashboard import follow, server
+from rlroute.experiments.dashboard.app import Boards, make_app
+from rlroute.experiments.dashboard.follow import Followed, Thinned
+from rlroute.experiments.launch.tail import Tail
+from rlroute.experiments.report import published, views
+from rlroute.experiments.report.board import FIRST, Board, Seen, make_lots
+from rlroute.experiments.report.choice import ALL, Choice
+from rlroute.experiments.report.sheet import Cell, Sheet
+from rlroute.experiments.report.tradeoff import pareto
+from rlroute.experiments.report.views import PAGES, RUN_PAGE, VIEWS
+from rlroute.experiments.verdicts import verdict
+from rlroute.foreign import Unfit
+from rlroute.reading import read_run
+from tests.boards import board_of, lay
+from tests.commands import refused, rlroute
+from tests.test_table import changed, diverged, make_run, make_runs
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+# Following
+
+
+@given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 9))
+def test_rows_are_thinned_alike_however_they_come(batches: list[int], most: int) -> None:
+    thinned, lines = Thinned(most, json.loads), [str(place).encode() for place in range(sum(batches))]
+    rest = lines
+    for size in batches:
+        thinned.extend(rest[:size])
+        rest = rest[size:]
+    stride = max(1, thinned.stride)
+    wanted = [place for place in range(len(lines)) if place % stride == 0 or place == len(lines) - 1]
+    assert thinned.rows == wanted and len(wanted) <= most + 1
+    assert stride == 1 or len(lines) > most * stride // 2  # no coarser than it must be
+
+
+def test_a_tail_leaves_what_has_no_end_and_sees_a_file_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    tail = Tail(path)
+    assert list(tail.lines()) == [] and tail.turns == 0
+    path.write_bytes(b"one\ntw")
+    assert list(tail.lines()) == [b"one"]
+    with path.open("ab") as file:
+        file.write(b"o\n\nthree\nfo")
+    assert list(tail.lines()) == [b"two", b"", b"three"]
+    assert list(tail.lines()) == [] and tail.turns == 1
+    with path.open("ab") as file:
+        file.write(b"\0\0\0\n")  # a shared folder may show the length of what is not there yet
+    assert list(tail.lines()) == []
+    (tmp_path / "new").write_bytes(b"one\n")
+    (tmp_path / "new").replace(path)
+    assert list(tail.lines()) == [b"one"] and tail.turns == 2
+
+
+def test_a_tail_refuses_a_line_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(b"x" * 20)
+    with mock.patch("rlroute.experiments.launch.tail.LINE", 10), pytest.raises(Unfit, match="more than 10 bytes"):
+        list(Tail(path).lines())
+
+
+def test_ended_runs_are_those_of_the_store(store: Path) -> None:
+    runs = make_runs(("switch", "dense"), seeds=2)
+    for run in runs:
+        lay(store, run)
+    seen = Followed(store).look()
+    assert [run.id for run in seen] == sorted(run.id for run in runs)
+    for one in seen:
+        record = read_run(store / one.id)
+        assert one.state == "finished" and one.record is not None and one.share == 1.0
+        assert (one.summary, one.evals, one.loads) == (record.summary, record.evals, record.loads)
+        assert build_table([one.record]) == build_table([record])
+
+
+def test_what_is_appended_is_seen_and_only_what_changed_is_read(store: Path) -> None:
+    run = make_run("switch")
+    lay(store, make_run("hash"))
+    folder, followed = lay(store, run, steps=200), Followed(store)
+    before = {run.id: run for run in followed.look()}
+    version = followed.version
+    with mock.patch.object(follow, "read_part", side_effect=AssertionError("read again")):
+        assert dict(before) == {run.id: run for run in followed.look()} and followed.version == version
+    line = json.dumps(run.train[20] | {"step": 210})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line[:30])
+    assert [one.last["step"] for one in followed.look() if one.id == run.id and one.last] == [200]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line[30:] + "\n")
+    (now,) = (one for one in followed.look() if one.id == run.id)
+    assert now.last is not None and now.last["step"] == 210 and followed.version > version
+    assert now.state == "running"  # its rows grow, whoever holds its lock
+    lay(store, run, steps=100)  # taken up again from an earlier checkpoint
+    (now,) = (one for one in followed.look() if one.id == run.id)
+    assert now.last is not None and now.last["step"] == 100 and len(now.train) == 10 and len(now.evals) == 1
+
+
+def test_a_run_that_stands_still_is_interrupted(store: Path) -> None:
+    now = 0.0
+    folder, followed = lay(store, make_run("switch"), steps=100), Followed(store, lambda: now)
+    assert [run.state for run in followed.look()] == ["interrupted"]
+    os.utime(folder / "metrics.jsonl", ns=(1, 1))
+    assert [run.state for run in followed.look()] == ["running"]
+    now = follow.LIVELY + 1
+    assert [run.state for run in followed.look()] == ["interrupted"]
+
+
+def test_damage_is_named_and_the_others_are_shown(store: Path, tmp_path: Path) -> None:
+    lay(store, make_run("switch"))
+    torn, other, odd = (lay(store, make_run(name)) for name in ("hash", "unbalanced", "bandit"))
+    (torn / "summary.json").write_text('{"status": "finished"')
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": "many"}\n')
+    (odd / "config.json").write_text((torn / "config.json").read_text())
+    (store / "link").symlink_to(tmp_path)
+    seen = {run.id: run for run in Followed(store).look()}
+    assert seen[make_run("switch").id].state == "finished"
+    damaged = {run.id: run.reason for run in seen.values() if run.state == "damaged"}
+    assert set(damaged) == {torn.name, other.name, odd.name, "link"}
+    assert "step" in damaged[other.name] and "another run" in damaged[odd.name]
+    board = Board(runs=make_lots(seen.values())[0].runs, others=tuple(r for r in seen.values() if not r.config))
+    sheet = VIEWS["runs"].draw(board, Choice())
+    assert isinstance(sheet, Sheet) and {row[0].text for row in sheet.rows} == set(seen)
+
+
+def test_runs_that_are_gone_are_forgotten_and_a_store_may_come_later(store: Path) -> None:
+    followed = Followed(store)
+    assert followed.look() == ()
+    folder = lay(store, make_run("switch"))
+    assert len(followed.look()) == 1
+    folder.rename(folder.with_name(".gone"))
+    assert followed.look() == ()
+
+
+def test_a_compact_file_is_followed_too(tmp_path: Path) -> None:
+    from rlroute.records import write_compact
+
+    runs = make_runs(("switch", "hash"), seeds=1)
+    write_compact(runs, tmp_path / "some.jsonl")
+    assert [run.id for run in Followed(tmp_path / "some.jsonl").look()] == sorted(run.id for run in runs)
+
+
+# Lots
+
+
+def test_runs_that_may_not_be_compared_are_apart_and_what_runs_is_with_its_kin() -> None:
+    ended = [Seen.of(run) for run in make_runs(("switch", "hash"), seeds=2)]
+    others = [Seen.of(make_run("switch", train__batch_size=8))]
+    going = replace(Seen.of(make_run("hash", 2)), state="running", summary=None, record=None)
+    first, second = make_lots([*others, *ended, going])
+    assert {run.id for run in first.runs} == {run.id for run in [*ended, going]}
+    assert [run.id for run in second.runs] == [others[0].id] and first.key != second.key
+    board = Board(runs=first.runs)
+    assert not isinstance(board.table, str) and [row.n for row in board.table.rows] == [2, 2]
+    (hash_group,) = (group for group in board.groups if group.router == "hash")
+    assert [run.id for run in hash_group.going] == [going.id] and len(hash_group.settled) == 2
+
+
+# Links
+
+
+TEXTS = ("page", "lot", "entries", "run", "sort", "filter")
+CHOICES = st.builds(Choice, **{name: st.text(max_size=8) for name in TEXTS})
+
+
+@given(CHOICES, st.sampled_from(["tokens", "flops", "seconds"]), st.sampled_from(["both", "eval", "train"]))
+def test_a_link_says_all_that_is_chosen(choice: Choice, axis: str, kinds: str) -> None:
+    choice = choice.but(axis=axis, kinds=kinds)
+    assert Choice.of(choice.link) == choice
+
+
+@given(st.text(max_size=60))
+def test_a_link_that_says_something_else_still_shows_a_page(text: str) -> None:
+    choice = Choice.of("?axis=&kinds=none&page=%zz&" + text)
+    assert choice.axis in ("tokens", "flops", "seconds") and choice.kinds in ("both", "eval", "train")
+
+
+def test_eight_entries_are_drawn_at_first_and_the_others_by_a_click() -> None:
+    board = board_of(make_runs(("switch", "dense", *(f"router_{i}" for i in range(12))), seeds=2))
+    first = Choice().drawn(board)
+    assert len(first) == FIRST and {"switch", "dense"} < {group.label for group in first}
+    assert Choice(entries=ALL).drawn(board) == board.groups
+    other = next(group for group in board.groups if group not in first)
+    more = Choice().toggled(other, board)
+    assert set(map(id, more.drawn(board))) == set(map(id, [*first, other]))
+    assert more.toggled(other, board).drawn(board) == first
+
+
+# Views
+
+
+def test_every_view_says_in_a_line_what_is_not_there() -> None:
+    for name, view in VIEWS.items():
+        line = view.draw(Board(runs=()), Choice())
+        assert isinstance(line, str) and line and "\n" not in line, name
+
+
+@pytest.fixture(scope="module")
+def whole() -> Board:
+    return replace(board_of(make_runs()), results=published.read_results(None))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_draws_what_is_there_and_every_axis_has_its_unit(name: str, whole: Board) -> None:
+    drawn = VIEWS[name].draw(whole, Choice(run=whole.runs[0].id))
+    assert not isinstance(drawn, str), drawn
+    if isinstance(drawn, Sheet):
+        assert drawn.rows and {len(row) for row in drawn.rows} == {len(drawn.head)}
+    elif not isinstance(drawn, views.Listing):
+        layout = drawn.to_plotly_json()["layout"]
+        across, up = ([axis for key, axis in layout.items() if key.startswith(kind)] for kind in ("xaxis", "yaxis"))
+        titled = [[axis for axis in axes if axis.get("title", {}).get("text")] for axes in (across, up)]
+        assert titled[0] or name == "gradients"  # whose settings say their units
+        assert titled[1] or name == "forest"  # whose rows are names
+
+
+def test_every_view_is_on_a_page() -> None:
+    assert {view for _, shown in PAGES.values() for view in shown} | set(RUN_PAGE) == set(VIEWS)
+
+
+def test_a_run_that_goes_on_is_drawn_with_those_that_ended() -> None:
+    runs = [Seen.of(run) for run in make_runs(("switch", "hash"), seeds=2)]
+    part = make_run("switch", 2)
+    going = replace(
+        Seen.of(part), state="running", summary=None, record=None, train=part.train[:15], evals=part.evals[:1]
+    )
+    board = Board(runs=(*runs, going))
+    figure = VIEWS["curves"].draw(board, Choice(kinds="train"))
+    ends = [trace.x[-1] for trace in figure.data if trace.visible and trace.name == "switch"]  # type: ignore[union-attr]
+    assert ends == [part.train[-1]["tokens"], part.train[14]["tokens"]]
+    sheet = VIEWS["progress"].draw(board, Choice())
+    assert isinstance(sheet, Sheet)
+    row = next(row for row in sheet.rows if row[0].text == "switch")
+    assert [cell.text for cell in row[1:5]] == ["2 of 3", "1", "", "79%"]
+
+
+def test_progress_counts_what_was_asked_for_and_is_not_there_yet() -> None:
+    run = changed(make_run("switch"), "config.asked", {"entries": ["switch"], "seeds": [0, 1, 2, 3]})
+    sheet = VIEWS["progress"].draw(Board(runs=(Seen.of(run),)), Choice())
+    assert isinstance(sheet, Sheet) and sheet.rows[0][1].text == "1 of 4" and sheet.rows[0][4].text == "25%"
+
+
+def test_verdicts_are_of_every_pair_and_say_the_opposite_across(whole: Board) -> None:
+    sheet = VIEWS["verdicts"].draw(whole, Choice())
+    assert isinstance(sheet, Sheet)
+    opposite = {"better": "worse", "worse": "better"}
+    for place, row in enumerate(sheet.rows):
+        for other, cell in enumerate(row[1:]):
+            if place != other:
+                one, two = (whole.entries[sheet.head[1 + i]] for i in (place, other))
+                said = verdict(paired(one, two), whole.margin)
+                assert cell.text.startswith(said.direction or ("equivalent" if said.equivalent else "unresolved"))
+                mirrored = sheet.rows[other][1 + place].tone
+                assert mirrored == opposite.get(cell.tone, cell.tone)
+    assert "margin 0.02" in sheet.head[0]
+
+
+POINTS = st.dictionaries(st.sampled_from("abcdef"), st.tuples(*[st.integers(0, 3)] * 3), max_size=6)
+
+
+@given(POINTS)
+def test_the_front_is_whom_nobody_beats(points: dict[str, tuple[int, ...]]) -> None:
+    beaten = set()
+    for name, mine in points.items():
+        for other in points.values():
+            if max(o - m for o, m in zip(other, mine, strict=True)) <= 0 and sum(other) < sum(mine):
+                beaten.add(name)
+    assert pareto(points) == points.keys() - beaten
+
+
+def test_tables_are_sorted_by_numbers_and_narrowed_by_words() -> None:
+    numbers = [3.0, None, -1.0, 20.0]
+    rows = tuple((Cell(f"Row {i}"), Cell("none" if n is None else f"{n:g} k", n)) for i, n in enumerate(numbers))
+    sheet = Sheet(("name", "size"), rows)
+    assert [row[1].key for row in sheet.arranged("size").rows] == [-1.0, 3.0, 20.0, None]
+    assert [row[1].key for row in sheet.arranged("-size").rows] == [20.0, 3.0, -1.0, None]
+    assert [row[0].text for row in sheet.arranged("-name").rows] == ["Row 3", "Row 2", "Row 1", "Row 0"]
+    assert sheet.arranged("nonesuch").rows == sheet.arranged("").rows == rows
+    assert [row[0].text for row in sheet.arranged(words=" row  20").rows] == ["Row 3"]
+    assert sheet.arranged(words="3 nothing").rows == ()
+
+
+def test_a_diverged_run_and_a_table_that_cannot_be_are_said() -> None:
+    runs = [Seen.of(diverged(make_run("hash"))), Seen.of(make_run("switch"))]
+    board = Board(runs=tuple(runs), reference="nonesuch")
+    assert "nonesuch" in str(VIEWS["results"].draw(board, Choice()))
+    sheet = VIEWS["runs"].draw(board, Choice())
+    assert isinstance(sheet, Sheet) and "diverged" in [row[2].text for row in sheet.rows]
+
+
+# The app
+
+
+def test_the_page_follows_the_store_and_is_drawn_once(store: Path) -> None:
+    for run in make_runs(("switch", "hash"), seeds=1):
+        lay(store, run)
+    boards = Boards(Followed(store), {}, None, 0.02)
+    version = boards.look()
+    body = boards.body(Choice())
+    with mock.patch.object(app_module, "draw", side_effect=AssertionError("drawn again")):
+        assert boards.look() == version and boards.body(Choice()) is body
+    lay(store, make_run("dense"))
+    assert boards.look() != version and "dense" in json.dumps(boards.body(Choice()), default=_plain)
+
+
+def _plain(part: Any) -> Any:
+    return part.to_plotly_json()
+
+
+def test_a_view_that_fails_says_so_in_its_place(whole: Board, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = replace(VIEWS["curves"], draw=mock.Mock(side_effect=KeyError("what")))
+    with mock.patch.dict(VIEWS, curves=broken):
+        said = json.dumps(app_module.draw("curves", whole, Choice()), default=_plain)
+    assert "cannot be drawn" in said and "KeyError" in capsys.readouterr().err
+
+
+def make_client(store: Path, token: str | None = None, base: str = "http://127.0.0.1:8050") -> Any:
+    app = make_app(store)
+    server.protect(app, token)
+    client = app.server.test_client()
+    client.environ_base["HTTP_HOST"] = base.removeprefix("http://")
+    return client
+
+
+def test_without_a_token_only_loopback_names_are_answered(store: Path) -> None:
+    client = make_client(store)
+    for name in ("127.0.0.1:8050", "localhost:8050", "[::1]:8050", "localhost"):
+        assert client.get("/", headers={"Host": name}).status_code == 200
+    for name in ("evil.example", "evil.example:8050", "127.0.0.1.evil.example", "10.0.0.1:8050"):
+        assert client.get("/", headers={"Host": name}).status_code == 403
+        assert client.get("/_dash-layout", headers={"Host": name}).status_code == 403
+
+
+def test_with_a_token_whoever_has_it_is_answered(store: Path) -> None:
+    token = "a-token-of-some-length"
+    client = make_client(store, token)
+    for path in ("/", "/_dash-layout", "/assets/base.css", "/?token=wrong", "/?token="):
+        assert client.get(path).status_code == 401
+    assert client.get("/_dash-layout", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    answer = client.get(f"/?token={token}&page=table")
+    assert answer.status_code == 302 and answer.headers["Location"].endswith("/?page=table")
+    assert "HttpOnly" in answer.headers["Set-Cookie"] and "SameSite=Strict" in answer.headers["Set-Cookie"]
+    assert client.get("/_dash-layout").status_code == 200  # with the cookie
+    assert make_client(store, token).get("/_dash-layout").status_code == 401
+
+
+def test_a_page_may_ask_nobody_but_its_own_server(store: Path) -> None:
+    answer = make_client(store).get("/")
+    rules = dict(rule.strip().split(maxsplit=1) for rule in answer.headers["Content-Security-Policy"].split(";"))
+    assert rules["default-src"] == "'none'" and rules["connect-src"] == "'self'"
+    assert "unsafe" not in rules["script-src"] and all("http" not in rule for rule in rules.values())
+    asked = re.findall(r"""(?:src|href)=["']([^"']*)""", answer.get_data(as_text=True))
+    assert len(asked) > 5 and all(address.startswith("/") and address[1] != "/" for address in asked)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "no such host"])
+def test_nobody_is_served_beyond_loopback_without_a_token(host: str, tmp_path: Path) -> None:
+    said = refused(rlroute("dashboard", tmp_path, "--host", host))
+    assert repr(host) in said and "token" in said
+
+
+def test_bad_options_are_named_before_any_work(tmp_path: Path) -> None:
+    assert "16" in refused(rlroute("dashboard", tmp_path, "--token", "short"))
+    assert "70000" in refused(rlroute("dashboard", tmp_path, "--port", "70000"))
+    assert "nowhere" in refused(rlroute("dashboard", tmp_path / "nowhere" / "runs"))
+    server.check_address("127.0.0.1", None)
+    server.check_address("0.0.0.0", "a-token-of-some-length")
+
+
+def test_a_port_that_is_taken_is_named(store: Path) -> None:
+    app = make_app(store)
+    one = server.make_server(app, "127.0.0.1", 0)
+    try:
+        with pytest.raises(ConfigError, match=str(one.port)):
+            server.make_server(app, "127.0.0.1", one.port)
+    finally:
+        one.server_close()
