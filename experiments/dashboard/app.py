@@ -140,7 +140,8 @@ def _layout(store: Path) -> Any:
 
 def _connect(app: Dash, boards: Boards) -> None:
     app.clientside_callback(_REPAINT, Output("listening", "data"), Input("url", "search"))
-    app.clientside_callback(_PAINT, Output({"graph": MATCH}, "figure"), Input({"raw": MATCH}, "data"))
+    raw, graph = ({"view": MATCH, "part": part} for part in ("raw", "graph"))
+    app.clientside_callback(_PAINT, Output(graph, "figure"), Input(raw, "data"))
 
     def follow(search: str | None, ticks: int | None, before: dict[str, Any]) -> Any:
         version, link = boards.look(), Choice.of(search).link

@@ -134,9 +134,9 @@ def _content(name: str, drawn: Figure | Sheet | Listing | str, board: Board, cho
         return _table(drawn.arranged(choice.sort, choice.filter), len(drawn.rows), board, choice)
     return html.Div(
         [
-            dcc.Store(id={"raw": name}, data=drawn.to_plotly_json()),
+            dcc.Store(id={"view": name, "part": "raw"}, data=drawn.to_plotly_json()),
             html.Div(
-                dcc.Graph(id={"graph": name}, figure=BLANK, config=GRAPH, responsive=True),
+                dcc.Graph(id={"view": name, "part": "graph"}, figure=BLANK, config=GRAPH, responsive=True),
                 style={"height": drawn.layout.height, "minWidth": (drawn.layout.meta or {}).get("width")},
             ),
         ],

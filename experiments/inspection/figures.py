@@ -18,7 +18,7 @@ from rlroute.experiments.inspection.inspection import SiteView
 from rlroute.experiments.inspection.measures import lifts
 from rlroute.experiments.inspection.text import factor_text
 from rlroute.experiments.inspection.worth import Worth
-from rlroute.experiments.report.figures import LOAD_COLOURS, LOAD_LIMIT
+from rlroute.experiments.report.loads import LOAD_COLOURS, LOAD_LIMIT
 from rlroute.experiments.report.style import GREY, new_figure, style_of
 from rlroute.experiments.statistics import Interval
 from rlroute.foreign import printable

@@ -195,22 +195,28 @@ HEALTH: dict[str, tuple[str, Callable[[EvalRow], float | None]]] = {
 
 
 def health_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: str = "tokens") -> Figure:
-    """Draw balance, entropies, dead experts and drops over training: means over seeds with t intervals as bands."""
+    """Draw balance, entropies, dead experts and drops over training: means over seeds with t intervals as bands. What
+    no run has recorded has no panel.
+    """
     from plotly.subplots import make_subplots
 
-    across, down = 2, -(-len(HEALTH) // 2)
-    plain = new_figure("", "", height=250 * down)
-    figure = make_subplots(
-        down, across, subplot_titles=list(HEALTH), figure=plain, vertical_spacing=0.11, horizontal_spacing=0.09
-    )
-    for place, (unit, of) in enumerate(HEALTH.values()):
+    found = {
+        title: (unit, {group.label: _at_common_steps(group.settled, partial(_known, of)) for group in groups})
+        for title, (unit, of) in HEALTH.items()
+    }
+    panels = {title: panel for title, panel in found.items() if any(panel[1].values())}
+    across, down = 2, max(-(-len(panels) // 2), 1)
+    cells = [[{} if row * across + col < len(panels) else None for col in range(across)] for row in range(down)]
+    plain = new_figure("", "", height=260 * down)
+    spacing = {"vertical_spacing": 0.36 / down, "horizontal_spacing": 0.09}
+    figure = make_subplots(down, across, specs=cells, subplot_titles=list(panels), figure=plain, **spacing)
+    for place, (unit, points) in enumerate(panels.values()):
         where = {"row": place // across + 1, "col": place % across + 1}
+        lowest = place >= len(panels) - across
+        figure.update_xaxes(title={"text": AXES[axis] if lowest else ""}, tickformat="~s", **where)
         figure.update_yaxes(title={"text": unit}, rangemode="tozero", **where)
         for group in groups:
-            points = _at_common_steps(group.settled, partial(_known, of))
-            _Pen(figure, group, styles[group.label], axis).means("eval", points, ".3f", **where)
-    figure.update_xaxes(title={"text": ""}, tickformat="~s")
-    figure.update_xaxes(title={"text": AXES[axis]}, row=down)
+            _Pen(figure, group, styles[group.label], axis).means("eval", points[group.label], ".3f", **where)
     figure.update_layout(margin={"t": 40})
     return figure
 

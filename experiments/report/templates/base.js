@@ -5,7 +5,6 @@ const CONFIG = {displaylogo: false, showSendToCloud: false, responsive: true,
 function paint(name) {
   Plotly.relayout(name, colours(FIGURES[name].layout));
 }
-for (const [name, figure] of Object.entries(FIGURES)) {
-  Plotly.newPlot(name, figure.data, figure.layout, CONFIG).then(() => paint(name));
-}
+const DRAWN = Promise.all(Object.entries(FIGURES).map(([name, figure]) =>
+  Plotly.newPlot(name, figure.data, painted(figure).layout, CONFIG)));
 DARK.addEventListener("change", () => Object.keys(FIGURES).forEach(paint));

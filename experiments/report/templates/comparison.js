@@ -88,12 +88,11 @@ byId("everyone")?.addEventListener("click", () => {
 function turn() {
   for (const name of ["curves", "health"].filter((name) => FIGURES[name])) {
     const {data, layout} = FIGURES[name], named = {};
-    Plotly.restyle(name, {x: data.map((trace) => trace.meta.x[axis.value])});
-    for (const part of Object.keys(layout).filter((part) => part.startsWith("xaxis"))) {
+    for (const part of Object.keys(layout).filter((part) => byId(name)._fullLayout[part] && part.startsWith("xaxis"))) {
       named[part + ".autorange"] = true;
       if (layout[part].title?.text) named[part + ".title.text"] = axis.selectedOptions[0].textContent;
     }
-    Plotly.relayout(name, named);
+    Plotly.update(name, {x: data.map((trace) => trace.meta.x[axis.value])}, named);
   }
 }
 kinds?.addEventListener("change", () => { keep("kinds", kinds.value, "both"); show(); });
@@ -121,7 +120,9 @@ for (const picker of [axis, kinds, entry, site].filter(Boolean)) {
 words.value = state.get("filter") ?? "";
 filter();
 if (state.has("sort")) sort(state.get("sort"));
-show();
-if (axis && state.has("axis")) turn();
-if (FIGURES.loads && (state.has("entry") || state.has("site"))) draw();
-if (state.has("run")) reveal(state.get("run"));
+DRAWN.then(() => {
+  show();
+  if (axis && state.has("axis")) turn();
+  if (FIGURES.loads && (state.has("entry") || state.has("site"))) draw();
+  if (state.has("run")) reveal(state.get("run"));
+});
