@@ -50,7 +50,7 @@ class Visit:
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, **look)
         self.page.set_default_timeout(WAIT)
         self.page.on("request", self._asked)
-        self.page.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
+        self.page.on("console", lambda said: self.wrong.extend([said.text] if said.type == "error" else []))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.wrong.append("an alert"), dialog.dismiss()))
 

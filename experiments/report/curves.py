@@ -206,7 +206,9 @@ def health_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: st
     }
     panels = {title: panel for title, panel in found.items() if any(panel[1].values())}
     across, down = 2, max(-(-len(panels) // 2), 1)
-    cells = [[{} if row * across + col < len(panels) else None for col in range(across)] for row in range(down)]
+    cells: list[list[dict[str, Any] | None]] = [
+        [{} if row * across + col < len(panels) else None for col in range(across)] for row in range(down)
+    ]
     plain = new_figure("", "", height=260 * down)
     spacing = {"vertical_spacing": 0.36 / down, "horizontal_spacing": 0.09}
     figure = make_subplots(down, across, specs=cells, subplot_titles=list(panels), figure=plain, **spacing)
