@@ -50,9 +50,20 @@ class Visit:
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, **look)
         self.page.set_default_timeout(WAIT)
         self.page.on("request", self._asked)
-        self.page.on("console", lambda said: self.wrong.extend([said.text] if said.type == "error" else []))
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.wrong.append("an alert"), dialog.dismiss()))
+        self.page.on("console", self._logged)
+        self.page.on("pageerror", self._failed)
+        self.page.on("dialog", self._alerted)
+
+    def _logged(self, said: Any) -> None:
+        if said.type == "error":
+            self.wrong.append(said.text)
+
+    def _failed(self, error: Any) -> None:
+        self.wrong.append(str(error))
+
+    def _alerted(self, dialog: Any) -> None:
+        self.wrong.append("an alert")
+        dialog.dismiss()
 
     def _asked(self, request: Any) -> None:
         if not request.url.startswith((self.base, "data:", "blob:")):
