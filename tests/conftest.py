@@ -78,6 +78,7 @@ WHOLE_COMMANDS = frozenset(
         "together",
         "training",
         "triton",
+        "upcycling",
         "verify",
     ]
 )

@@ -490,8 +490,8 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 # --- the words of the command line
 
 COMMANDS = (
-    *("train", "compare", "judge", "plan", "data", "sweep", "routers", "presets", "check", "runs", "table", "report"),
-    *("verify", "export", "export-tokens", "export-clusters", "tune", "play", "bench", "gradients", "trace"),
+    *("train", "compare", "judge", "upcycle", "plan", "data", "sweep", "routers", "presets", "check", "runs", "table"),
+    *("report", "verify", "export", "export-tokens", "export-clusters", "tune", "play", "bench", "gradients", "trace"),
     "inspect",
 )
 

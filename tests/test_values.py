@@ -19,7 +19,7 @@ import torch
 from rlroute.config import RouterConfig, RunConfig, SitedRouter
 from rlroute.errors import ConfigError
 from rlroute.experiments.bench.kernels import parse_shape
-from rlroute.experiments.cli import benches, games, gradients, inspection, judge, stored, training
+from rlroute.experiments.cli import benches, games, gradients, inspection, judge, stored, training, upcycle
 from rlroute.experiments.gradients.instrument import Sweep
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.play.player import Learning
@@ -276,6 +276,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "compare": (training.compare, ("hash", *TINY, "--launcher", "local")),
     "compare --task clusters": (training.compare, ("hash", "--task", "clusters")),
     "judge": (judge.judge, ("hash", *TINY, "--launcher", "local")),
+    "upcycle": (upcycle.upcycle, ("dense",)),
     "sweep": (training.sweep, ("sweep.toml",)),
     "table": (stored.table, ()),
     "report": (stored.report, ()),

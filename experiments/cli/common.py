@@ -20,12 +20,12 @@ from rlroute.errors import ConfigError, MissingDependencyError, StoreError
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
-from rlroute.limits import Whole, check_fields, checked, option
+from rlroute.limits import NonNegative, Share, Whole, check_fields, checked, option
 
 if TYPE_CHECKING:
     from rlroute.experiments.comparison.compare import Comparison
     from rlroute.experiments.recipes.sizes import Preset
-    from rlroute.schema import RunRecord
+    from rlroute.schema import RunRecord, Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,14 @@ class From:
     """Start from the weights of another run, in place of those of the seed: its folder, or its id in the store."""
     from_step: Whole | None = None
     """Of its checkpoint; none: the last. A run keeps the others with --keep all."""
+    from_optimizer: Literal["fresh", "carried"] = "fresh"
+    """carried: the optimizer's moments go on too; a run keeps them with --keep state."""
+    upcycle: bool = False
+    """That run is a dense model: its MLPs, or pieces of --model.d-expert where that is narrower, become the experts."""
+    upcycle_noise: NonNegative = 0.0
+    """Noise added to each such expert's weights, over their spread."""
+    upcycle_drop: Share = 0.0
+    """Share of each such expert's hidden units that is drawn anew."""
     from_router: Literal["kept", "fresh"] = "kept"
     """kept: what that checkpoint holds of the routers is taken where it has a place; fresh: they start anew."""
 
@@ -220,3 +228,9 @@ def said(part: str = "") -> set[str]:
     words = (word.partition("=")[0].removeprefix("--") for word in sys.argv[1:] if word.startswith("--"))
     prefix = f"{part}." if part else ""
     return {word.removeprefix(prefix).replace("-", "_") for word in words if word.startswith(prefix)}
+
+
+def score(summary: Summary) -> str:
+    """Say what a run came to."""
+    final = summary["final"]
+    return f"{final['bits_per_byte']:.4f} bits per byte" if final else str(summary["diverged"])

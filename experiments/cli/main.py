@@ -83,11 +83,13 @@ def _run() -> None:
     )
     from rlroute.experiments.cli.traces import trace
     from rlroute.experiments.cli.training import compare, sweep, train, tune
+    from rlroute.experiments.cli.upcycle import upcycle
 
     commands = (
         train,
         compare,
         judge,
+        upcycle,
         plan,
         data,
         sweep,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,6 +21,7 @@ from rlroute.experiments.cli.common import (
     publish,
     refuse_others,
     said,
+    score,
     with_preset,
 )
 from rlroute.experiments.cli.folders import make_folder
@@ -31,10 +32,6 @@ from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.limits import Between, Positive, Seed
 from rlroute.machine import cores
-
-if TYPE_CHECKING:
-    from rlroute.schema import Summary
-
 
 TUNING = Launch(store=Path("tuning"))
 """Trials have a store of their own: they are no comparison."""
@@ -82,7 +79,7 @@ def train(
     config = replace(config, start=start.find(launch.store))
     already = "already " if RunFolder(launch.store, config, seed).ended else ""
     (record,) = run_all([Job(config, seed, command_line(), label=entry)], launch)
-    print(f"{already}{record.summary['status']}: {_score(record.summary)}; record in {launch.store / record.id}")
+    print(f"{already}{record.summary['status']}: {score(record.summary)}; record in {launch.store / record.id}")
     for mark, figures in marks([record]).items():
         print(f"measured: {mark} ({figures})")
 
@@ -248,8 +245,3 @@ def tune(
         for field in edges(GRID[entry], found):
             print(f"{entry}: {field} is at the edge of its grid: a better value may lie beyond", file=sys.stderr)
     print(f"{len(trials)} trials in {out}, their runs in {launch.store}/")
-
-
-def _score(summary: Summary) -> str:
-    final = summary["final"]
-    return f"{final['bits_per_byte']:.4f} bits per byte" if final else str(summary["diverged"])

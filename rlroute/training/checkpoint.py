@@ -16,14 +16,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from rlroute.config import SCHEMA
+from rlroute.config import SCHEMA, StartConfig
 from rlroute.errors import CheckpointError, RlrouteError
 from rlroute.execution import Keep
 from rlroute.model.accounting import is_expert
@@ -214,21 +217,34 @@ def load_weights(folder: Path, model: nn.Module, run_id: str, at: int | None = N
     return step
 
 
-def read_weights(path: Path, run: str, sha256: str) -> dict[str, Tensor]:
-    """Return a model's state out of a run's checkpoint, all experts together, whatever model it is.
+def read_whole(path: Path, start: StartConfig) -> tuple[dict[str, Tensor], State]:
+    """Return a model's state out of the checkpoint that a run starts from, all experts together, whatever model it is;
+    and the optimizer's state where that is carried, else nothing.
 
     Raises:
-        CheckpointError: it is not sound, or its weights are not those of the SHA-256; the message names the checkpoint.
+        CheckpointError: it is not sound, or not that of the SHA-256; the message names the checkpoint.
     """
+    carried = start.optimizer == "carried"
     try:
         with _reading():
-            found = manifest.read_manifest(path, run)
-            if found.weights_sha256 != sha256:
-                raise CheckpointError(f"its weights have SHA-256 {found.weights_sha256}, want {sha256}")
-            shards = _shards(path, found, max(entry["size"] for entry in found.files.values()))
-            return {n: torch.cat([part[n] for part in shards]) if is_expert(n) else v for n, v in shards[0].items()}
+            found = manifest.read_manifest(path, start.run)
+            if found.sha256(carried) != start.sha256:
+                raise CheckpointError(f"it has SHA-256 {found.sha256(carried)}, want {start.sha256}")
+            most = max(entry["size"] for entry in found.files.values())
+            states = [shard["optimizer"] for shard in _trainers(path, found, most)] if carried else []
+            moments = {
+                name: {key: _whole(states, name, key) for key in states[0][name]} for name in (states or [{}])[0]
+            }
+            shards = _shards(path, found, most)
+            return {name: _whole(shards, name) for name in shards[0]}, moments
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
+
+
+def _whole(shards: Sequence[Any], name: str, *keys: str) -> Tensor:
+    """Return what shards hold of a parameter, or under a key of its state: all experts of those that are cut."""
+    parts: list[Tensor] = [reduce(getitem, keys, shard[name]) for shard in shards[: None if is_expert(name) else 1]]
+    return torch.cat(parts) if is_expert(name) and parts[0].dim() else parts[0]
 
 
 def end_checkpoints(folder: Path, keep: Keep = "weights") -> None:
@@ -263,10 +279,7 @@ def _read(
     with _reading():
         found = manifest.read_manifest(path, run_id)
         state = _read_weights(path, found, model, group)
-        shards = []
-        for shard in range(found.shards):
-            data = found.read(path, shard_names(shard, found.shards)[1], _most_bytes(model, group))
-            shards.append(torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"))
+        shards = _trainers(path, found, _most_bytes(model, group))
         progress = [Progress.read(shard["progress"], found.step) for shard in shards]
         states, parameters = [shard["optimizer"] for shard in shards], dict(model.named_parameters())
         moments: State = {}
@@ -293,6 +306,16 @@ def _read_weights(path: Path, found: Manifest, model: nn.Module, group: Group) -
         if (value.shape, value.dtype) != (own[name].shape, own[name].dtype):
             raise CheckpointError(f"it does not fit the model: {name} is {value.dtype} of {tuple(value.shape)}")
     return state
+
+
+def _trainers(path: Path, found: Manifest, most: int) -> list[dict[str, Any]]:
+    """Return what a checkpoint's shards hold of the trainer's state; no file may have more bytes.
+
+    Raises:
+        CheckpointError: it is not what the manifest says.
+    """
+    files = [found.read(path, shard_names(shard, found.shards)[1], most) for shard in range(found.shards)]
+    return [torch.load(io.BytesIO(data), weights_only=True, map_location="cpu") for data in files]
 
 
 def _shards(path: Path, found: Manifest, most: int) -> list[dict[str, Tensor]]:

@@ -47,7 +47,7 @@ from rlroute.training.prepare import (
     validation_batches,
 )
 from rlroute.training.progress import Progress
-from rlroute.training.start import take_start
+from rlroute.training.start import Moments, take_start
 from rlroute.training.step import Device, StepResult, backward_batch, load_fractions, max_vio_L, rounded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -139,14 +139,17 @@ class _Run:
             torch.cuda.reset_peak_memory_stats()
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
         self.model = build_model(config, corpus, seed, group)
+        carried: Moments = {}
         if config.start is not None:
-            take_start(self.model, config, corpus, seed, sources or folder.path.parent, group)
+            carried = take_start(self.model, config, corpus, seed, sources or folder.path.parent, group)
         if config.train.compile:
             torch.compiler.reset()  # what runs before this one in the same process were compiled to
             set_compiled(self.model, True)
         self.identity = fingerprints(self.model, config.model, group.whole)
         self.costs = costs(self.model, config.model, config.data.seq_len)
         self.optimizer = Optimizer(self.model, config.train, group)
+        if carried:
+            self.optimizer.carry(carried)
         self.device = Device(config.train.device, DTYPES[config.train.dtype])
         self.steps = planned_steps(config, self.costs)
         self.choices = ChoiceLog(folder.path)

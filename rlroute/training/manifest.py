@@ -84,12 +84,12 @@ class Manifest:
         """Into how many shards the experts were cut."""
         return len(self.files) // 2
 
-    @property
-    def weights_sha256(self) -> str:
-        """The SHA-256 of the model's weights: that of their file, or over those of all shards' files, one after the
-        other.
+    def sha256(self, state: bool = False) -> str:
+        """Return the SHA-256 of the model's weights, and of the optimizer's ``state``: that of their file, or over
+        those of all files, one after the other.
         """
-        digests = [self.files[shard_names(shard, self.shards)[0]]["sha256"] for shard in range(self.shards)]
+        names = [name for shard in range(self.shards) for name in shard_names(shard, self.shards)[: 2 if state else 1]]
+        digests = [self.files[name]["sha256"] for name in names]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def to_text(self) -> str:

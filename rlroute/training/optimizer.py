@@ -31,6 +31,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig, group: Group = ALONE) -> None:
         self.config, self.group = config, group
+        self.before: dict[str, int] = {}  # updates that a parameter has had before the run: see carry()
         free = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {p: nn.Parameter(p.detach().float()) for p in free.values() if p.dtype == torch.bfloat16}
         self.nothing = torch.zeros((), device=next(model.parameters()).device)
@@ -109,8 +110,9 @@ class Optimizer:
         names = set(self.names.values())
         if state.keys() != names:
             raise ValueError(f"the optimizer's state is not of the model's parameters: {min(state.keys() ^ names)}")
-        updates, masters = min(steps, MOST_UPDATES), set(self.masters.values())
+        masters = set(self.masters.values())
         for parameter, name in self.names.items():
+            updates = min(steps + self.before.get(name, 0), MOST_UPDATES)
             unmoved = _unmoved(parameter, "meta")
             unmoved |= {MASTER: torch.empty_like(parameter, device="meta")} if parameter in masters else {}
             if state[name].keys() != unmoved.keys():
@@ -124,6 +126,17 @@ class Optimizer:
             done = state[name]["step"]
             if done > updates or done % 1 or (done != updates and not is_router(name)):
                 raise ValueError(f"{name} has had {done:g} updates at step {steps}")
+
+    def carry(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from another run's moments, and their count of updates.
+
+        Args:
+            moments: by the names of parameters, in their shapes; what is not among them starts anew.
+        """
+        own = self.state()
+        taken = {name: {key: value for key, value in moments[name].items() if key != MASTER} for name in moments}
+        self.load_state({name: values | taken.get(name, {}) for name, values in own.items()})
+        self.before = {name: int(values["step"]) for name, values in taken.items() if name in own}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over a state that :meth:`check_state` let pass: copies, each laid out as its parameter."""

@@ -17,8 +17,9 @@ from rlroute.config import RunConfig, StartConfig
 from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.model.accounting import is_expert, is_router
+from rlroute.model.upcycling import DENSE_IN, DENSE_OUT, group_scores, upcycled
 from rlroute.reading import read_described, refuse_link
-from rlroute.training.checkpoint import read_weights
+from rlroute.training.checkpoint import read_whole
 from rlroute.training.data import Corpus
 from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import folder_name, own_checkpoints, read_manifest
@@ -26,7 +27,9 @@ from rlroute.training.prepare import meta_model
 
 SAME = ("num_heads", "num_kv_heads", "head_width", "activation", "rope_base")
 """The fields of ``model`` that change what the same weights compute, and that no shape tells."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 State = Mapping[str, Tensor]
+Moments = Mapping[str, Mapping[str, Tensor]]
 
 
 def start_of(folder: Path, step: int | None = None, **choices: Any) -> StartConfig:
@@ -38,7 +41,7 @@ def start_of(folder: Path, step: int | None = None, **choices: Any) -> StartConf
         choices: the other fields of the start.
 
     Raises:
-        ConfigError: there is no such checkpoint.
+        ConfigError: there is no such checkpoint, or no optimizer's state that could be carried; or an illegal value.
         CheckpointError: it has no sound manifest.
     """
     refuse_link(folder)
@@ -51,8 +54,14 @@ def start_of(folder: Path, step: int | None = None, **choices: Any) -> StartConf
         raise ConfigError(
             f"run {folder.name}: no checkpoint of step {step} in {folder}, legal are {steps}; --keep all keeps them all"
         )
-    sha256 = read_manifest(found[step], folder.name).weights_sha256
-    return StartConfig(run=folder.name, step=step, sha256=sha256, **choices)
+    manifest, carried = read_manifest(found[step], folder.name), choices.get("optimizer") == "carried"
+    if carried and not all((found[step] / name).exists() for name in manifest.files):
+        raise ConfigError(
+            f"run {folder.name}: no optimizer's state in {found[step]}; --keep state keeps that of the last"
+        )
+    start = StartConfig(run=folder.name, step=step, sha256=manifest.sha256(carried), **choices)
+    start.check()
+    return start
 
 
 def check_start(config: RunConfig, corpus: Corpus, store: Path) -> list[str]:
@@ -68,14 +77,22 @@ def check_start(config: RunConfig, corpus: Corpus, store: Path) -> list[str]:
         CheckpointError: it is damaged, or has changed.
     """
     whole = meta_model(config, corpus).state_dict()
-    return [name for name in whole if name not in _values(config, corpus, store, whole)]
+    start, (source, _) = _read(config, corpus, store)
+    values = placed(source, whole, start)
+    return [name for name in whole if name not in values]
 
 
 @torch.no_grad()
 def take_start(
-    model: Transformer, config: RunConfig, corpus: Corpus, seed: int, store: Path, group: Group = ALONE
-) -> None:
-    """Put the weights that a run starts from into its model, which is at those that its seed gives.
+    model: Transformer,
+    config: RunConfig,
+    corpus: Corpus,
+    seed: int,
+    store: Path,
+    group: Group = ALONE,
+) -> Moments:
+    """Put the weights that a run starts from into its model, which is at those that its seed gives, and return the
+    moments that its optimizer carries on.
 
     Args:
         model, config, corpus, seed: the run's.
@@ -86,40 +103,70 @@ def take_start(
         As :func:`check_start`.
     """
     whole = meta_model(config, corpus, seed).state_dict()
-    values = _values(config, corpus, store, whole)
+    start, (source, moments) = _read(config, corpus, store)
+    values = placed(source, whole, start, seed)
     for name, own in model.state_dict().items():
         if name in values:
-            held = group.placement.held(len(values[name])) if is_expert(name) else range(0)
-            own.copy_(values[name][held.start : held.stop] if held else values[name])
+            own.copy_(_held(name, values[name], group))
+    if start.upcycle:
+        group_scores(model, source)
+    return _carried(moments, whole, start, group)
 
 
-def _values(config: RunConfig, corpus: Corpus, store: Path, whole: State) -> dict[str, Tensor]:
-    """Return what of a model's whole state the source gives, by name; ``whole`` has the shapes of all of it."""
+def _carried(moments: Moments, whole: State, start: StartConfig, group: Group) -> Moments:
+    """Return moments as those of the parameters that this process of a group holds."""
+    made: dict[str, dict[str, Tensor]] = {}
+    for key in MOMENTS:
+        by_name = placed({name: kept[key] for name, kept in moments.items()}, whole, start, weights=False)
+        for name, value in by_name.items():
+            made.setdefault(name, {})[key] = _held(name, value, group)
+    for name, kept in made.items():
+        origin = name if name in moments else name.partition("moe.")[0] + DENSE_IN
+        kept["step"] = moments[origin]["step"]
+    return made
+
+
+def _held(name: str, value: Tensor, group: Group) -> Tensor:
+    """Return of a parameter's values those that this process holds."""
+    if not is_expert(name):
+        return value
+    held = group.placement.held(len(value))
+    return value[held.start : held.stop]
+
+
+def _read(config: RunConfig, corpus: Corpus, store: Path) -> tuple[StartConfig, tuple[dict[str, Tensor], Moments]]:
+    """Return a run's start, and what there is to be taken of its source."""
     start = config.start
     assert start is not None
     folder = store / start.run
     if not folder.is_dir():
         raise ConfigError(f"start.run = {start.run!r}: no such run in {store}, where the run that starts from it lies")
     _refuse_other(config, corpus, folder)
-    source = read_weights(folder / folder_name(start.step), start.run, start.sha256)
-    return placed(source, whole, start)
+    return start, read_whole(folder / folder_name(start.step), start)
 
 
-def placed(source: State, whole: State, start: StartConfig) -> dict[str, Tensor]:
+def placed(
+    source: State, whole: State, start: StartConfig, seed: int = 0, *, weights: bool = True
+) -> dict[str, Tensor]:
     """Return what of a model's state a source gives, by name.
 
     Args:
         source: its state.
         whole: that of the model, whose shapes alone are looked at.
         start: what is wanted of it.
+        seed: the run's.
+        weights: False for an optimizer's moments of them.
 
     Raises:
         ConfigError: something of the source has no place in the model, or another shape there.
     """
+    if start.upcycle:
+        source = upcycled(source, whole, start, seed, weights=weights)
     taken = {name: value for name, value in source.items() if start.router == "kept" or not is_router(name)}
     lost = [name for name in taken if name not in whole and not is_router(name)]
     if lost:
-        raise ConfigError(f"start.run = {start.run!r}: its {lost[0]} has no place in this model")
+        way_out = "; start.upcycle = True makes experts of it" if lost[0].endswith((DENSE_IN, DENSE_OUT)) else ""
+        raise ConfigError(f"start.run = {start.run!r}: its {lost[0]} has no place in this model{way_out}")
     found = {name: taken[name] for name in whole if name in taken}
     for name in found:
         if taken[name].shape != whole[name].shape:
