@@ -60,6 +60,8 @@ class DataConfig:
     """Tokens per sequence."""
     eval_tokens: Count = 12_288
     """Fixed validation tokens, the same for every run."""
+    train_tokens: Count | None = None
+    """So many of the training tokens alone: whole documents, the last one cut; fewer are among more. None: all."""
     packed: bool = False
     """Attention stays within a document, which the last id opens."""
 
@@ -187,6 +189,8 @@ class TrainConfig(Execution):
     budget_amount: Positive | None = None
     """Training FLOPs (budget flops) or seconds (budget time)."""
     eval_every: Count = 40
+    eval_train: bool = False
+    """Evaluate as many training tokens as validation tokens too, in the same way: over-fitting shows."""
     log_every: Count = 10
     checkpoint_every: Count = 100
     record_choices: bool = False

@@ -33,7 +33,7 @@ from rlroute.experiments.text import NOTHING, markdown, si, with_ends
 from rlroute.learning import adapt
 from rlroute.model.accounting import costs
 from rlroute.model.compiling import set_compiled
-from rlroute.training.data import Corpus, load_corpus, next_link, sample_batch
+from rlroute.training.data import Corpus, corpus_of, next_link, sample_batch
 from rlroute.training.determinism import deterministic
 from rlroute.training.loop import DTYPES
 from rlroute.training.optimizer import Optimizer
@@ -160,7 +160,7 @@ def bench_step(
     until = time.monotonic() + 60 * minutes
     base = next(iter(configs))
     config = configs[base]
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    corpus = corpus_of(config.data)
     torch.compiler.reset()
     trainees: dict[str, Trainee] = {}
     contest = Contest()

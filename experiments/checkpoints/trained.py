@@ -14,7 +14,7 @@ from rlroute.records import RunFolder
 from rlroute.registry import run_config
 from rlroute.schema import RunRecord
 from rlroute.training.checkpoint import load_weights
-from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus
+from rlroute.training.data import Batch, Corpus, corpus_of, eval_batches
 from rlroute.training.loop import DTYPES
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.prepare import build_model, refuse_changed
@@ -131,7 +131,7 @@ def open_run(record: RunRecord, store: Path) -> TrainedRun:
         DataError: its corpus cannot be read.
     """
     config = run_config(record.config["config"])
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    corpus = corpus_of(config.data)
     refuse_changed(RunFolder(store, config, record.config["seed"]), made_from(config, corpus.provenance))
     return TrainedRun(record, config, store / record.id, corpus)
 

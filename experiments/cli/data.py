@@ -38,7 +38,7 @@ def plan(
     """
     from rlroute.experiments.bench.plan import make_plan, to_page
     from rlroute.experiments.recipes.presets import build_comparison
-    from rlroute.training.data import load_corpus
+    from rlroute.training.data import corpus_of
 
     size = with_preset(preset, shared.data, shared.model, shared.train)
     if not (entry := entry or size.entry):
@@ -46,7 +46,7 @@ def plan(
     name_broken(entry)
     tuned = tuned and preset is None
     (config,) = build_comparison([entry], size.data, size.model, size.train, tuned=tuned, said=said("train"))
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    corpus = corpus_of(config.data)
     where = device or ("cpu" if config.train.device == "cpu" else "h100")
     show(to_page(make_plan(config, corpus, where), " ".join(filter(None, (entry, preset)))))
 

@@ -42,8 +42,8 @@ def with_budget(
 
 def _training_flops(config: RunConfig) -> float:
     """Return the training FLOPs that a configuration spends in its steps, with k experts for every token."""
-    from rlroute.training.data import load_corpus
+    from rlroute.training.data import corpus_of
     from rlroute.training.prepare import expected_costs, flops_per_step
 
-    costs = expected_costs(config, load_corpus(config.data.spec, config.data.tokenizer))
+    costs = expected_costs(config, corpus_of(config.data))
     return float(config.train.steps * flops_per_step(config, costs))

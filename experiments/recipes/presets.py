@@ -13,7 +13,7 @@ from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_en
 from rlroute.experiments.recipes.tuned import GRID, settings_of, tuned_settings
 from rlroute.registry import default_names, refusals, router_class
 from rlroute.routing import RouterShape
-from rlroute.training.data import load_corpus
+from rlroute.training.data import corpus_of
 from rlroute.training.prepare import shapes
 
 ALL = "all"
@@ -46,7 +46,7 @@ def fitting(entries: Sequence[str], shapes: Sequence[RouterShape], say: Callable
 def fitting_entries(entries: Sequence[str], data: DataConfig, model: ModelConfig) -> tuple[str, ...]:
     """Return those of the entries, which nobody named, whose routers take the model's shapes; say who is left out."""
     config = RunConfig(data=data, model=model)
-    wanted = shapes(config, load_corpus(config.data.spec, config.data.tokenizer))
+    wanted = shapes(config, corpus_of(config.data))
     return tuple(fitting(entries, wanted, partial(print, file=sys.stderr)))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from rlroute.commit import core_sha256_at
 from rlroute.config import DataConfig, RunConfig
@@ -13,8 +17,8 @@ from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.provenance import made_from
 from rlroute.schema import MadeFrom
-from rlroute.training.data import Batch, Corpus, batch_chain, load_corpus
-from rlroute.training.prepare import build_model, cut, validation_batches
+from rlroute.training.data import Batch, Corpus, batch_chain, corpus_of
+from rlroute.training.prepare import build_model, cut, training_batches, validation_batches
 from rlroute.training.start import take_start
 
 
@@ -33,7 +37,7 @@ class AtHand:
         self._chains: dict[tuple[DataConfig, int, int], tuple[Iterator[str], list[str]]] = {}
 
     def _corpus(self, data: DataConfig) -> Corpus:
-        return load_corpus(data.spec, data.tokenizer)
+        return corpus_of(data)
 
     def _made_from(self, config: RunConfig) -> MadeFrom:
         return made_from(config, self.corpus(config.data).provenance)
@@ -58,6 +62,14 @@ class AtHand:
     def validation(self, config: RunConfig) -> Sequence[Batch]:
         """Return a run's validation batches."""
         return validation_batches(config, self.corpus(config.data))
+
+    def bits_per_nat(self, config: RunConfig, part: Literal["valid", "train"]) -> float:
+        """Return the bits per byte of a loss of one nat per token over the tokens that a run evaluates."""
+        corpus = self.corpus(config.data)
+        batches = validation_batches(config, corpus) if part == "valid" else training_batches(config, corpus)
+        tokens = sum(batch.targets_BS.size for batch in batches)
+        text = math.fsum(float(np.sum(corpus.token_bytes_V[batch.targets_BS])) for batch in batches)
+        return tokens / math.log(2) / text if batches else math.nan
 
     def _most_steps(self, config: RunConfig) -> int:
         """Return the steps that no run goes beyond: under budget flops, those of which the budget pays for the

@@ -6,15 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from rlroute.config import RunConfig
 from rlroute.experiments.verify.findings import Ledger
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.kernels import choose_backend
 from rlroute.model import Transformer
 from rlroute.model.accounting import Costs, costs, fingerprints
-from rlroute.schema import EvalRow, RunRecord
+from rlroute.schema import RunRecord
 from rlroute.training.audit import claims
 from rlroute.training.data import tokens_sha256
 from rlroute.training.prepare import planned_steps
@@ -77,19 +75,21 @@ def check_batches(run: RunRecord, config: RunConfig, hand: AtHand, ledger: Ledge
 
 
 def check_bits(run: RunRecord, config: RunConfig, hand: AtHand, ledger: Ledger) -> None:
-    """Bits per byte are nats per token over ln 2 and over the bytes that the validation tokens stand for."""
-    batches, bytes_V = hand.validation(config), hand.corpus(config.data).token_bytes_V
-    tokens = sum(batch.targets_BS.size for batch in batches)
-    text = math.fsum(float(np.sum(bytes_V[batch.targets_BS])) for batch in batches)
+    """Bits per byte are nats per token over ln 2 and over the bytes that the evaluated tokens stand for."""
+    per_nat = hand.bits_per_nat(config, "valid")
+    parts = {"": per_nat, "sampled/": per_nat, "training/": hand.bits_per_nat(config, "train")}
     final = [("summary.json", "final: ", run.summary["final"])] if run.summary["final"] else []
-    rows: list[tuple[str, str, EvalRow]] = [
+    rows: list[tuple[str, str, Any]] = [
         *(("metrics.jsonl", f"eval row of step {row['step']}: ", row) for row in run.evals),
         *final,
     ]
     for file, where, row in rows:
-        for part, loss in (("", row), ("sampled/", row["sampled"])):
+        if ("training" in row) != config.train.eval_train:
+            ledger.add(file, f"{where}training", "training" in row, config.train.eval_train, "there")
+        for part, per_nat in parts.items():
+            loss = row.get(part[:-1]) if part else row
             if loss is not None:
-                bits = loss["loss"] * tokens / math.log(2) / text
+                bits = loss["loss"] * per_nat
                 ledger.near(file, f"{where}{part}bits_per_byte", loss["bits_per_byte"], bits, ROUNDING * abs(bits))
 
 

@@ -9,7 +9,7 @@ Shape suffixes: L routed sites, E experts.
 
 from rlroute.schema.measured import Dependence, Measured, MeasuredFlops, MeasuredMode, Regret, RouterFlops
 from rlroute.schema.record import RunRecord, Stored, untimed
-from rlroute.schema.rows import EvalRow, LoadRow, Sampled, TrainRow
+from rlroute.schema.rows import EvalRow, LoadRow, Losses, Sampled, TrainRow
 from rlroute.schema.run import (
     Asked,
     Configuration,
@@ -70,6 +70,7 @@ __all__ = [
     "Fingerprint",
     "Gate",
     "LoadRow",
+    "Losses",
     "MadeFrom",
     "Measured",
     "MeasuredFlops",

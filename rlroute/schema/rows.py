@@ -21,6 +21,15 @@ class Sampled(TypedDict):
     """The share of the drawn pairs that are greedy ones too."""
 
 
+class Losses(TypedDict):
+    """The losses over other tokens."""
+
+    loss: Amount
+    """Nats per token."""
+    bits_per_byte: Amount
+    """Bits per byte of text."""
+
+
 class EvalRow(TypedDict):
     """A line of metrics.jsonl: an evaluation, greedy over the fixed validation tokens."""
 
@@ -58,6 +67,8 @@ class EvalRow(TypedDict):
     """Each expert's share of the chosen pairs."""
     sampled: Sampled | None
     """The last evaluation of a stochastic router has this too."""
+    training: NotRequired[Losses]
+    """Of training tokens, evaluated in the same way, where the run does so."""
     chain: Digest
     """The hash chain over the batches of all steps done."""
 

@@ -27,16 +27,24 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from rlroute.config import DataConfig
 from rlroute.errors import DataError
 from rlroute.limits import MOST_SEQUENCES
 from rlroute.seeding import derive_key
-from rlroute.training.documents import Document, file_documents, package_documents, split_documents, stdlib_documents
+from rlroute.training.documents import (
+    Document,
+    cut,
+    file_documents,
+    package_documents,
+    split_documents,
+    stdlib_documents,
+)
 from rlroute.training.parquet import parquet_documents
-from rlroute.training.shards import Stream, blocks, read_shards
+from rlroute.training.shards import Stream, blocks, head, read_shards
 from rlroute.training.synthetic import Mixture
 from rlroute.training.tokenizer import Encoder, open_encoder
 
@@ -108,37 +116,42 @@ class Batch:
         return hashlib.sha256(b"".join(array.astype("<i8").tobytes() for array in arrays)).digest()
 
 
-def load_corpus(spec: str, tokenizer: str | None = None) -> Corpus:
+def corpus_of(data: DataConfig) -> Corpus:
+    """Read the corpus of a configuration, as :func:`load_corpus` does."""
+    return load_corpus(data.spec, data.tokenizer, data.train_tokens)
+
+
+def load_corpus(spec: str, tokenizer: str | None = None, train_tokens: int | None = None) -> Corpus:
     """Read the corpus that ``spec`` names (see the module), through the tokenizer that ``tokenizer`` names
-    (:func:`.tokenizer.open_encoder`; None: bytes).
+    (:func:`.tokenizer.open_encoder`; None: bytes), and keep so many of its training tokens (None: all).
 
     A tokenizer takes seconds for 10 MB of text, the first time (:mod:`.encoded`).
 
     Raises:
-        DataError: unknown scheme or option, no such package or file, fewer than two documents, or a tokenizer that is
-            damaged or changes text.
+        DataError: unknown scheme or option, no such package or file, fewer than two documents, a tokenizer that is
+            damaged or changes text, or more training tokens than there are.
         MissingDependencyError: a tokenizer is given and the package ``tokenizers`` is not installed.
     """
     scheme, _, rest = spec.partition(":")
     encoder = open_encoder(tokenizer)
     if scheme == "bin":
-        return _load_shards(spec, rest, None if encoder.sha256 is None else encoder)
+        return _load_shards(spec, rest, None if encoder.sha256 is None else encoder, train_tokens)
     documents, version, mixture = _read(spec)
     train, valid, notes = split_documents(spec, documents, by_name=scheme in ("file", "parquet"))
-    train_tokens, train_domains = _stream(train, encoder)
-    valid_tokens, valid_domains = _stream(valid, encoder)
+    learnt, train_domains = _stream(spec, train, encoder, train_tokens)
+    valid_tokens, valid_domains = _stream(spec, valid, encoder)
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.data)
     return Corpus(
-        train=train_tokens,
+        train=learnt,
         valid=valid_tokens,
         vocab_size=encoder.vocab_size,
         token_bytes_V=encoder.token_bytes_V,
         provenance=_provenance(
             spec,
             digest.hexdigest(),
-            (train_tokens, train_domains),
+            (learnt, train_domains),
             (valid_tokens, valid_domains),
             vocab_size=encoder.vocab_size,
             tokenizer_sha256=encoder.sha256,
@@ -204,18 +217,34 @@ def _read(spec: str) -> tuple[list[Document], dict[str, str], Mixture | None]:
     )
 
 
-def _stream(documents: Sequence[Document], encoder: Encoder) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the documents' tokens, each document after a BOS, and each token's domain where the documents have one."""
+def _stream(
+    spec: str, documents: Sequence[Document], encoder: Encoder, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the documents' tokens, each document after a BOS, and each token's domain where the documents have one;
+    so many of them at most.
+    """
     ids = encoder.encode(documents)
     bos = np.array([encoder.vocab_size - 1])
     dtype = np.min_scalar_type(encoder.vocab_size - 1)
-    tokens = np.concatenate([piece for each in ids for piece in (bos, each)], dtype=dtype, casting="unsafe")
+    sizes = [1 + len(each) for each in ids]
+    if most is not None:
+        _refuse_more(spec, sum(sizes), most)
+        sizes = cut(documents, sizes, most)
+    pieces = [piece for each, size in zip(ids, sizes, strict=True) for piece in (bos[:size], each[: max(0, size - 1)])]
+    tokens = np.concatenate(pieces, dtype=dtype, casting="unsafe")
     if documents[0].domain is None:
         return tokens, None
-    return tokens, np.repeat([document.domain for document in documents], [1 + len(each) for each in ids])
+    return tokens, np.repeat([document.domain for document in documents], sizes)
 
 
-def _load_shards(spec: str, rest: str, encoder: Encoder | None) -> Corpus:
+def _refuse_more(spec: str, there: int, wanted: int) -> None:
+    if wanted > there:
+        raise DataError(
+            f"data.train_tokens = {wanted}: corpus {spec!r} has {there} training tokens, legal are 1 to {there}"
+        )
+
+
+def _load_shards(spec: str, rest: str, encoder: Encoder | None, train_tokens: int | None) -> Corpus:
     pattern, pairs = _cut_options(rest)
     options = _options(spec, pairs, {"vocab": int, "bytes_per_token": float} if encoder is None else {})
     if encoder is not None and not encoder.exact:
@@ -232,6 +261,9 @@ def _load_shards(spec: str, rest: str, encoder: Encoder | None) -> Corpus:
     else:
         vocab_size, token_bytes_V = encoder.vocab_size, encoder.token_bytes_V
     train, valid, sha256, notes = read_shards(pattern, vocab_size)
+    if train_tokens is not None:
+        _refuse_more(spec, len(train), train_tokens)
+        train = head(train, train_tokens)
     tokenizer_sha256 = encoder.sha256 if encoder else None
     return Corpus(
         train=train,
@@ -291,28 +323,32 @@ def _offsets(seed: int, sequence_B: np.ndarray) -> np.ndarray:
     return np.asarray(philox.random_raw(4 * len(sequence_B)))[::4]
 
 
-def eval_batches(corpus: Corpus, *, num_tokens: int, batch_size: int, seq_len: int) -> list[Batch]:
+def eval_batches(
+    corpus: Corpus, *, num_tokens: int, batch_size: int, seq_len: int, part: Literal["valid", "train"] = "valid"
+) -> list[Batch]:
     """Return at least ``num_tokens`` fixed validation tokens: windows that do not overlap, evenly spread, the same for
-    every seed.
+    every seed. Of training tokens as many in the same way, or all windows that there are.
 
     The number of windows is ``num_tokens / seq_len`` rounded up; the last batch may be smaller than ``batch_size``.
 
     Raises:
         DataError: the validation stream is too short for them.
     """
-    windows = -(-num_tokens // seq_len)
-    needed = windows * seq_len + 1
-    if len(corpus.valid) < needed:
+    stream, domains = (corpus.valid, corpus.valid_domains) if part == "valid" else (corpus.train, corpus.train_domains)
+    windows, there = -(-num_tokens // seq_len), (len(stream) - 1) // seq_len
+    if part == "train":
+        windows = min(windows, there)
+    elif there < windows:
+        needed = windows * seq_len + 1
         raise _too_short(
-            corpus,
-            f"{len(corpus.valid)} validation tokens, eval_tokens = {num_tokens} at seq_len = {seq_len} needs {needed}",
+            corpus, f"{len(stream)} validation tokens, eval_tokens = {num_tokens} at seq_len = {seq_len} needs {needed}"
         )
     ids = np.arange(windows)
-    offsets = ids * (len(corpus.valid) - 1) // windows
+    offsets = ids * (len(stream) - 1) // windows
     return [
         _windows(
-            corpus.valid,
-            corpus.valid_domains,
+            stream,
+            domains,
             offsets[i : i + batch_size],
             EVAL_SEQUENCES + ids[i : i + batch_size],
             seq_len,

@@ -133,8 +133,29 @@ def split_documents(spec: str, documents: Sequence[Document], by_name: bool = Fa
 
 
 def _drawn(documents: Sequence[Document]) -> set[str]:
-    ranked = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
-    return {document.name for document in ranked[: max(1, round(len(documents) / VALID_SHARE))]}
+    return {documents[index].name for index in _ranked(documents)[: max(1, round(len(documents) / VALID_SHARE))]}
+
+
+def _ranked(documents: Sequence[Document]) -> list[int]:
+    """Return the places of documents in the order of the SHA-256 of their names."""
+    keys = [hashlib.sha256(os.fsencode(document.name)).digest() for document in documents]
+    return sorted(range(len(documents)), key=keys.__getitem__)
+
+
+def cut(documents: Sequence[Document], sizes: Sequence[int], most: int) -> list[int]:
+    """Return how much to take of each document, from its beginning, for so much in all: whole ones in an order that
+    follows from the names alone, the last one cut. Less in all is less, or as much, of each.
+
+    Args:
+        documents: of training.
+        sizes: of each, in tokens.
+        most: how many to take.
+    """
+    taken, left = [0] * len(sizes), most
+    for index in _ranked(documents):
+        taken[index] = min(sizes[index], left)
+        left -= taken[index]
+    return taken
 
 
 def _left_out(tests: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from rlroute.sink import OFF, Mode, Sink, open_sink, warn
 from rlroute.training.ahead import Ahead, Diverged
 from rlroute.training.audit import audit, claims
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
-from rlroute.training.data import Corpus, load_corpus, next_link, sample_batch, tokens_sha256
+from rlroute.training.data import Batch, Corpus, corpus_of, next_link, sample_batch, tokens_sha256
 from rlroute.training.determinism import deterministic
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group
@@ -44,6 +44,7 @@ from rlroute.training.prepare import (
     refuse_changed,
     refuse_other_ranks,
     set_up,
+    training_batches,
     validation_batches,
 )
 from rlroute.training.progress import Progress
@@ -88,7 +89,7 @@ def train(
     """
     seed = checked_seed(seed)
     folder = RunFolder(store, config, seed)
-    corpus = load_corpus(config.data.spec, config.data.tokenizer)
+    corpus = corpus_of(config.data)
     made = made_from(config, corpus.provenance)
     refuse_changed(folder, made)
     refuse_other_ranks(group, made)
@@ -138,6 +139,7 @@ class _Run:
         if config.train.device == "cuda":  # a process may train run after run
             torch.cuda.reset_peak_memory_stats()
         self.eval_batches = validation_batches(config, corpus)  # a corpus that is too short is found before any work
+        self.train_batches = training_batches(config, corpus)
         self.model = build_model(config, corpus, seed, group)
         carried: Moments = {}
         if config.start is not None:
@@ -279,23 +281,21 @@ class _Run:
         self._look()
         start = time.perf_counter()
         with self.group.uncounted(), self._first("eval"):
-            row = evaluate(
-                self.model,
-                self.eval_batches,
-                self.corpus.token_bytes_V,
-                self.device,
-                seed=self.seed,
-                step=self.progress.step,
-                progress=self._budget_used(),
-                sampled=final,
-                group=self.group,
-            )
+            row = self._losses(self.eval_batches, sampled=final)
+            if self.train_batches:
+                seen = self._losses(self.train_batches, sampled=False)
+                row["training"] = {name: seen[name] for name in ("loss", "bits_per_byte")}
         self.progress.seconds["eval"] += time.perf_counter() - start
-        if row["loss"] is None or (row["sampled"] and row["sampled"]["loss"] is None):
+        if any(part["loss"] is None for part in (row, row["sampled"] or row, row.get("training", row))):
             raise Diverged("the validation loss is not finite")
         row = self._row("eval") | row | {"chain": self.progress.chain}
         self._append("metrics", row)
         return row
+
+    def _losses(self, batches: Sequence[Batch], sampled: bool) -> dict[str, Any]:
+        keys: dict[str, Any] = {"seed": self.seed, "step": self.progress.step, "progress": self._budget_used()}
+        bytes_V = self.corpus.token_bytes_V
+        return evaluate(self.model, batches, bytes_V, self.device, sampled=sampled, group=self.group, **keys)
 
     def _first(self, kind: str) -> AbstractContextManager[None]:
         """Return a context in which the decisions of this process's first step, or evaluation, are checked."""

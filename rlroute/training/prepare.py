@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from rlroute.records import RunFolder, state
 from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import MadeFrom
-from rlroute.training.data import Batch, Corpus, eval_batches, load_corpus, sample_batch
+from rlroute.training.data import Batch, Corpus, corpus_of, eval_batches, sample_batch
 from rlroute.training.determinism import check_workspace
 from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import own_checkpoints
@@ -144,7 +145,7 @@ def check(
         if not elsewhere:
             _find_device(config)
         if config.data not in corpora:
-            corpora[config.data] = load_corpus(config.data.spec, config.data.tokenizer)
+            corpora[config.data] = corpus_of(config.data)
         if not elsewhere:
             check_memory(config, corpora[config.data].vocab_size, expert_shards)
         validation_batches(config, corpora[config.data])
@@ -256,8 +257,18 @@ def validation_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
         spec, last = corpus.provenance["spec"], corpus.vocab_size - 1
         raise DataError(f"data.packed = True: token {last} opens no document of corpus {spec!r}, legal is False")
     sample_batch(corpus, seed=0, step=0, **cut(config))
-    micro_batch = cut(config) | {"batch_size": config.train.batch_size // config.train.micro_batches}
-    return eval_batches(corpus, num_tokens=config.data.eval_tokens, **micro_batch)
+    return eval_batches(corpus, num_tokens=config.data.eval_tokens, **_micro_batch(config))
+
+
+def training_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
+    """Return the training tokens that a run evaluates beside, cut in the same way; none unless it says so."""
+    if not config.train.eval_train:
+        return []
+    return eval_batches(corpus, num_tokens=config.data.eval_tokens, part="train", **_micro_batch(config))
+
+
+def _micro_batch(config: RunConfig) -> dict[str, Any]:
+    return cut(config) | {"batch_size": config.train.batch_size // config.train.micro_batches}
 
 
 def planned_steps(config: RunConfig, costs: Costs, spent: int = 0, done: int = 0) -> int:

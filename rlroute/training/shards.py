@@ -51,6 +51,14 @@ Stream = np.ndarray | Joined
 """Tokens, shape (tokens,)."""
 
 
+def head(stream: Stream, tokens: int) -> Stream:
+    """Return the first tokens of a stream, which stay where they are."""
+    if isinstance(stream, np.ndarray):
+        return stream[:tokens]
+    starts = accumulate(map(len, stream.parts), initial=0)
+    return Joined([part[: tokens - start] for part, start in zip(stream.parts, starts, strict=False) if start < tokens])
+
+
 def blocks(stream: Stream) -> Iterator[np.ndarray]:
     """Return a stream piece by piece."""
     return (stream[start : start + BLOCK_TOKENS] for start in range(0, len(stream), BLOCK_TOKENS))
