@@ -150,7 +150,8 @@ def make_run(router: str, seed: int = 0, fields: dict[str, Any] | None = None, *
     }
     environment |= {"threads": 1, "kernel_backend": "cpu"}
     made: Any = {"core": digest("core"), "routers": {router: {"sha256": digest(router)}} if moe else {}, "reads": {}}
-    made |= {"data": {"sha256": digest("sympy"), "train_sha256": digest("train")}, "tokenizer": None}
+    streams = {"train_sha256": digest("train"), "valid_sha256": digest("valid")}
+    made |= {"data": {"sha256": digest("sympy")} | streams, "tokenizer": None}
     config_json: Any = {"schema": SCHEMA, **identity, "command": "rlroute compare", "config": config, "made_from": made}
     train_rows: Any = [train_row(router, seed, step) for step in range(10, STEPS + 1, 10)]
     return RunRecord(identity["id"], config_json, environment, summary, deepcopy(evals), load_rows, train_rows)
@@ -372,7 +373,8 @@ def test_sampled_loss_of_a_stochastic_router_is_said() -> None:
 ALL_SHARE = [
     "config.schema",
     "config.made_from.core",
-    "config.made_from.data",
+    "config.made_from.data.sha256",
+    "config.made_from.data.valid_sha256",
     "config.made_from.tokenizer",
     "summary.data.sha256",
     "summary.eval_tokens_sha256",
@@ -403,7 +405,7 @@ def test_what_all_share_is_written_out_here() -> None:
         "steps",
     ]
     assert sorted(SAME_IN_TRAIN) == shared
-    free = ["constant_experts", "copy_experts", "zero_experts"]
+    free = ["constant_experts", "copy_experts", "zero_experts", "expert_dropout"]
     choices = ["capacity_factor", "gate_form", "k", "num_experts", "num_shared_experts", *free]
     assert sorted(CHOICES_IN_MODEL) == sorted(choices)
 
@@ -411,6 +413,49 @@ def test_what_all_share_is_written_out_here() -> None:
 @pytest.mark.parametrize("path", ALL_SHARE)
 def test_refuses_runs_that_differ_in_what_all_share(path: str) -> None:
     _refused(path, 77 if path.endswith(("schema", "threads")) else "other", path)
+
+
+def on_fewer(tokens: int, seed: int = 0, router: str = "switch") -> RunRecord:
+    """Return a run that was trained on so many of the training tokens, and so on other batches."""
+    run = make_run(router, seed, data__train_tokens=tokens)
+    run = changed(run, "config.made_from.data.train_sha256", digest("train", tokens))
+    run = changed(run, "summary.data.train_tokens", tokens)
+    for place, row in enumerate(run.evals):
+        run = changed(run, f"evals.{place}.chain", digest("chain", tokens, seed, row["step"]))
+    run = changed(run, "summary.final", run.evals[-1])
+    return changed(run, "summary.batches.chain", run.evals[-1]["chain"])
+
+
+def test_runs_on_fewer_training_tokens_stand_beside_the_others_and_are_held_to_their_own() -> None:
+    runs = [*make_runs(("switch",), 2), *(on_fewer(tokens, seed) for tokens in (1000, 5000) for seed in range(2))]
+    table = build_table(runs)
+    notes = dict(table.notes)
+    assert {row.label for row in table.rows} == {f"switch (data.train_tokens={n})" for n in (None, 1000, 5000)}
+    assert "data.train_tokens: 1000 (switch (data.train_tokens=1000))" in notes["Deliberate differences"]
+    assert {f"Same batches ({n:,} training tokens)" for n in (1000, 5000, 15_000_000)} <= notes.keys()
+    assert "1,000 or 5,000 or 15,000,000 training and" in notes["Corpus"]
+    assert len(largest_group(runs)[0]) == len(runs)
+    twins = [on_fewer(5000, seed, "hash") for seed in range(2)]
+    assert len(build_table([*runs, *twins]).rows) == 4
+    for field, value in (("config.made_from.data.train_sha256", "other"), ("evals.0.chain", digest("other"))):
+        others = [changed(twin, field, value) for twin in twins]
+        with pytest.raises(ComparisonError, match=r"train_sha256 differs|chain at step 100 differs"):
+            build_table([*runs, *others])
+        assert len(largest_group([*runs, *others])[0]) == len(runs)
+
+
+def test_what_over_fits_shows_under_the_table() -> None:
+    def evaluated(run: RunRecord) -> RunRecord:
+        for place, row in enumerate(run.evals):
+            run = changed(run, f"evals.{place}.training", {"loss": 1.0, "bits_per_byte": row["bits_per_byte"] - 0.5})
+        lower = changed(run, "evals.0.bits_per_byte", run.evals[-1]["bits_per_byte"] - 0.25)
+        return changed(lower, "summary.final", lower.evals[-1])
+
+    notes = dict(build_table([*map(evaluated, make_runs(("switch",))), *make_runs(("hash",))]).notes)
+    said = notes["Training tokens"]
+    assert said.startswith("switch ") and said.endswith(
+        "validation is 0.5000 ± 0.0000 above, and 0.2500 ± 0.0000 above its lowest"
+    )
 
 
 SHARED_CONFIG = [f"data.{name}" for name in make_run("switch").config["config"]["data"]]

@@ -22,7 +22,8 @@ SAME = {
     "config.schema": "records of another schema mean other things by the same names",
     "summary.data.sha256": "another corpus is another task",
     "config.made_from.core": "other sources of rlroute are another experiment",
-    "config.made_from.data": "another corpus, or the same one split otherwise, is another task",
+    "config.made_from.data.sha256": "another corpus is another task",
+    "config.made_from.data.valid_sha256": "the same corpus split otherwise is another task",
     "config.made_from.tokenizer": "another tokenizer is another task",
     "summary.eval_tokens_sha256": "losses on other validation tokens cannot be subtracted",
     "summary.budget.kind": "the budget is what a comparison holds equal",
@@ -47,11 +48,14 @@ they differ.
 
 CHOICES_IN_MODEL = (
     *("gate_form", "k", "num_experts", "num_shared_experts", "capacity_factor"),
-    *("zero_experts", "copy_experts", "constant_experts"),
+    *("zero_experts", "copy_experts", "constant_experts", "expert_dropout"),
 )
-"""The fields of ``model`` in which entries may differ on purpose; these are printed, all others and all of ``data`` are
-shared.
+"""The fields of ``model`` in which entries may differ on purpose; these are printed, all others are shared, and so is
+all of ``data`` but ``train_tokens``.
 """
+
+STREAM = "data.train_sha256"
+"""Of what a run was made from, what those on as many training tokens share."""
 
 SAME_CONFIG = "one comparison trains every router on the same data in the same model"
 SAME_WEIGHTS = "with one seed every router starts from the same weights"
@@ -213,13 +217,14 @@ def agreed(run: RunRecord) -> dict[tuple[Any, ...], Any]:
     """Return what runs agree on of which both say it: values by field, and by whose it is."""
     seed, own = run.config["seed"], run.config["config_hash"]
     said: dict[tuple[Any, ...], Any] = {("id", own, seed): run.id}
+    tokens = train_tokens(run)
     for name, value in _made(run).items():
         whose = () if name.startswith("routers.") else (own,)  # a router is one code, whose ever entry it is in
-        said[(f"config.made_from.{name}", *whose)] = value
+        said[(f"config.made_from.{name}", *((tokens,) if name == STREAM else whose))] = value
     said["fingerprint.backbone", seed, source(run)] = run.summary["fingerprint"]["backbone"]
     for shape in by_shape([run]):
         said["fingerprint.shared", seed, *shape] = run.summary["fingerprint"]["shared"]
-    return said | {(f"batches.chain at step {step}", seed): chain for step, chain in _chains(run).items()}
+    return said | {(f"batches.chain at step {step}", seed, tokens): chain for step, chain in _chains(run).items()}
 
 
 def _at(record: RunRecord, path: str) -> Any:
@@ -238,7 +243,7 @@ def _made(run: RunRecord) -> dict[str, Any]:
 def _shared_in_config(name: str) -> bool:
     part, _, field = name.partition(".")
     return (
-        part == "data"
+        (part == "data" and field != "train_tokens")
         or (part == "model" and field not in CHOICES_IN_MODEL)
         or (part == "train" and field in SAME_IN_TRAIN)
     )
@@ -260,10 +265,13 @@ def _check_identity(runs: Sequence[RunRecord]) -> None:
     for alike in by_shape(runs).values():
         shared = [(run.id, run.summary["fingerprint"]["shared"]) for run in alike]
         _require_equal("fingerprint.shared", shared, SAME_WEIGHTS)
-    for step in sorted(set().union(*map(_chains, runs))):
-        chains = [(run.id, _chains(run)[step]) for run in runs if step in _chains(run)]
-        _require_equal(f"batches.chain at step {step}", chains, SAME_BATCHES)
-    _check_overlap(runs)
+    for alike in by_train_tokens(runs).values():
+        streams = [(run.id, _made(run).get(STREAM)) for run in alike]
+        _require_equal(f"config.made_from.{STREAM}", streams, "as many training tokens are the same ones")
+        for step in sorted(set().union(*map(_chains, alike))):
+            chains = [(run.id, _chains(run)[step]) for run in alike if step in _chains(run)]
+            _require_equal(f"batches.chain at step {step}", chains, SAME_BATCHES)
+        _check_overlap(alike)
 
 
 def _check_overlap(runs: Sequence[RunRecord]) -> None:
@@ -288,6 +296,20 @@ def by_source(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(source(run), []).append(run)
+    return groups
+
+
+def train_tokens(run: RunRecord) -> int | None:
+    """Return how many of the training tokens a run was trained on; None: all."""
+    data: Mapping[str, Any] = run.config["config"]["data"]
+    return data.get("train_tokens")
+
+
+def by_train_tokens(runs: Iterable[RunRecord]) -> dict[int | None, list[RunRecord]]:
+    """Group runs by the training tokens that they were trained on."""
+    groups: dict[int | None, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(train_tokens(run), []).append(run)
     return groups
 
 

@@ -8,9 +8,20 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rlroute.config import DENSE, SCHEMA
-from rlroute.experiments.comparison.entries import Entry, by_shape, by_source, flat_config, of_router, source, varying
+from rlroute.experiments.comparison.entries import (
+    Entry,
+    by_shape,
+    by_source,
+    by_train_tokens,
+    flat_config,
+    of_router,
+    source,
+    varying,
+)
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.recipes.tuned import TUNING_SEEDS
+from rlroute.experiments.statistics import t_interval
+from rlroute.experiments.text import of_interval
 from rlroute.experiments.verdicts import LEVEL
 from rlroute.schema import Environment, RunRecord
 
@@ -47,6 +58,20 @@ def deliberate(entries: Sequence[Entry]) -> list[str]:
                 labels.setdefault(json.dumps(flat.get(name)), []).append(label)
             said.append(f"{name}: " + ", ".join(f"{value} ({', '.join(who)})" for value, who in sorted(labels.items())))
     return said or ["none"]
+
+
+def training_set(entries: Sequence[Entry]) -> list[str]:
+    """Say what entries reach on training tokens, evaluated as validation tokens are, and whether they over-fit."""
+    said = []
+    for entry in entries:
+        runs = [[row for row in run.evals if "training" in row] for run in entry.finished]
+        if runs and all(runs):
+            learnt = [rows[-1]["training"]["bits_per_byte"] for rows in runs]
+            above = [rows[-1]["bits_per_byte"] - bits for rows, bits in zip(runs, learnt, strict=True)]
+            risen = [rows[-1]["bits_per_byte"] - min(row["bits_per_byte"] for row in rows) for rows in runs]
+            on, gap, rise = (of_interval(t_interval(values)) for values in (learnt, above, risen))
+            said.append(f"{entry.label} {on} bits/byte; validation is {gap} above, and {rise} above its lowest")
+    return said
 
 
 def gates(entries: Sequence[Entry]) -> list[str]:
@@ -114,15 +139,18 @@ def identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     for alike in by_source(runs).values():
         said = f"outside the layers that have experts, equal over {_count(alike)}{_from(alike)}: "
         yield "Same initial backbone", said + _per_seed(alike, lambda run: run.summary["fingerprint"]["backbone"])
+    sets = by_train_tokens(runs)
+    for alike in sets.values():
+        some = f" ({alike[0].summary['data']['train_tokens']:,} training tokens)" if len(sets) > 1 else ""
+        yield f"Same batches{some}", _same_batches(alike)
+
+
+def _same_batches(runs: Sequence[RunRecord]) -> str:
     finished = [run for run in runs if run.summary["status"] == "finished"] or list(runs)
     if len({run.summary["steps"] for run in finished}) == 1:
         said = f"hash chain over {finished[0].summary['steps']:,} steps, equal over {_count(finished)}: "
-        yield "Same batches", said + _per_seed(finished, lambda run: run.summary["batches"]["chain"])
-    else:
-        yield (
-            "Same batches",
-            "hash chains of the shorter runs are prefixes of the longest's, compared at all common evaluation steps",
-        )
+        return said + _per_seed(finished, lambda run: run.summary["batches"]["chain"])
+    return "hash chains of the shorter runs are prefixes of the longest's, compared at all common evaluation steps"
 
 
 def _from(runs: Sequence[RunRecord]) -> str:
@@ -153,7 +181,8 @@ def _per_seed(runs: Sequence[RunRecord], value: Callable[[RunRecord], str]) -> s
 def provenance(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
     data = runs[0].summary["data"]
     version = f" ({data['distribution']} {data['version']})" if data["distribution"] else ""
-    sizes = f"{data['train_tokens']:,} training and {data['valid_tokens']:,} validation tokens"
+    learnt = " or ".join(f"{size:,}" for size in sorted({run.summary["data"]["train_tokens"] for run in runs}))
+    sizes = f"{learnt} training and {data['valid_tokens']:,} validation tokens"
     yield "Corpus", f"{data['spec']}{version}, {sizes}, sha256 {data['sha256']}"
     floor = data["floor_bits_per_byte"]
     yield "Entropy floor", "" if floor is None else f"{floor:.4f} bits/byte"

@@ -25,6 +25,7 @@ from rlroute.experiments.comparison.notes import (
     provenance,
     settings,
     starts,
+    training_set,
     tuning_trials,
     verdicts,
 )
@@ -274,6 +275,7 @@ def _notes(
     )
     yield "Regret", note(entries)
     yield "Measured", "; ".join(measured(entries))
+    yield "Training tokens", "; ".join(training_set(entries))
     yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
     yield "Settings", settings({row.label: row.settings for row in rows})
     yield "Verdicts", verdicts(base.label, margin) if len(rows) > 1 else ""

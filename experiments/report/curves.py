@@ -137,8 +137,12 @@ def _evaluations(run: Seen) -> Iterable[tuple[EvalRow, float]]:
     return ((row, row["bits_per_byte"]) for row in run.evals)
 
 
-def _training(run: Seen) -> Iterable[tuple[TrainRow, float]]:
-    """Yield training losses in bits per byte, at as many bytes a token as the validation tokens have."""
+def _training(run: Seen) -> Iterable[tuple[Row, float]]:
+    """Return training losses in bits per byte: those that were evaluated, or else those of steps, at as many bytes a
+    token as the validation tokens have.
+    """
+    if run.evals and all("training" in row for row in run.evals):
+        return ((row, row["training"]["bits_per_byte"]) for row in run.evals)
     last = run.evals[-1] if run.evals else None
     bits = last["bits_per_byte"] / last["loss"] if last and last["loss"] else 1 / math.log(2)
     return ((row, row["loss"] * bits) for row in run.train)
