@@ -70,13 +70,25 @@ def _later(command: Command) -> Callable[..., Callable[[], None]]:
     return noted
 
 
+def _choices_in_order(said: str) -> str:
+    """Return argparse's message with the choices of a set, whose order is not the same in every process, sorted; None
+    is said by leaving the option out.
+    """
+
+    def ordered(found: re.Match[str]) -> str:
+        choices = set(re.findall("'(.*?)'", found.group(1))) - {"None"}
+        return f"Legal are {', '.join(sorted(choices))}"
+
+    return re.sub(r"Expected one of \((.*?)\)", ordered, said)
+
+
 def _what_is_wrong(ask: Callable[[Sequence[str]], Any], words: Sequence[str]) -> str:
     """Return tyro's message as one line, or for an unknown option which one comes nearest."""
     rows = (row.strip("│╭╮╰╯ ") for row in _answer(ask, words).splitlines())
     _, said, *others = re.split(r"\s*[─-]{3,}\s*", " ".join(filter(None, rows)))  # a box: parts between rules
     unknown = re.match(r"Unrecognized options: (\S+?)(?:,|$)", said)
     if unknown is None:
-        return said
+        return _choices_in_order(said)
     word = unknown.group(1)
     path = [name for name in words[: words.index(word)] if not name.startswith("-")] if word in words else words[:1]
     if word.startswith("-"):

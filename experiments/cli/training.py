@@ -228,7 +228,8 @@ def tune(
 
     Args:
         entries: routers or `dense`, as named in the grid.
-        out: all trials, as JSON; experiments/recipes/tuning.json is the one that `compare` reads.
+        out: all trials, as JSON, in a new file or in place of the same entries' before; `compare` reads
+            experiments/recipes/tuning.json.
     """
     from rlroute.experiments.comparison import tune as tuning
     from rlroute.experiments.recipes.grid import edges
@@ -237,6 +238,7 @@ def tune(
 
     name_broken(*entries)
     entries = tuning.named(entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model), train, said("train"))
+    tuning.refuse_lost(out, entries)
     make_folder(out.parent)
     trials = tuning.tune(entries, train, launch, command_line(), start.find(launch.store))
     tuning.write_trials(trials, train, out, command_line())

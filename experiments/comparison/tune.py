@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
+from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import best, key, unscored
 from rlroute.experiments.recipes.presets import refuse_overwritten
 from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, grid_entry
+from rlroute.foreign import parse_json, read_bytes, why
 from rlroute.records import write_json
 from rlroute.schema import RunRecord
 
@@ -73,6 +76,22 @@ def tune(
         for (entry, point), config in zip(following, configs, strict=True):
             trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in TUNING_SEEDS]))
     return trials
+
+
+def refuse_lost(path: Path, entries: Collection[str]) -> None:
+    """Refuse to write trials over those of other entries.
+
+    Raises:
+        ConfigError: a file holds some, or is none that :func:`write_trials` wrote.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        there = {row["entry"] for row in parse_json(read_bytes(path))["trials"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--out {path} is there, and holds no trials: {why(error)}") from error
+    if lost := sorted(there - set(entries)):
+        raise ConfigError(f"--out {path} holds trials of {', '.join(lost)}: name these too, or another file")
 
 
 def _trial(entry: str, point: Overrides, train: TrainConfig) -> RunConfig:

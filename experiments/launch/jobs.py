@@ -133,7 +133,7 @@ class Launch:
                 f"--gpus {self.gpus} with --workers {self.workers}: workers of one run cannot share a GPU"
             )
         if self.launcher == "local":
-            for name in ("workers", "address", "concurrency", "cpus", "gpus", "patience"):
+            for name in ("workers", "address", "concurrency", "cpus", "gpus", "patience", "retries"):
                 if getattr(self, name) != getattr(Launch(), name):
                     raise ConfigError(
                         f"--launcher local trains in this process: --{name} {getattr(self, name)} wants --launcher ray"

@@ -103,17 +103,19 @@ def with_preset(
         said: the fields that were, by part.
 
     Raises:
-        ConfigError: no preset is called that.
+        ConfigError: no preset is called that, or its micro-batches do not divide the batch that was said.
     """
     if name is None:
         return Preset(data, model, train)
     chosen = find_preset(name)
-    return Preset(
-        _over(chosen.data, data, said["data"]),
-        _over(chosen.model, model, said["model"]),
-        _over(chosen.train, train, said["train"]),
-        chosen.entry,
-    )
+    steps = _over(chosen.train, train, said["train"])
+    if "micro_batches" not in said["train"] and steps.batch_size % steps.micro_batches:
+        raise ConfigError(
+            f"train.batch_size = {steps.batch_size}: preset {name!r} has train.micro_batches = {steps.micro_batches}, "
+            "which must divide it; --train.micro-batches says another number"
+        )
+    parts = _over(chosen.data, data, said["data"]), _over(chosen.model, model, said["model"])
+    return Preset(*parts, steps, chosen.entry)
 
 
 def _over(chosen: Part, given: Part, said: Set[str]) -> Part:
