@@ -1,9 +1,9 @@
 """The recorded choices of another run: its router again, told at every training step which experts to take.
 
 A control of this project's own. It answers whether a difference between two models comes from which expert saw which
-token: change the model and leave the choices. With nothing changed, learning rates included (a replay takes the default
-ones, whatever was tuned for the router), it gives the losses of the recorded run bit for bit, which puts the whole seam
-to the test. Replaying routes between two policies is known from R3, Ma et al. 2025 (arXiv 2510.11370).
+token: change the model and leave the choices. With nothing changed it gives the losses of the recorded run bit for bit,
+which puts the whole seam to the test; `train` and `compare` give it that run's learning rates, unless --no-tuned says
+otherwise. Replaying routes between two policies is known from R3, Ma et al. 2025 (arXiv 2510.11370).
 
 Scores, gates and terms are those of the recorded run's router, which learns as it did there; evaluation asks it freely.
 """

@@ -324,6 +324,7 @@ def test_every_bench_has_its_own_options():
         (("compare", "--task", "clusters", "--no-tuned"), "--tuned False does not apply to --task clusters"),
         (("compare", "--task", "clusters", "--model.k", "1"), "--model.k 1 does not apply"),
         (("compare", "hash", "--launcher", "local", "--concurrency", "2"), "--concurrency 2 wants --launcher ray"),
+        (("train", "hash", "--launcher", "local", "--retries", "5"), "--retries 5 wants --launcher ray"),
         (("compare", "hash", "--budget", "time", "--seconds", "1", "--train.budget", "flops"), "want one of them"),
         (("train", "hash", "--concurrency", "2"), "--concurrency 2: train trains one run"),
         (("tune", "hash", "--train.lr", "0.1"), "train.lr = 0.1: each trial of the grid of hash sets it"),
@@ -504,6 +505,10 @@ COMMANDS = (
         (("qqq",), f"unknown command 'qqq': legal are {', '.join(COMMANDS)}"),
         (("train", "hash", "--sed", "3"), "unknown option '--sed': did you mean '--seed'?"),
         (("train", "hash", "--train.stpes=3"), "unknown option '--train.stpes=3': did you mean '--train.steps'?"),
+        (
+            ("plan", "switch", "--device", "h999"),
+            "'h999' for argument '--device'. Legal are a100, b200, cpu, h100, h200.",
+        ),
         (("compare", "--store", "x", "--tunde"), "unknown option '--tunde': did you mean '--tuned'?"),
         (("bench", "layer", "--contender", "x"), "unknown option '--contender': did you mean '--contenders'?"),
         (("bench", "kernls"), "unexpected 'kernls': did you mean 'kernels'?"),

@@ -200,6 +200,14 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
         lr = row["overrides"]["train"]["lr"]
         assert row["bits_per_byte"] == pytest.approx(2 + (lr - 1) ** 2)
         assert row["by_seed"] == {str(s): pytest.approx(2 + (lr - 1) ** 2 + (s - 1001) / 8) for s in TUNING_SEEDS}
+    tune_command(("dense", "switch"), tmp_path / "t.json")  # the same entries' trials take their place
+    with pytest.raises(ConfigError, match=r"t\.json holds trials of dense: name these too, or another file"):
+        tune_command(("switch",), tmp_path / "t.json")
+    again = json.loads((tmp_path / "t.json").read_text())["trials"]
+    assert sorted(again, key=str) == sorted(stored["trials"], key=str)
+    (tmp_path / "else.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"else\.json is there, and holds no trials"):
+        tune_command(("switch",), tmp_path / "else.json")
     said = capsys.readouterr()
     largest = GRID["dense"].axes[0].values[-1]
     assert f"dense: {{'train': {{'lr': {largest}}}}}" in said.out

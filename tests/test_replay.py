@@ -17,6 +17,7 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError, DecisionError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.experiments.launch.runs import run_all
+from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.traces.reading import open_trace
 from rlroute.experiments.traces.write import write
 from rlroute.parallel.local import run_ranks
@@ -99,6 +100,21 @@ def test_replay_in_two_processes_is_the_run_in_two_processes(name: str, tmp_path
     replay = replay_of(source, tmp_path)
     run_ranks(train_as_rank, 2, replay.to_dict(), str(tmp_path))
     assert losses(tmp_path, replay) == losses(tmp_path, source)
+
+
+def test_a_replay_has_the_learning_rates_of_its_run(tmp_path: Path) -> None:
+    rates = {"lr": 0.005, "router_lr_scale": 3.0}
+    source = replace(run_of("hash"), train=replace(TRAIN, **rates))
+    train(source, 0, tmp_path)
+    entry = f"replay:run={tmp_path / source.run_id(0)}"
+    (replay,) = build_comparison([entry], DATA, MODEL, TRAIN, tuned=True)
+    assert replay.train == source.train
+    train(replay, 0, tmp_path)
+    assert losses(tmp_path, replay) == losses(tmp_path, source)
+    (plain,) = build_comparison([entry], DATA, MODEL, TRAIN, tuned=False)
+    assert plain.train == TRAIN
+    with pytest.raises(ConfigError, match=r"train\.lr = 0\.1: the tuned recipe sets it for replay"):
+        build_comparison([entry], DATA, MODEL, replace(TRAIN, lr=0.1), tuned=True)
 
 
 def test_two_sites_of_a_block_are_replayed_and_so_is_a_capacity(tmp_path: Path) -> None:

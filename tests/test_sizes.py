@@ -37,6 +37,17 @@ def test_what_is_said_goes_before_a_preset() -> None:
     assert (same.data, same.model, same.train) == GIVEN
 
 
+def test_a_batch_that_the_preset_s_micro_batches_do_not_divide_is_refused_by_their_name() -> None:
+    said = NOTHING_SAID | {"train": {"batch_size"}}
+    given = (*GIVEN[:2], TrainConfig(batch_size=3))
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 3: preset 'gpu-30m' has train\.micro_batches = 2, which must divi"
+    ):
+        with_preset("gpu-30m", *given, said)
+    both = {"train": {"batch_size", "micro_batches"}}
+    assert with_preset("gpu-30m", *given, NOTHING_SAID | both).train.micro_batches == 1
+
+
 def test_another_preset_is_refused_by_every_command_that_takes_one() -> None:
     with pytest.raises(
         ConfigError,

@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlroute.baselines.replay import ReplayRouter
 from rlroute.config import DENSE, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, parse_entry, router_of
@@ -111,7 +112,13 @@ def grid_entry(entry: str) -> str:
 
 
 def tuned_settings(entry: str) -> Overrides:
-    """Return what an entry of one router, or the entry that it is a variant of, was tuned to."""
+    """Return what an entry of one router, or the entry that it is a variant of, was tuned to; of a replay the learning
+    rates of the recorded run.
+    """
+    router = router_of(entry)
+    if isinstance(router, ReplayRouter.Config):
+        recorded, _ = router.recorded()
+        return {"train": {name: getattr(recorded.train, name) for name in TUNABLE}}
     nearest = _nearest(_plain(entry))
     return {} if nearest is None else TUNED[nearest]
 
