@@ -514,7 +514,7 @@ COMMANDS = (
         (("bench", "kernls"), "unexpected 'kernls': did you mean 'kernels'?"),
         (("table", "--qqq"), "unknown option '--qqq': rlroute table --help lists what there is"),
         (("train", "hash", "--seed", "x"), "--seed"),
-        (("train", "hash", "--launcher", "x"), "('auto', 'ray', 'local')"),
+        (("train", "hash", "--launcher", "x"), "Legal are auto, local, ray."),
         (("train",), "rlroute train wants an ENTRY: a router"),
         (("--tyro-print-completion", "csh"), "csh"),
         (("table", os.fsdecode(b"r\xffns")), "b'r\\xffns' is not UTF-8"),

@@ -103,7 +103,7 @@ def test_replay_in_two_processes_is_the_run_in_two_processes(name: str, tmp_path
 
 
 def test_a_replay_has_the_learning_rates_of_its_run(tmp_path: Path) -> None:
-    rates = {"lr": 0.005, "router_lr_scale": 3.0}
+    rates: dict[str, Any] = {"lr": 0.005, "router_lr_scale": 3.0}
     source = replace(run_of("hash"), train=replace(TRAIN, **rates))
     train(source, 0, tmp_path)
     entry = f"replay:run={tmp_path / source.run_id(0)}"
