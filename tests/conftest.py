@@ -53,6 +53,7 @@ WHOLE_COMMANDS = frozenset(
         "blocks",
         "check",
         "checkpoint",
+        "claims_run",
         "cli",
         "defects",
         "export",

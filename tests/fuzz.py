@@ -17,7 +17,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,10 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.envs.tables import SHAPES, load_table
 from rlroute.errors import RlrouteError
 from rlroute.experiments.bench.run import read_table
-from rlroute.experiments.comparison.registration import make_plan, register
+from rlroute.experiments.claims.ledger import CLAIMS
+from rlroute.experiments.claims.outcomes import faults, read_outcomes
+from rlroute.experiments.claims.page import claims_grid, page
+from rlroute.experiments.comparison.registration import Registration, make_plan, register
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_csv, to_markdown
 from rlroute.experiments.launch.spec import read_spec
@@ -178,13 +181,34 @@ def registration(folder: Path, random: Random) -> None:
     made: Any = {"core": 64 * "0", "routers": {}, "reads": {}, "data": {}, "tokenizer": None}
     plan = make_plan(config, config, {config: made}, ("tuned", "tuned"), 0.02, [3, 4], [])
     path = folder / "judgement.json"
-    register(path, plan)
+    register(path, plan, Registration)
     path.write_bytes(_changed(path.read_bytes(), random))
     if random.random() < 0.5:
         with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             changed = json.loads(path.read_bytes())
             path.write_text(json.dumps(changed | {"sha256": of_part(changed["plan"])}))
-    register(path, plan)
+    register(path, plan, Registration)
+
+
+def outcomes(folder: Path, random: Random) -> None:
+    """What was found of claims."""
+    claim = CLAIMS["3"]
+    ends = {"effect": 0.5, "interval": [0.4, 0.6], "n": 5, "verdict": "refuted", "unit": "share", "undefined": []}
+    found: dict[str, Any] = asdict(claim.parts[0]) | ends | {"values": {str(seed): 0.5 for seed in claim.seeds}}
+    path = folder / "claims.jsonl"
+    line: dict[str, Any] = {name: 64 * "0" for name in ("registration", "core")} | {
+        "claim": "3",
+        "sha256": claim.sha256,
+    }
+    line |= {"verdict": "refuted", "parts": [found], "seeds": list(claim.seeds), "runs": ["a-s0"], "diverged": []}
+    line |= {"cost": {"runs": 5, "tokens": 1, "training_flops": 1, "seconds": 1.0}, "there_before": 0, "dirty": False}
+    line |= {"registered": "2026-01-01T00:00:00+00:00", "commit": None, "torch": "2", "cpu_capability": "a"}
+    text = json.dumps(line | {"threads": 1, "device": "cpu"}) + "\n"
+    path.write_bytes(text.encode() if random.random() < 0.1 else _changed(text.encode(), random))
+    there = read_outcomes(path)
+    claims_grid(there)
+    if not list(faults(there, CLAIMS)):
+        page(there)
 
 
 def bench(folder: Path, random: Random) -> None:
@@ -493,6 +517,7 @@ CASES: tuple[Case, ...] = (
     record,
     compact,
     registration,
+    outcomes,
     sweep,
     entry,
     values,

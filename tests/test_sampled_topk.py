@@ -3,6 +3,8 @@
 Shape suffixes: T tokens, D model width, E experts, K experts per token.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,8 +25,8 @@ def test_without_exploring_it_is_switch(k: int) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_first_choices_are_drawn_from_the_softmax_and_gates_are_its_shares(temperature: float) -> None:
-    cls, shape = router_class("sampled_topk"), make_shape(EXPERTS, 2)
-    router = cls(cls.Config(temperature=temperature), shape)
+    cls: Any = router_class("sampled_topk")
+    router = cls(cls.Config(temperature=temperature), make_shape(EXPERTS, 2))
     with torch.no_grad():
         router.scores.weight.mul_(20)
     x_D = torch.randn(D, generator=torch.Generator().manual_seed(1))

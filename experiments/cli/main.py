@@ -62,6 +62,7 @@ def _run() -> None:
         raise missing("the command line", "tyro") from error
     from rlroute.experiments.cli.benches import bench
     from rlroute.experiments.cli.check import check
+    from rlroute.experiments.cli.claims import claims
     from rlroute.experiments.cli.common import with_checked_options
     from rlroute.experiments.cli.dashboard import dashboard
     from rlroute.experiments.cli.data import data, plan
@@ -90,6 +91,7 @@ def _run() -> None:
         compare,
         judge,
         upcycle,
+        claims,
         plan,
         data,
         sweep,

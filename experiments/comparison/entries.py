@@ -7,7 +7,7 @@ Everything here is a pure function of run records.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -185,15 +185,20 @@ def varying(flats: Sequence[Mapping[str, Any]]) -> list[str]:
 # What is refused
 
 
-def check_comparable(entries: Sequence[Entry]) -> None:
+def check_comparable(entries: Sequence[Entry], deliberate: Collection[str] = ()) -> None:
     """Refuse runs that differ in more than their router, but for what is printed as a deliberate difference.
+
+    Args:
+        entries: whose runs.
+        deliberate: further fields in which they may differ, as ``model.d_expert``.
 
     Raises:
         ComparisonError: naming the field, the two runs and the two values.
     """
     runs = [run for entry in entries for run in entry.runs]
     all_share = [(run.id, shared(run)) for run in runs]
-    for name in dict.fromkeys((*SAME, *sorted(set().union(*(values for _, values in all_share))))):
+    names = dict.fromkeys((*SAME, *sorted(set().union(*(values for _, values in all_share)))))
+    for name in [name for name in names if name.removeprefix("config.") not in deliberate]:
         values = [(run_id, values.get(name)) for run_id, values in all_share]
         _require_equal(name, values, SAME.get(name, SAME_CONFIG))
     for name in sorted(name for name in set().union(*map(_made, runs)) if name.startswith("routers.")):
@@ -259,9 +264,12 @@ def _require_equal(field: str, values: Sequence[tuple[str, Any]], reason: str) -
 
 def _check_identity(runs: Sequence[RunRecord]) -> None:
     """Check the runs of one seed: the same initial weights, the same batches in the same order."""
-    for alike in by_source(runs).values():
-        backbones = [(run.id, run.summary["fingerprint"]["backbone"]) for run in alike]
-        _require_equal("fingerprint.backbone", backbones, SAME_WEIGHTS)
+    backbones: dict[tuple[str, int], list[RunRecord]] = {}
+    for run in runs:  # an attention of experts is no part of the backbone
+        backbones.setdefault((source(run), _attention_experts(run)), []).append(run)
+    for alike in backbones.values():
+        fingerprints = [(run.id, run.summary["fingerprint"]["backbone"]) for run in alike]
+        _require_equal("fingerprint.backbone", fingerprints, SAME_WEIGHTS)
     for alike in by_shape(runs).values():
         shared = [(run.id, run.summary["fingerprint"]["shared"]) for run in alike]
         _require_equal("fingerprint.shared", shared, SAME_WEIGHTS)
@@ -313,11 +321,11 @@ def by_train_tokens(runs: Iterable[RunRecord]) -> dict[int | None, list[RunRecor
     return groups
 
 
-def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int, int | None, str], list[RunRecord]]:
+def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int | str | None, ...], list[RunRecord]]:
     """Group the MoE runs whose shared parameters have the same shapes, and come from the same weights in the same way;
     dense layers are as wide as what a token runs, unless they have a width of their own.
     """
-    groups: dict[tuple[int, int, int, int | None, str], list[RunRecord]] = {}
+    groups: dict[tuple[int | str | None, ...], list[RunRecord]] = {}
     for run in runs:
         model = run.config["config"]["model"]
         if run.config["router"] != DENSE:
@@ -325,9 +333,14 @@ def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int, int, int, int | None,
             dense = (model["num_dense_layers"] or model.get("moe_every", 1) > 1) and model.get("d_dense") is None
             width = model["k"] + shared if dense else None
             start = json.dumps(run.config["config"].get("start"), sort_keys=True)
-            shape = (model["num_experts"], shared, model.get("constant_experts", 0), width, start)
+            in_common = (model.get("d_expert"), _attention_experts(run))  # to all runs of a table
+            shape = (model["num_experts"], shared, model.get("constant_experts", 0), width, start, *in_common)
             groups.setdefault(shape, []).append(run)
     return groups
+
+
+def _attention_experts(run: RunRecord) -> int:
+    return int(run.config["config"]["model"].get("attention_experts", 0))
 
 
 def _chains(run: RunRecord) -> dict[int, str]:

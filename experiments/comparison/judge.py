@@ -100,7 +100,7 @@ def _jobs(configs: Sequence[RunConfig], names: Sequence[str], seeds: int, comman
 
 def _register(path: Path, plan: Plan, jobs: Sequence[Job], store: Path) -> Registration:
     """Register a plan, or find it registered, in agreement with what runs say that are there."""
-    registration = register(path, plan)
+    registration = register(path, plan, Registration)
     entries = list(dict.fromkeys(job.entry for job in jobs))
     refuse_other_plan([store / job.id for job in jobs], entries, registration["sha256"], path)
     return registration
@@ -130,7 +130,7 @@ def _look(
     plan, found = registration["plan"], Judgement(registration=registration, file=path, command=command)
     for n, level in zip(plan["looks"], plan["levels"], strict=True):
         jobs = _jobs(configs, names, n, command)
-        register(path, plan)  # what was changed meanwhile is not gone by
+        register(path, plan, Registration)  # what was changed meanwhile is not gone by
         records = run_all([replace(job, asked=_asked(job, registration["sha256"])) for job in jobs], how)
         candidate, reference = _entries(records, configs)
         found = replace(found, candidate=candidate, reference=reference)

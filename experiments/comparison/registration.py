@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
 
@@ -82,6 +82,10 @@ class Registration(TypedDict):
     """When, in UTC."""
 
 
+P = TypeVar("P", bound=Mapping[str, Any])
+R = TypeVar("R", bound=Mapping[str, Any])
+
+
 def make_plan(
     candidate: RunConfig,
     reference: RunConfig,
@@ -119,35 +123,39 @@ def registration_file(store: Path, candidate: RunConfig, reference: RunConfig) -
     return store / f"judgement-{candidate.content_hash()}-against-{reference.content_hash()}.json"
 
 
-def register(path: Path, plan: Plan) -> Registration:
+def register(path: Path, plan: P, kind: type[R]) -> R:
     """Write a plan down, or return the registration that is there and says the same.
+
+    Args:
+        path: where.
+        plan: what is said before the first run.
+        kind: of its registration: a plan, its SHA-256, and when it was registered.
 
     Raises:
         ConfigError: it says something else; the message names what, and both values.
         StoreError: it was changed, or cannot be read or written.
     """
     if not path.exists():
-        registration: Registration = {"plan": plan, "sha256": of_part(plan), "registered": utc_now()}
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, cast(Mapping[str, object], registration))
-    registration = read_registration(path)
-    was = cast(dict[str, Any], registration["plan"])
+        write_json(path, {"plan": plan, "sha256": of_part(plan), "registered": utc_now()})
+    registration = read_registration(path, kind)
+    was = registration["plan"]
     now = json.loads(json.dumps(plan)) | {"there_before": was["there_before"]}
     for field, before, after in differing(was, now):
         if field.startswith(("looks/", "levels/")):
             before, after = was["looks"], now["looks"]
         raise ConfigError(f"{_said(field)}: {path} was registered with {before!r}, now it is {after!r}; {WAY_OUT}")
-    return registration
+    return cast(R, registration)
 
 
-def read_registration(path: Path) -> Registration:
-    """Return what a registration says.
+def read_registration(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Return what a registration of a kind says.
 
     Raises:
         StoreError: it is none, or its plan is not the one that was hashed.
     """
-    registration = cast(Registration, read_json(path, Registration))
+    registration = read_json(path, kind)
     if (found := of_part(registration["plan"])) != registration["sha256"]:
         said = registration["sha256"]
         raise StoreError(f"{path} was changed after it was registered: its plan's SHA-256 is {found}, it says {said}")

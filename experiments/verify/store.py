@@ -77,16 +77,39 @@ def _read(path: Path, findings: list[Finding]) -> list[RunRecord]:
 
 def _check(run: RunRecord, path: Path, others: Sequence[RunRecord], hand: AtHand, evaluate: bool) -> list[Finding]:
     ledger = Ledger(run.id)
-    record.check_names(run, ledger)
-    record.check_seal(run, others, ledger)
+    with _buildable(ledger):
+        _check_made(run, path, _check_record(run, others, ledger), hand, evaluate, ledger)
+    return ledger.findings
+
+
+def record_findings(run: RunRecord, others: Sequence[RunRecord]) -> list[Finding]:
+    """Return what is wrong with a run's record by itself: names, seal, summary, rows.
+
+    Args:
+        run: the run.
+        others: runs that may show what an edited field was.
+    """
+    ledger = Ledger(run.id)
+    with _buildable(ledger):
+        _check_record(run, [other for other in others if other is not run], ledger)
+    return ledger.findings
+
+
+@contextmanager
+def _buildable(ledger: Ledger) -> Iterator[None]:
     try:
-        config = run_config(run.config["config"])
-        record.check_summary(run, config, ledger)
-        record.check_rows(run, config, ledger)
-        _check_made(run, path, config, hand, evaluate, ledger)
+        yield
     except RlrouteError as error:
         ledger.add("config.json", "config", "of a run", "one that can be built", str(error))
-    return ledger.findings
+
+
+def _check_record(run: RunRecord, others: Sequence[RunRecord], ledger: Ledger) -> RunConfig:
+    record.check_names(run, ledger)
+    record.check_seal(run, others, ledger)
+    config = run_config(run.config["config"])
+    record.check_summary(run, config, ledger)
+    record.check_rows(run, config, ledger)
+    return config
 
 
 def _check_made(run: RunRecord, path: Path, config: RunConfig, hand: AtHand, evaluate: bool, ledger: Ledger) -> None:

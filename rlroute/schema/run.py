@@ -104,6 +104,8 @@ class Asked(TypedDict):
     """As a run has one."""
     registration: NotRequired[Digest]
     """SHA-256 of the plan of the judgement that asked: see docs/judge.md."""
+    claims: NotRequired[dict[str, Digest]]
+    """SHA-256 of the plans of the claims that asked, by their ids: see docs/claims.md."""
 
 
 class Described(TypedDict):

@@ -1,0 +1,127 @@
+"""The command ``claims``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from rlroute.errors import StoreError
+from rlroute.experiments.cli.common import LAUNCH, command_line, refuse_others
+from rlroute.experiments.cli.folders import make_folder
+from rlroute.experiments.cli.output import show_grid
+from rlroute.experiments.launch.jobs import Launch
+from rlroute.foreign import printable
+
+if TYPE_CHECKING:
+    from rlroute.experiments.claims.outcomes import Outcome
+
+OUT = Path("results")
+
+
+def claims(
+    what: tyro.conf.Positional[Literal["list", "run", "table"]],
+    ids: tyro.conf.Positional[tuple[str, ...]] = (),
+    tier: Literal["quick", "long", "gpu"] | None = None,
+    results: Path | None = None,
+    page: Path | None = None,
+    check: bool = False,
+    out: Path = OUT,
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = LAUNCH,
+) -> None:
+    """The ledger of published claims: list them, run what decides them, or print their page (docs/claims.md).
+
+    run: registers the claims that are named, or those of a tier; trains what they need, each run once; says holds,
+    refuted or inconclusive. Stopped, it says what it can, and the same command goes on. Exit code 1 where a claim has
+    no verdict because a run failed or is not sound.
+
+    Args:
+        what: list, run or table.
+        ids: of claims, of run.
+        tier: of run: quick (minutes on two cores), long (hours), gpu. Of list: show these alone.
+        results: of list and table: outcomes; the published ones by default.
+        page: of table: the file that --check holds against them, or that is written; printed by default.
+        check: of table: exit code 1 where the page, or an outcome, is not what the claims and their values give.
+        out: of run: folder for claims.jsonl.
+        launch: of run.
+    """
+    if what == "run":
+        refuse_others("claims run", "ids, --tier, --out, --store and launching", _reading(results, page, check), _NONE)
+        _run(ids, tier, out, launch)
+        return
+    refuse_others(f"claims {what}", "--results", {"ids": ids, "out": out}, {"ids": (), "out": OUT})
+    refuse_others(f"claims {what}", "--results", launch, LAUNCH)
+    if what == "list":
+        refuse_others("claims list", "--tier and --results", _reading(None, page, check), _NONE)
+        _list(tier, results)
+    else:
+        refuse_others("claims table", "--results, --page and --check", {"tier": tier}, {"tier": None})
+        _table(results, page, check)
+
+
+_NONE = {"results": None, "page": None, "check": False}
+
+
+def _reading(results: Path | None, page: Path | None, check: bool) -> dict[str, object]:
+    return {"results": results, "page": page, "check": check}
+
+
+def _read(results: Path | None) -> dict[str, Outcome]:
+    from rlroute.experiments.claims.outcomes import PUBLISHED, read_outcomes
+
+    if results is None and not PUBLISHED.exists():
+        return {}
+    return read_outcomes(results or PUBLISHED)
+
+
+def _list(tier: str | None, results: Path | None) -> None:
+    from rlroute.experiments.claims.page import claims_grid
+
+    show_grid(claims_grid(_read(results), tier))
+
+
+def _table(results: Path | None, page: Path | None, check: bool) -> None:
+    from rlroute.experiments.claims import page as pages
+    from rlroute.experiments.claims.ledger import CLAIMS
+    from rlroute.experiments.claims.outcomes import faults
+    from rlroute.records import write_atomically
+
+    outcomes = _read(results)
+    wrong = list(faults(outcomes, CLAIMS))
+    if check:
+        wrong = wrong or pages.differences(pages.page(outcomes), page or pages.PAGE)
+        for line in wrong:
+            print(printable(line))
+        sys.exit(1 if wrong else 0)
+    if wrong:
+        raise StoreError(wrong[0])
+    text = pages.page(outcomes)
+    if page is None:
+        print(text, end="")
+    else:
+        write_atomically(page, text)
+        print(f"page in {page}")
+
+
+def _run(ids: tuple[str, ...], tier: Literal["quick", "long", "gpu"] | None, out: Path, launch: Launch) -> None:
+    from rlroute.experiments.claims.ledger import CLAIMS, choose
+    from rlroute.experiments.claims.outcomes import FILE, merge_outcomes
+    from rlroute.experiments.claims.page import line
+    from rlroute.experiments.claims.run import run_claims
+
+    chosen = choose(ids, tier)
+    make_folder(out)
+    published = _read(None)
+
+    def found(outcome: Outcome) -> None:
+        merge_outcomes(out / FILE, [outcome], CLAIMS)
+        print(line(outcome, published.get(outcome["claim"])), flush=True)
+
+    lacking = run_claims(chosen, launch, command=command_line(), found=found)
+    print(f"outcomes in {out / FILE}, runs in {launch.store}/")
+    if lacking:
+        for reason in lacking.values():
+            print(printable(f"no verdict: {reason}"), file=sys.stderr)
+        sys.exit(1)
