@@ -1,6 +1,7 @@
 """The commands from Python: results as objects, DataFrames of both libraries, an import that stays light."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -155,6 +156,34 @@ def test_the_import_is_light_and_names_are_found_late():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "['rlroute']\n"
     assert all(getattr(rlroute, name) is not None for name in rlroute.__all__)
+
+
+# The notebook
+
+NOTEBOOK = ROOT / "docs" / "notebook.py"
+
+
+def test_the_notebook_runs_without_a_screen(tmp_path, monkeypatch):
+    pytest.importorskip("marimo")
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("notebook", NOTEBOOK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    outputs, names = module.app.run()
+    assert set(names["found"].verdicts) == {"hash", "dense"} and names["judged"].looks
+    assert len(read_runs(tmp_path / "runs" / "notebook")) == 3 * 3 + 3
+    assert outputs[-1].loc["unbalanced", "fullest expert"] > outputs[-1].loc["switch", "fullest expert"]
+
+
+def test_the_executed_notebook_is_that_one():
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    written = {line.strip() for line in NOTEBOOK.read_text().splitlines()}
+    said = [line.strip() for cell in cells for line in "".join(cell["source"]).splitlines() if line.strip()]
+    assert [line for line in said if line not in written] == []
+    assert len(cells) == NOTEBOOK.read_text().count("@app.cell")
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert len(outputs) > 5 and not [output for output in outputs if output["output_type"] == "error"]
 
 
 # The page
