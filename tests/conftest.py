@@ -68,6 +68,7 @@ WHOLE_COMMANDS = frozenset(
         "judge",
         "play",
         "presets",
+        "published_tables",
         "python",
         "reading",
         "replay",

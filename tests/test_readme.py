@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rlroute.experiments.comparison.table import build_table
-from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.laws.contract import LAWS
 from rlroute.experiments.recipes.tuned import settings_of
+from rlroute.experiments.verify.tables import OPENED, check_page, tables_of
 from rlroute.reading import read_runs
 from rlroute.registry import run_config
 from tests import ROOT
@@ -27,13 +26,14 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize(("page", "tables"), [("README.md", 1), ("docs/agents.md", 2)])
 def test_published_tables_are_what_the_stored_records_say(page, tables):
-    marked = r"<!-- table: experiments/results/(\S+) -->\n(.*?)<!-- end of table -->"
-    published = re.findall(marked, (ROOT / page).read_text(), re.S)
-    assert len(published) == tables
-    for name, text in published:
-        table = to_markdown(build_table(read_runs(RESULTS / name)))
-        rows, sampled = ([x for x in table.splitlines() if x.startswith(s)] for s in ("|", "- **Sampled**"))
-        assert text == "\n".join([*rows, "", *sampled, ""])
+    """What `rlroute table PAGE --check` does."""
+    assert len(tables_of(ROOT / page)) == tables
+    assert check_page(ROOT / page) == []
+
+
+def test_every_page_with_a_table_is_checked():
+    pages = [path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if OPENED.search(path.read_text())]
+    assert {str(page.relative_to(ROOT)) for page in pages} == {"README.md", "docs/agents.md"}
 
 
 def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():

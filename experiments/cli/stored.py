@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 import tyro
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.cli.common import RUNS, Store, one_run, select
+from rlroute.experiments.cli.common import RUNS, Store, one_run, refuse_others, select
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.foreign import printable
-from rlroute.limits import Count, Experts, Positive, Seed
+from rlroute.limits import Count, Experts, Positive, Seed, Whole
 
 
 def routers(markdown: bool = False) -> None:
@@ -82,18 +82,36 @@ def table(
     csv: bool = False,
     timings: bool = True,
     only: tuple[str, ...] = (),
+    check: bool = False,
+    write: bool = False,
+    rerun: Whole = 0,
+    seed: Seed = 0,
 ) -> None:
     """Print the table of stored runs, as Markdown or CSV; a pure function of the records. Where not all of them are
     comparable it is that of the largest group, and says what it leaves out.
 
+    Of a Markdown page with tables (docs/verify.md), --check says where one is not what its runs give, and what is wrong
+    with these; silent where all is right, else exit code 1. --write puts in what they give.
+
     Args:
-        store: a run store or a compact file.
+        store: a run store or a compact file; or a Markdown page.
         reference: the entry that differences are taken to.
         margin: a difference below it does not matter, in bits per byte.
         csv: CSV instead of Markdown.
         timings: --no-timings leaves out the columns that differ from run to run.
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
+        check: hold the tables of a page against their runs.
+        write: write the tables of a page anew.
+        rerun: with --check, so many runs of each table are trained once more from their records alone: every figure bit
+            for bit on the same kind of CPU, the final bits per byte within 1 % elsewhere.
+        seed: which runs these are.
     """
+    if check or write or rerun:
+        given = {"reference": reference, "margin": margin, "csv": csv, "timings": timings, "only": only}
+        plain = {"reference": None, "margin": MARGIN, "csv": False, "timings": True, "only": ()}
+        refuse_others("the tables of a page", "what their markers say", given, plain)
+        _of_page(store, check, write, rerun, seed)
+        return
     from rlroute.experiments.comparison.table import build_table
     from rlroute.experiments.comparison.text import to_csv
 
@@ -104,6 +122,22 @@ def table(
         return
     _say_left_out(left_out)
     print(to_csv(built, timings=timings))
+
+
+def _of_page(page: Path, check: bool, write: bool, rerun: int, seed: int) -> None:
+    """Check or write the tables of a page."""
+    from rlroute.experiments.verify import tables
+
+    if check == write or (rerun and not check):
+        raise ConfigError("of a page want --check, with or without --rerun N, or --write")
+    if write:
+        print(f"{tables.write_page(page)} tables changed in {page}")
+        return
+    findings = tables.check_page(page, rerun, seed)
+    for finding in findings:
+        print(printable(finding))
+    if findings:
+        sys.exit(1)
 
 
 def report(

@@ -12,7 +12,7 @@ import torch
 
 from rlroute.config import RunConfig
 from rlroute.errors import RlrouteError
-from rlroute.experiments.verify.findings import Ledger
+from rlroute.experiments.verify.findings import Finding, Ledger
 from rlroute.experiments.verify.hand import AtHand
 from rlroute.model import Transformer
 from rlroute.model.compiling import set_compiled
@@ -30,6 +30,8 @@ from rlroute.values import differing
 
 BITS = ("torch", "numpy", "cpu_capability", "device_name")
 """What of the environment bits depend on."""
+TOLERANCE = 0.01
+"""Of the final bits per byte, relatively: how far a run may come out where the bits are not those of its record."""
 
 
 def chosen(runs: Sequence[RunRecord], count: int, seed: int) -> list[RunRecord]:
@@ -46,15 +48,10 @@ def rerun(run: RunRecord, sources: Path | None, ledger: Ledger) -> None:
     """Train a run once more in a store of its own, and hold every figure against the record, bit for bit; the run that
     it starts from, if it does, lies in ``sources``.
     """
-    config, seed = run_config(run.config["config"]), run.config["seed"]
-    with tempfile.TemporaryDirectory(prefix="rlroute-verify-") as scratch:
-        try:
-            train(config, seed, Path(scratch), sources=sources)
-        except RlrouteError as error:
-            ledger.add("summary.json", "status", run.summary["status"], f"not to be trained: {error}", "trained again")
-            return
-        again = read_run(Path(scratch) / config.run_id(seed))
-    why = _elsewhere(run, config)
+    again = _again(run, sources, ledger)
+    if again is None:
+        return
+    why = _elsewhere(run)
     pairs = {"summary.json": (run.summary, again.summary)}
     for name, file in (("evals", "metrics.jsonl"), ("train", "metrics.jsonl"), ("loads", "loads.jsonl")):
         new = {row["step"]: row for row in getattr(again, name)}
@@ -65,8 +62,47 @@ def rerun(run: RunRecord, sources: Path | None, ledger: Ledger) -> None:
             ledger.add(where, field, recorded, found, f"trained again; {len(different)} figures differ{why}")
 
 
-def _elsewhere(run: RunRecord, config: RunConfig) -> str:
-    here: Mapping[str, Any] = environment(config.train.device, "", config.train.threads)
+def _again(run: RunRecord, sources: Path | None, ledger: Ledger) -> RunRecord | None:
+    """Train a run once more in a store of its own; None, and a finding, where it is not to be trained."""
+    config, seed = run_config(run.config["config"]), run.config["seed"]
+    with tempfile.TemporaryDirectory(prefix="rlroute-verify-") as scratch:
+        try:
+            train(config, seed, Path(scratch), sources=sources)
+        except RlrouteError as error:
+            ledger.add("summary.json", "status", run.summary["status"], f"not to be trained: {error}", "trained again")
+            return None
+        return read_run(Path(scratch) / config.run_id(seed))
+
+
+def repeat(run: RunRecord, sources: Path | None) -> list[Finding]:
+    """Train a run once more from its record alone, and hold what a table reads of it against the record.
+
+    On the same kind of CPU, with the same threads and versions, that is every figure of every evaluation that the
+    record has, bit for bit. Elsewhere it is the final bits per byte within :data:`TOLERANCE`, and the status.
+    """
+    ledger = Ledger(run.id)
+    again = _again(run, sources, ledger)
+    if again is None:
+        return ledger.findings
+    cores = [record.config.get("made_from", {}).get("core") for record in (run, again)]
+    why = "trained again" + ("; the record is of other sources" if cores[0] != cores[1] else "")
+    ledger.same("summary.json", "status", run.summary["status"], again.summary["status"], why)
+    elsewhere, final, now = _elsewhere(run), run.summary["final"], again.summary["final"]
+    if not elsewhere:
+        new = {row["step"]: dict(row) for row in again.evals}
+        for row in run.evals:
+            then = {name: new.get(row["step"], {}).get(name) for name in row}
+            ledger.same("metrics.jsonl", f"evaluation of step {row['step']}", untimed(row), untimed(then), why)
+    elif final is not None and now is not None:
+        one, other = final["bits_per_byte"], now["bits_per_byte"]
+        if abs(one - other) > TOLERANCE * one:
+            ledger.add("summary.json", "final/bits_per_byte", one, other, f"{why}; over {TOLERANCE:.0%}{elsewhere}")
+    return ledger.findings
+
+
+def _elsewhere(run: RunRecord) -> str:
+    train = run_config(run.config["config"]).train
+    here: Mapping[str, Any] = environment(train.device, "", train.threads)
     said = [
         f"{name} {run.environment.get(name)}, here {here[name]}"
         for name in BITS
@@ -102,5 +138,5 @@ def check_weights(
         )
     different = list(differing({name: final.get(name) for name in now}, now))
     for field, recorded, found in different[:1]:
-        why = f"weights evaluated again; {len(different)} figures differ{_elsewhere(run, config)}"
+        why = f"weights evaluated again; {len(different)} figures differ{_elsewhere(run)}"
         ledger.add("summary.json", f"final/{field}", recorded, found, why)

@@ -38,7 +38,7 @@ def verify(
     if not runs and not findings:
         raise StoreError(f"{path} holds no ended run")
     hand = AtHand(sources or (path if path.is_dir() else None))
-    with _own_threads():
+    with own_threads():
         for run in runs:
             findings += _check(run, path, [other for other in runs if other is not run], hand, evaluate)
         for run in replay.chosen(runs, reruns, draw):
@@ -49,7 +49,7 @@ def verify(
 
 
 @contextmanager
-def _own_threads() -> Iterator[None]:
+def own_threads() -> Iterator[None]:
     """Leave the number of threads as it was: runs set their own."""
     threads = torch.get_num_threads()
     try:
