@@ -58,9 +58,7 @@ def test_a_page_that_is_what_its_runs_give_is_passed_over_in_silence(published):
 def test_a_table_that_was_edited_by_hand_is_named_by_line_and_cell(folder):
     page = folder / "docs" / "page.md"
     text = page.read_text()
-    (row,) = {
-        line for line in text.splitlines() if line.startswith("| hash") and "own" in line and line.count("|") > 14
-    }
+    row = max((line for line in text.splitlines() if line.startswith("| hash")), key=len)  # with timings
     bits = row.split("|")[4].strip()
     page.write_text(text.replace(row, row.replace(bits, "1.2345 ± 0.0001")))
     done = rlroute("table", page, "--check")
