@@ -174,7 +174,16 @@ FEW = ("--tokens", "64", "--worth-tokens", "32")
 def test_inspect_shows_tables_figures_and_a_page(store, run, tmp_path):
     out = (tmp_path / "in.html", tmp_path / "in.json")
     said = ran("inspect", "switch", "--store", store, *FEW, "--out", *out)
-    for part in ("saturation", "favourite tokens", "loss without it", "lift", "recorded", "domain NMI", run.id):
+    for part in (
+        "saturation",
+        "favourite tokens",
+        "loss without it",
+        "lift",
+        "recorded",
+        "domain NMI",
+        "regret (nats)",
+        run.id,
+    ):
         assert part in said
     figures = json.loads(out[1].read_text())
     assert figures == json.loads(ran("inspect", "switch", "--store", store, *FEW, "--json")) | {
@@ -187,7 +196,8 @@ def test_inspect_shows_tables_figures_and_a_page(store, run, tmp_path):
         float(run_probe(run.model, run.batches(64), run.device, **KEYS).loss_T.mean()), rel=1e-5
     )
     page = out[0].read_text()
-    for name in ("loads", "history", "worth", "best", "domains0", "together0"):
+    assert figures["regret"]["nats_C"] == pytest.approx(run.record.summary["measured"]["regret"]["nats_C"], rel=1e-5)
+    for name in ("loads", "history", "worth", "best", "regret", "domains0", "together0"):
         assert f'id="{name}"' in page and f'"{name}":' in page
 
 

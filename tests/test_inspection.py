@@ -18,6 +18,7 @@ from rlroute.experiments.inspection.masking import Mask, loss_T, masked
 from rlroute.experiments.inspection.measures import agree, choices_of, coactivation, lifts, settling, shares
 from rlroute.experiments.inspection.probe import run_probe
 from rlroute.experiments.inspection.worth import measure_worth
+from rlroute.registry import default_names
 from rlroute.routing import RoutingDecision
 from tests.tiny import CPU64, make_batch, make_model, run_tokens, shake, small_config
 
@@ -146,6 +147,20 @@ def test_a_masked_expert_is_as_if_it_had_never_been_built(name):
         moved += not torch.equal(got_T, base_T)
     assert moved > 1
     assert torch.equal(losses(model), base_T)
+
+
+@pytest.mark.parametrize("name", default_names())
+def test_every_router_can_do_without_experts(name):
+    """Also one of several sites whose later routers read what the first decided, and one that wants all experts."""
+    model = shake(make_model(name, small_config()))
+    ran = []
+    with masked(model, {0: Mask(experts=(1,)), 1: Mask(experts=(0, 2))}):
+        for site in model.routed:
+            site.router.register_forward_hook(lambda router, inputs, decision: ran.append(decision.load_E().tolist()))
+        assert losses(model).isfinite().all()
+    first, second = ran[::2], ran[1::2]
+    assert {load_E[1] for load_E in first} == {0} == {load_E[expert] for load_E in second for expert in (0, 2)}
+    assert all(sum(load_E) for load_E in first)
 
 
 def test_a_masked_shared_expert_is_as_if_it_had_never_been_built():

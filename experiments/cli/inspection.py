@@ -143,6 +143,10 @@ def _show_inside(found: Inspection) -> str:
         _table(recorded, text.RECORDED_LEGEND)
     if (worth := text.worth_grid(found)) is not None:
         _table(worth, text.WORTH_LEGEND)
+    if (regret := text.regret_grid(found)) is not None:
+        _table(regret, text.REGRET_LEGEND)
+    else:
+        _say(text.without_regret(found))
     return ""
 
 

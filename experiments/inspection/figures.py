@@ -22,6 +22,7 @@ from rlroute.experiments.report.loads import LOAD_COLOURS, LOAD_LIMIT
 from rlroute.experiments.report.style import GREY, new_figure, style_of
 from rlroute.experiments.statistics import Interval
 from rlroute.foreign import printable
+from rlroute.schema import Regret
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -138,6 +139,22 @@ def best_figure(worth: Worth) -> Figure:
             annotation_position="top left",
         )
     figure.update_xaxes(tickvals=[0, *worth.best])
+    return figure
+
+
+def regret_figure(regret: Regret) -> Figure:
+    """Draw the regret of routes by the confidence of predictions."""
+    figure = new_figure(
+        "tenth of the tokens, from the least confident on (mean confidence)", "regret (nats)", height=340
+    )
+    figure.add_bar(
+        x=[f"{tenth} ({confidence:.2f})" for tenth, confidence in enumerate(regret["confidence_C"], 1)],
+        y=regret["nats_C"],
+        customdata=["–" if share is None else f"{share:.2f}" for share in regret["better_C"]],
+        marker={"color": style_of(0).colour},
+        hovertemplate="%{y:.4f} nats; better sets %{customdata}<extra></extra>",
+    )
+    figure.update_xaxes(type="category")
     return figure
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlroute import metrics
 from rlroute.experiments.checkpoints.trained import TrainedRun
+from rlroute.experiments.comparison.regrets import regret_of
 from rlroute.experiments.inspection.domains import Domains, find_domains
 from rlroute.experiments.inspection.history import History, look_back
 from rlroute.experiments.inspection.measures import Agreement, agree, coactivation, label_counts, lifts, shares
@@ -20,6 +21,7 @@ from rlroute.experiments.inspection.probe import SiteProbe, run_probe
 from rlroute.experiments.inspection.tokens import Speller, favourites
 from rlroute.experiments.inspection.worth import Worth, measure_worth
 from rlroute.routing import Site
+from rlroute.schema import Regret
 
 PAIRS = 3
 """Pairs of experts that are named of a site."""
@@ -90,6 +92,8 @@ class Inspection:
         history: since when routes are what they are.
         worth: what the experts are worth; None where it was not asked for.
         worth_tokens: on how many of the tokens that was measured.
+        regret: of the routes through the last MoE layer, as the run's record has it, or why there is none; None where
+            the record does not say.
     """
 
     run: str
@@ -103,6 +107,7 @@ class Inspection:
     history: History
     worth: Worth | None
     worth_tokens: int
+    regret: Regret | str | None
 
 
 def inspect_run(run: TrainedRun, tokens: int, worth_tokens: int) -> Inspection:
@@ -138,6 +143,7 @@ def inspect_run(run: TrainedRun, tokens: int, worth_tokens: int) -> Inspection:
         history=look_back(run, batches),
         worth=measure_worth(run.model, few, run.device, **keys) if few else None,
         worth_tokens=windows * run.config.data.seq_len,
+        regret=regret_of(run.record),
     )
 
 

@@ -29,7 +29,9 @@ from rlroute.training.data import Batch
 from rlroute.training.step import Device, forward, make_context
 
 LOWEST = torch.finfo(torch.float32).min
-"""Ranks before what a router forbids by minus infinity, so that a token short of experts leaves no slot unused."""
+"""What is chosen by where an expert is masked: a token short of others gets it, and its pair does not run; minus
+infinity would leave the slot unused, which not every router knows.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ class _Masked(RoutingContext):
     Attributes:
         mask: which.
         hidden_TE: what they are token by token, once something has ranked them; a list of one.
+        logits_TE: as they were before; a list of one, where there are any.
     """
 
     mask: Mask
     hidden_TE: list[Tensor] = field(default_factory=list)
+    logits_TE: list[Tensor] = field(default_factory=list)
 
     def hide(self, scores_TE: Tensor, value: float) -> Tensor:
         """Return scores in which masked experts have a value, by their own ranking if there was none before."""
@@ -67,7 +71,7 @@ class _Masked(RoutingContext):
             if self.mask.best:
                 hidden_TE.scatter_(1, top_k(scores_TE.detach(), self.mask.best), True)
             self.hidden_TE.append(hidden_TE)
-        return scores_TE.masked_fill(self.hidden_TE[0] & (scores_TE > float("-inf")), value)
+        return scores_TE.masked_fill(self.hidden_TE[0], value)
 
     def choose(self, scores_TE: Tensor, k: int) -> Tensor:
         """Choose among the experts that are not masked; where experts choose tokens, leave them their choice."""
@@ -122,8 +126,10 @@ def _hide(router: Router, mask: Mask, undo: ExitStack) -> None:
         return x_TD, running[0]
 
     def logits(module: Any, inputs: Any, logits_TE: Tensor) -> Tensor:
-        fits = bool(running) and logits_TE.shape[1] == router.shape.num_experts
-        return running[0].hide(logits_TE, float("-inf")) if fits else logits_TE
+        if not running or logits_TE.shape[1] != router.shape.num_experts:
+            return logits_TE
+        running[0].logits_TE.append(logits_TE)
+        return running[0].hide(logits_TE, float("-inf"))
 
     def leave(module: Any, inputs: Any, decision: RoutingDecision) -> RoutingDecision:
         return _without(decision, running.pop())
@@ -136,11 +142,14 @@ def _hide(router: Router, mask: Mask, undo: ExitStack) -> None:
 
 
 def _without(decision: RoutingDecision, context: _Masked) -> RoutingDecision:
-    """Return a decision in which no pair of a masked expert is left."""
+    """Return a decision in which no pair of a masked expert is left, with logits that later sites may read."""
     if not context.hidden_TE:  # nothing was ranked by expert
         if context.mask.best:
             raise ConfigError(f"site {context.site}: its router ranks no experts, so no token has a best one")
         context.hide(decision.gates_R.new_zeros(decision.num_tokens, decision.num_experts), 0.0)
+    if context.logits_TE and decision.logits_TE is not None:
+        clean_TE = torch.where(context.hidden_TE[0], context.logits_TE[0].to(decision.logits_TE), decision.logits_TE)
+        decision = replace(decision, logits_TE=clean_TE)
     hidden_TE = torch.nn.functional.pad(context.hidden_TE[0], (0, 1))
     return replace(decision, kept_R=decision.kept_R & ~hidden_TE[decision.token_ids_R, decision.expert_ids_R])
 

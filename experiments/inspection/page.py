@@ -37,6 +37,11 @@ def render(found: Inspection, command: str) -> str:
         makers = {"worth": figures.worth_figure, "best": figures.best_figure}
         drawn |= {name: makers[name](found.worth) for name in names}
         sections.append(("What experts are worth", text.WORTH_LEGEND, names, [table]))
+    regret = [table] if (table := text.regret_grid(found)) is not None else []
+    if isinstance(found.regret, dict):
+        drawn["regret"] = figures.regret_figure(found.regret)
+    said = text.REGRET_LEGEND if regret else text.without_regret(found)
+    sections.append(("Regret of routes", said, ["regret"] if regret else [], regret))
     if (pairs := text.pairs_grid(found)) is not None:
         sections.append(("Chosen together", text.PAIRS_LEGEND, [], [pairs]))
     for index, site in enumerate(found.sites):

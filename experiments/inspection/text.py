@@ -53,6 +53,12 @@ WORTH_LEGEND = (
     "best experts at once, at all sites (DeepSeekMoE, arXiv 2401.06066): the more that costs, the less redundant "
     "they are."
 )
+REGRET_LEGEND = (
+    "Regret: the loss of the route taken through the last MoE layer minus that of the best of all sets of as many "
+    "experts, with the gates that the router gives them, as the run's record has it; by tenths of the tokens, from the "
+    "least confident prediction on (the highest probability of a next token, mean). Better: the share of other sets "
+    "with a lower loss, 0.5 where the choice is as good as any."
+)
 DROPS_LEGEND = (
     "The same validation windows in batches of other windows, drawn anew for each order; capacities in shares of an"
     f" expert's fair load. Changed: tokens of which a logit moves by more than {SAME:g} of the largest against the "
@@ -60,6 +66,7 @@ DROPS_LEGEND = (
     "another. KL: of the first order's next-token distribution from another's. Spread: the standard deviation of a "
     "window's loss over orders."
 )
+ENDS = ("lowest site", "highest site")
 MOST_SITES = 4
 """Whose experts are listed one by one on a terminal; a page has all."""
 
@@ -177,15 +184,10 @@ def history_grid(found: Inspection) -> Grid:
     for at, step in enumerate(found.history.steps):
         saturation = [of.saturation[at] for of in sites]
         changed = [share for of in sites if (share := of.changed[at]) is not None]
-        line = [
-            _mean(saturation),
-            min(saturation),
-            max(saturation),
-            _mean(changed),
-            _mean([of.unsettled[at] for of in sites]),
-        ]
+        ends = [min(saturation), max(saturation)] if len(sites) > 1 else []
+        line = [_mean(saturation), *ends, _mean(changed), _mean([of.unsettled[at] for of in sites])]
         lines.append([f"{step:,}", *map(percent, line)])
-    return Grid(["step", "saturation", "lowest site", "highest site", "changed", "unsettled"], lines)
+    return Grid(["step", "saturation", *(ENDS if len(sites) > 1 else ()), "changed", "unsettled"], lines)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -197,8 +199,10 @@ def recorded_grid(found: Inspection) -> Grid | None:
     lines = []
     for at, step in enumerate(found.history.recorded):
         shares = [of_site[at] for of_site in found.history.agreed.values()]
-        lines.append([f"{step:,}", percent(_mean(shares)), percent(min(shares)), percent(max(shares))])
-    return Grid(["step", "recorded", "lowest site", "highest site"], lines) if lines else None
+        ends = [min(shares), max(shares)] if len(shares) > 1 else []
+        lines.append([f"{step:,}", percent(_mean(shares)), *map(percent, ends)])
+    head = ["step", "recorded", *(ENDS if len(found.history.agreed) > 1 else ())]
+    return Grid(head, lines) if lines else None
 
 
 def worth_grid(found: Inspection) -> Grid | None:
@@ -216,6 +220,23 @@ def worth_grid(found: Inspection) -> Grid | None:
         lines.append(["one expert, mean of all", f"{sum(means) / len(means):+.4f}"])
         lines.append(["one expert, the dearest", f"{max(means):+.4f}"])
     return Grid([f"without ({found.worth_tokens:,} tokens, loss {found.worth.loss:.4f})", "loss added"], lines)
+
+
+def regret_grid(found: Inspection) -> Grid | None:
+    """Return the regret of routes by the confidence of predictions; None where the record has none."""
+    if not isinstance(regret := found.regret, dict):
+        return None
+    head = [f"tenth of {regret['tokens']} tokens", "confidence", "regret (nats)", "better"]
+    parts = zip(regret["confidence_C"], regret["nats_C"], regret["better_C"], strict=True)
+    lines = [[str(tenth), number(c), number(n, 4), number(b)] for tenth, (c, n, b) in enumerate(parts, 1)]
+    return Grid(head, [*lines, ["all", "", number(regret["nats"], 4), number(regret["better"])]])
+
+
+def without_regret(found: Inspection) -> str:
+    """Return why there is no regret; nothing where there is."""
+    if isinstance(found.regret, dict):
+        return ""
+    return f"No regret: {found.regret or 'the record does not say'}."
 
 
 def drops_said(run: str, found: Sequence[Drops]) -> str:
