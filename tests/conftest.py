@@ -59,6 +59,7 @@ WHOLE_COMMANDS = frozenset(
         "export",
         "extras",
         "faults",
+        "finetune",
         "identity",
         "hash_file",
         "include",

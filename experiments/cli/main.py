@@ -66,6 +66,7 @@ def _run() -> None:
     from rlroute.experiments.cli.common import with_checked_options
     from rlroute.experiments.cli.dashboard import dashboard
     from rlroute.experiments.cli.data import data, plan
+    from rlroute.experiments.cli.finetune import finetune
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.include import without_includes
@@ -89,6 +90,7 @@ def _run() -> None:
     commands = (
         train,
         compare,
+        finetune,
         judge,
         upcycle,
         claims,

@@ -96,7 +96,7 @@ def check_jobs(jobs: Sequence[Job], how: Launch) -> dict[RunConfig, MadeFrom]:
         raise ConfigError("--gpus 0 with train.device = 'cuda': say how much of a GPU a worker gets")
     if how.wandb != "off":
         require_wandb()
-    for line in _starts(jobs, how, corpora):
+    for line in dict.fromkeys(_starts(jobs, how, corpora)):
         print(line, file=sys.stderr)
     made = {config: made_from(config, corpora[config.data].provenance) for config in seeds_of}
     for job in jobs:

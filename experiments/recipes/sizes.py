@@ -107,15 +107,21 @@ def with_preset(
     """
     if name is None:
         return Preset(data, model, train)
-    chosen = find_preset(name)
-    steps = _over(chosen.train, train, said["train"])
-    if "micro_batches" not in said["train"] and steps.batch_size % steps.micro_batches:
+    size = over(find_preset(name), data, model, train, said)
+    if "micro_batches" not in said["train"] and size.train.batch_size % size.train.micro_batches:
         raise ConfigError(
-            f"train.batch_size = {steps.batch_size}: preset {name!r} has train.micro_batches = {steps.micro_batches}, "
-            "which must divide it; --train.micro-batches says another number"
+            f"train.batch_size = {size.train.batch_size}: preset {name!r} has train.micro_batches = "
+            f"{size.train.micro_batches}, which must divide it; --train.micro-batches says another number"
         )
+    return size
+
+
+def over(
+    chosen: Preset, data: DataConfig, model: ModelConfig, train: TrainConfig, said: Mapping[str, Set[str]]
+) -> Preset:
+    """Return a preset with the fields that were said on purpose in place of its own, as :func:`with_preset` does."""
     parts = _over(chosen.data, data, said["data"]), _over(chosen.model, model, said["model"])
-    return Preset(*parts, steps, chosen.entry)
+    return Preset(*parts, _over(chosen.train, train, said["train"]), chosen.entry)
 
 
 def _over(chosen: Part, given: Part, said: Set[str]) -> Part:
