@@ -166,6 +166,22 @@ def assert_equal_to(alone, workers, expert_parallel, chunks):
         assert torch.equal(chosen, expected["chosen"]), entry
 
 
+def all_parts(parts):
+    group = Mesh(2)
+    return [trained("switch", group, parts=part) for part in parts]
+
+
+def test_what_is_frozen_is_so_in_every_shard():
+    parts = ["non-moe", "moe", "router"]
+    ranks = run_ranks(all_parts, 2, parts)
+    for index, part in enumerate(parts):
+        expected = trained("switch", ALONE, parts=part)
+        for rank in (rank[index] for rank in ranks):
+            assert (rank["figures"] - expected["figures"]).abs().max() < 1e-10, part
+            for name, value in expected["state"].items():
+                torch.testing.assert_close(rank["state"][name], value, rtol=0, atol=1e-10, msg=f"{part} {name}")
+
+
 @pytest.mark.slow
 def test_float32_differs_in_rounding_only():
     entries = ["switch", "bias_balanced", "reinforce"]
