@@ -19,12 +19,14 @@ from rlroute.experiments.claims.claim import BASES, Claim, Part, Tier, arm
 from rlroute.experiments.claims.ledger import CLAIMS, THEMES, choose
 from rlroute.experiments.claims.measures import (
     MEASURES,
+    better_unsure,
     bits_at_equal_time,
     crowd,
     load_swing,
     loss_rise,
     share_to_reach,
     spikes,
+    sure_regret,
     values_of,
 )
 from rlroute.experiments.claims.outcomes import PUBLISHED, faults, read_outcomes
@@ -201,6 +203,17 @@ def test_rises_spikes_and_swings_are_counted() -> None:
     record: Any = SimpleNamespace(loads=[{"load_LE": load} for load in loads])
     assert load_swing(record) == pytest.approx(1 / 3)  # of the second site: 0, 1, 0; of the first 0.2, 0.2, 0
     assert crowd({"load_LE": [[0.1, 0.6, 0.3], [0.4, 0.35, 0.25]]}) == pytest.approx(0.9)  # type: ignore[typeddict-item]
+
+
+def test_regret_is_read_by_confidence() -> None:
+    def record(regret: Any) -> Any:
+        return SimpleNamespace(summary={"measured": {"regret": regret}})
+
+    tenths = [0.5, 0.4, 0.3, 0.2, 0.2, 0.2, 0.2, 0.03, 0.02, 0.01]
+    found = record({"nats_C": tenths, "better_C": [0.4, None, 0.5] + 7 * [0.1]})
+    assert sure_regret(found) == pytest.approx(0.05) and better_unsure(found) == pytest.approx(0.45)
+    assert sure_regret(record("it has none")) is None is better_unsure(record("it has none"))
+    assert sure_regret(record({"nats_C": 10 * [0.0], "better_C": 10 * [None]})) is None
 
 
 def test_a_part_is_a_sum_over_arms_or_a_measure_of_two() -> None:

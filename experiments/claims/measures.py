@@ -14,6 +14,7 @@ from typing import Any
 
 from rlroute.experiments.claims import probes
 from rlroute.experiments.claims.probes import Sample
+from rlroute.experiments.comparison.regrets import regret_of
 from rlroute.reading import worst_vio
 from rlroute.schema import EvalRow, RunRecord
 
@@ -112,6 +113,25 @@ def later_routes(record: RunRecord) -> float | None:
     return None if measured is None else max(measured["evaluation"]["later"]["routes_L"], default=0.0)
 
 
+def sure_regret(record: RunRecord) -> float | None:
+    """Return the regret of the three most confident tenths of the tokens over that of the three least confident."""
+    regret = regret_of(record)
+    if not isinstance(regret, dict) or len(regret["nats_C"]) < 6:
+        return None
+    unsure = math.fsum(regret["nats_C"][:3])
+    return math.fsum(regret["nats_C"][-3:]) / unsure if unsure else None
+
+
+def better_unsure(record: RunRecord) -> float | None:
+    """Return which share of the routes of equal compute is better than the one taken, in the three least confident
+    tenths of the tokens.
+    """
+    regret = regret_of(record)
+    shares = regret["better_C"][:3] if isinstance(regret, dict) else []
+    known = [share for share in shares if share is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
 # Of two runs of one seed
 
 
@@ -185,6 +205,14 @@ MEASURES: dict[str, Measure] = {
     ),
     "others_drop": Measure("drops that change with the other sequences of the batch", "share", _of_record(others_drop)),
     "later_routes": Measure("routes that change with later tokens", "share", _of_record(later_routes)),
+    "sure_regret": Measure(
+        "regret of the three most confident tenths of tokens over that of the three least",
+        "ratio",
+        _of_record(sure_regret),
+    ),
+    "better_unsure": Measure(
+        "routes that would be better, three least confident tenths of tokens", "share", _of_record(better_unsure)
+    ),
     "tokens_to_reach": Measure(
         "tokens until the other's last loss, over the other's tokens", "ratio", share_to_reach("tokens"), 2
     ),
