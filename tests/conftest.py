@@ -62,6 +62,7 @@ WHOLE_COMMANDS = frozenset(
         "finetune",
         "identity",
         "hash_file",
+        "import",
         "include",
         "inspect",
         "judge",

@@ -492,8 +492,8 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 
 COMMANDS = (
     *("train", "compare", "judge", "upcycle", "claims", "plan", "data", "sweep", "routers", "presets", "check", "runs"),
-    *("table", "report", "dashboard", "verify", "export", "export-tokens", "export-clusters", "tune", "play", "bench"),
-    *("gradients", "trace", "inspect"),
+    *("table", "report", "dashboard", "verify", "export", "export-tokens", "export-clusters", "import", "tune", "play"),
+    *("bench", "gradients", "trace", "inspect"),
 )
 
 

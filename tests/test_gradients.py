@@ -715,7 +715,9 @@ SMALL = ("--tokens", "2", "--layers", "1", "--experts", "2", "--seeds", "2", "--
 
 def test_the_command_prints_a_table_and_writes_everything(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = rlroute("gradients", "reinforce:baseline=none", "switch", "hash", *SMALL, "--draws", "10", "--out", "g")
+    sizes = ("--d-model", "16", "--batch-size", "4", "--lr", "0.01")
+    entries = ("reinforce:baseline=none", "switch", "hash")
+    done = rlroute("gradients", *entries, *SMALL, *sizes, "--draws", "10", "--out", "g")
     assert done.code == 0, done.err
     rows = [line for line in done.out.splitlines() if line.startswith("| `")]
     assert len(rows) == 4 and "No figures for `hash`: no scores" in done.out
@@ -726,6 +728,9 @@ def test_the_command_prints_a_table_and_writes_everything(tmp_path, monkeypatch:
         and stored["environment"]["torch"]
         and stored["seeds"] == [0, 1]
     )
+    for config in stored["configs"].values() if isinstance(stored["configs"], dict) else stored["configs"]:
+        text = json.dumps(config)
+        assert '"d_model": 16' in text and '"batch_size": 4' in text and '"lr": 0.01' in text
     assert len(stored["rows"]) == 4 and len(stored["configs"]) == 3 and stored["unmeasured"][0]["entry"] == "hash"
     page = (tmp_path / "g" / "gradients.html").read_text()
     drawn = json.loads(re.findall(r'id="figures">(.*?)</script>', page, re.S)[0])
@@ -769,6 +774,9 @@ def test_the_same_command_gives_the_same_figures() -> None:
         (("--experts", "64", "--k", "3"), "experts = 64 with k = 3: 249984 choices of a token, legal are 4096"),
         (("--draws", "2"), "--draws = 2: legal are numbers from 3"),
         (("--seeds", "0"), "--seeds = 0: legal are numbers from 1"),
+        (("--d-model", "0"), "--d-model = 0: legal are numbers from 1"),
+        (("--d-model", "10"), "model.d_model = 10"),
+        (("--lr", "0"), "--lr = 0"),
         (("dense",), "entry 'dense': the dense model has no router"),
         (("swich",), "unknown router 'swich'"),
         (("switch", "switch"), "entries = 'switch switch'"),

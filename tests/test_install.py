@@ -28,6 +28,21 @@ TINY += " --model.d-model 16 --model.num-layers 1 --model.num-experts 4 --model.
 CORPUS = "synth:documents=8,vocab=16,length=400"
 
 pytestmark = pytest.mark.processes
+PARQUET = """
+import pyarrow, pyarrow.parquet
+from rlroute.training.data import load_corpus
+pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {n} " * 20 for n in range(40)]}), "rows.parquet")
+assert load_corpus("parquet:rows.parquet", None).provenance["train_tokens"] > 0
+"""
+BLOCK = """
+import torch, transformers
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from rlroute.experiments.checkpoints.blocks import read_block
+config = transformers.MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=4)
+block = MixtralSparseMoeBlock(config)
+layer = read_block("mixtral", config, block.state_dict()).layer()
+assert torch.equal(layer.experts.out_EDF, block.experts.down_proj)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +196,8 @@ def test_cli_alone_trains_compares_and_prints(installed) -> None:
         ("ray", "import ray.tune"),
         ("report", "from rlroute.experiments.report.page import render"),
         pytest.param("triton", "import rlroute.kernels.triton_kernels", marks=pytest.mark.slow),
+        ("parquet", PARQUET),
+        pytest.param("hf", BLOCK, marks=pytest.mark.slow),
     ],
 )
 def test_extra_alone_imports_what_it_is_for(installed, extra: str, code: str) -> None:

@@ -48,7 +48,19 @@ class Block:
     weights: dict[str, Tensor]
 
     def layer(self) -> MoELayer:
-        """Return the layer, with copies of the weights, on the CPU."""
+        """Return the layer, with copies of the weights in float32, on the CPU."""
+        made = self._made()
+        made.load_state_dict(self.weights)
+        return made
+
+    def as_stored(self) -> MoELayer:
+        """Return the layer with the weights themselves, in their precision."""
+        with torch.device("meta"):
+            made = self._made()
+        made.load_state_dict(self.weights, assign=True)
+        return made
+
+    def _made(self) -> MoELayer:
         model, config = self.model, router_of(self.entry)
         assert config is not None
         shape = RouterShape(
@@ -60,9 +72,7 @@ class Block:
             seed=0,
             num_shared_experts=model.num_shared_experts,
         )
-        made = MoELayer(model, make_router(config, shape), 0, 0, choose_backend("auto", "cpu"))
-        made.load_state_dict(self.weights)
-        return made
+        return MoELayer(model, make_router(config, shape), 0, 0, choose_backend("auto", "cpu"))
 
 
 class _State:

@@ -42,12 +42,13 @@ def moe_tensors(run: TrainedRun) -> dict[str, Tensor]:
     for layer, block in enumerate(run.model.blocks):
         for site in block.routed:
             prefix = f"layers.{layer}." + ("attention." if isinstance(site, AttentionExperts) else "")
-            for name, tensor in _named(site):
+            for name, tensor in named(site):
                 found[prefix + name] = tensor.detach().cpu().contiguous().clone()
     return found
 
 
-def _named(site: AttentionExperts | MoELayer) -> Iterator[tuple[str, Tensor]]:
+def named(site: AttentionExperts | MoELayer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a routed site by their names in the file, but for what comes before them."""
     for name, tensor in site.router.state_dict().items():
         yield f"router.{name}", tensor
     if isinstance(site, AttentionExperts):

@@ -12,6 +12,7 @@ from rlroute.experiments.cli.common import command_line
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
+from rlroute.limits import Positive, Size
 
 if TYPE_CHECKING:
     from rlroute.experiments.gradients.instrument import Sweep, Unmeasured
@@ -32,6 +33,9 @@ def gradients(
     gate_form: Literal["own", "unit"] = "own",
     attention: bool = False,
     corpus: str = "synth:documents=512,vocab=32,domains=4",
+    d_model: Size = 32,
+    batch_size: Size = 32,
+    lr: Positive = 8e-3,
     out: Path = Path("results/gradients"),
 ) -> None:
     """Measure the learning signal at the router's logits: what training micro-batches give ENTRIES against the exact
@@ -54,6 +58,9 @@ def gradients(
         gate_form: own: the router's gate; unit: value 1/k, gradient of the router's gate.
         attention: give each attention as many experts, and a router of its own.
         corpus: what is trained and measured on.
+        d_model: width of the model, and of an expert.
+        batch_size: sequences of a training step, each as long as --tokens.
+        lr: peak learning rate of that training.
         out: folder for gradients.md, gradients.json and gradients.html.
     """
     import torch
@@ -77,6 +84,9 @@ def gradients(
         gate_form=gate_form,
         attention=attention,
         corpus=corpus,
+        d_model=d_model,
+        batch_size=batch_size,
+        lr=lr,
     )
     sweep, left_out = (sweep, []) if entries else instrument.without_refusals(sweep)
     make_folder(out)

@@ -69,6 +69,7 @@ def _run() -> None:
     from rlroute.experiments.cli.finetune import finetune
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
+    from rlroute.experiments.cli.imports import import_
     from rlroute.experiments.cli.include import without_includes
     from rlroute.experiments.cli.inspection import inspect
     from rlroute.experiments.cli.judge import judge
@@ -108,6 +109,7 @@ def _run() -> None:
         export,
         export_tokens,
         export_clusters,
+        import_,
         tune,
         play,
         bench,
