@@ -215,7 +215,7 @@ def test_inspect_drops_shows_what_the_batch_changes(store, tmp_path):
     tight, even, dropless = json.loads(out[1].read_text())["drops"]
     assert (tight["factor"], even["factor"], dropless["factor"]) == (0.5, 1, None)
     assert tight["dropped"] > even["dropped"] > 0 == dropless["dropped"] == dropless["changed"]
-    assert all(f'id="{name}"' in out[0].read_text() for name in ("changes", "positions", "rows"))
+    assert all(f'id="{name}"' in out[0].read_text() for name in ("changes", "by_position", "by_row"))
 
 
 @pytest.mark.parametrize(

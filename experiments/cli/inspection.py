@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
@@ -62,17 +62,21 @@ def inspect(
         make_folder(path.parent)
     shown = _drops(run, tokens, capacity, orders) if drops else _inside(run, tokens, worth_tokens)
     for path in out:
-        write_atomically(path, shown[path.suffix]())
+        write_atomically(path, (shown.html if path.suffix == ".html" else shown.json)())
     if json:
-        print(shown[".json"](), end="")
+        print(shown.json(), end="")
         return
-    shown["tables"]()
+    shown.tables()
     if out:
         print(f"in {', '.join(map(str, out))}")
 
 
-Shown = dict[str, Callable[[], str]]
-"""By the end of a file's name what is in it; ``tables`` prints."""
+class Shown(NamedTuple):
+    """What was found, as it is wanted: the texts of files, and what prints tables."""
+
+    json: Callable[[], str]
+    html: Callable[[], str]
+    tables: Callable[[], None]
 
 
 def _check(what: tuple[str, ...], capacity: tuple[float, ...], out: tuple[Path, ...]) -> bool:
@@ -102,11 +106,11 @@ def _inside(run: TrainedRun, tokens: int, worth_tokens: int) -> Shown:
     from rlroute.experiments.inspection.inspection import inspect_run
 
     found = inspect_run(run, tokens, worth_tokens)
-    return {
-        ".json": lambda: text.to_json(run.id, found, command_line()),
-        ".html": lambda: page.render(found, command_line()),
-        "tables": lambda: _show_inside(found),
-    }
+    return Shown(
+        lambda: text.to_json(run.id, found, command_line()),
+        lambda: page.render(found, command_line()),
+        lambda: _show_inside(found),
+    )
 
 
 def _drops(run: TrainedRun, tokens: int, capacity: tuple[float, ...], orders: int) -> Shown:
@@ -119,14 +123,14 @@ def _drops(run: TrainedRun, tokens: int, capacity: tuple[float, ...], orders: in
     found = measure_drops(
         run.model, run.batches(tokens), run.device, [*factors, None], orders=orders, seed=run.seed, step=run.last_step
     )
-    return {
-        ".json": lambda: text.to_json(run.id, found, command_line()),
-        ".html": lambda: page.render_drops(run.id, found, spell, command_line()),
-        "tables": lambda: _show_drops(run.id, found, spell),
-    }
+    return Shown(
+        lambda: text.to_json(run.id, found, command_line()),
+        lambda: page.render_drops(run.id, found, spell, command_line()),
+        lambda: _show_drops(run.id, found, spell),
+    )
 
 
-def _show_inside(found: Inspection) -> str:
+def _show_inside(found: Inspection) -> None:
     from rlroute.experiments.inspection import text
 
     _say(text.headline(found))
@@ -147,10 +151,9 @@ def _show_inside(found: Inspection) -> str:
         _table(regret, text.REGRET_LEGEND)
     else:
         _say(text.without_regret(found))
-    return ""
 
 
-def _show_drops(run: str, found: list[Drops], spell: Callable[[int], str]) -> str:
+def _show_drops(run: str, found: list[Drops], spell: Callable[[int], str]) -> None:
     from rlroute.experiments.inspection import text
 
     _say(text.drops_said(run, found))
@@ -159,7 +162,6 @@ def _show_drops(run: str, found: list[Drops], spell: Callable[[int], str]) -> st
         _table(text.places_grid(found, field), legend)
     for line in text.examples(found, spell):
         print(printable(line))
-    return ""
 
 
 def _say(line: str) -> None:

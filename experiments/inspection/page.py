@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlroute.experiments.inspection import figures, text
@@ -15,8 +16,21 @@ from rlroute.foreign import printable
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-Section = tuple[str, str, Sequence[str], Sequence[Grid]]
-"""Title, legend, ids of figures, tables."""
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title, said: its title, and what its figures mean.
+        figures: by the ids of their places.
+        tables: below them.
+    """
+
+    title: str
+    said: str
+    figures: Mapping[str, Figure]
+    tables: Sequence[Grid | None]
 
 
 def render(found: Inspection, command: str) -> str:
@@ -25,35 +39,49 @@ def render(found: Inspection, command: str) -> str:
     Raises:
         MissingDependencyError: Plotly is not installed.
     """
-    drawn: dict[str, Figure] = {"loads": figures.loads_figure(found.sites)}
-    sections: list[Section] = [("Sites", text.LEGEND, ["loads"], [text.sites_grid(found)])]
-    drawn["history"] = figures.history_figure(found.history)
-    tables = [text.history_grid(found), text.recorded_grid(found)]
-    said = text.HISTORY_LEGEND + (f" {text.RECORDED_LEGEND}" if found.history.recorded else "")
-    said += f" {text.KEEP}" if text.few(found) else ""
-    sections.append(("Since when", said, ["history"], [table for table in tables if table is not None]))
-    if found.worth is not None and (table := text.worth_grid(found)) is not None:
-        names = [name for name, there in (("worth", found.worth.experts), ("best", found.worth.best)) if there]
-        makers = {"worth": figures.worth_figure, "best": figures.best_figure}
-        drawn |= {name: makers[name](found.worth) for name in names}
-        sections.append(("What experts are worth", text.WORTH_LEGEND, names, [table]))
-    regret = [table] if (table := text.regret_grid(found)) is not None else []
-    if isinstance(found.regret, dict):
-        drawn["regret"] = figures.regret_figure(found.regret)
-    said = text.REGRET_LEGEND if regret else text.without_regret(found)
-    sections.append(("Regret of routes", said, ["regret"] if regret else [], regret))
+    sites = Section("Sites", text.LEGEND, {"loads": figures.loads_figure(found.sites)}, [text.sites_grid(found)])
+    sections = [sites, _history(found), *_worth(found), _regret(found)]
     if (pairs := text.pairs_grid(found)) is not None:
-        sections.append(("Chosen together", text.PAIRS_LEGEND, [], [pairs]))
-    for index, site in enumerate(found.sites):
-        ids = []
-        if found.domains:
-            drawn[f"domains{index}"] = figures.domains_figure(site, found.domains)
-            ids.append(f"domains{index}")
-        if site.pairs:
-            drawn[f"together{index}"] = figures.together_figure(site)
-            ids.append(f"together{index}")
-        sections.append((f"Site {site.site}: experts", text.EXPERTS_LEGEND, ids, [text.experts_grid(found, site)]))
-    return _page("What is inside?", text.headline(found), sections, drawn, [], command)
+        sections.append(Section("Chosen together", text.PAIRS_LEGEND, {}, [pairs]))
+    sections += [_site(found, place) for place in range(len(found.sites))]
+    return _page("What is inside?", text.headline(found), sections, [], command)
+
+
+def _history(found: Inspection) -> Section:
+    said = [
+        text.HISTORY_LEGEND,
+        text.RECORDED_LEGEND if found.history.recorded else "",
+        text.KEEP if text.few(found) else "",
+    ]
+    drawn = {"history": figures.history_figure(found.history)}
+    tables = [text.history_grid(found), text.recorded_grid(found)]
+    return Section("Since when", " ".join(filter(None, said)), drawn, tables)
+
+
+def _worth(found: Inspection) -> Iterator[Section]:
+    if (worth := found.worth) is None:
+        return
+    drawn = {"worth": figures.worth_figure(worth)} if worth.experts else {}
+    if worth.best:
+        drawn["best"] = figures.best_figure(worth)
+    yield Section("What experts are worth", text.WORTH_LEGEND, drawn, [text.worth_grid(found)])
+
+
+def _regret(found: Inspection) -> Section:
+    if not isinstance(found.regret, dict):
+        return Section("Regret of routes", text.without_regret(found), {}, [])
+    drawn = {"regret": figures.regret_figure(found.regret)}
+    return Section("Regret of routes", text.REGRET_LEGEND, drawn, [text.regret_grid(found)])
+
+
+def _site(found: Inspection, place: int) -> Section:
+    site, drawn = found.sites[place], {}
+    if found.domains:
+        drawn[f"domains{place}"] = figures.domains_figure(site, found.domains)
+    if site.pairs:
+        drawn[f"together{place}"] = figures.together_figure(site)
+    title = f"Site {site.site}: experts"
+    return Section(title, text.EXPERTS_LEGEND, drawn, [text.experts_grid(found, site)])
 
 
 def render_drops(run: str, found: Sequence[Drops], spell: Callable[[int], str], command: str) -> str:
@@ -62,43 +90,24 @@ def render_drops(run: str, found: Sequence[Drops], spell: Callable[[int], str], 
     Raises:
         MissingDependencyError: Plotly is not installed.
     """
-    drawn = {
-        "changes": figures.changes_figure(found),
-        "positions": figures.drops_figure(found, "by_position"),
-        "rows": figures.drops_figure(found, "by_row"),
-    }
-    by_place = [text.places_grid(found, field) for field in text.PLACES]
-    sections: list[Section] = [
-        ("What changes with the batch", text.DROPS_LEGEND, ["changes"], [text.drops_grid(found)]),
-        ("Where in the sequence pairs are dropped", text.PLACES["by_position"], ["positions"], by_place[:1]),
-        ("Where in the batch pairs are dropped", text.PLACES["by_row"], ["rows"], by_place[1:]),
-    ]
-    return _page(
-        "What does the batch change?",
-        text.drops_said(run, found),
-        sections,
-        drawn,
-        text.examples(found, spell),
-        command,
-    )
+    changes = {"changes": figures.changes_figure(found)}
+    sections = [Section("What changes with the batch", text.DROPS_LEGEND, changes, [text.drops_grid(found)])]
+    titles = ("Where in the sequence pairs are dropped", "Where in the batch pairs are dropped")
+    for title, (field, said) in zip(titles, text.PLACES.items(), strict=True):
+        drawn = {field: figures.drops_figure(found, field)}
+        sections.append(Section(title, said, drawn, [text.places_grid(found, field)]))
+    said = text.drops_said(run, found)
+    return _page("What does the batch change?", said, sections, text.examples(found, spell), command)
 
 
-def _page(
-    title: str,
-    headline: str,
-    sections: Sequence[Section],
-    drawn: dict[str, Figure],
-    examples: Sequence[str],
-    command: str,
-) -> str:
-    shown = [(name, said, ids, [_cells(table) for table in tables]) for name, said, ids, tables in sections]
+def _page(title: str, headline: str, sections: Sequence[Section], examples: Sequence[str], command: str) -> str:
     return render_page(
         "inspect.html",
         "",
-        drawn,
+        {name: figure for section in sections for name, figure in section.figures.items()},
         title=title,
         headline=printable(headline),
-        sections=shown,
+        sections=[(of.title, of.said, list(of.figures), [_cells(t) for t in of.tables if t]) for of in sections],
         examples=[printable(line) for line in examples],
         command=printable(command),
     )
