@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from rlroute.errors import ConfigError
 from rlroute.experiments.comparison.table import build_table, paired
 from rlroute.experiments.dashboard import app as app_module
-from rlroute.experiments.dashboard import follow, server
+from rlroute.experiments.dashboard import follow, published, server
 from rlroute.experiments.dashboard.app import Boards, make_app
 from rlroute.experiments.dashboard.follow import Followed, Thinned
 from rlroute.experiments.launch.tail import Tail
-from rlroute.experiments.report import published, views
+from rlroute.experiments.report import views
 from rlroute.experiments.report.board import FIRST, Board, Seen, make_lots
 from rlroute.experiments.report.choice import ALL, Choice
 from rlroute.experiments.report.sheet import Cell, Sheet
@@ -32,7 +32,7 @@ from rlroute.foreign import Unfit
 from rlroute.reading import read_run
 from tests.boards import board_of, lay
 from tests.commands import refused, rlroute
-from tests.test_table import changed, diverged, make_run, make_runs
+from tests.test_table import REGRET, changed, diverged, make_run, make_runs, with_regret
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -116,6 +116,29 @@ def test_what_is_appended_is_seen_and_only_what_changed_is_read(store: Path) -> 
     lay(store, run, steps=100)  # taken up again from an earlier checkpoint
     (now,) = (one for one in followed.look() if one.id == run.id)
     assert now.last is not None and now.last["step"] == 100 and len(now.train) == 10 and len(now.evals) == 1
+
+
+def test_alarms_stand_while_rows_raise_them(store: Path) -> None:
+    run = make_run("unbalanced")
+    assert [alarm.kind for alarm in Seen.of(run).alarms if alarm.kind == "dead experts"]
+    folder, followed = lay(store, run, steps=200), Followed(store)
+    assert followed.look()[0].alarms == ()  # two evaluations are not three in a row
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(run.evals[2]) + "\n")
+    assert {alarm.kind for alarm in followed.look()[0].alarms} == {alarm.kind for alarm in Seen.of(run).alarms}
+    sheet = VIEWS["progress"].draw(Board(runs=followed.look()), Choice())
+    assert isinstance(sheet, Sheet) and "dead experts" in sheet.rows[0][-1].text
+
+
+def test_runs_that_wait_for_their_turn_are_counted(store: Path) -> None:
+    lay(store, make_run("switch"))
+    waiting = store / make_run("switch", 1).id
+    waiting.mkdir()
+    (waiting / ".lock").touch()
+    (store / "a folder").mkdir()
+    first, second = Followed(store).look()
+    sheet = VIEWS["progress"].draw(Board(runs=(first,), others=(second,)), Choice())
+    assert isinstance(sheet, Sheet) and sheet.rows[0][1].text == "1 of 2"
 
 
 def test_a_run_that_stands_still_is_interrupted(store: Path) -> None:
@@ -220,7 +243,10 @@ def test_every_view_says_in_a_line_what_is_not_there() -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> Board:
-    return replace(board_of(make_runs()), results=published.read_results(None))
+    tenths = {"confidence_C": [i / 10 for i in range(10)], "nats_C": [0.1] * 10, "better_C": [None, *[0.5] * 9]}
+    runs = [run if run.config["router"] == "dense" else with_regret(run, REGRET | tenths) for run in make_runs()]
+    claims = {"head": ["#", "claim", "here"], "lines": [["1", "Balance is needed.", "holds"]]}
+    return replace(board_of(runs), results=published.read_results(None) | {"claims": claims})
 
 
 @pytest.mark.parametrize("name", VIEWS)

@@ -172,7 +172,9 @@ def test_curves_are_means_with_t_bands() -> None:
 
 
 def test_training_losses_are_drawn_in_the_unit_of_the_evaluations() -> None:
-    rows: Any = [{"step": s, "tokens": s * 2048, "seconds": s / 10, "loss": 5 / s} for s in (10, 20, 30)]
+    rows: Any = [
+        {"kind": "train", "step": s, "tokens": s * 2048, "seconds": s / 10, "loss": 5 / s} for s in (10, 20, 30)
+    ]
     runs = [replace(run, train=list(rows)) for run in make_runs(("switch",))]
     runs[1].train.pop()  # a step that not all seeds have is not drawn
     groups = make_groups(runs)

@@ -47,7 +47,7 @@ def dashboard(
         from rlroute.experiments.dashboard.app import make_app
     except ModuleNotFoundError as error:
         raise missing("the dashboard", (error.name or "dash").partition(".")[0]) from error
-    from rlroute.experiments.report.published import read_results
+    from rlroute.experiments.dashboard.published import read_results
 
     app = make_app(store, read_results(results), reference, margin)
     protect(app, token)

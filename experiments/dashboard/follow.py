@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlroute import lock
+from rlroute.alarms import Watch
 from rlroute.errors import RlrouteError
 from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.report.board import Seen
@@ -82,6 +84,7 @@ class FollowedRun:
     def _begin(self) -> None:
         self._metrics, self._turns = Tail(self.folder / "metrics.jsonl"), 0
         self._train, self._evals = Thinned(KEPT, self._row("metrics.jsonl")), list[Any]()
+        self._watch: Watch | None = None
 
     def look(self) -> bool:
         """Read what is new; return whether anything is."""
@@ -90,15 +93,21 @@ class FollowedRun:
         if not same and self._stamps is not None and stamps[FILES.index("metrics.jsonl")]:
             self._grown = self.clock()
         now = before.state if same and before.state in ENDED else self._state()
-        if same and now == before.state:
-            return False
-        self._stamps = stamps
         try:
+            stalls = self._watch.idle(self._idle()) if self._watch and now == "running" else []
+            if same and now == before.state and not stalls:
+                return False
+            self._stamps = stamps
             self.seen = self._read(now)
         except (RlrouteError, OSError, ValueError, LookupError, TypeError) as error:
             self.seen = Seen(id=self.folder.name, state="damaged", reason=why(error))
             self._begin()
         return True
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder is a run's; one that waits for its turn is locked once."""
+        return self.seen.state != "empty" or (self.folder / lock.FILE).exists()
 
     def _stamp(self) -> tuple[Any, ...]:
         return tuple(_stamp(self.folder / name) for name in FILES)
@@ -108,6 +117,11 @@ class FollowedRun:
         lively = self._grown is not None and self.clock() - self._grown < LIVELY
         return "running" if now == "interrupted" and lively else now
 
+    def _idle(self) -> float:
+        """Return the seconds since its last row, or since it was begun."""
+        times = [stamp[2] for name in ("metrics.jsonl", "config.json") if (stamp := _stamp(self.folder / name))]
+        return max(0.0, time.time() - times[0] / 1e9) if times else 0.0
+
     def _read(self, now: State) -> Seen:
         parts: dict[str, Any] = {name: read_part(self.folder, name) for name in PARTS}
         if parts["config"] is None:
@@ -115,7 +129,7 @@ class FollowedRun:
         if parts["config"]["id"] != self.folder.name:
             raise Unfit(f"it holds another run, {shown(parts['config']['id'])}")
         self._experts_L, _ = hold_config(parts["config"]["config"])
-        self._take_rows()
+        self._take_rows(parts["config"]["config"]["model"])
         failed = parts.pop("failed")
         rows: dict[str, Any] = {"evals": list(self._evals), "train": self._train.rows}
         ended = parts["summary"] is not None
@@ -123,25 +137,27 @@ class FollowedRun:
             id=self.folder.name,
             state=now,
             reason=failed["reason"] if failed and now == "set aside" else "",
+            alarms=tuple(self._watch.standing) if self._watch else (),
             read_loads=_Once(self._loads),
             record=self._record(parts | rows) if ended else None,
             **parts,
             **rows,
         )
 
-    def _take_rows(self) -> None:
+    def _take_rows(self, model: dict[str, Any]) -> None:
         lines = list(self._metrics.lines())
-        if self._metrics.turns != self._turns:  # begun anew: earlier rows hold no more
+        if self._metrics.turns != self._turns:  # begun, or begun anew: earlier rows hold no more
             tail = self._metrics
             self._begin()
-            self._metrics, self._turns = tail, tail.turns
-        parse, train = self._row("metrics.jsonl"), []
-        for line in lines:
-            if _EVAL.search(line):
-                self._evals.append(parse(line))
-            else:
-                train.append(line)
-        self._train.extend(train)
+            self._metrics, self._turns, self._watch = tail, tail.turns, Watch(self.folder.name, model)
+        evals = list(map(self._row("metrics.jsonl"), filter(_EVAL.search, lines)))
+        before = max((row["step"] for row in self._train.rows), default=-1)
+        self._train.extend([line for line in lines if not _EVAL.search(line)])
+        self._evals += evals
+        kept = [row for row in self._train.rows if row["step"] > before]
+        for row in sorted([*kept, *evals], key=lambda row: (row["step"], row["kind"] == "eval")):
+            assert self._watch  # there are rows, so the file was begun
+            self._watch.see(row)
 
     def _row(self, name: str) -> Parse:
         def parse(line: bytes) -> dict[str, Any]:
@@ -233,5 +249,4 @@ class Followed:
             run = self._runs.setdefault(name, FollowedRun(self.path / name, self._clock))
             changed |= run.look()
         self.version += changed
-        shown = [run.seen for _, run in sorted(self._runs.items())]
-        return tuple(run for run in shown if run.state != "empty" or run.config)
+        return tuple(run.seen for _, run in sorted(self._runs.items()) if run.is_run)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from rlroute.alarms import Alarm, alarms_of
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, labels, make_entries, router_label, shared
@@ -35,6 +36,7 @@ class Seen:
         state: what has become of it.
         reason: why it was set aside, or cannot be read.
         config: what config.json holds; None where it was not begun or cannot be read.
+        alarms: those that stand (:mod:`rlroute.alarms`).
         evals, train: its rows so far; of many training rows some, evenly spread, the last among them.
         read_loads: reads rows of loads.jsonl, as many as a figure shows, when they are asked for.
     """
@@ -47,6 +49,7 @@ class Seen:
     summary: Summary | None = None
     evals: Sequence[EvalRow] = ()
     train: Sequence[TrainRow] = ()
+    alarms: tuple[Alarm, ...] = ()
     read_loads: Callable[[], Sequence[LoadRow]] = field(default=tuple, compare=False)
     record: RunRecord | None = field(default=None, compare=False)
     """Of a run that has ended."""
@@ -58,7 +61,8 @@ class Seen:
             name: getattr(record, name) for name in ("config", "environment", "summary", "evals", "train")
         }
         status: State = record.summary["status"]
-        return cls(id=record.id, state=status, read_loads=lambda: record.loads, record=record, **parts)
+        standing = tuple(alarm for alarm in alarms_of(record) if alarm.until is None)
+        return cls(id=record.id, state=status, alarms=standing, read_loads=lambda: record.loads, record=record, **parts)
 
     @property
     def loads(self) -> Sequence[LoadRow]:

@@ -27,7 +27,19 @@ from rlroute.schema import RunRecord
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-ORDER = ("results", "forest", "curves", "verdicts", "balance", "loads", "health", "gradients", "runs")
+ORDER = (
+    "results",
+    "forest",
+    "curves",
+    "verdicts",
+    "balance",
+    "loads",
+    "health",
+    "regret",
+    "gradients",
+    "claims",
+    "runs",
+)
 """The views of the page, from top to bottom; of a run it has the facts, with all runs."""
 EVERYTHING = Choice(entries=ALL, entry=ALL)
 """What is in the file; the page's script shows the first of it."""

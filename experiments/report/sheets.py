@@ -55,14 +55,25 @@ def results_sheet(table: Table) -> Sheet:
 # Progress
 
 
-def progress_sheet(groups: Sequence[Group]) -> Sheet:
-    """Return how far each entry is."""
-    head = ("entry", "runs ended", "running", "set aside", "share done", "bits/byte", "MaxVio", "tokens/s", "left")
-    return Sheet(head, tuple(_progress(group) for group in groups))
+def progress_sheet(groups: Sequence[Group], others: Sequence[Seen]) -> Sheet:
+    """Return how far each entry is; of others those count that were not begun."""
+    head = (
+        "entry",
+        "runs ended",
+        "running",
+        "set aside",
+        "share done",
+        "bits/byte",
+        "MaxVio",
+        "tokens/s",
+        "left",
+        "alarms",
+    )
+    return Sheet(head, tuple(_progress(group, others) for group in groups))
 
 
-def _progress(group: Group) -> tuple[Cell, ...]:
-    states, total = Counter(run.state for run in group.runs), asked(group)
+def _progress(group: Group, others: Sequence[Seen]) -> tuple[Cell, ...]:
+    states, total = Counter(run.state for run in group.runs), asked(group, others)
     ended = states["finished"] + states["diverged"] + states["damaged"] + states["stopped early"]
     share = sum(run.share for run in group.runs) / total
     evals = [run.evals[-1] for run in group.runs if run.evals]
@@ -78,15 +89,20 @@ def _progress(group: Group) -> tuple[Cell, ...]:
         _number(_mean([worst_vio(row) for row in evals]), ".2f"),
         _number(_mean([run.tokens_per_second for run in group.runs]), ",.0f"),
         Cell(duration(longest) if longest is not None else "", longest),
+        _alarms(group.runs),
     )
 
 
-def asked(group: Group) -> int:
-    """Return how many runs of an entry were asked for, as far as its runs say; at least those that there are."""
-    seeds = {run.seed for run in group.runs}
+def asked(group: Group, others: Sequence[Seen]) -> int:
+    """Return how many runs of an entry were asked for, as far as its runs say, and those that wait; at least those that
+    there are.
+    """
+    entry, _, _ = group.runs[0].id.rpartition("-s")
+    seeds = {str(run.seed) for run in group.runs}
+    seeds |= {run.id.removeprefix(f"{entry}-s") for run in others if run.id.startswith(f"{entry}-s")}
     for run in group.runs:
         if run.config and (wanted := run.config.get("asked")):
-            seeds |= set(wanted["seeds"])
+            seeds |= set(map(str, wanted["seeds"]))
     return len(seeds)
 
 
@@ -95,10 +111,10 @@ def asked(group: Group) -> int:
 
 def runs_sheet(groups: Sequence[Group], others: Sequence[Seen]) -> Sheet:
     """Return every run: what has become of it, and how far it is."""
-    head = ("run", "seed", "state", "step", "bits/byte", "MaxVio", "tokens/s", "begun (UTC)", "entry")
+    head = ("run", "seed", "state", "step", "bits/byte", "MaxVio", "tokens/s", "alarms", "begun (UTC)", "entry")
     rows = [_run(run, group.label, group.hash) for group in groups for run in group.runs]
     rows += [_run(run, NOTHING, "") for run in others]
-    return Sheet(head, tuple(rows), left=("state", "begun (UTC)", "entry"))
+    return Sheet(head, tuple(rows), left=("state", "alarms", "begun (UTC)", "entry"))
 
 
 def _run(run: Seen, label: str, entry: str) -> tuple[Cell, ...]:
@@ -108,14 +124,26 @@ def _run(run: Seen, label: str, entry: str) -> tuple[Cell, ...]:
     return (
         Cell(run.id, run=run.id),
         Cell(NOTHING if run.seed is None else str(run.seed), run.seed),
-        Cell(run.state + (f": {run.reason}" if run.reason else ""), tone="alarm" if run.reason else ""),
+        Cell(_state(run), tone="alarm" if run.reason else ""),
         Cell(f"{last['step'] if last else 0:,}{steps}", last["step"] if last else 0),
         _number(final and final["bits_per_byte"], ".4f"),
         _number(worst_vio(final) if final else None, ".2f"),
         _number(run.tokens_per_second, ",.0f"),
+        _alarms([run]),
         Cell(begun[:16].replace("T", " ") or NOTHING),
         Cell(label, entry=entry),
     )
+
+
+def _state(run: Seen) -> str:
+    return ("not begun" if run.state == "empty" else run.state) + (f": {run.reason}" if run.reason else "")
+
+
+def _alarms(runs: Sequence[Seen]) -> Cell:
+    """Return the kinds of the alarms that stand, and of how many runs."""
+    counts = Counter(kind for run in runs for kind in {alarm.kind for alarm in run.alarms})
+    said = [kind if len(runs) == 1 else f"{kind} ({count} of {len(runs)})" for kind, count in sorted(counts.items())]
+    return Cell(", ".join(said), tone="alarm" if said else "")
 
 
 def _number(value: Number, form: str) -> Cell:
@@ -125,6 +153,16 @@ def _number(value: Number, form: str) -> Cell:
 def _mean(values: Sequence[Number]) -> Number:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+# Claims
+
+
+def claims_sheet(grid: Mapping[str, Any]) -> Sheet:
+    """Return the claims board from titles (``head``) and cells (``lines``)."""
+    tones = {"holds": "better", "refuted": "worse", "inconclusive": "equivalent"}
+    rows = tuple(tuple(Cell(text, tone=tones.get(text, "")) for text in line) for line in grid["lines"])
+    return Sheet(tuple(grid["head"]), rows, left=tuple(grid["head"]), kind="claims")
 
 
 # One run
@@ -145,7 +183,8 @@ def facts(run: Seen) -> dict[str, str]:
     command = config.get("command")
     commit = env.get("commit")
     return {
-        "state": run.state + (f": {run.reason}" if run.reason else ""),
+        "state": _state(run),
+        "alarms": "; ".join(map(str, run.alarms)),
         "router": str(config.get("router", "")),
         "seed": str(config.get("seed", "")),
         "command": command or "",

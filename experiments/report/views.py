@@ -16,6 +16,7 @@ from rlroute.experiments.report.choice import ALL, Choice
 from rlroute.experiments.report.curves import curves_figure, health_figure
 from rlroute.experiments.report.differences import forest_figure, verdict_sheet
 from rlroute.experiments.report.loads import loads_figure
+from rlroute.experiments.report.regret import regret_figure, regrets
 from rlroute.experiments.report.sheet import Sheet
 from rlroute.experiments.report.signals import LOGARITHMIC, MEASURES, signals_figure, signals_of
 from rlroute.experiments.report.tradeoff import tradeoff_figure
@@ -57,7 +58,7 @@ class View:
 
 
 def _progress(board: Board, choice: Choice) -> Sheet | str:
-    return sheets.progress_sheet(board.groups) if board.groups else NO_RUNS
+    return sheets.progress_sheet(board.groups, board.others) if board.groups else NO_RUNS
 
 
 def _curves(board: Board, choice: Choice) -> Figure | str:
@@ -124,12 +125,24 @@ def _results(board: Board, choice: Choice) -> Sheet | str:
     return board.table if isinstance(board.table, str) else sheets.results_sheet(board.table)
 
 
+def _regret(board: Board, choice: Choice) -> Figure | str:
+    groups = [group for group in choice.drawn(board) if regrets(group)]
+    if not groups:
+        return "No run that is drawn says the regret of its routes: it is measured as a run ends (docs/regret.md)."
+    return regret_figure(groups, board.styles)
+
+
 def _gradients(board: Board, choice: Choice) -> Figure | str:
     record = board.results.get("gradients")
     if record is None:
         return "No record of the gradient instrument: rlroute gradients writes one into results/gradients."
     measure = choice.measure if choice.measure in MEASURES else next(iter(MEASURES))
     return signals_figure(signals_of(record, measure), MEASURES[measure], log=measure in LOGARITHMIC, first=FIRST)
+
+
+def _claims(board: Board, choice: Choice) -> Sheet | str:
+    grid = board.results.get("claims")
+    return "No record of the claims: rlroute claims run writes one." if grid is None else sheets.claims_sheet(grid)
 
 
 def _runs(board: Board, choice: Choice) -> Sheet | str:
@@ -212,12 +225,25 @@ VIEWS: dict[str, View] = {
         _health,
         ("entries", "axis"),
     ),
+    "regret": View(
+        "Regret by confidence",
+        "How much lower the loss would be on the best routes of as many experts through the last layer, and how many "
+        "routes are better than the one taken (a half: it is as good as any), by tenths of a sample of validation "
+        "tokens, from the least confident on. Means over seeds with 95% Student-t intervals.",
+        _regret,
+        ("entries",),
+    ),
     "gradients": View(
         "How good each router's learning signal is",
         "What the gradient instrument measured, by size of the model and step of training. The names under the figure "
         "show and hide entries.",
         _gradients,
         ("measure",),
+    ),
+    "claims": View(
+        "Claims",
+        "What papers say, and what was found here: holds, refuted or inconclusive; the effect with its 95% interval.",
+        _claims,
     ),
     "runs": View("Runs", "Every run, in whatever state.", _runs),
     "facts": View("This run", "", _facts),
@@ -231,7 +257,8 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "table": ("Table", ("results", "forest")),
     "verdicts": ("Verdicts", ("verdicts", "balance")),
     "experts": ("Experts", ("loads", "health")),
-    "signals": ("Signals", ("gradients",)),
+    "signals": ("Signals", ("regret", "gradients")),
+    "claims": ("Claims", ("claims",)),
     "runs": ("Runs", ("runs",)),
 }
 """The pages of the dashboard: title, and the views that each has; a run has a page of its own."""

@@ -63,7 +63,7 @@ const axis = byId("axis"), kinds = byId("kinds");
 const pressed = (button) => button.getAttribute("aria-pressed") === "true";
 function show() {
   const chosen = new Set(buttons.filter(pressed).map((button) => button.dataset.hash));
-  for (const name of ["curves", "balance", "health"].filter((name) => FIGURES[name])) {
+  for (const name of ["curves", "balance", "health", "regret"].filter((name) => FIGURES[name])) {
     const wanted = FIGURES[name].data.map(({meta}) => (!meta.entry || chosen.has(meta.entry)) &&
       (name !== "curves" || kinds.value === "both" || kinds.value === meta.kind));
     Plotly.restyle(name, {visible: wanted});
