@@ -46,6 +46,7 @@ class Boards:
         self.store, self._plain = store, Board(runs=(), results=results, reference=reference, margin=margin)
         self._lock, self._made = threading.Lock(), dict[str, Board]()
         self._version, self._lots, self._others = -1, list[Lot](), tuple[Seen, ...]()
+        self._before = dict[str, Board]()
         self._drawn = dict[str, list[Any]]()
 
     def look(self) -> int:
@@ -55,7 +56,7 @@ class Boards:
             if self.store.version != self._version:
                 self._version = self.store.version
                 self._lots, self._others = make_lots(runs), tuple(run for run in runs if run.config is None)
-                self._made, self._drawn = {}, {}
+                self._before, self._made, self._drawn = self._made, {}, {}
             return self._version
 
     @property
@@ -74,6 +75,8 @@ class Boards:
                 others = [f"{other.title}: not comparable with these" for other in self._lots if other is not lot]
                 runs = lot.runs if lot else ()
                 self._made[key] = replace(self._plain, runs=runs, others=self._others, left_out=tuple(others))
+                if key in self._before:
+                    self._made[key].take_over(self._before[key])
             return self._made[key]
 
     def body(self, choice: Choice) -> list[Any]:

@@ -30,7 +30,7 @@ from rlroute.reading import (
 from rlroute.records import ENDED, State, state
 from rlroute.schema import RunRecord
 
-KEPT = 400
+KEPT = 200
 """Of a run's training rows at most so many are kept, and the last."""
 LOADS_KEPT = 100
 LIVELY = 60.0
@@ -79,6 +79,7 @@ class FollowedRun:
         self._stamps: tuple[Any, ...] | None = None
         self._grown: float | None = None
         self._experts_L: Sequence[int] = ()
+        self._parts: dict[str, tuple[Any, Any]] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -123,7 +124,7 @@ class FollowedRun:
         return max(0.0, time.time() - times[0] / 1e9) if times else 0.0
 
     def _read(self, now: State) -> Seen:
-        parts: dict[str, Any] = {name: read_part(self.folder, name) for name in PARTS}
+        parts = {name: self._part(name) for name in PARTS}
         if parts["config"] is None:
             return Seen(id=self.folder.name, state=now)
         if parts["config"]["id"] != self.folder.name:
@@ -143,6 +144,13 @@ class FollowedRun:
             **parts,
             **rows,
         )
+
+    def _part(self, name: str) -> Any:
+        """Return what a file of the folder holds; it is read again where it has changed."""
+        stamp = _stamp(self.folder / f"{name}.json")
+        if self._parts.get(name, (None, None))[0] != stamp or stamp is None:
+            self._parts[name] = stamp, read_part(self.folder, name)
+        return self._parts[name][1]
 
     def _take_rows(self, model: dict[str, Any]) -> None:
         lines = list(self._metrics.lines())

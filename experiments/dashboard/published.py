@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rlroute.experiments import RESULTS
 from rlroute.reading import read_json
 
 PUBLISHED = {"gradients": "gradients/gradients.json"}
@@ -22,10 +22,9 @@ def read_results(folder: Path | None) -> dict[str, Mapping[str, Any]]:
     Raises:
         StoreError: a file cannot be read.
     """
-    own = Path(str(files("rlroute.experiments") / "results"))
     found: dict[str, Mapping[str, Any]] = {}
     for name, path in PUBLISHED.items():
-        places = [place / path for place in (folder, own) if place is not None and (place / path).exists()]
+        places = [place / path for place in (folder, RESULTS) if place is not None and (place / path).exists()]
         if places:
             found[name] = read_json(places[0])
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +85,13 @@ class Seen:
         """Its last row."""
         ends: list[TrainRow | EvalRow] = [*self.train[-1:], *self.evals[-1:]]
         return max(ends, key=lambda row: row["step"], default=None)
+
+    @cached_property
+    def kind(self) -> str:
+        """What all runs of a table share, as a text, as far as that can be said before it has ended."""
+        parts: dict[str, Any] = {"config": self.config, "environment": self.environment or {}, "summary": {}}
+        record = RunRecord(self.id, **parts, evals=[], loads=[], train=[])
+        return json.dumps(shared(record), sort_keys=True, default=str)
 
     @property
     def share(self) -> float:
@@ -171,15 +179,9 @@ def make_lots(runs: Iterable[Seen]) -> list[Lot]:
     """Part runs by what all runs of a table share, those first in which something runs, then the larger."""
     parts: dict[str, list[Seen]] = {}
     for run in sorted((run for run in runs if run.config), key=lambda run: run.id):
-        said = {name: value for name, value in shared(_as_record(run)).items() if not name.startswith("summary.")}
-        parts.setdefault(json.dumps(said, sort_keys=True, default=str), []).append(run)
+        parts.setdefault(run.kind, []).append(run)
     lots = [Lot(hashlib.sha256(key.encode()).hexdigest()[:8], tuple(runs)) for key, runs in parts.items()]
     return sorted(lots, key=lambda lot: (not any(run.state == "running" for run in lot.runs), -len(lot.runs)))
-
-
-def _as_record(run: Seen) -> RunRecord:
-    parts: dict[str, Any] = {"config": run.config, "environment": run.environment or {}, "summary": run.summary or {}}
-    return RunRecord(run.id, **parts, evals=[], loads=[], train=[])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +263,14 @@ class Board:
     @property
     def _base(self) -> str:
         return "" if isinstance(self.table, str) else self.table.reference
+
+    def take_over(self, before: Board) -> None:
+        """Take what another board has made of the runs that ended, where they are the same ones."""
+        mine, other = ([run.record for run in board.runs if run.record] for board in (self, before))
+        same = len(mine) == len(other) and all(map(operator.is_, mine, other)) and self.left_out == before.left_out
+        for name in ("_compared", "table", "entries") if same else ():
+            if name in vars(before):
+                vars(self)[name] = vars(before)[name]
 
     def run(self, name: str) -> Seen | None:
         """Return the run of an id."""

@@ -13,7 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rlroute.experiments.report.board import Group, Seen
-from rlroute.experiments.report.choice import AXES
+from rlroute.experiments.report.choice import ALL, AXES
 from rlroute.experiments.report.style import Style, faint, new_figure
 from rlroute.experiments.statistics import t_interval
 from rlroute.experiments.text import NOTHING
@@ -23,7 +23,7 @@ from rlroute.schema import EvalRow, TrainRow
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-POINTS = 240
+POINTS = 150
 """A curve has fewer than twice as many points: more than a screen tells apart."""
 
 Row = EvalRow | TrainRow
@@ -34,19 +34,18 @@ Points = list[tuple[list[tuple[Seen, Any]], list[float]]]
 # Losses
 
 
-def curves_figure(
-    groups: Sequence[Group], styles: Mapping[str, Style], axis: str = "tokens", kinds: str = "both"
-) -> Figure:
+def curves_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: str = ALL, kinds: str = "both") -> Figure:
     """Draw the loss: evaluations as means over the seeds that finished, with t intervals as bands, and the mean
     training loss as a thin line; and of every run that goes on a thin line of its own.
 
     Args:
         groups: who is drawn.
         styles: how, by label.
-        axis: of :data:`~rlroute.experiments.report.choice.AXES`.
+        axis: of :data:`~rlroute.experiments.report.choice.AXES`; ``all``: tokens, and what the page's script needs to
+            change it.
         kinds: of :data:`~rlroute.experiments.report.choice.KINDS`.
     """
-    figure = new_figure(AXES[axis], "loss (bits per byte)", height=460)
+    figure = new_figure(_title(axis), "loss (bits per byte)", height=460)
     seen: list[float] = []
     for group in groups:
         style, draw = styles[group.label], _Pen(figure, group, styles[group.label], axis, kinds)
@@ -69,7 +68,7 @@ class _Pen:
 
     def __init__(self, figure: Figure, group: Group, style: Style, axis: str, kinds: str = "both") -> None:
         self.figure, self.name, self.hash, self.style = figure, escape(group.label), group.hash, style
-        self.axis, self.kinds = axis, kinds
+        self.axes, self.kinds = [axis] if axis in _MEASURES else list(_MEASURES), kinds
 
     def line(self, kind: str, points: Points, colour: str, dash: str = "solid") -> None:
         """Draw means as a thin line."""
@@ -106,9 +105,9 @@ class _Pen:
         return [interval.mean for _, interval in intervals]
 
     def _add(self, kind: str, points: Sequence[tuple[Sequence[Any], float | None]], **look: Any) -> None:
-        along = {axis: [_mean_at(of, rows) for rows, _ in points] for axis, of in _MEASURES.items()}
+        along = {axis: [_mean_at(of, rows) for rows, _ in points] for axis in self.axes for of in [_MEASURES[axis]]}
         self.figure.add_scatter(
-            x=along[self.axis],
+            x=along[self.axes[0]],
             y=[None if value is None else round(value, 5) for _, value in points],
             name=self.name,
             showlegend=False,
@@ -168,6 +167,10 @@ _MEASURES: dict[str, Callable[[Seen, Row], float | None]] = {
 }
 
 
+def _title(axis: str) -> str:
+    return AXES.get(axis, AXES["tokens"])
+
+
 def _mean_at(of: Callable[[Seen, Row], float | None], rows: Sequence[tuple[Seen, Row]]) -> float | None:
     values = [value for run, row in rows if (value := of(run, row)) is not None]
     return float(f"{math.fsum(values) / len(values):.6g}") if len(values) == len(rows) else None
@@ -198,7 +201,7 @@ HEALTH: dict[str, tuple[str, Callable[[EvalRow], float | None]]] = {
 """What is drawn of the evaluations: its title, its unit, and what it is of a row; entropies are means over layers."""
 
 
-def health_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: str = "tokens") -> Figure:
+def health_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: str = ALL) -> Figure:
     """Draw balance, entropies, dead experts and drops over training: means over seeds with t intervals as bands. What
     no run has recorded has no panel.
     """
@@ -219,7 +222,7 @@ def health_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: st
     for place, (unit, points) in enumerate(panels.values()):
         where = {"row": place // across + 1, "col": place % across + 1}
         lowest = place >= len(panels) - across
-        figure.update_xaxes(title={"text": AXES[axis] if lowest else ""}, tickformat="~s", **where)
+        figure.update_xaxes(title={"text": _title(axis) if lowest else ""}, tickformat="~s", **where)
         figure.update_yaxes(title={"text": unit}, rangemode="tozero", **where)
         for group in groups:
             _Pen(figure, group, styles[group.label], axis).means("eval", points[group.label], ".3f", **where)

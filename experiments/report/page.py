@@ -41,7 +41,7 @@ ORDER = (
     "runs",
 )
 """The views of the page, from top to bottom; of a run it has the facts, with all runs."""
-EVERYTHING = Choice(entries=ALL, entry=ALL)
+EVERYTHING = Choice(entries=ALL, entry=ALL, axis=ALL)
 """What is in the file; the page's script shows the first of it."""
 SECONDARY = (
     "settings",
