@@ -41,9 +41,13 @@ from rlroute.experiments.claims.page import claims_grid, page
 from rlroute.experiments.comparison.registration import Registration, make_plan, register
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_csv, to_markdown
+from rlroute.experiments.dashboard.follow import Followed
 from rlroute.experiments.launch.spec import read_spec
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.report.board import Board, make_lots
+from rlroute.experiments.report.choice import Choice
 from rlroute.experiments.report.runs import list_runs, run_text, to_grid
+from rlroute.experiments.report.views import VIEWS
 from rlroute.experiments.traces.flips import flips
 from rlroute.experiments.traces.measure import measure
 from rlroute.experiments.traces.reading import open_trace
@@ -164,6 +168,11 @@ def record(folder: Path, random: Random) -> None:
         to_grid(list_runs(store))
     with contextlib.suppress(RlrouteError):
         run_text(store, run)
+    seen = Followed(store).look()
+    for lot in make_lots(seen):
+        board = Board(runs=lot.runs, others=tuple(one for one in seen if one.config is None))
+        for view in VIEWS.values():
+            view.draw(board, Choice(run=run))
     _show(read_runs(store), folder)
 
 

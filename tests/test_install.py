@@ -195,6 +195,7 @@ def test_cli_alone_trains_compares_and_prints(installed) -> None:
     [
         ("ray", "import ray.tune"),
         ("report", "from rlroute.experiments.report.page import render"),
+        ("dashboard", "from rlroute.experiments.dashboard.app import make_app"),
         pytest.param("triton", "import rlroute.kernels.triton_kernels", marks=pytest.mark.slow),
         ("parquet", PARQUET),
         pytest.param("hf", BLOCK, marks=pytest.mark.slow),

@@ -146,9 +146,10 @@ def report(
     reference: str | None = None,
     margin: Positive = MARGIN,
     only: tuple[str, ...] = (),
+    results: Path = Path("results"),
 ) -> None:
-    """Write one self-contained HTML page about stored runs: table, curves, expert loads, quality against balance,
-    provenance.
+    """Write one self-contained HTML page about stored runs, with the views of `rlroute dashboard`: table, verdicts,
+    curves, expert loads, quality against balance and speed, provenance.
 
     Args:
         store: a run store or a compact file.
@@ -156,11 +157,14 @@ def report(
         reference: the entry that differences are taken to.
         margin: a difference below it does not matter, in bits per byte.
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
+        results: the folder of what other commands published; what is not there is taken from rlroute's own records.
     """
+    from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
 
     records, left_out = select(store, only)
-    write_report(records, out, reference=reference, left_out=left_out, margin=margin)
+    found = read_results(results)
+    write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found)
     _say_left_out(left_out)
     print(f"report in {out}")
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlroute.experiments import RESULTS
 from rlroute.reading import read_json
 
-PUBLISHED = {"gradients": "gradients/gradients.json"}
-"""Where each lies in a folder of results."""
+
+def _claims(path: Path | None) -> Mapping[str, Any]:
+    """Return the claims board, as ``rlroute claims list`` shows it; of no claim that was run, if there is no file."""
+    from rlroute.experiments.claims.outcomes import read_outcomes
+    from rlroute.experiments.claims.page import claims_grid
+
+    grid = claims_grid(read_outcomes(path) if path else {})
+    return {"head": grid.head, "lines": grid.lines}
+
+
+def _gradients(path: Path | None) -> Mapping[str, Any] | None:
+    return read_json(path) if path else None
+
+
+PUBLISHED: dict[str, tuple[str, Callable[[Path | None], Mapping[str, Any] | None]]] = {
+    "gradients": ("gradients/gradients.json", _gradients),
+    "claims": ("claims.jsonl", _claims),
+}
+"""Where each lies in a folder of results, and what is made of it, be it there or not."""
 
 
 def read_results(folder: Path | None) -> dict[str, Mapping[str, Any]]:
@@ -23,8 +40,8 @@ def read_results(folder: Path | None) -> dict[str, Mapping[str, Any]]:
         StoreError: a file cannot be read.
     """
     found: dict[str, Mapping[str, Any]] = {}
-    for name, path in PUBLISHED.items():
+    for name, (path, read) in PUBLISHED.items():
         places = [place / path for place in (folder, RESULTS) if place is not None and (place / path).exists()]
-        if places:
-            found[name] = read_json(places[0])
+        if (what := read(places[0] if places else None)) is not None:
+            found[name] = what
     return found
