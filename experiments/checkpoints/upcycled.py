@@ -11,7 +11,7 @@ from rlroute.model import Transformer
 from rlroute.reading import read_described
 from rlroute.registry import run_config
 from rlroute.training.checkpoint import load_weights
-from rlroute.training.data import Corpus, load_corpus
+from rlroute.training.data import Corpus, corpus_of
 from rlroute.training.evaluate import evaluate
 from rlroute.training.loop import DTYPES
 from rlroute.training.prepare import build_model, validation_batches
@@ -47,7 +47,7 @@ def at_start(config: RunConfig, seed: int, store: Path) -> tuple[float, float]:
     before its first step: greedy, over the mixture's validation tokens.
     """
     assert config.start is not None
-    corpus, folder = load_corpus(config.data.spec, config.data.tokenizer), store / config.start.run
+    corpus, folder = corpus_of(config.data), store / config.start.run
     source = replace(_dense(folder), data=config.data, train=config.train)
     dense, mixture = (build_model(each, corpus, seed) for each in (source, config))
     load_weights(folder, dense, folder.name, config.start.step)
