@@ -8,15 +8,12 @@ run, under the run's own id; its files lie in ``wandb/`` in the run's folder.
 from __future__ import annotations
 
 import json
-import os
 import queue
-import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +21,9 @@ from typing import Any, Literal
 from rlroute.alarms import Alarm, Watch
 from rlroute.extras import missing
 from rlroute.reading import site_keys
-from rlroute.values import flatten
+from rlroute.upload import PATIENCE, Where, begin, conclude, log_row
 
 Mode = Literal["off", "offline", "online"]
-PATIENCE = 30.0
-"""Seconds that the end of a run waits for wandb."""
 BACKLOG = 10_000
 """Rows that may wait for wandb."""
 LOOK_SECONDS = 20.0
@@ -49,15 +44,18 @@ class Sink:
 OFF = Sink()
 
 
-def require() -> None:
+def require(what: str = "--wandb") -> None:
     """Refuse to go on without wandb.
+
+    Args:
+        what: needs it.
 
     Raises:
         MissingDependencyError: it is not installed.
     """
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder ./wandb, which wandb leaves behind, is a package without origin
-        raise missing("--wandb", "wandb", "--wandb off does without")
+        raise missing(what, "wandb", "--wandb off does without" if what == "--wandb" else "")
 
 
 def open_sink(mode: Mode, folder: Path) -> Sink:
@@ -88,27 +86,10 @@ def pass_on(warnings: list[str]) -> None:
     _said.extend(warnings)
 
 
-def leaves(value: Any, name: str, sites: Sequence[int | str]) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a row or a summary by their paths below ``name``, as ``eval/load_LE/1.attention/3``; lists
-    over the routed sites go by the keys of these, others by number.
-    """
-    return flatten(value, name, keys=partial(_keys, sites))
-
-
-def _keys(sites: Sequence[int | str], name: str, values: list[Any]) -> Iterable[int | str]:
-    """Return the keys of a list: sites where it is over sites, or over those with experts on devices; else numbers."""
-    parent, _, last = name.rpartition("/")
-    if last.endswith(("_L", "_LE")) or parent.rpartition("/")[2] in ("terms", "weights"):
-        for keys in (sites, [site for site in sites if isinstance(site, int)]):
-            if len(keys) == len(values):
-                return keys
-    return range(len(values))
-
-
 class _Wandb(Sink):
     """A queue, and the thread that empties it into a wandb run."""
 
-    def __init__(self, mode: Literal["offline", "online"], folder: Path) -> None:
+    def __init__(self, mode: Where, folder: Path) -> None:
         self._mode, self._folder = mode, folder
         self._queue: queue.Queue[tuple[str, dict[str, Any]] | None] = queue.Queue(BACKLOG)
         self._summary: dict[str, Any] | None = None
@@ -155,52 +136,25 @@ class _Wandb(Sink):
 
     def _work(self) -> None:
         try:
-            run = self._open()
+            run = begin(self._mode, self._config, self._folder)
             self._feed(run)
             run.finish(exit_code=0 if self._summary else 1)
         except BaseException as error:  # also a sys.exit of wandb's
             self._stop(error)
             _let_go()
 
-    def _open(self) -> Any:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        if self._mode == "online" and not wandb.login(prompt=False):  # init would ask for it in a terminal
-            raise PermissionError("no API key; `wandb login` or WANDB_API_KEY gives one, --wandb offline needs none")
-        return wandb.init(
-            mode=self._mode,
-            id=legal_id(self._folder.name),
-            name=self._folder.name,
-            group=self._config["router"],
-            project=os.environ.get("WANDB_PROJECT", "rlroute"),
-            config=self._config["config"] | {name: self._config[name] for name in ("seed", "config_hash")},
-            dir=str(self._folder.absolute()),
-            resume="allow",
-            reinit="create_new",
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                x_disable_stats=True,
-                init_timeout=PATIENCE,
-                finish_timeout=PATIENCE,
-            ),
-        )
-
     def _feed(self, run: Any) -> None:
         """Log the rows of before a resume, unless the run online has them, then what comes, until the end."""
         first = run.step
         for name, row in self._earlier:
-            _log(run, first, name, row, self._sites)
+            log_row(run, first, name, row, self._sites)
             self._new_alarms(name, row)  # which were sent when the rows were new
         while not self._stopped and (named := self._next(run)) is not None:
-            _log(run, first, *named, self._sites)
+            log_row(run, first, *named, self._sites)
             _alert(run, self._new_alarms(*named))
-        run.summary.update(
-            {name: leaf for name, leaf in leaves(self._summary or {}, "", self._sites) if leaf is not None}
-        )
+        if self._summary is not None:
+            loads = [row for name, row in _rows(self._folder) if name == "loads"]
+            conclude(run, first, self._summary, loads, self._sites, (alarm.kind for alarm in self._watch.standing))
 
     def _next(self, run: Any) -> tuple[str, dict[str, Any]] | None:
         """Wait for the next row, or the end; say it if none comes."""
@@ -228,20 +182,7 @@ def _let_go() -> None:
         sys.modules["wandb"].teardown(exit_code=1)
 
 
-def legal_id(run_id: str) -> str:
-    """Return a run's id as wandb takes it; its end, which tells runs apart, is kept."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", run_id)[-128:]
-
-
 def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("metrics", "loads"):
         for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             yield name, json.loads(line)
-
-
-def _log(run: Any, first: int, name: str, row: dict[str, Any], sites: Sequence[int | str]) -> None:
-    """Log the numbers of a row under its kind: ``train/loss``, ``eval/loss``, ``loads/load_LE/0/3``."""
-    if row["step"] >= first:
-        rest = {key: value for key, value in row.items() if key not in ("kind", "step")}
-        named = leaves(rest, row.get("kind", name), sites)
-        run.log({key: leaf for key, leaf in named if isinstance(leaf, int | float)}, step=row["step"])

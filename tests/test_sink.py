@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlroute import alarms, sink
+from rlroute import alarms, sink, upload
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
-from rlroute.reading import read_described, read_part, read_rows
-from rlroute.records import RunFolder
+from rlroute.reading import read_described, read_part, read_rows, read_runs
+from rlroute.records import RunFolder, write_compact
 from rlroute.schema import untimed
 from rlroute.training import loop
 from rlroute.values import flatten
@@ -62,6 +62,14 @@ class Run:
 
     def finish(self, exit_code):
         said("finish", exit_code=exit_code)
+
+
+def Table(columns, data):
+    return {"columns": columns, "data": data}
+
+
+def Image(pixels, caption):
+    return {"shape": pixels.shape, "caption": caption}
 
 
 def Settings(**fields):
@@ -138,6 +146,7 @@ def test_a_wandb_run_is_the_run(mode, fake, plain, tmp_path, monkeypatch, capfd)
     (how,) = fake("init")
     run = CONFIG.run_id(0)
     assert (how["mode"], how["id"], how["name"], how["group"], how["resume"]) == (mode, run, run, "switch", "allow")
+    assert how["job_type"] == run.removesuffix("-s0") and "switch" in how["tags"]
     assert (how["project"], how["dir"]) == ("rlroute", str(tmp_path / "runs" / run))
     assert how["config"] == CONFIG.to_dict() | {"seed": 0, "config_hash": CONFIG.content_hash()}
     assert {"silent": True, "console": "off", "disable_git": True, "x_disable_stats": True}.items() <= how[
@@ -155,7 +164,12 @@ def test_a_wandb_run_is_the_run(mode, fake, plain, tmp_path, monkeypatch, capfd)
         assert [row["train/max_vio_L/0"]] == train["max_vio_L"]
         assert [row[f"loads/load_LE/0/{expert}"] for expert in range(4)] == loads["load_LE"][0]
     assert [logged[row["step"]]["eval/loss"] for row in record.evals] == [row["loss"] for row in record.evals]
+    media = {name: logged[STEPS].pop(name) for name in ("tables/final", "heatmaps/load/0")}
     assert all(isinstance(value, int | float) for row in logged.values() for value in row.values())
+    final = record.summary["final"]
+    columns = dict(zip(media["tables/final"]["columns"], *media["tables/final"]["data"], strict=True))
+    assert (columns["site"], columns["max_vio"], columns["dead"]) == ("0", *final["max_vio_L"], *final["dead_L"])
+    assert media["heatmaps/load/0"]["shape"] == [4 * upload.PIXELS, STEPS * upload.PIXELS]
     (values,) = (call["values"] for call in fake("summary"))
     assert (values["status"], values["final/loss"]) == ("finished", summary["final"]["loss"])
     assert [call["exit_code"] for call in fake("finish")] == [0]
@@ -324,10 +338,106 @@ def test_alarms_of_before_a_resume_are_not_sent_again(fake, watched, tmp_path):
     assert len(fake("alert")) == 1 and len(fake("init")) == 2
 
 
+# The end, and runs of before
+
+
+def described(**fields):
+    model, train = {"num_experts": 4, "k": 2, "gate_form": "unit"}, {"steps": 9, "budget": "flops", "device": "cpu"}
+    config = {"data": {"spec": "s" * 100}, "model": model, "train": train}
+    return {"id": "a-0-s0", "router": "switch+hash", "command": "rlroute sweep x.toml", "config": config} | fields
+
+
+def test_runs_that_were_asked_for_together_are_a_group_and_tags_tell_what_they_are():
+    several = [described(asked={"entries": ["a-0", "b-1"], "seeds": [*range(n)]}) for n in (1, 2)]
+    assert len({upload.group_of(one) for one in several}) == 1  # seeds may be added
+    assert upload.group_of(several[0]).startswith("comparison-")
+    others = [
+        described(asked={"entries": ["a-0", "c-1"], "seeds": [0]}),
+        described(asked={"entries": ["a-0"], "seeds": [0, 1]}),
+    ]
+    assert len({upload.group_of(one) for one in (several[0], *others)}) == 3
+    alone = described(asked={"entries": ["a-0"], "seeds": [0]})
+    assert upload.group_of(alone).startswith("sweep-") and upload.group_of(described()) == "switch+hash"
+    judged = described(asked={"entries": ["a-0"], "seeds": [0], "registration": "ab" * 32})
+    assert upload.group_of(judged) == "judgement-abababab"
+    assert upload.tags_of(described()) == [
+        *("switch", "hash", "budget flops", "gate unit", "4 experts, k 2", "9 steps", "s" * 64, "cpu"),
+    ]
+
+
+def test_a_heatmap_has_experts_by_row_steps_by_column_and_grey_for_the_fair_share():
+    loads = [{"step": step, "load_LE": [[0.5, 0.5], [1.0, 0.0]]} for step in range(1, 502)]
+    found = upload.loads_by_site(loads, ["0.attention", 0])
+    shares_NE, steps = found["0"]
+    assert list(found) == ["0.attention", "0"] and len(steps) <= upload.MOST_STEPS and steps[-1] == 501
+    pixels = upload.heatmap(shares_NE)
+    assert pixels.shape == (2 * upload.PIXELS, len(steps) * upload.PIXELS)
+    assert (
+        set(pixels[0]) == {255} and set(pixels[-1]) == {0} and set(upload.heatmap(found["0.attention"][0])[0]) == {128}
+    )
+    assert upload.loads_by_site([], [0]) == upload.loads_by_site([{"step": 1, "load_LE": []}], [0]) == {}
+
+
+def without(calls):
+    """Calls of the fake, but for where the files lie and how long they may take."""
+    return [{name: value for name, value in call.items() if name not in ("dir", "settings")} for call in calls]
+
+
+def test_pushing_a_stored_run_is_as_if_it_had_been_logged(fake, plain, tmp_path, monkeypatch):
+    loop.train(CONFIG, 0, tmp_path / "runs", wandb="offline")
+    live = fake()
+    at = len(live)
+    for store in (plain, tmp_path / "all.jsonl"):
+        if store.suffix:
+            write_compact(read_runs(plain), store)
+        said = ran("wandb", "push", store, "--mode", "offline")
+        assert said == f"{CONFIG.run_id(0)} written for wandb sync\n"
+        pushed = fake()[at:]
+        at = len(fake())
+        kinds = [[call["what"] for call in calls if call["what"] != "import"] for calls in (live, pushed)]
+        assert sorted(kinds[0]) == sorted(kinds[1])
+        rows = [logged_by_step([c for c in calls if c["what"] == "log"]) for calls in (live, pushed)]
+        assert untimed_rows(rows[0]) == untimed_rows(rows[1])
+        inits = [next(call for call in calls if call["what"] == "init") for calls in (live, pushed)]
+        assert without(inits[:1]) == without(inits[1:])
+
+
+def untimed_rows(rows):
+    return {step: {n: v for n, v in row.items() if not n.endswith("seconds")} for step, row in rows.items()}
+
+
+def test_pushing_takes_what_is_named_and_says_in_one_line_what_fails(fake, plain, tmp_path, monkeypatch):
+    assert "no API key" in refused(rlroute("wandb", "push", plain))
+    assert "holds no ended run" in refused(rlroute("wandb", "push", plain, "--only", "hash"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no ended run" in refused(rlroute("wandb", "push", tmp_path / "empty"))
+    monkeypatch.setenv("FAULT", "log")
+    del sys.modules["wandb"]  # which reads it once, and which the fixture forgets
+    assert "was not uploaded: OSError" in refused(rlroute("wandb", "push", plain, "--mode", "offline"))
+    sys.modules["wandb"] = None
+    assert "rlroute wandb needs the package wandb" in refused(rlroute("wandb", "push", plain))
+
+
+def test_the_real_wandb_takes_a_pushed_run_offline(plain, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    pytest.importorskip("PIL")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    write_compact(read_runs(plain), tmp_path / "all.jsonl")
+    ran("wandb", "push", tmp_path / "all.jsonl", "--mode", "offline")
+    (part,) = (tmp_path / "wandb").glob(f"offline-run-*-{CONFIG.run_id(0)}")
+    (file,) = part.glob("*.wandb")
+    words = (b"loads/load_LE/0/3", b"tables/final", b"heatmaps/load/0")
+    until(lambda: all(word in file.read_bytes() for word in words))  # a process of wandb's own writes it
+    assert len([*part.glob("files/media/images/**/*.png")]) == 1
+    assert len([*part.glob("files/media/table/**/*.json")]) == 1
+
+
 def test_ids_are_legal_and_stay_apart():
-    assert sink.legal_id("switch-4a2e45e8eca6-s0") == "switch-4a2e45e8eca6-s0"
-    assert sink.legal_id("a:b/c#d?e%f\\g;h,i'j k") == "a-b-c-d-e-f-g-h-i-j-k"
-    long = [sink.legal_id("r" * 200 + f"-4a2e45e8eca6-s{seed}") for seed in range(2)]
+    assert upload.legal_id("switch-4a2e45e8eca6-s0") == "switch-4a2e45e8eca6-s0"
+    assert upload.legal_id("a:b/c#d?e%f\\g;h,i'j k") == "a-b-c-d-e-f-g-h-i-j-k"
+    long = [upload.legal_id("r" * 200 + f"-4a2e45e8eca6-s{seed}") for seed in range(2)]
     assert len(set(long)) == 2
     assert max(map(len, long)) == 128
 
@@ -342,7 +452,7 @@ def test_flatten_names_lists_over_sites_by_their_keys():
     sites = ["0.attention", 0, "1.attention", 1]
     row = {"terms": {"balance": [1, 2, 3, 4]}, "load_LE": [[0.5, 0.5], [1.0], [0.5, 0.5], [1.0]], "names": ["a"] * 4}
     row |= {"sampled": {"overlap_L": [1, 1, 1, 1]}, "traffic": {"device_max_vio_L": [5, 6]}}
-    flat = dict(sink.leaves(row, "", sites))
+    flat = dict(upload.leaves(row, "", sites))
     assert {"terms/balance/1.attention", "load_LE/0.attention/1", "load_LE/1/0", "sampled/overlap_L/0"} <= flat.keys()
     assert [flat[f"traffic/device_max_vio_L/{site}"] for site in (0, 1)] == [5, 6]
     assert {f"names/{index}" for index in range(4)} <= flat.keys()
@@ -425,5 +535,5 @@ def test_the_real_wandb_offline(plain, tmp_path, monkeypatch, capfd):
     assert len(parts) == 2
     for part in parts:
         (file,) = part.glob("*.wandb")
-        assert b"loads/load_LE/0/3" in file.read_bytes()
+        until(lambda file=file: b"loads/load_LE/0/3" in file.read_bytes())  # a process of wandb's own writes it
     assert left(tmp_path)[:4] == left(plain)[:4]

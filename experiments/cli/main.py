@@ -87,6 +87,7 @@ def _run() -> None:
     from rlroute.experiments.cli.traces import trace
     from rlroute.experiments.cli.training import compare, sweep, train, tune
     from rlroute.experiments.cli.upcycle import upcycle
+    from rlroute.experiments.cli.upload import wandb
 
     commands = (
         train,
@@ -116,6 +117,7 @@ def _run() -> None:
         gradients,
         trace,
         inspect,
+        wandb,
     )
     description = (
         "Compare the routers of mixture-of-experts transformers inside identical models. "

@@ -20,7 +20,7 @@ from rlroute.extras import missing
 from rlroute.limits import checked
 from rlroute.reading import read_runs, site_keys, worst_vio
 from rlroute.schema import RunRecord
-from rlroute.sink import leaves
+from rlroute.upload import leaves
 
 Library = Literal["polars", "pandas"]
 What = Literal["runs", "evals", "train", "loads"]
