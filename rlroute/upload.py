@@ -49,7 +49,7 @@ def begin(mode: Where, described: Mapping[str, Any], folder: Path, patience: flo
     import wandb
 
     if mode == "online" and not wandb.login(prompt=False):  # init would ask for it in a terminal
-        raise PermissionError("no API key; `wandb login` or WANDB_API_KEY gives one, --wandb offline needs none")
+        raise PermissionError("no API key; `wandb login` or WANDB_API_KEY gives one, offline needs none")
     return wandb.init(
         mode=mode,
         id=legal_id(described["id"]),
