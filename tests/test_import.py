@@ -88,6 +88,15 @@ def test_shards_and_single_files_are_read_and_the_command_says_what_they_are(tmp
     assert_same(*outputs(blocks[1], read_layer(again[1].path)))
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "qwen2_moe", "switch_transformers"])
+def test_what_is_printed_are_options_of_every_command_that_trains(kind: str, tmp_path: Path) -> None:
+    stored(kind, tmp_path)
+    (first, *_) = write_layers(open_checkpoint(tmp_path), tmp_path)
+    words = " ".join(first.options).split()
+    planned = ran("plan", *words, "--data.spec", "synth:vocab=32,documents=40", "--data.seq-len", "16")
+    assert words[0] in planned
+
+
 def test_what_published_configurations_leave_out_is_what_transformers_takes() -> None:
     for kind, plain in DEFAULTS.items():
         config = AutoConfig.for_model(kind)

@@ -59,9 +59,15 @@ def write_layers(checkpoint: Checkpoint, out: Path) -> list[Layer]:
         metadata = {"layout": LAYOUT, "entry": block.entry, "model": json.dumps(changed)}
         with replacing(path) as file:
             file.write(save(tensors, metadata | {"from": f"{checkpoint.kind} {place}"}))
-        options = (f"--model.{name.replace('_', '-')} {value}" for name, value in changed.items())
-        written.append(Layer(path, place, (block.entry, *options)))
+        written.append(Layer(path, place, (block.entry, *(_option(*part) for part in changed.items()))))
     return written
+
+
+def _option(name: str, value: Any) -> str:
+    """Return a field of the model as it is written on the command line; a switch says no value."""
+    if isinstance(value, bool):
+        name, value = name if value else f"no_{name}", ""
+    return f"--model.{name.replace('_', '-')} {value}".strip()
 
 
 def read_layer(path: Path) -> Block:
