@@ -56,6 +56,30 @@ def faults(file: str, tests: str, *texts: tuple[str, str, str]) -> list[Mutant]:
 
 MUTANTS = [
     *faults(
+        "rlroute/model/upcycling.py",
+        "tests/test_upcycling.py",
+        ("what comes out of a piece counts once", "out_EDW *= out_DF.shape[1] // out_EDW.shape[2]", "out_EDW *= 1"),
+        ("pieces are scored apart", "rows_EX.copy_(rows_EX[: len(rows_EX) // pieces].repeat(pieces, 1))", "pass"),
+        ("drawn units have no mean", "matrix_WX[units] = new + old.mean()", "matrix_WX[units] = new"),
+    ),
+    *faults(
+        "rlroute/training/start.py",
+        "tests/test_start.py tests/test_upcycling.py",
+        ("weights of another tokenizer are taken", "if then != now:", "if False:"),
+        ("every process holds the first experts", "value[held.start : held.stop]", "value[: len(held)]"),
+        ("fresh routers are taken", 'start.router == "kept" or not is_router(name)', "True"),
+    ),
+    *faults(
+        "rlroute/training/checkpoint.py",
+        "tests/test_start.py",
+        ("a start that has changed is taken", "if found.sha256(carried) != start.sha256:", "if False:"),
+    ),
+    *faults(
+        "rlroute/training/optimizer.py",
+        "tests/test_upcycling.py",
+        ("updates before the run are forgotten", "steps + self.before.get(name, 0)", "steps"),
+    ),
+    *faults(
         "rlroute/model/transformer.py",
         "tests/test_transformer.py",
         (
