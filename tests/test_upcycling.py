@@ -14,6 +14,7 @@ import torch
 from rlroute.config import ModelConfig, RunConfig, StartConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.checkpoints.upcycled import at_start
+from rlroute.experiments.comparison.entries import check_comparable
 from rlroute.experiments.recipes.entries import build_entry, parse_entry
 from rlroute.model import Transformer
 from rlroute.model.moe import Placement
@@ -25,6 +26,7 @@ from rlroute.training.loop import train
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model
 from rlroute.training.start import start_of, take_start
+from tests import ROOT, upcycling_figure
 from tests.commands import TINY, ran, refused, rlroute
 from tests.runs import figures
 from tests.tiny import DATA, MODEL, TRAIN, make_batch, make_model, run_batch, shake, small_config
@@ -318,7 +320,18 @@ def test_a_process_takes_the_experts_that_it_holds(trained: Path) -> None:
             assert torch.equal(moments[name]["exp_avg"], all_moments[name]["exp_avg"][4:])
 
 
-# --- commands
+# --- commands and pages
+
+
+def test_the_page_shows_what_is_published() -> None:
+    found = upcycling_figure.budgets()
+    assert len(found) > 1 and upcycling_figure.FIGURE.read_text() == upcycling_figure.figure(found)
+    assert upcycling_figure.table(found) in (ROOT / "docs" / "upcycling.md").read_text()
+    for budget in found:
+        assert [run.config["seed"] for run in budget.scratch.runs] == [
+            run.config["seed"] for run in budget.upcycled.runs
+        ]
+        check_comparable([budget.scratch, budget.upcycled])
 
 
 def test_upcycle_is_the_comparisons_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
