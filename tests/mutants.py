@@ -273,6 +273,29 @@ MUTANTS = [
         ("what is observed costs nothing", "forward:\n        sums", "Counter():\n        sums"),
     ),
     *faults(
+        "rlroute/training/regret.py",
+        "tests/test_regret.py",
+        ("the last route is the best", "self.best_N = torch.minimum(self.best_N, loss_N)", "self.best_N = loss_N"),
+        ("exchanges stop after one", "active_N = active_N & (still_N < self.sizes_N)", "break"),
+    ),
+    *faults(
+        "rlroute/training/routes.py",
+        "tests/test_regret.py",
+        ("gates are as published", "apply_gate_form(answer, self.layer.config.gate_form)", "answer"),
+        ("free experts are forced away", "torch.where(real_MK, order_ME", "torch.where(real_MK | ~real_MK, order_ME"),
+    ),
+    *faults(
+        "experiments/comparison/multipliers.py",
+        "tests/test_ladder.py",
+        ("few seeds have no tails", "stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)", "1.96"),
+        ("draws of seeds are alike", "np.array(ways) / seeds**seeds", "np.full(len(ways), 1 / len(ways))"),
+        (
+            "a multiplier is its inverse",
+            "(reference.log_compute(between_PR) - entry",
+            "(entry.log_compute(between_PR) - reference",
+        ),
+    ),
+    *faults(
         "rlroute/training/audit.py",
         "tests/test_audit.py",
         ("gates are not compared", "> tolerance * scale_T", "> 1e9 * scale_T"),

@@ -73,6 +73,7 @@ def _run() -> None:
     from rlroute.experiments.cli.include import without_includes
     from rlroute.experiments.cli.inspection import inspect
     from rlroute.experiments.cli.judge import judge
+    from rlroute.experiments.cli.ladder import ladder
     from rlroute.experiments.cli.stored import (
         export,
         export_clusters,
@@ -96,6 +97,7 @@ def _run() -> None:
         judge,
         upcycle,
         claims,
+        ladder,
         plan,
         data,
         sweep,

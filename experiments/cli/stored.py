@@ -112,11 +112,12 @@ def table(
         refuse_others("the tables of a page", "what their markers say", given, plain)
         _of_page(store, check, write, rerun, seed)
         return
+    from rlroute.experiments.comparison.known import read_ladder
     from rlroute.experiments.comparison.table import build_table
     from rlroute.experiments.comparison.text import to_csv
 
     records, left_out = select(store, only)
-    built = build_table(records, reference, left_out, margin)
+    built = build_table(records, reference, left_out, margin, read_ladder(store))
     if not csv:
         show_table(built, timings)
         return
@@ -159,12 +160,13 @@ def report(
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
         results: the folder of what other commands published; what is not there is taken from rlroute's own records.
     """
+    from rlroute.experiments.comparison.known import read_ladder
     from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
 
     records, left_out = select(store, only)
-    found = read_results(results)
-    write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found)
+    known, found = read_ladder(store), read_results(results)
+    write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found, ladder=known)
     _say_left_out(left_out)
     print(f"report in {out}")
 

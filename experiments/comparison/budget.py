@@ -36,11 +36,11 @@ def with_budget(
         raise ConfigError(f"--seconds {seconds} with --budget {budget}: time needs it, the others take none")
     if budget == "tokens":
         return list(configs)
-    amount = seconds if seconds is not None else _training_flops(reference)
+    amount = seconds if seconds is not None else training_flops(reference)
     return [replace(c, train=replace(c.train, budget=budget, budget_amount=amount)) for c in configs]
 
 
-def _training_flops(config: RunConfig) -> float:
+def training_flops(config: RunConfig) -> float:
     """Return the training FLOPs that a configuration spends in its steps, with k experts for every token."""
     from rlroute.training.data import corpus_of
     from rlroute.training.prepare import expected_costs, flops_per_step

@@ -10,6 +10,7 @@ from rlroute.config import Budget, DataConfig, ModelConfig, StartConfig, TrainCo
 from rlroute.experiments.comparison.budget import find_reference, with_budget
 from rlroute.experiments.comparison.frames import Library, to_frame
 from rlroute.experiments.comparison.groups import largest_group
+from rlroute.experiments.comparison.known import Known, read_ladder
 from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.comparison.text import plain_rows, to_grid, to_markdown
 from rlroute.experiments.launch.jobs import Job, Launch, together
@@ -62,14 +63,16 @@ class Comparison:
         return to_markdown(self.table)
 
 
-def tabulate(records: Sequence[RunRecord], reference: str | None = None, margin: float = MARGIN) -> Comparison:
-    """Return the comparison of the largest group of comparable runs.
+def tabulate(
+    records: Sequence[RunRecord], reference: str | None = None, margin: float = MARGIN, ladder: Known | None = None
+) -> Comparison:
+    """Return the comparison of the largest group of comparable runs, with the compute multipliers of a ladder.
 
     Raises:
         ComparisonError: there are none, or no such reference.
     """
     runs, left_out = largest_group(records)
-    table = build_table(runs, reference, left_out, margin)
+    table = build_table(runs, reference, left_out, margin, ladder)
     return Comparison(table, tuple(runs), tuple(left_out), tuple(records))
 
 
@@ -121,4 +124,4 @@ def compare(
     configs = [replace(config, start=start) for config in configs]
     named = list(zip(entries, configs, strict=True))
     jobs = [Job(config, seed, command, label=entry) for seed in range(seeds) for entry, config in named]
-    return tabulate(run_all(together(jobs), how), reference, margin)
+    return tabulate(run_all(together(jobs), how), reference, margin, read_ladder(how.store))

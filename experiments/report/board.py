@@ -16,6 +16,7 @@ from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, labels, make_entries, router_label, shared
 from rlroute.experiments.comparison.groups import largest_group
+from rlroute.experiments.comparison.known import Known
 from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.report.style import Style, styles_of
 from rlroute.experiments.verdicts import MARGIN
@@ -196,6 +197,7 @@ class Board:
         margin: the difference below which entries are equivalent.
         results: what other commands published, by name: see :mod:`rlroute.experiments.report.published`.
         compared: the ended runs that the table is of; the largest group of comparable ones if None.
+        ladder: the compute multipliers that the run store knows.
     """
 
     runs: tuple[Seen, ...]
@@ -205,6 +207,7 @@ class Board:
     margin: float = MARGIN
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     compared: Sequence[RunRecord] | None = None
+    ladder: Known | None = None
 
     @cached_property
     def _compared(self) -> tuple[Sequence[RunRecord], Sequence[str]]:
@@ -219,7 +222,7 @@ class Board:
             ComparisonError: they are not comparable, or there is no such reference.
         """
         records, left_out = self._compared
-        return build_table(records, self.reference, [*self.left_out, *left_out], self.margin)
+        return build_table(records, self.reference, [*self.left_out, *left_out], self.margin, self.ladder)
 
     @cached_property
     def table(self) -> Table | str:

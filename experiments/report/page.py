@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlroute.experiments.comparison.known import Known
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import BALANCE, REGRET, legend
 from rlroute.experiments.report.board import Board, Group, Seen
@@ -82,6 +83,7 @@ def write_report(
     left_out: Sequence[str] = (),
     margin: float = MARGIN,
     results: Mapping[str, Mapping[str, Any]] | None = None,
+    ladder: Known | None = None,
 ) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
@@ -93,6 +95,7 @@ def write_report(
         left_out: what other runs there are, and why they are not here.
         margin: the difference below which entries are equivalent.
         results: what other commands published, by name.
+        ladder: the compute multipliers that the run store knows.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
@@ -106,6 +109,7 @@ def write_report(
         margin=margin,
         results=results or {},
         compared=records,
+        ladder=ladder,
     )
     write_atomically(path, render(board))
 

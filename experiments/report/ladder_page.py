@@ -1,0 +1,104 @@
+"""The page about a ladder: losses against compute with the laws through them, multipliers with their intervals."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlroute.config import DENSE
+from rlroute.experiments.comparison.ladder import Ladder
+from rlroute.experiments.comparison.ladder_text import notes, table
+from rlroute.experiments.report.html import render_page
+from rlroute.experiments.report.style import Style, new_figure, styles_of
+from rlroute.experiments.text import of_interval
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+def render(ladder: Ladder) -> str:
+    """Return the page.
+
+    Raises:
+        MissingDependencyError: Plotly is not installed.
+    """
+    columns, rows = table(ladder)
+    return render_page(
+        "ladder.html",
+        "",
+        {"losses": losses_figure(ladder), "multipliers": multipliers_figure(ladder)},
+        reference=ladder.rungs.labels[0],
+        columns=columns,
+        rows=rows,
+        notes=list(notes(ladder)),
+    )
+
+
+def _styles(ladder: Ladder) -> dict[str, Style]:
+    labels = ladder.rungs.labels
+    return styles_of([name for name in labels if name != DENSE], [name for name in labels if name == DENSE])
+
+
+def losses_figure(ladder: Ladder) -> Figure:
+    """Draw the best mean loss at each budget, with t intervals, and each entry's law between the first and the last."""
+    figure, styles = (
+        new_figure("training compute (FLOPs)", "validation loss (bits per byte)", height=460),
+        _styles(ladder),
+    )
+    compute_J = ladder.rungs.compute_J
+    between = np.geomspace(compute_J.min(), compute_J.max(), 60)
+    for entry in ladder.entries:
+        style, name = styles[entry.label], escape(entry.label)
+        if entry.law is not None:
+            law = entry.law
+            loss = law["floor"] + law["scale"] * (between / law["unit"]) ** -law["exponent"]
+            line = {"color": style.colour, "dash": style.dash, "width": 2}
+            figure.add_scatter(
+                x=between.tolist(), y=loss.tolist(), mode="lines", line=line, legendgroup=name, showlegend=False,
+                name=name, hoverinfo="skip",
+            )  # fmt: skip
+        half = [bits.half_width or 0.0 for bits in entry.bits]
+        figure.add_scatter(
+            x=compute_J.tolist(),
+            y=[bits.mean for bits in entry.bits],
+            error_y={"array": half, "thickness": 1, "width": 3},
+            mode="markers",
+            marker={"symbol": style.symbol, "size": 9, "color": style.colour},
+            name=name,
+            legendgroup=name,
+            customdata=[f"{of_interval(b)} (width {w})" for b, w in zip(entry.bits, entry.widths, strict=True)],
+            hovertemplate="%{customdata}",
+        )
+    figure.update_xaxes(type="log", dtick="D2", tickformat="~s")
+    figure.update_layout(legend={"orientation": "h", "y": -0.2})
+    return figure
+
+
+def multipliers_figure(ladder: Ladder) -> Figure:
+    """Draw the compute and time multipliers of all entries but the reference, with their intervals."""
+    figure = new_figure(
+        f"multiplier (compute or time of {escape(ladder.rungs.labels[0])})", "", height=150 + 46 * len(ladder.entries)
+    )
+    for kind, symbol, colour in (("compute", "circle", "#3b7dd8"), ("time", "diamond-open", "#d9730d")):
+        found = [(entry.label, getattr(entry, kind)) for entry in ladder.entries if getattr(entry, kind) is not None]
+        known = [(label, m) for label, m in found if m.value is not None]
+        figure.add_scatter(
+            x=[m.value for _, m in known],
+            y=[escape(label) for label, _ in known],
+            error_x={
+                "array": [(m.high or m.value) - m.value for _, m in known],
+                "arrayminus": [m.value - (m.low or m.value) for _, m in known],
+                "thickness": 1,
+            },
+            mode="markers",
+            marker={"symbol": symbol, "size": 10, "color": colour},
+            name=kind,
+            customdata=[str(m) for _, m in known],
+            hovertemplate="%{customdata}",
+        )
+    figure.add_vline(x=1, line={"dash": "dot", "width": 1, "color": "#7a8494"})
+    figure.update_xaxes(type="log")
+    figure.update_layout(legend={"orientation": "h", "y": -0.3})
+    return figure
