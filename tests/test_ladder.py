@@ -177,6 +177,7 @@ def test_what_the_losses_say_is_said() -> None:
     assert [d.mean < 0 for d in better.differences] == [True] * 3 and reference.widths == (24, 40, 68)
     assert reference.law is not None and reference.law["exponent"] > 0
     text = to_markdown(found)
+    assert "at the edge of those tried for entry 1, entry 1.3, entry 0.5" in text
     assert "holds across budgets" in text and "| entry 1 | 2.4" in text and "a command" in text
     page = render(found)
     assert (

@@ -54,6 +54,9 @@ def notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
             law, unit = entry.law, three_digits(entry.law["unit"] / 1e9)
             said = f"{law['floor']:.3f} + {law['scale']:.3f} (C / {unit} GFLOPs)^-{law['exponent']:.3f}"
             yield f"Law of {entry.label}", said
+    edges = {min(rungs.widths), max(rungs.widths)} if len(rungs.widths) > 1 else set()
+    if beyond := [entry.label for entry in ladder.entries if edges & set(entry.widths)]:
+        yield "Widths", f"at the edge of those tried for {', '.join(beyond)}: a better one may lie beyond"
     for entry in ladder.entries[1:]:
         said = ", ".join(
             f"{of_interval(d, '+')} at {budget}" for d, budget in zip(entry.differences, budgets, strict=True)

@@ -71,7 +71,7 @@ def losses_figure(ladder: Ladder) -> Figure:
             customdata=[f"{of_interval(b)} (width {w})" for b, w in zip(entry.bits, entry.widths, strict=True)],
             hovertemplate="%{customdata}",
         )
-    figure.update_xaxes(type="log", dtick="D2", tickformat="~s")
+    figure.update_xaxes(type="log", tickvals=compute_J.tolist(), tickformat=".3s")
     figure.update_layout(legend={"orientation": "h", "y": -0.2})
     return figure
 
@@ -79,14 +79,14 @@ def losses_figure(ladder: Ladder) -> Figure:
 def multipliers_figure(ladder: Ladder) -> Figure:
     """Draw the compute and time multipliers of all entries but the reference, with their intervals."""
     figure = new_figure(
-        f"multiplier (compute or time of {escape(ladder.rungs.labels[0])})", "", height=150 + 46 * len(ladder.entries)
+        f"multiplier (compute or time of {escape(ladder.rungs.labels[0])})", "", height=120 + 70 * len(ladder.entries)
     )
     for kind, symbol, colour in (("compute", "circle", "#3b7dd8"), ("time", "diamond-open", "#d9730d")):
         found = [(entry.label, getattr(entry, kind)) for entry in ladder.entries if getattr(entry, kind) is not None]
         known = [(label, m) for label, m in found if m.value is not None]
         figure.add_scatter(
             x=[m.value for _, m in known],
-            y=[escape(label) for label, _ in known],
+            y=[f"{escape(label)}, {kind}" for label, _ in known],
             error_x={
                 "array": [(m.high or m.value) - m.value for _, m in known],
                 "arrayminus": [m.value - (m.low or m.value) for _, m in known],
@@ -100,5 +100,6 @@ def multipliers_figure(ladder: Ladder) -> Figure:
         )
     figure.add_vline(x=1, line={"dash": "dot", "width": 1, "color": "#7a8494"})
     figure.update_xaxes(type="log")
-    figure.update_layout(legend={"orientation": "h", "y": -0.3})
+    figure.update_yaxes(automargin=True, autorange="reversed")
+    figure.update_layout(showlegend=False)
     return figure
