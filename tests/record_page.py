@@ -26,7 +26,7 @@ FILES = (
         ),
     ),
     ("environment.json", ("Environment",)),
-    ("metrics.jsonl", ("EvalRow", "Sampled", "TrainRow")),
+    ("metrics.jsonl", ("EvalRow", "Sampled", "Losses", "TrainRow")),
     ("loads.jsonl", ("LoadRow",)),
     (
         "summary.json",

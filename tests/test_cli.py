@@ -493,7 +493,7 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 COMMANDS = (
     *("train", "compare", "finetune", "judge", "upcycle", "claims", "ladder", "plan", "data", "sweep", "routers"),
     *("presets", "check", "runs", "table", "report", "dashboard", "verify", "export", "export-tokens"),
-    *("export-clusters", "import", "tune", "play", "bench", "gradients", "trace", "inspect"),
+    *("export-clusters", "import", "tune", "play", "bench", "gradients", "trace", "inspect", "wandb"),
 )
 
 

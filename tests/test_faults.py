@@ -443,8 +443,9 @@ def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path, site):
     for folder in (killed / "runs").iterdir():
         assert [row["step"] for row in rows(folder, "train")] == list(range(1, STEPS + 1))
         assert [row["step"] for row in rows(folder, "eval")] == [4, 8, 12]
-    with contextlib.chdir(calm):
-        ran(*command, "--launcher", "local")
+    process = start(calm, *command, "--launcher", "local", path=path)  # a process too: in this one audits are smaller
+    _, err = process.communicate(timeout=HANG)
+    assert process.returncode == 0, err
     assert table(killed / "runs").encode() == table(calm / "runs").encode()
 
 

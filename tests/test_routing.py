@@ -328,7 +328,7 @@ def test_every_field_is_part_of_the_hash() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modle": {}}, "run has no field 'modle': legal are data, model, others, router, train"),
+        ({"modle": {}}, "run has no field 'modle': legal are data, model, others, router, start, train"),
         ({"model": {"widht": 3}}, "model has no field 'widht': legal are "),
         ({"model": 3}, "model = 3: want a mapping of fields"),
         ({"model": {"d_model": "96"}}, "model.d_model = '96': want int"),

@@ -134,10 +134,8 @@ class Launch:
             )
         if self.launcher == "local":
             for name in ("workers", "address", "concurrency", "cpus", "gpus", "patience", "retries"):
-                if getattr(self, name) != getattr(Launch(), name):
-                    raise ConfigError(
-                        f"--launcher local trains in this process: --{name} {getattr(self, name)} wants --launcher ray"
-                    )
+                if (value := getattr(self, name)) != getattr(Launch(), name) and (name, value) != ("retries", 0):
+                    raise ConfigError(f"--launcher local trains in this process: --{name} {value} wants --launcher ray")
 
     def uses_ray(self, jobs: int) -> bool:
         """Whether so many jobs go through Ray."""

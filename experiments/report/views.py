@@ -33,7 +33,7 @@ class Listing:
 
 
 NO_RUNS = "No run of this store has a row yet: rlroute compare trains some."
-NO_LOADS = "No entry has loads of experts on record: none has experts, or no step was logged."
+NO_LOADS = "No entry has loads of experts on record: none has experts, or none came as far as an evaluation."
 NO_RUN = "No run of this store is called so: the runs are listed under Runs."
 
 
@@ -96,7 +96,8 @@ def chosen_site(group: Group, choice: Choice) -> int:
 
 
 def _health(board: Board, choice: Choice) -> Figure | str:
-    groups = [group for group in choice.drawn(board) if group in routed(board)]
+    drawn = [group for group in choice.drawn(board) if group in routed(board)]
+    groups = [group for group in drawn if any(run.evals for run in group.settled)]
     return health_figure(groups, board.styles, choice.axis) if groups else NO_LOADS
 
 

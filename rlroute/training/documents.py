@@ -4,6 +4,7 @@ A document's name is the same on every machine, for the order of the documents a
 validation follow from the names alone.
 """
 
+import csv
 import hashlib
 import os
 import sysconfig
@@ -43,9 +44,19 @@ def package_documents(name: str) -> tuple[list[Document], Distribution]:
         raise DataError(
             f"corpus 'package:{name}': no distribution {name!r} is installed; legal is any that is"
         ) from error
-    paths = sorted({path.as_posix() for path in found.files or () if path.suffix == ".py"})
+    paths = sorted({path for path in _recorded(found) if path.endswith(".py")})
     sources = [path for path in paths if ".." not in PurePosixPath(path).parts and not is_test(path)]
     return [Document(path, _read(Path(str(found.locate_file(path))))) for path in sources], found
+
+
+def _recorded(found: Distribution) -> list[str]:
+    """Return the paths of all files that a distribution says it has; its ``files`` leave out, from Python 3.12 on, what
+    is not there, and a corpus with holes would be another.
+    """
+    record = found.read_text("RECORD")
+    if record is None:
+        return [path.as_posix() for path in found.files or ()]
+    return [row[0] for row in csv.reader(record.splitlines()) if row]
 
 
 def is_test(path: str) -> bool:
