@@ -152,12 +152,13 @@ def _connect(app: Dash, boards: Boards) -> None:
             return (no_update,) * 5
         choice, old = Choice.of(search), Choice.of(before.get("link"))
         board = boards.of(choice)
-        typed = bool(before) and old.but(filter=choice.filter) == choice  # what is being typed is not written over
+        # What is being typed is not written over, neither by an answer to itself nor by one to an earlier click.
+        keep = choice.filter == old.filter or (bool(before) and old.but(filter=choice.filter) == choice)
         return (
             parts.navigation(choice, boards.lots),
             parts.pickers(board, choice),
             boards.body(choice),
-            no_update if typed else choice.filter,
+            no_update if keep else choice.filter,
             {"version": version, "link": link},
         )
 
