@@ -19,7 +19,9 @@ from rlroute.registry import run_config
 from rlroute.training.loop import train
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.start import start_of
+from tests import ROOT
 from tests.commands import TINY, ran, refused, rlroute
+from tests.finetuning_figure import FIGURE, figure, table
 from tests.runs import figures, interrupted
 from tests.test_parts import PARTS
 
@@ -201,3 +203,8 @@ def test_the_record_says_what_was_trained(folder: Path) -> None:
     for run in read_runs(folder / "runs"):
         config = json.loads((folder / "runs" / run.id / "config.json").read_text())["config"]
         assert config["train"]["parts"] in PARTS and ("start" in config) == (run.config["seed"] < 7)
+
+
+def test_the_page_shows_what_the_records_say() -> None:
+    assert f"\n{table()}\n" in (ROOT / "docs" / "finetuning.md").read_text()
+    assert figure() == FIGURE.read_text(), "python -m tests.finetuning_figure"
