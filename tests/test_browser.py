@@ -123,7 +123,7 @@ def column(page: Any, view: str, place: int) -> list[str]:
 
 
 def in_address(page: Any, part: str) -> None:
-    until(lambda: part in page.url)
+    until(lambda: part in page.evaluate("location.href"))
 
 
 # The dashboard
