@@ -22,7 +22,9 @@ from rlroute.routing import Router
 from rlroute.values import needed_fields
 
 Source = str | EntryPoint | Path
-"""A module's path, an entry point that a distribution declares, or a file from anywhere."""
+"""A module's path, an entry point that a distribution declares, or a file from anywhere. Where the package
+importlib_metadata is imported, entry points are of a class of its own: ask for the other two.
+"""
 PREFIX = "rlroute_included"
 """The modules of files from anywhere are called so, and then by the router's name: no other module is hidden."""
 
@@ -148,7 +150,7 @@ def _cannot_be_loaded(name: str, source: Source, error: BaseException) -> Rlrout
     """Return what to say of a source that failed."""
     file = file_of(source)
     files = {str(file)} if file else set()
-    what = f"router {name!r}{f' of {source.value}' if isinstance(source, EntryPoint) else ''}"
+    what = f"router {name!r}{'' if isinstance(source, str | Path) else f' of {source.value}'}"
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not package or package == "rlroute" or _is_here(package):
         return ConfigError(f"{what} cannot be loaded: {explain(error, files)}")

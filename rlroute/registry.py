@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def router_code(name: str) -> dict[str, str]:
         ConfigError: there is no such router, or its file cannot be read.
     """
     module, source = sys.modules[router_class(name).__module__], _sources().get(name)
-    shipped = source.dist if isinstance(source, EntryPoint) else None
+    shipped = None if source is None or isinstance(source, str | Path) else source.dist
     listed = {str(file): Path(str(file.locate())) for file in shipped.files or ()} if shipped else {}
     try:
         files = {part: path.read_bytes() for part, path in router_files(module, listed).items()}
