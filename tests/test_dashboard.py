@@ -230,6 +230,10 @@ def test_eight_entries_are_drawn_at_first_and_the_others_by_a_click() -> None:
     more = Choice().toggled(other, board)
     assert set(map(id, more.drawn(board))) == set(map(id, [*first, other]))
     assert more.toggled(other, board).drawn(board) == first
+    last = board.groups[-1].runs[-1]
+    going = replace(last, state="running", summary=None, record=None)
+    live = Board(runs=(*(run for run in board.runs if run is not last), going))
+    assert len(live.first) == FIRST and board.groups[-1].label in live.first  # what is being trained is seen
 
 
 # Views

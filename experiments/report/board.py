@@ -258,9 +258,10 @@ class Board:
 
     @cached_property
     def first(self) -> frozenset[str]:
-        """The labels of those drawn at first: the reference and the yardsticks, and the best of the others."""
+        """The labels of those drawn at first: the reference, the yardsticks, what is being trained, the best others."""
         always = [group.label for group in self.groups if group.router == DENSE or group.label == self._base]
-        others = [group.label for group in self.groups if group.label not in always]
+        rest = sorted(self.groups, key=lambda group: not group.going)
+        others = [group.label for group in rest if group.label not in always]
         return frozenset([*always, *others[: max(FIRST - len(always), 0)]][:FIRST])
 
     @property
