@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlroute.config import RouterConfig
-from rlroute.gates import softmax_meaning
+from rlroute.gates import softmax_meaning, softmax_top_k
 from rlroute.limits import NonNegative, Positive
 from rlroute.routing import LinearScores, Router, RouterShape, RoutingContext, RoutingDecision
 from rlroute.sampling import perturbed
@@ -46,13 +46,9 @@ class SampledTopKRouter(Router):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Draw k experts where exploring, else take the k most probable."""
-        logits_TE, experts = self.scores(x_TD), self.shape.num_experts
-        ranked_TE = logits_TE
+        logits_TE, drawn_TE = self.scores(x_TD), None
         if context.explore:
-            uniform_TE = context.noise("sampled_topk", (experts,))
-            ranked_TE = perturbed(logits_TE / self.config.temperature, uniform_TE)
-        ids_TK, probs_TE = context.choose(ranked_TE, self.shape.k), logits_TE.softmax(1)
-        gates_TK = probs_TE.gather(1, ids_TK)
-        if self.config.normalize and self.shape.k > 1:
-            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
-        return RoutingDecision.token_choice(ids_TK, gates_TK, experts, logits_TE=logits_TE, probs_TE=probs_TE)
+            uniform_TE = context.noise("sampled_topk", (self.shape.num_experts,))
+            drawn_TE = perturbed(logits_TE / self.config.temperature, uniform_TE)
+        normalize = self.config.normalize
+        return softmax_top_k(logits_TE, self.shape.k, context, normalize=normalize, ranked_TE=drawn_TE)

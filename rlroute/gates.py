@@ -10,14 +10,16 @@ from torch.nn import functional
 from rlroute.routing import RoutingContext, RoutingDecision
 
 
-def softmax_top_k(logits_TE: Tensor, k: int, context: RoutingContext, *, normalize: bool) -> RoutingDecision:
-    """Route each token to its k most probable experts, gated by their probabilities.
+def softmax_top_k(
+    logits_TE: Tensor, k: int, context: RoutingContext, *, normalize: bool, ranked_TE: Tensor | None = None
+) -> RoutingDecision:
+    """Route each token to its k most probable experts, or to the best by other scores, gated by their probabilities.
 
     With ``normalize`` and k > 1 the gates are renormalised over the chosen (GShard, Mixtral). A single gate never is:
     it would be a constant 1 and cut the router's gradient.
     """
     probs_TE = logits_TE.softmax(1)
-    ids_TK = context.choose(logits_TE, k)
+    ids_TK = context.choose(logits_TE if ranked_TE is None else ranked_TE, k)
     gates_TK = probs_TE.gather(1, ids_TK)
     if normalize and k > 1:
         gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
