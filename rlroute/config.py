@@ -29,6 +29,7 @@ from rlroute.limits import (
     Whole,
     check_fields,
     checked_seed,
+    refuse_idle,
     refuse_product,
 )
 from rlroute.router_config import RouterConfig as RouterConfig  # also for whoever wants configurations
@@ -149,12 +150,8 @@ class ModelConfig(Heads, LayerVariants):
         if self.capacity_rows == "sequence" and self.capacity_groups > 1:
             groups = self.capacity_groups
             raise ConfigError(f"model.capacity_groups = {groups}: with capacity_rows 'sequence' legal is 1")
-        if self.capacity_factor is None:
-            for name in ("capacity_order", "capacity_rows", "capacity_groups", "capacity_of"):
-                if (value := getattr(self, name)) != (plain := getattr(ModelConfig, name)):
-                    raise ConfigError(
-                        f"model.{name} = {value!r} does nothing without model.capacity_factor: legal is {plain!r}"
-                    )
+        of_capacity = ("capacity_order", "capacity_rows", "capacity_groups", "capacity_of")
+        refuse_idle(self, ModelConfig, "model", dict.fromkeys(of_capacity, "capacity_factor"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,24 @@ def refuse_product(sizes: Mapping[str, int], most: int, what: str) -> None:
         raise ConfigError(f"{named}: legal are up to {most} {what}")
 
 
+def refuse_idle(config: Any, base: type, where: str, needed: Mapping[str, str]) -> None:
+    """Refuse fields that say how, where the field that says whether at all is at its default.
+
+    Args:
+        config: a dataclass.
+        base: the class whose defaults these are.
+        where: what messages start with before a field's name.
+        needed: of each field that says how, the one that says whether.
+
+    Raises:
+        ConfigError: naming the value and the legal one.
+    """
+    for name, switch in needed.items():
+        value, plain = getattr(config, name), getattr(base, name)
+        if value != plain and getattr(config, switch) == getattr(base, switch):
+            raise ConfigError(f"{where}.{name} = {value!r} does nothing without {where}.{switch}: legal is {plain!r}")
+
+
 def option(name: str) -> str:
     """Return how a field or an argument is written on the command line."""
     return f"--{name.replace('_', '-')}"

@@ -6,8 +6,7 @@ Nothing heavy is imported here either (:mod:`rlroute.config`).
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from rlroute.errors import ConfigError
-from rlroute.limits import NonNegative, Positive, check_fields
+from rlroute.limits import NonNegative, Positive, check_fields, refuse_idle
 
 _NEEDED = {"load_std": "load_weight", "erc_alpha": "erc_weight", "balance_rate": "target_max_vio"}
 """Fields that say how, and the field that says whether at all."""
@@ -69,10 +68,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, f"router {self.name}")
-        for name, needed in _NEEDED.items():
-            value, plain = getattr(self, name), getattr(RouterConfig, name)
-            if value != plain and getattr(self, needed) == getattr(RouterConfig, needed):
-                raise ConfigError(f"{self.name}.{name} = {value} does nothing without {needed}: legal is {plain}")
+        refuse_idle(self, RouterConfig, self.name, _NEEDED)
 
     def reads(self) -> dict[str, str]:
         """Return the SHA-256 of what the router reads besides its own code, by a name for each; nothing by default.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlroute.errors import ConfigError
-from rlroute.limits import NonNegative, Share, Whole, check_fields
+from rlroute.limits import NonNegative, Share, Whole, check_fields, refuse_idle
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _RUN = re.compile(r"\w[\w.+@:,=~-]*")
@@ -53,9 +53,7 @@ class StartConfig:
             raise ConfigError(f"start.run = {self.run!r:.100}: want a run's id")
         if not _SHA256.fullmatch(self.sha256):
             raise ConfigError(f"start.sha256 = {self.sha256!r:.100}: want 64 hex digits")
-        for name in ("upcycle_noise", "upcycle_drop"):
-            if getattr(self, name) and not self.upcycle:
-                raise ConfigError(f"start.{name} = {getattr(self, name)} with start.upcycle = False: legal is 0")
+        refuse_idle(self, StartConfig, "start", {"upcycle_noise": "upcycle", "upcycle_drop": "upcycle"})
 
     def __str__(self) -> str:
         return f"{self.run} at step {self.step}"

@@ -373,15 +373,15 @@ def test_every_field_is_part_of_the_hash() -> None:
         ),
         (
             {"router": {"name": "switch", "erc_alpha": 0.5}},
-            "switch.erc_alpha = 0.5 does nothing without erc_weight: legal is 1.0",
+            "switch.erc_alpha = 0.5 does nothing without switch.erc_weight: legal is 1.0",
         ),
         (
             {"router": {"name": "switch", "balance_rate": 0.5, "balance_weight": 0.1}},
-            "switch.balance_rate = 0.5 does nothing without target_max_vio: legal is 0.001",
+            "switch.balance_rate = 0.5 does nothing without switch.target_max_vio: legal is 0.001",
         ),
         (
             {"router": {"name": "topk", "load_std": 0.5}},
-            "topk.load_std = 0.5 does nothing without load_weight: legal is None",
+            "topk.load_std = 0.5 does nothing without topk.load_weight: legal is None",
         ),
         (
             {"router": {"name": "noisy_topk", "load_std": 0.5}},

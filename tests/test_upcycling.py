@@ -205,7 +205,7 @@ def test_a_mixture_is_no_dense_model() -> None:
 @pytest.mark.parametrize("field", ["upcycle_noise", "upcycle_drop"])
 def test_what_changes_experts_needs_upcycling(field: str) -> None:
     values: dict[str, Any] = {field: 0.5}
-    with pytest.raises(ConfigError, match=rf"start.{field} = 0.5 with start.upcycle = False: legal is 0"):
+    with pytest.raises(ConfigError, match=rf"start.{field} = 0.5 does nothing without start.upcycle: legal is 0.0"):
         RunConfig(start=replace(START, upcycle=False, **values))
     for bad in (-0.1, 1.1, "x") if field == "upcycle_drop" else (-0.1, "x"):
         with pytest.raises(ConfigError, match=rf"start.{field} = "):
@@ -388,7 +388,7 @@ def test_bad_words_are_refused_in_one_line(store: Path, tmp_path: Path, monkeypa
             "dense",
             "--upcycle-drop",
             0.5,
-        ): "start.upcycle_drop = 0.5 with start.upcycle",
+        ): "start.upcycle_drop = 0.5 does nothing without start.upcycle",
     }
     before = sorted(store.rglob("*"))
     for words, message in cases.items():
