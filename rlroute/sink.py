@@ -7,7 +7,6 @@ run, under the run's own id; its files lie in ``wandb/`` in the run's folder.
 
 from __future__ import annotations
 
-import json
 import queue
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 from rlroute.alarms import Alarm, Watch
 from rlroute.extras import missing
-from rlroute.reading import site_keys
+from rlroute.reading import Row, read_json, read_lines, site_keys
 from rlroute.upload import PATIENCE, Where, begin, conclude, log_row
 
 Mode = Literal["off", "offline", "online"]
@@ -97,10 +96,10 @@ class _Wandb(Sink):
         self._stopped = self._closed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         try:
-            self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self._config = read_json(folder / "config.json")
             self._sites = site_keys(self._config["config"]["model"])
             self._watch = Watch(folder.name, self._config["config"]["model"])
-            self._earlier = sorted(_rows(folder), key=lambda named: named[1]["step"])
+            self._earlier = sorted(_rows(folder, "metrics", "loads"), key=lambda named: named[1]["step"])
             self._thread.start()
         except Exception as error:
             self._stop(error)
@@ -153,7 +152,7 @@ class _Wandb(Sink):
             log_row(run, first, *named, self._sites)
             _alert(run, self._new_alarms(*named))
         if self._summary is not None:
-            loads = [row for name, row in _rows(self._folder) if name == "loads"]
+            loads = [row for _, row in _rows(self._folder, "loads")]
             conclude(run, first, self._summary, loads, self._sites, (alarm.kind for alarm in self._watch.standing))
 
     def _next(self, run: Any) -> tuple[str, dict[str, Any]] | None:
@@ -182,7 +181,5 @@ def _let_go() -> None:
         sys.modules["wandb"].teardown(exit_code=1)
 
 
-def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in ("metrics", "loads"):
-        for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            yield name, json.loads(line)
+def _rows(folder: Path, *names: str) -> Iterator[tuple[str, Row]]:
+    return ((name, row) for name in names for _, row in read_lines(folder / f"{name}.jsonl"))
