@@ -16,8 +16,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -231,20 +229,25 @@ def read_whole(path: Path, start: StartConfig) -> tuple[dict[str, Tensor], State
             if found.sha256(carried) != start.sha256:
                 raise CheckpointError(f"it has SHA-256 {found.sha256(carried)}, want {start.sha256}")
             most = max(entry["size"] for entry in found.files.values())
-            states = [shard["optimizer"] for shard in _trainers(path, found, most)] if carried else []
+            states = [shard["optimizer"] for shard in _trainers(path, found, most)] if carried else [{}]
             moments = {
-                name: {key: _whole(states, name, key) for key in states[0][name]} for name in (states or [{}])[0]
+                name: {key: _whole([part[name][key] for part in _holding(states, name)], name) for key in kept}
+                for name, kept in states[0].items()
             }
             shards = _shards(path, found, most)
-            return {name: _whole(shards, name) for name in shards[0]}, moments
+            return {name: _whole([part[name] for part in _holding(shards, name)], name) for name in shards[0]}, moments
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
 
 
-def _whole(shards: Sequence[Any], name: str, *keys: str) -> Tensor:
-    """Return what shards hold of a parameter, or under a key of its state: all experts of those that are cut."""
-    parts: list[Tensor] = [reduce(getitem, keys, shard[name]) for shard in shards[: None if is_expert(name) else 1]]
-    return torch.cat(parts) if is_expert(name) and parts[0].dim() else parts[0]
+def _holding(shards: Sequence[Any], name: str) -> Sequence[Any]:
+    """Return the shards that hold something of a parameter: all of them some experts, the first all else."""
+    return shards if is_expert(name) else shards[:1]
+
+
+def _whole(parts: Sequence[Tensor], name: str) -> Tensor:
+    """Return the parts of a parameter, or of a moment, as one: all experts of those that are cut."""
+    return torch.cat(list(parts)) if is_expert(name) and parts[0].dim() else parts[0]
 
 
 def end_checkpoints(folder: Path, keep: Keep = "weights") -> None:
@@ -284,7 +287,7 @@ def _read(
         states, parameters = [shard["optimizer"] for shard in shards], dict(model.named_parameters())
         moments: State = {}
         for name, values in states[0].items():
-            parts = states if is_expert(name) else states[:1]
+            parts = _holding(states, name)
             moments[name] = {key: _held([p[name][key] for p in parts], name, parameters[name], group) for key in values}
         optimizer.check_state(moments, found.step)
     return state, moments, progress[0]
@@ -301,8 +304,8 @@ def _read_weights(path: Path, found: Manifest, model: nn.Module, group: Group) -
         raise CheckpointError(f"it does not fit the model: {min(shards[0].keys() ^ own.keys())}")
     state = {}
     for name in own:
-        parts = shards if is_expert(name) else shards[:1]
-        state[name] = value = _held([part[name] for part in parts], name, own[name], group)
+        parts = [part[name] for part in _holding(shards, name)]
+        state[name] = value = _held(parts, name, own[name], group)
         if (value.shape, value.dtype) != (own[name].shape, own[name].dtype):
             raise CheckpointError(f"it does not fit the model: {name} is {value.dtype} of {tuple(value.shape)}")
     return state
@@ -359,4 +362,4 @@ def _held(parts: Sequence[Tensor], name: str, own: Tensor, group: Group) -> Tens
     if sum(map(len, parts)) != experts or any(part.shape[1:] != own.shape[1:] for part in parts):
         raise CheckpointError(f"{name} has shapes {[tuple(part.shape) for part in parts]}, want {experts} experts")
     held = group.placement.held(experts)
-    return torch.cat(list(parts))[held.start : held.stop]
+    return _whole(parts, name)[held.start : held.stop]

@@ -98,7 +98,7 @@ def train(
     set_up(config)
     check_shares(config, group.size)
     check_memory(config, corpus.vocab_size, group.placement.shards)
-    run = _Run(config, seed, folder, corpus, made, command, group, wandb, asked, keep, sources or store)
+    run = _Run(config, seed, folder, corpus, made, command, group, wandb, asked, keep, sources)
     with folder.lock() if group.rank == 0 else nullcontext():
         if group.agree(folder.ended):  # by whoever held the lock before
             return folder.read().summary

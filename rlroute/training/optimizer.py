@@ -134,9 +134,8 @@ class Optimizer:
             moments: by the names of parameters, in their shapes; what is not among them starts anew.
         """
         own = self.state()
-        taken = {name: {key: value for key, value in moments[name].items() if key != MASTER} for name in moments}
-        self.load_state({name: values | taken.get(name, {}) for name, values in own.items()})
-        self.before = {name: int(values["step"]) for name, values in taken.items() if name in own}
+        self.load_state({name: {**values, **moments.get(name, {})} for name, values in own.items()})
+        self.before = {name: int(values["step"]) for name, values in moments.items() if name in own}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over a state that :meth:`check_state` let pass: copies, each laid out as its parameter."""
