@@ -155,7 +155,7 @@ class Watch:
 
 def alarms_of(record: RunRecord) -> list[Alarm]:
     """Return the alarms of an ended run."""
-    rows = sorted([*record.train, *record.evals], key=lambda row: (row["step"], row["kind"] == "eval"))
+    rows = sorted([*record.train, *record.evals], key=lambda row: row["step"])
     return alarms(record.id, record.config["config"]["model"], rows)
 
 

@@ -118,7 +118,8 @@ class Search:
         self.own_NE = routes.sets_NE[:, : routes.real]
         self.sizes_N = self.own_NE.sum(1)
         self.tried_N, self.lower_N = torch.zeros_like(self.sizes_N), torch.zeros_like(self.sizes_N)
-        self.exact_N = torch.stack([self._sets(size) <= SETS for size in range(routes.real + 1)])[self.sizes_N]
+        few = [math.comb(routes.real, size) <= SETS for size in range(routes.real + 1)]
+        self.exact_N = torch.tensor(few, device=self.own_NE.device)[self.sizes_N]
 
     @property
     def regret_N(self) -> Tensor:
@@ -144,10 +145,6 @@ class Search:
         if not self.exact_N.all():
             self._exchange(~self.exact_N)
 
-    def _sets(self, size: int) -> Tensor:
-        """Return the number of sets of a size, as far as it matters."""
-        return torch.tensor(min(math.comb(self.routes.real, size), SETS + 1), device=self.own_NE.device)
-
     def _try(self, sets_NE: Tensor, valid_N: Tensor) -> Tensor:
         """Return the losses of sets; infinite where one is not valid, or the one that was chosen."""
         other_N = valid_N & (sets_NE != self.own_NE).any(1)
@@ -160,24 +157,20 @@ class Search:
         self.best_N = torch.minimum(self.best_N, loss_N)
         return loss_N
 
-    def _ranked(self) -> Tensor:
-        return self.routes.ranked(self.own_NE, torch.arange(len(self.own_NE), device=self.own_NE.device))
-
     def _exchange(self, active_N: Tensor) -> None:
         """Exchange one expert after the other for the best of all others, where that helps."""
-        sets_NE, members_NE, best_N = self.own_NE.clone(), self._ranked(), self.taken_N.clone()
-        still_N, experts = torch.zeros_like(self.sizes_N), self.routes.real
+        sets_NE, still_N, experts = self.own_NE.clone(), torch.zeros_like(self.sizes_N), self.routes.real
+        members_NE = self.routes.ranked(sets_NE, torch.arange(len(sets_NE), device=sets_NE.device))
         for step in range(-(-SETS // experts)):
             place_N1 = (self.sizes_N - 1 - step % self.sizes_N.clamp(min=1)).clamp(min=0)[:, None]
             without_NE = sets_NE.scatter(1, members_NE.gather(1, place_N1), False)
-            losses = []
+            before_N, losses = self.best_N, []
             for expert in range(experts):
                 with_NE = without_NE.clone()
                 with_NE[:, expert] = True
                 losses.append(self._try(with_NE, active_N & ~sets_NE[:, expert]))
             loss_N, expert_N = torch.stack(losses, 1).min(1)
-            moved_N = loss_N < best_N
-            best_N = torch.where(moved_N, loss_N, best_N)
+            moved_N = loss_N < before_N
             moved_NE = without_NE.scatter(1, expert_N[:, None], True)
             sets_NE = torch.where(moved_N[:, None], moved_NE, sets_NE)
             moved_members_NE = members_NE.scatter(1, place_N1, expert_N[:, None])
