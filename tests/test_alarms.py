@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from rlroute.alarms import THRESHOLDS, Alarm, Thresholds, Watch, alarms
+from rlroute.alarms import THRESHOLDS, Thresholds, Watch, alarms
 from rlroute.config import ModelConfig
 
 EXPERTS, K = 16, 2
@@ -126,4 +126,3 @@ def test_old_rows_and_models_without_sites_raise_nothing():
     plain = {"kind": "train", "step": 1, "seconds": 1.0}
     empty = {"kind": "eval", "step": 1, "dead_L": [], "max_vio_L": [], "load_LE": []}
     assert seen(*[plain, empty] * 4) == []
-    assert isinstance(THRESHOLDS, Thresholds) and Alarm.__doc__

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from rlroute.config import Parts, RunConfig
 from rlroute.experiments.recipes.finetuning import SLOWER, defaults, variants
@@ -22,7 +20,7 @@ from rlroute.training.start import start_of
 from tests import ROOT
 from tests.commands import TINY, ran, refused, rlroute
 from tests.finetuning_figure import FIGURE, figure, table
-from tests.runs import figures, interrupted
+from tests.runs import assert_same_bits, interrupted, weights_of
 from tests.test_parts import PARTS
 
 SHORT = ("--launcher", "local", "--train.steps", 4, "--train.eval-every", 2, "--train.lr", 0.01)
@@ -51,10 +49,6 @@ def copy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def source_in(folder: Path) -> Path:
     (source,) = (folder / "runs").glob("switch-*-s7")
     return source
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(own_checkpoints(folder)[max(own_checkpoints(folder))] / "model.safetensors")
 
 
 def trains(name: str, parts: Parts) -> bool:
@@ -154,10 +148,7 @@ def test_a_killed_run_gives_the_same_bits(copy: Path, tmp_path: Path) -> None:
     train(config, 0, copy / "runs")
     stopped = interrupted(config, store, 3)
     train(config, 0, store)
-    whole = copy / "runs" / stopped.name
-    assert figures(stopped) == figures(whole)
-    one, other = weights_of(stopped), weights_of(whole)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_bits(stopped, copy / "runs" / stopped.name)
 
 
 def test_a_changed_source_is_refused_by_name(copy: Path) -> None:

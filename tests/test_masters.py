@@ -19,6 +19,7 @@ from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model, cut
 from rlroute.training.progress import Progress
 from rlroute.training.step import Device, backward_batch
+from tests.runs import interrupted
 from tests.tiny import DATA, MODEL, TRAIN
 
 BF16 = Device("cpu", torch.bfloat16)
@@ -105,13 +106,7 @@ def test_a_checkpoint_after_every_step_changes_no_bit(tmp_path: Path) -> None:
 
 def test_a_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     config = config_of("switch")
-
-    def stop(step: int) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, tmp_path / "a", on_step=stop)
+    interrupted(config, tmp_path / "a", 6)
     loop.train(config, 0, tmp_path / "a")
     loop.train(config, 0, tmp_path / "b")
     one, other = (read_run(tmp_path / store / config.run_id(0)) for store in "ab")

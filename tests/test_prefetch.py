@@ -15,6 +15,7 @@ from rlroute.reading import read_run
 from rlroute.training import loop
 from rlroute.training.data import Batch, sample_batch
 from rlroute.training.prefetch import Batches
+from tests.runs import interrupted
 from tests.tiny import DATA, MODEL, STEPS, TRAIN
 
 
@@ -123,12 +124,7 @@ def test_a_run_whose_reader_fails_or_that_is_stopped_leaves_no_thread_and_goes_o
         loop.train(config, 0, tmp_path)
     monkeypatch.undo()
 
-    def stop(step: int) -> None:
-        if step == 9:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, 0, tmp_path, on_step=stop)
+    interrupted(config, tmp_path, 9)
     resumed = loop.train(config, 0, tmp_path)
     whole = loop.train(replace(config, train=TRAIN), 0, tmp_path)
     assert resumed["batches"] == whole["batches"]

@@ -26,7 +26,7 @@ from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model
 from rlroute.training.start import check_start, placed, start_of, take_start
 from tests.commands import TINY, ran, refused, rlroute
-from tests.runs import figures
+from tests.runs import assert_same_bits, figures, interrupted
 from tests.tiny import DATA, MODEL, TRAIN
 
 CORPUS = load_corpus(DATA.spec)
@@ -163,24 +163,11 @@ def test_illegal_starts_are_refused_by_name(change: dict[str, Any], message: str
 
 
 def test_a_killed_run_goes_on_from_its_own_checkpoint_to_the_same_bits(store: Path, tmp_path: Path) -> None:
-    config = run_of("switch", start=start_of(source_in(store)))
-    whole = tmp_path / "whole"
-    train(config, 1, whole, sources=store)
-
-    def stop(step: int) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, 1, store, on_step=stop)
-    train(config, 1, store)
-    folders = [place / config.run_id(1) for place in (whole, store)]
-    assert figures(folders[0]) == figures(folders[1])
-    models = [build_model(config, CORPUS, 1) for _ in folders]
-    for model, folder in zip(models, folders, strict=True):
-        assert load_weights(folder, model, folder.name) == 12
-    one, other = (model.state_dict() for model in models)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    config, whole = run_of("switch", start=start_of(source_in(store))), tmp_path / "whole"
+    train(config, 0, whole, sources=store)
+    folder = interrupted(config, store, 6)
+    train(config, 0, store)
+    assert_same_bits(folder, whole / folder.name)
 
 
 @pytest.mark.parametrize("keep", ["weights", "state", "all"])

@@ -19,7 +19,7 @@ from rlroute.experiments.recipes.entries import build_entry, parse_entry
 from rlroute.model import Transformer
 from rlroute.model.moe import Placement
 from rlroute.model.upcycling import group_scores, upcycled
-from rlroute.training.checkpoint import load_weights, read_whole
+from rlroute.training.checkpoint import read_whole
 from rlroute.training.data import load_corpus
 from rlroute.training.group import Group
 from rlroute.training.loop import train
@@ -28,7 +28,7 @@ from rlroute.training.prepare import build_model
 from rlroute.training.start import start_of, take_start
 from tests import ROOT, upcycling_figure
 from tests.commands import TINY, ran, refused, rlroute
-from tests.runs import figures
+from tests.runs import assert_same_bits, interrupted
 from tests.tiny import DATA, MODEL, TRAIN, make_batch, make_model, run_batch, shake, small_config
 
 CORPUS = load_corpus(DATA.spec)
@@ -253,21 +253,10 @@ def test_before_its_first_step_a_run_has_the_dense_models_loss(store: Path, entr
 @pytest.mark.parametrize("choices", [{}, {"optimizer": "carried", "upcycle_noise": 0.01, "upcycle_drop": 0.5}], ids=str)
 def test_a_killed_run_goes_on_to_the_same_bits(store: Path, tmp_path: Path, choices: dict[str, Any]) -> None:
     config, whole = run_of(store, **choices), tmp_path / "whole"
-    train(config, 1, whole, sources=store)
-
-    def stop(step: int) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, 1, store, on_step=stop)
-    train(config, 1, store)
-    assert figures(whole / config.run_id(1)) == figures(store / config.run_id(1))
-    models = [build_model(config, CORPUS, 1) for _ in range(2)]
-    for model, place in zip(models, (whole, store), strict=True):
-        assert load_weights(place / config.run_id(1), model, config.run_id(1)) == 12
-    one, other = (model.state_dict() for model in models)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    train(config, 0, whole, sources=store)
+    folder = interrupted(config, store, 6)
+    train(config, 0, store)
+    assert_same_bits(folder, whole / folder.name)
 
 
 def test_moments_are_carried_cut_and_copied_with_their_count(trained: Path) -> None:
