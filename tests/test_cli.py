@@ -537,6 +537,11 @@ def test_help_version_and_completion():
         assert all(command in script for command in COMMANDS) and "balance_scope" in script.replace("-", "_")
 
 
+def test_the_page_of_commands_names_each():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert not [command for command in COMMANDS if f"`rlroute {command}" not in page]
+
+
 @pytest.mark.parametrize("columns", ["0", "1", "5", "39", "100000000", "x"])
 def test_any_width_ends(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)

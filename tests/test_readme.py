@@ -16,12 +16,13 @@ from rlroute.experiments.laws.contract import LAWS
 from rlroute.experiments.recipes.tuned import settings_of
 from rlroute.experiments.verify.tables import OPENED, check_page, tables_of
 from rlroute.reading import read_runs
-from rlroute.registry import run_config
+from rlroute.registry import router_names, run_config
 from tests import ROOT
 from tests.commands import TINY, ran
 
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize(("page", "tables"), [("README.md", 1), ("docs/agents.md", 2)])
@@ -32,8 +33,28 @@ def test_published_tables_are_what_the_stored_records_say(page, tables):
 
 
 def test_every_page_with_a_table_is_checked():
-    pages = [path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if OPENED.search(path.read_text())]
+    pages = [path for path in PAGES if OPENED.search(path.read_text())]
     assert {str(page.relative_to(ROOT)) for page in pages} == {"README.md", "docs/agents.md"}
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            name, _, part = target.partition("#")
+            if not name.startswith("http"):
+                linked = page.parent / name if name else page
+                assert linked.exists() and (not part or part in _headings(linked)), f"{page.name}: {target}"
+
+
+def _headings(page):
+    """Return the names by which a page's headings are linked."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_index_names_every_page():
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "README.md").read_text())
+    assert sorted(linked) == sorted(path.name for path in ROOT.glob("docs/*.md") if path.name != "README.md")
 
 
 def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():
@@ -48,9 +69,10 @@ def test_stored_comparison_used_seeds_that_tuning_did_not_and_its_best_trials():
         assert settings_of(now) == "tuned"
 
 
-def test_every_router_has_a_row():
-    files = {path.stem for folder in ("agents", "baselines") for path in (ROOT / folder).glob("[!_]*.py")}
-    assert files <= set(re.findall(r"^\| `(\w+)` \|", README, re.M))
+def test_routers_that_it_names_are_there():
+    listed = README.partition("\n## Routers\n")[2].partition("[docs/routers.md]")[0]
+    names = set(re.findall(r"`(\w+)`", listed))
+    assert {"reinforce", "switch", "hash", "dense"} <= names <= {*router_names(), "dense"}
 
 
 @pytest.fixture

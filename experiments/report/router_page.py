@@ -27,21 +27,42 @@ as in `reinforce:baseline=ema,balance_weight=2`; how to write one is in [CONTRIB
 def routers_page() -> str:
     """Return the page."""
     names = [name for name in router_names() if router_class(name).__module__.startswith("rlroute.")]
-    return "\n".join([HEAD, *map(_section, names), _shared(), _refused()])
+    return "\n".join([HEAD, _index(names), *map(_section, names), _shared(), _refused()])
+
+
+def _index(names: list[str]) -> str:
+    routers = {name: router_class(name) for name in names}
+    lines = [
+        [f"[`{name}`](#{name})", _signals(router), _text(router).partition("\n\n")[0]]
+        for name, router in routers.items()
+    ]
+    return markdown(["router", "learns from", "what it does"], lines, "<<<") + "\n"
 
 
 def _section(name: str) -> str:
     router = router_class(name)
+    return f"## {name}\n\n{_text(router)}\n\n{_facts(router)}\n{_fields_table(router.Config)}"
+
+
+def _text(router: type[Router]) -> str:
     text = inspect.getdoc(sys.modules[router.__module__]) or ""
-    text = text.partition("\nShape suffixes:")[0]
-    return f"## {name}\n\n{text.replace('``', '`').strip()}\n\n{_facts(router)}\n{_fields_table(router.Config)}"
+    return text.partition("\nShape suffixes:")[0].replace("``", "`").strip()
+
+
+def _shown(router: type[Router]) -> Router | type[Router]:
+    """Return what says how the default configuration behaves: an instance, where there is one."""
+    return router if needed_fields(router.Config) else default_instance(router)
+
+
+def _signals(router: type[Router]) -> str:
+    """Return what it learns from; "" where its class does not say, and an instance cannot be made."""
+    return ", ".join(sorted(_shown(router).learns_from)) or ("" if needed_fields(router.Config) else "nothing")
 
 
 def _facts(router: type[Router]) -> str:
-    needed = needed_fields(router.Config)
-    shown = router if needed else default_instance(router)
+    needed, shown = needed_fields(router.Config), _shown(router)
     facts = {
-        "Learns from": ", ".join(sorted(shown.learns_from)) or "nothing",
+        "Learns from": _signals(router),
         "Gate": shown.gate_meaning,
         "Sees later tokens": "" if shown.causal else "yes: its loss cannot be held against the others'",
         "Needs": ", ".join(f"`{field}`" for field in needed),
