@@ -52,6 +52,14 @@ def test_experiments_live_in_rooms() -> None:
     assert flat == {"__init__.py", "statistics.py", "terminal.py", "text.py", "verdicts.py"}
 
 
+def test_the_tour_names_every_file_of_the_core_and_every_room() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text().partition("## Tour")[2].partition("## Add a router")[0]
+    core = [path for path in PACKAGE.iterdir() if not path.is_symlink()]
+    places = [path for path in [*core, *(ROOT / "experiments").iterdir()] if not path.name.startswith(("_", "."))]
+    named = {path.name + "/" * path.is_dir() for path in places if path.suffix in ("", ".py")}
+    assert not [name for name in named if f"`{name}`" not in tour and f"/{name}`" not in tour]
+
+
 def test_files_can_be_read_in_one_sitting() -> None:
     files = {path.resolve() for folder in ("rlroute", *_wings()) for path in (ROOT / folder).rglob("*.py")}
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}

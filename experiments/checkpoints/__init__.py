@@ -1,1 +1,1 @@
-"""Weights of others as layers of ours."""
+"""Weights of trained runs and of others: as models and layers of ours, and as files for elsewhere."""
