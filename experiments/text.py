@@ -23,7 +23,7 @@ def plus_minus(mean: float, half_width: float | None, digits: int = 4, sign: str
 
 
 def of_interval(interval: Interval | None, sign: str = "") -> str:
-    """Return mean ± half width of an interval in bits per byte."""
+    """Return mean ± half width of an interval."""
     return NOTHING if interval is None else plus_minus(interval.mean, interval.half_width, sign=sign)
 
 
@@ -35,6 +35,11 @@ def with_ends(mean: float, low: float | None, high: float | None) -> str:
 def between(low: float, high: float) -> str:
     """Return the ends of an interval in brackets."""
     return f"({low:.2f} to {high:.2f})"
+
+
+def decimals(value: float | None, digits: int = 3) -> str:
+    """Return a number, or a dash where it is not defined."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def short(value: float) -> str:

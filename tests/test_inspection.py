@@ -14,9 +14,9 @@ import torch
 from rlroute import seeding
 from rlroute.errors import ConfigError
 from rlroute.experiments.inspection.drops import measure_drops, with_capacity
-from rlroute.experiments.inspection.masking import Mask, loss_T, masked
+from rlroute.experiments.inspection.masking import Mask, masked
 from rlroute.experiments.inspection.measures import agree, choices_of, coactivation, lifts, settling, shares
-from rlroute.experiments.inspection.probe import run_probe
+from rlroute.experiments.inspection.probe import loss_T, run_probe
 from rlroute.experiments.inspection.worth import measure_worth
 from rlroute.registry import default_names
 from rlroute.routing import RoutingDecision

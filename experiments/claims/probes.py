@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rlroute import metrics, seeding
 from rlroute.experiments.checkpoints.trained import TrainedRun, open_routed
-from rlroute.experiments.inspection.masking import Mask, loss_T, masked
+from rlroute.experiments.inspection.masking import Mask
 from rlroute.experiments.inspection.measures import Settling, settling
-from rlroute.experiments.inspection.probe import run_probe
-from rlroute.routing import RoutingDecision
+from rlroute.experiments.inspection.probe import loss_T, passes, run_probe
+from rlroute.experiments.inspection.worth import masked_loss
+from rlroute.routing import RoutingDecision, Site
 from rlroute.schema import RunRecord
 from rlroute.training.data import Batch
-from rlroute.training.step import forward, make_context
 
 PREFIX = 8
 """Every so many tokens a sequence is cut off."""
@@ -56,14 +56,9 @@ class Sample:
         return nats / math.log(2) / text_bytes
 
 
-@torch.no_grad()
 def _passes(sample: Sample, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, list[RoutingDecision]]]:
-    """Yield each batch's losses in nats, shape (T,), and the decision of each site."""
     run = sample.trained
-    for batch in batches:
-        context = make_context(batch, run.device, seed=run.seed, step=run.last_step, progress=1.0, explore=False)
-        loss_MT, decisions = forward(run.model, batch, context, run.device)
-        yield loss_MT[0].double(), decisions
+    return passes(run.model, batches, run.device, seed=run.seed, step=run.last_step)
 
 
 def logit_size(sample: Sample) -> float | None:
@@ -84,10 +79,10 @@ def _rise(mask: Mask) -> Callable[[Sample], float]:
 
     def value(sample: Sample) -> float:
         run = sample.trained
-        sites = [key for router in run.model.routers if isinstance(key := router.shape.site, int)]
-        with masked(run.model, dict.fromkeys(sites, mask)):
-            without_T = loss_T(run.model, sample.batches, run.device, seed=run.seed, step=run.last_step)
-        whole_T = loss_T(run.model, sample.batches, run.device, seed=run.seed, step=run.last_step)
+        keys = {"seed": run.seed, "step": run.last_step}
+        masks: dict[Site, Mask] = dict.fromkeys(run.config.model.moe_layers, mask)
+        without_T = masked_loss(run.model, sample.batches, run.device, masks, **keys)
+        whole_T = loss_T(run.model, sample.batches, run.device, **keys)
         return sample.bits(float((without_T - whole_T).sum()), sample.batches)
 
     return value
@@ -108,9 +103,9 @@ def noise_gini(sample: Sample) -> float:
 
 
 def _gini(sample: Sample, batches: Sequence[Batch]) -> float:
-    demands = [[decision.demand_E() for decision in decisions] for _, decisions in _passes(sample, batches)]
-    load_LE = [torch.stack(site).sum(0) for site in zip(*demands, strict=True)]
-    return float(torch.stack([metrics.gini(load_E) for load_E in load_LE]).mean())
+    run = sample.trained
+    probe = run_probe(run.model, batches, run.device, seed=run.seed, step=run.last_step)
+    return float(torch.stack([metrics.gini(site.load_E) for site in probe.sites.values()]).mean())
 
 
 def prefix_bits(sample: Sample) -> float:

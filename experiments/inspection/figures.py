@@ -5,7 +5,6 @@ Shape suffixes: E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ from rlroute.experiments.inspection.inspection import SiteView
 from rlroute.experiments.inspection.measures import lifts
 from rlroute.experiments.inspection.text import factor_text
 from rlroute.experiments.inspection.worth import Worth
-from rlroute.experiments.report.loads import LOAD_COLOURS, LOAD_LIMIT
-from rlroute.experiments.report.style import GREY, new_figure, style_of
+from rlroute.experiments.report.loads import over_fair, share_figure
+from rlroute.experiments.report.style import GREY, drawn, new_figure, style_of
 from rlroute.experiments.statistics import Interval
 from rlroute.foreign import printable
 from rlroute.schema import Regret
@@ -35,12 +34,9 @@ MOST_SHOWN = 3
 
 def loads_figure(sites: Sequence[SiteView]) -> Figure:
     """Draw the load of each site's experts over the fair share; sites of fewer experts end earlier."""
-    widest = max(len(of.load_E) for of in sites)
-    rows = [_over_fair(of.load_E) + [None] * (widest - len(of.load_E)) for of in sites]
-    names = [f"site {of.site}" for of in sites]
-    return _heatmap(
-        rows, names, "expert", "", max(200, 110 + 34 * len(sites)), "%{y}, expert %{x}<br>%{z:.2f} × the fair share"
-    )
+    rows, names = over_fair([of.load_E for of in sites]), [f"site {of.site}" for of in sites]
+    hover = "%{y}, expert %{x}<br>%{z:.2f} × the fair share"
+    return share_figure(rows, names, max(200, 110 + 34 * len(sites)), hover)
 
 
 def domains_figure(site: SiteView, domains: Sequence[str]) -> Figure:
@@ -48,17 +44,17 @@ def domains_figure(site: SiteView, domains: Sequence[str]) -> Figure:
     rows = [[round(share * len(site.load_E), 3) for share in of_domain] for of_domain in site.by_domain_LE]
     hover = "%{y}, expert %{x}<br>%{z:.2f} × an even share"
     names = [escape(printable(name)) for name in domains]
-    return _heatmap(rows, names, "expert", "", 130 + 24 * len(names), hover, "share over<br>even share")
+    return share_figure(rows, names, 130 + 24 * len(names), hover, said="share over<br>even share")
 
 
 def together_figure(site: SiteView) -> Figure:
     """Draw how often each two experts are chosen by the same token, over what their loads would have (lift); the
     diagonal is empty.
     """
-    rows = [_finite(row) for row in lifts(torch.tensor(site.together_EE)).tolist()]
+    rows = [drawn(row) for row in lifts(torch.tensor(site.together_EE)).tolist()]
     names = [str(expert) for expert in range(len(rows))]
     side = min(max(260, 120 + 22 * len(names)), 900)
-    return _heatmap(rows, names, "expert", "expert", side, "%{y} with %{x}<br>lift %{z:.2f}", "lift")
+    return share_figure(rows, names, side, "%{y} with %{x}<br>lift %{z:.2f}", "expert", "lift")
 
 
 def history_figure(history: History) -> Figure:
@@ -72,7 +68,7 @@ def history_figure(history: History) -> Figure:
         line = {"color": style.colour, "width": 2}
         figure.add_scatter(
             x=history.steps,
-            y=_finite(of.saturation),
+            y=drawn(of.saturation),
             name=f"saturation, site {site}",
             mode="lines+markers",
             line=line,
@@ -80,7 +76,7 @@ def history_figure(history: History) -> Figure:
         )
         figure.add_scatter(
             x=history.steps,
-            y=_finite(of.unsettled),
+            y=drawn(of.unsettled),
             name=f"unsettled tokens, site {site}",
             mode="lines+markers",
             line=line | {"dash": "dash"},
@@ -90,7 +86,7 @@ def history_figure(history: History) -> Figure:
         if history.agreed:
             figure.add_scatter(
                 x=history.recorded,
-                y=_finite(history.agreed[site]),
+                y=drawn(history.agreed[site]),
                 name=f"recorded choices, site {site}",
                 mode="markers",
                 marker={"symbol": "x", "size": 7, "color": style.colour},
@@ -171,7 +167,7 @@ def drops_figure(found: Sequence[Drops], field: str = "by_position") -> Figure:
         style, values = style_of(index), getattr(of, field)
         figure.add_scatter(
             x=list(range(1, len(values) + 1)),
-            y=_finite(values),
+            y=drawn(values),
             name=factor_text(of.factor),
             mode="lines+markers",
             line={"color": style.colour, "dash": style.dash},
@@ -201,34 +197,6 @@ def changes_figure(found: Sequence[Drops]) -> Figure:
     return figure
 
 
-def _heatmap(
-    rows: Sequence[Sequence[float | None]],
-    names: Sequence[str],
-    x_title: str,
-    y_title: str,
-    height: int,
-    hover: str,
-    bar_title: str = "load over<br>fair share",
-) -> Figure:
-    """Draw shares over what is even, which is as pale as the page."""
-    figure = new_figure(x_title, y_title, height)
-    figure.add_heatmap(z=rows, y=names, coloraxis="coloraxis", hovertemplate=f"{hover}<extra></extra>")
-    bar: dict[str, Any] = {"tickvals": [0, 1, 2, 3, 4], "ticktext": ["0", "1 (even)", "2", "3", "≥ 4"], "thickness": 14}
-    bar |= {"outlinewidth": 0, "title": {"text": bar_title}}
-    figure.update_layout(
-        coloraxis={"cmin": 0, "cmax": LOAD_LIMIT, "colorscale": LOAD_COLOURS["light"], "colorbar": bar},
-        meta={"scales": LOAD_COLOURS},
-    )
-    figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(showgrid=False, type="category", autorange="reversed", automargin=True)
-    return figure
-
-
-def _over_fair(load_E: Sequence[int]) -> list[float | None]:
-    fair = sum(load_E) / len(load_E)
-    return [round(load / fair, 3) if fair else None for load in load_E]
-
-
 def _with_ends(intervals: Sequence[Interval]) -> dict[str, Any]:
     """Return means and the ends of their intervals, as a trace has them."""
     ends = [interval.half_width or 0.0 for interval in intervals]
@@ -236,7 +204,3 @@ def _with_ends(intervals: Sequence[Interval]) -> dict[str, Any]:
         "y": [round(interval.mean, 6) for interval in intervals],
         "error_y": {"array": ends, "thickness": 1, "width": 3},
     }
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    return [round(value, 5) if math.isfinite(value) else None for value in values]

@@ -150,7 +150,7 @@ def inspect_run(run: TrainedRun, tokens: int, worth_tokens: int) -> Inspection:
 def _view(
     key: Site, site: SiteProbe, token_T: np.ndarray, domains: Domains | None, label_T: np.ndarray | None, spell: Speller
 ) -> SiteView:
-    load_E, by_domain = site.load_E, np.zeros((0, 0))
+    load_E, together_EE, by_domain = site.load_E, coactivation(site.chosen_TE), np.zeros((0, 0))
     if domains is not None and label_T is not None:
         counts_LE = label_counts(site.chosen_TE, label_T, len(domains.names))
         by_domain = counts_LE / counts_LE.sum(1, keepdims=True).clip(min=1)
@@ -166,8 +166,8 @@ def _view(
         by_domain_LE=by_domain.tolist(),
         tokens=agree(site.chosen_TE, token_T),
         favourites=[[(spell(token), share) for token, share in of] for of in favourites(site.chosen_TE, token_T)],
-        together_EE=coactivation(site.chosen_TE).tolist(),
-        pairs=connected(coactivation(site.chosen_TE)),
+        together_EE=together_EE.tolist(),
+        pairs=connected(together_EE),
     )
 
 

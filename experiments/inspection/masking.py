@@ -25,8 +25,6 @@ from rlroute.model.attention import AttentionExperts
 from rlroute.model.moe import MoELayer
 from rlroute.routing import Router, RoutingContext, RoutingDecision, Site
 from rlroute.sampling import top_k
-from rlroute.training.data import Batch
-from rlroute.training.step import Device, forward, make_context
 
 LOWEST = torch.finfo(torch.float32).min
 """What is chosen by where an expert is masked: a token short of others gets it, and its pair does not run; minus
@@ -159,21 +157,3 @@ def _leave_out_shared(site: AttentionExperts | MoELayer, key: Site, undo: ExitSt
         raise ConfigError(f"site {key} has no shared experts to mask")
     site.shared = None
     undo.callback(setattr, site, "shared", shared)
-
-
-@torch.no_grad()
-def loss_T(model: Transformer, batches: Sequence[Batch], device: Device, *, seed: int, step: int) -> Tensor:
-    """Return the greedy loss of each token of batches in nats, in float64 on the CPU.
-
-    Args:
-        model: in its final state.
-        batches: at least one.
-        device: where and in what precision it runs.
-        seed, step: what draws are keyed by.
-    """
-    found = []
-    for batch in batches:
-        context = make_context(batch, device, seed=seed, step=step, progress=1.0, explore=False)
-        loss_MT, _ = forward(model, batch, context, device)
-        found.append(loss_MT[0].double().cpu())
-    return torch.cat(found)

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,21 +57,31 @@ class Probe:
 
 
 @torch.no_grad()
-def run_probe(model: Transformer, batches: Sequence[Batch], device: Device, *, seed: int, step: int) -> Probe:
-    """Return what a model does on batches.
+def passes(
+    model: Transformer, batches: Sequence[Batch], device: Device, *, seed: int, step: int
+) -> Iterator[tuple[Tensor, list[RoutingDecision]]]:
+    """Yield what a model does on each batch: losses in nats, float64 of shape (T,) on the CPU, and sites' decisions.
 
     Args:
         model: in its final state.
-        batches: at least one.
+        batches: of any sizes.
         device: where and in what precision it runs.
         seed, step: what draws are keyed by.
     """
-    losses, decided = [], list[list[RoutingDecision]]()
     for batch in batches:
         context = make_context(batch, device, seed=seed, step=step, progress=1.0, explore=False)
         loss_MT, decisions = forward(model, batch, context, device)
-        losses.append(loss_MT[0].double().cpu())
-        decided.append(decisions)
+        yield loss_MT[0].double().cpu(), decisions
+
+
+def loss_T(model: Transformer, batches: Sequence[Batch], device: Device, *, seed: int, step: int) -> Tensor:
+    """Return the losses of :func:`passes` over all batches, at least one."""
+    return torch.cat([found_T for found_T, _ in passes(model, batches, device, seed=seed, step=step)])
+
+
+def run_probe(model: Transformer, batches: Sequence[Batch], device: Device, *, seed: int, step: int) -> Probe:
+    """Return what :func:`passes` shows over all batches, at least one."""
+    losses, decided = zip(*passes(model, batches, device, seed=seed, step=step), strict=True)
     keys = [router.shape.site for router in model.routers]
     return Probe(
         token_T=np.concatenate([batch.tokens_BS.reshape(-1) for batch in batches]),

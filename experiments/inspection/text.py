@@ -13,9 +13,8 @@ from typing import Any
 
 from rlroute.experiments.inspection.drops import SAME, Drops
 from rlroute.experiments.inspection.inspection import Inspection, SiteView
-from rlroute.experiments.statistics import Interval
 from rlroute.experiments.terminal import Grid
-from rlroute.experiments.text import NOTHING, rounded
+from rlroute.experiments.text import NOTHING, decimals, of_interval, rounded
 
 LEGEND = (
     "Loads are the chosen pairs of each expert before any drop: MaxVio is the highest over the fair share, minus 1;"
@@ -78,13 +77,13 @@ PLACES = {
 SITES: dict[str, Callable[[SiteView], str]] = {
     "site": lambda of: str(of.site),
     "E": lambda of: str(len(of.load_E)),
-    "MaxVio": lambda of: number(of.max_vio),
-    "load entropy": lambda of: number(of.load_entropy),
+    "MaxVio": lambda of: decimals(of.max_vio),
+    "load entropy": lambda of: decimals(of.load_entropy),
     "dead": lambda of: str(of.dead),
-    "routing entropy": lambda of: number(of.router_entropy),
+    "routing entropy": lambda of: decimals(of.router_entropy),
     "dropped": lambda of: percent(of.dropped),
     "domain NMI": lambda of: NOTHING if of.domains is None else over_chance(of.domains.nmi, of.domains.chance),
-    "explained": lambda of: NOTHING if of.domains is None else number(of.domains.explained),
+    "explained": lambda of: NOTHING if of.domains is None else decimals(of.domains.explained),
     "token NMI": lambda of: over_chance(of.tokens.nmi, of.tokens.chance),
 }
 DROPS: dict[str, Callable[[Drops], str]] = {
@@ -94,15 +93,10 @@ DROPS: dict[str, Callable[[Drops], str]] = {
     "rerouted": lambda of: percent(of.rerouted),
     "flipped": lambda of: percent(of.flipped),
     "largest move": lambda of: f"{of.moved:.1e}" if of.moved else "0",
-    "KL": lambda of: number(of.divergence, 5),
-    "loss": lambda of: number(of.loss, 4),
-    "spread": lambda of: number(of.spread, 5),
+    "KL": lambda of: decimals(of.divergence, 5),
+    "loss": lambda of: decimals(of.loss, 4),
+    "spread": lambda of: decimals(of.spread, 5),
 }
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a number, or a dash where there is none."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def percent(share: float | None) -> str:
@@ -112,18 +106,12 @@ def percent(share: float | None) -> str:
 
 def over_chance(nmi: float | None, chance: float | None) -> str:
     """Return a mutual information and what chance shows."""
-    return f"{number(nmi)} ({number(chance)})"
+    return f"{decimals(nmi)} ({decimals(chance)})"
 
 
 def factor_text(factor: float | None) -> str:
     """Return a capacity factor in words."""
     return "dropless" if factor is None else f"{factor:g}"
-
-
-def added(interval: Interval, digits: int = 4) -> str:
-    """Return a difference with its interval."""
-    half = interval.half_width
-    return f"{interval.mean:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def headline(found: Inspection) -> str:
@@ -148,11 +136,11 @@ def experts_grid(found: Inspection, site: SiteView) -> Grid:
     head = ["expert", "load / fair", *(["main domain"] if found.domains else []), "favourite tokens"]
     lines = []
     for expert, load in enumerate(site.load_E):
-        line = [str(expert), number(load / fair if fair else None, 2)]
+        line = [str(expert), decimals(load / fair if fair else None, 2)]
         if found.domains:
             line.append(main_domain(found.domains, [row[expert] for row in site.by_domain_LE]))
         line.append(" ".join(f"{token} {share:.0%}" for token, share in site.favourites[expert][:3]) or NOTHING)
-        lines.append(line + ([added(worth[expert])] if worth else []))
+        lines.append(line + ([of_interval(worth[expert], "+")] if worth else []))
     left = ("main domain", "favourite tokens")
     return Grid(head + (["loss without it"] if worth else []), lines, left=left, spare=("favourite tokens",))
 
@@ -166,7 +154,7 @@ def main_domain(names: Sequence[str], share_L: Sequence[float]) -> str:
 def pairs_grid(found: Inspection) -> Grid | None:
     """Return the most connected pairs of experts of each site; None where no token has two."""
     lines = [
-        [str(site.site), f"{pair.one} + {pair.other}", f"{pair.tokens:,}", percent(pair.share), number(pair.lift, 2)]
+        [str(site.site), f"{pair.one} + {pair.other}", f"{pair.tokens:,}", percent(pair.share), decimals(pair.lift, 2)]
         for site in found.sites
         for pair in site.pairs
     ]
@@ -210,11 +198,11 @@ def worth_grid(found: Inspection) -> Grid | None:
     if found.worth is None:
         return None
     lines = [
-        [f"the {best} best of each token" if best > 1 else "the best of each token", added(lost)]
+        [f"the {best} best of each token" if best > 1 else "the best of each token", of_interval(lost, "+")]
         for best, lost in found.worth.best.items()
     ]
     if found.worth.shared is not None:
-        lines.append(["the shared experts", added(found.worth.shared)])
+        lines.append(["the shared experts", of_interval(found.worth.shared, "+")])
     means = [one.mean for of_site in found.worth.experts.values() for one in of_site]
     if means:
         lines.append(["one expert, mean of all", f"{sum(means) / len(means):+.4f}"])
@@ -228,8 +216,8 @@ def regret_grid(found: Inspection) -> Grid | None:
         return None
     head = [f"tenth of {regret['tokens']} tokens", "confidence", "regret (nats)", "better"]
     parts = zip(regret["confidence_C"], regret["nats_C"], regret["better_C"], strict=True)
-    lines = [[str(tenth), number(c), number(n, 4), number(b)] for tenth, (c, n, b) in enumerate(parts, 1)]
-    return Grid(head, [*lines, ["all", "", number(regret["nats"], 4), number(regret["better"])]])
+    lines = [[str(tenth), decimals(c), decimals(n, 4), decimals(b)] for tenth, (c, n, b) in enumerate(parts, 1)]
+    return Grid(head, [*lines, ["all", "", decimals(regret["nats"], 4), decimals(regret["better"])]])
 
 
 def without_regret(found: Inspection) -> str:
@@ -280,11 +268,4 @@ def examples(found: Sequence[Drops], spell: Callable[[int], str]) -> list[str]:
 def to_json(run: str, found: Inspection | Sequence[Drops], command: str) -> str:
     """Return everything as JSON; numbers have six digits, and what is not defined is null."""
     data: Any = asdict(found) if isinstance(found, Inspection) else {"drops": [asdict(of) for of in found]}
-    return json.dumps(rounded(_keyed({"command": command, "run": run} | data)), separators=(",", ":")) + "\n"
-
-
-def _keyed(value: Any) -> Any:
-    """Return plain data whose keys are texts."""
-    if isinstance(value, dict):
-        return {str(name): _keyed(part) for name, part in value.items()}
-    return [_keyed(part) for part in value] if isinstance(value, list | tuple) else value
+    return json.dumps(rounded({"command": command, "run": run} | data), separators=(",", ":")) + "\n"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlroute.experiments.inspection.masking import Mask, loss_T, masked
+from rlroute.experiments.inspection.masking import Mask, masked
+from rlroute.experiments.inspection.probe import loss_T
 from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.model import Transformer
 from rlroute.routing import Site

@@ -1,4 +1,4 @@
-"""The load of every expert over time, as heatmaps."""
+"""Loads as heatmaps: those of every expert over time, and whatever else is held against what is even."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ LOAD_COLUMNS = 100
 """Points in time that a heatmap shows at most."""
 SEED_COLUMNS = 4
 """Heatmaps side by side."""
+FAIR = "load over<br>fair share"
+"""Above the scale of colours."""
 
 
 def loads_figure(groups: Sequence[Group], site: int | None = None) -> Figure:
@@ -55,17 +57,59 @@ def loads_figure(groups: Sequence[Group], site: int | None = None) -> Figure:
             row=place // across + 1,
             col=place % across + 1,
         )
-    bar = {"tickvals": [0, 1, 2, 3, 4], "ticktext": ["0", "1 (fair)", "2", "3", "≥ 4"], "thickness": 14}
-    bar |= {"outlinewidth": 0, "title": {"text": "load over<br>fair share"}}
-    figure.update_layout(
-        coloraxis={"cmin": 0, "cmax": LOAD_LIMIT, "colorscale": LOAD_COLOURS["light"], "colorbar": bar},
-        meta={"loads": loads, "scales": LOAD_COLOURS},
-    )
+    _colour(figure, FAIR, loads=loads)
     figure.update_xaxes(showgrid=False, zeroline=False, title={"text": ""})
     figure.update_xaxes(title={"text": "training step"}, row=down)
     figure.update_yaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(title={"text": "expert"}, col=1)
     return figure
+
+
+def over_fair(loads: Sequence[Sequence[int]]) -> list[list[float | None]]:
+    """Return pairs of experts over their fair share, a row for each layer; none where nothing was chosen, and behind
+    the last expert of those that have fewer.
+    """
+    widest, found = max(map(len, loads)), list[list[float | None]]()
+    for load_E in loads:
+        fair = sum(load_E) / len(load_E)
+        found.append([round(load / fair, 2) if fair else None for load in load_E] + [None] * (widest - len(load_E)))
+    return found
+
+
+def share_figure(
+    rows: Sequence[Sequence[float | None]],
+    names: Sequence[str],
+    height: int,
+    hover: str,
+    title: str = "",
+    said: str = FAIR,
+) -> Figure:
+    """Draw what experts have over what is even, a row for each name.
+
+    Args:
+        rows: the numbers, by name and expert.
+        names: of the rows.
+        height: in pixels.
+        hover: what is said of a cell.
+        title: of all names.
+        said: what the colours are.
+    """
+    figure = new_figure("expert", title, height)
+    figure.add_heatmap(z=rows, y=names, coloraxis="coloraxis", hovertemplate=f"{hover}<extra></extra>")
+    _colour(figure, said)
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False, type="category", autorange="reversed", automargin=True)
+    return figure
+
+
+def _colour(figure: Figure, said: str, **meta: Any) -> None:
+    """Colour a figure's heatmaps by what they have over what is even, which is as pale as the page."""
+    bar: dict[str, Any] = {"tickvals": [0, 1, 2, 3, 4], "ticktext": ["0", "1 (even)", "2", "3", "≥ 4"]}
+    bar |= {"thickness": 14, "outlinewidth": 0, "title": {"text": said}}
+    figure.update_layout(
+        coloraxis={"cmin": 0, "cmax": LOAD_LIMIT, "colorscale": LOAD_COLOURS["light"], "colorbar": bar},
+        meta={"scales": LOAD_COLOURS, **meta},
+    )
 
 
 def _loads(group: Group, site: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,6 +75,11 @@ def faint(colour: str, alpha: float) -> str:
     """Return a colour that lets ``1 - alpha`` of what lies beneath through."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
+
+
+def drawn(values: Sequence[float]) -> list[float | None]:
+    """Return numbers as a figure has them: five decimals, and none where they are not defined."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values]
 
 
 def new_figure(x_title: str, y_title: str, height: int) -> Figure:

@@ -10,8 +10,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from rlroute.experiments.report.html import render_page
-from rlroute.experiments.report.loads import LOAD_COLOURS, LOAD_LIMIT
-from rlroute.experiments.report.style import faint, new_figure, style_of
+from rlroute.experiments.report.loads import over_fair, share_figure
+from rlroute.experiments.report.style import drawn, faint, new_figure, style_of
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.traces import text
 from rlroute.experiments.traces.flips import Flips
@@ -51,29 +51,8 @@ def _cells(grid: Grid) -> tuple[Sequence[str], list[list[str]]]:
 def loads_figure(loads: Loads) -> Figure:
     """Draw the load of each layer's experts over the fair share; layers of fewer experts end earlier."""
     names = _names(loads.layers)
-    figure = new_figure("expert", "layer", height=min(max(110 + 24 * len(names), 260), 1400))
-    widest = max(of.experts for of in loads.layers)
-    figure.add_heatmap(
-        z=[_shares(of.load_E, widest) for of in loads.layers],
-        y=names,
-        coloraxis="coloraxis",
-        hovertemplate="layer %{y}, expert %{x}<br>%{z:.2f} × the fair share<extra></extra>",
-    )
-    bar = {"tickvals": [0, 1, 2, 3, 4], "ticktext": ["0", "1 (fair)", "2", "3", "≥ 4"], "thickness": 14}
-    bar |= {"outlinewidth": 0, "title": {"text": "load over<br>fair share"}}
-    figure.update_layout(
-        coloraxis={"cmin": 0, "cmax": LOAD_LIMIT, "colorscale": LOAD_COLOURS["light"], "colorbar": bar},
-        meta={"scales": LOAD_COLOURS},
-    )
-    figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(showgrid=False, type="category", autorange="reversed", automargin=True)
-    return figure
-
-
-def _shares(load_E: Sequence[int], width: int) -> list[float | None]:
-    fair = sum(load_E) / len(load_E)
-    shares = [round(load / fair, 2) if fair else None for load in load_E]
-    return shares + [None] * (width - len(load_E))
+    rows, height = over_fair([of.load_E for of in loads.layers]), min(max(110 + 24 * len(names), 260), 1400)
+    return share_figure(rows, names, height, "layer %{y}, expert %{x}<br>%{z:.2f} × the fair share", "layer")
 
 
 def balance_figure(measured: Sequence[Loads]) -> Figure:
@@ -81,7 +60,7 @@ def balance_figure(measured: Sequence[Loads]) -> Figure:
     figure = new_figure("layer", "MaxVio", height=420)
     for index, loads in enumerate(measured):
         style, names = style_of(index), _names(loads.layers)
-        low, high = (_finite([of.step_max_vio[at] for of in loads.layers]) for at in (0, PERCENTS.index(95)))
+        low, high = (drawn([of.step_max_vio[at] for of in loads.layers]) for at in (0, PERCENTS.index(95)))
         spans = [None if a is None or b is None else b - a for a, b in zip(low, high, strict=True)]
         figure.add_bar(
             x=names,
@@ -94,7 +73,7 @@ def balance_figure(measured: Sequence[Loads]) -> Figure:
         )
         figure.add_scatter(
             x=names,
-            y=_finite([of.max_vio for of in loads.layers]),
+            y=drawn([of.max_vio for of in loads.layers]),
             name=f"{escape(printable(loads.name))}, all steps",
             mode="markers",
             marker={"color": style.colour, "symbol": style.symbol, "size": 9},
@@ -126,7 +105,3 @@ def flips_figure(flips: Flips) -> Figure:
 
 def _names(layers: Sequence[LayerLoads]) -> list[str]:
     return [escape(printable(of.layer)) for of in layers]
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    return [None if value != value else round(value, 5) for value in values]

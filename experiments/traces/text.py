@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from rlroute.experiments.terminal import Grid
-from rlroute.experiments.text import NOTHING, rounded
+from rlroute.experiments.text import NOTHING, decimals, rounded
 from rlroute.experiments.traces.flips import Flips
 from rlroute.experiments.traces.measure import PERCENTS, LayerLoads, Loads
 
@@ -38,18 +38,13 @@ COLUMNS: dict[str, Callable[[LayerLoads], str]] = {
     "silent": lambda of: f"{of.silent:,}",
     "pairs": lambda of: f"{sum(of.load_E):,}",
     "E": lambda of: str(of.experts),
-    "MaxVio": lambda of: figure(of.max_vio),
-    "p50": lambda of: figure(of.step_max_vio[0]),
-    "p95": lambda of: figure(of.step_max_vio[PERCENTS.index(95)]),
-    "Gini": lambda of: figure(of.gini),
-    "min/max": lambda of: figure(of.min_over_max),
+    "MaxVio": lambda of: decimals(of.max_vio),
+    "p50": lambda of: decimals(of.step_max_vio[0]),
+    "p95": lambda of: decimals(of.step_max_vio[PERCENTS.index(95)]),
+    "Gini": lambda of: decimals(of.gini),
+    "min/max": lambda of: decimals(of.min_over_max),
     "dead": lambda of: str(of.dead),
 }
-
-
-def figure(value: float) -> str:
-    """Return a number of three decimals, or a dash for one that is not defined."""
-    return f"{value:.3f}" if math.isfinite(value) else NOTHING
 
 
 def percent(part: int, whole: int) -> str:
@@ -75,7 +70,7 @@ def layers_grid(loads: Loads) -> Grid:
 def spread_grid(loads: Loads) -> Grid:
     """Return percentiles over layers, and over layers and steps."""
     head = ["over all", *(f"p{share}" for share in PERCENTS), "highest"]
-    return Grid(head, [[name, *map(figure, values)] for name, values in loads.spread.items()])
+    return Grid(head, [[name, *map(decimals, values)] for name, values in loads.spread.items()])
 
 
 def heatmap(loads: Loads) -> str:
@@ -107,7 +102,7 @@ def flips_text(flips: Flips) -> str:
     """Return what two traces differ in altogether."""
     return (
         f"{percent(sum(flips.lost), sum(flips.chosen))} of choices differ; {percent(flips.anywhere, flips.tokens)} of "
-        f"{flips.tokens:,} tokens flip in at least one layer, a token in {figure(flips.changed_layers)} of "
+        f"{flips.tokens:,} tokens flip in at least one layer, a token in {decimals(flips.changed_layers)} of "
         f"{len(flips.layers)} layers on average."
     )
 
