@@ -11,22 +11,12 @@ from typing import Any
 from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
 
 from rlroute.config import RunConfig
-from rlroute.errors import StoreError
 from rlroute.experiments.claims.claim import Claim
-from rlroute.experiments.comparison.registration import WAY_OUT
-from rlroute.schema import Described, Digest, MadeFrom, Moment, Name, Whole
+from rlroute.experiments.comparison.registration import Trained
+from rlroute.schema import Digest, MadeFrom, Moment, Name, Whole
 
 VERSION = 1
 """Of the plan's fields."""
-
-
-class Trained(TypedDict):
-    """An arm of a claim."""
-
-    config: dict[str, Any]
-    """The configuration of its runs."""
-    made_from: MadeFrom
-    """The code and data of its runs."""
 
 
 class Plan(TypedDict):
@@ -64,25 +54,3 @@ def make_plan(claim: Claim, made: Mapping[RunConfig, MadeFrom], there_before: It
 def registration_file(store: Path, claim: Claim) -> Path:
     """Return where a store keeps the registration of a claim, of which it has one."""
     return store / f"claim-{claim.id}.json"
-
-
-def refuse_other_plan(runs: Mapping[str, Described], claim: Claim, sha256: str, path: Path) -> None:
-    """Refuse runs that were trained for a claim under another plan.
-
-    Args:
-        runs: by id, begun or ended: what their config.json says.
-        claim: the claim.
-        sha256: of its plan.
-        path: where it is registered.
-
-    Raises:
-        StoreError: naming the first.
-    """
-    for run, described in runs.items():
-        asked = described.get("asked")
-        said = sha256 if asked is None else asked.get("claims", {}).get(claim.id, sha256)
-        if said != sha256:
-            raise StoreError(
-                f"{path} was changed after the first run: run {run} was trained under the plan of SHA-256 {said}, "
-                f"this one's is {sha256}; {WAY_OUT}"
-            )

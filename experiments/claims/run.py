@@ -5,7 +5,7 @@ same call goes on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,16 +14,10 @@ from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.claims.claim import Claim
 from rlroute.experiments.claims.evidence import outcome
 from rlroute.experiments.claims.outcomes import Outcome
-from rlroute.experiments.claims.registration import (
-    Registration,
-    make_plan,
-    refuse_other_plan,
-    registration_file,
-)
-from rlroute.experiments.comparison.registration import register
+from rlroute.experiments.claims.registration import Registration, make_plan, registration_file
+from rlroute.experiments.comparison.registration import refuse_other_plan, register
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import check_jobs, run_jobs
-from rlroute.reading import read_described
 from rlroute.records import RunFolder
 from rlroute.schema import Asked, MadeFrom
 
@@ -57,7 +51,7 @@ def run_claims(
     jobs = jobs_of(claims, command)
     made = check_jobs(list(jobs.values()), how)
     registered = {claim.id: _register(claim, made, how) for claim in claims}
-    ids = {claim.id: _ids(claim) for claim in claims}
+    ids = {claim.id: jobs_of([claim]).keys() for claim in claims}
     shared = sum(map(len, ids.values())) - len(jobs)
     say(f"{len(claims)} claims registered in {how.store}/, {len(jobs)} runs, {shared} times shared between claims")
     asked = [replace(job, asked=_asked(job, ids, registered)) for job in jobs.values()]
@@ -93,23 +87,21 @@ def jobs_of(claims: Sequence[Claim], command: str | None = None) -> dict[str, Jo
     return jobs
 
 
-def _ids(claim: Claim) -> set[str]:
-    return {config.run_id(seed) for config in claim.configs().values() for seed in claim.seeds}
-
-
 def _register(claim: Claim, made: Mapping[RunConfig, MadeFrom], how: Launch) -> Registration:
     """Register a claim, or find it registered, in agreement with what runs say that are there."""
     folders = [RunFolder(how.store, config, seed) for config in claim.configs().values() for seed in claim.seeds]
     path = registration_file(how.store, claim)
     plan = make_plan(claim, made, {folder.id for folder in folders if folder.ended})
     registration: Registration = register(path, plan, Registration)
-    begun = [folder for folder in folders if (folder.path / "config.json").exists()]
-    described = {folder.id: read_described(folder.path) for folder in begun}
-    refuse_other_plan(described, claim, registration["sha256"], path)
+
+    def plan_of(asked: Asked) -> str | None:
+        return asked.get("claims", {}).get(claim.id)
+
+    refuse_other_plan([folder.path for folder in folders], plan_of, registration["sha256"], path)
     return registration
 
 
-def _asked(job: Job, ids: Mapping[str, set[str]], registered: Mapping[str, Registration]) -> Asked:
+def _asked(job: Job, ids: Mapping[str, Collection[str]], registered: Mapping[str, Registration]) -> Asked:
     assert job.asked is not None
     plans = {claim: registered[claim]["sha256"] for claim, runs in ids.items() if job.id in runs}
     return {**job.asked, "claims": plans}

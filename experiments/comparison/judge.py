@@ -101,8 +101,12 @@ def _jobs(configs: Sequence[RunConfig], names: Sequence[str], seeds: int, comman
 def _register(path: Path, plan: Plan, jobs: Sequence[Job], store: Path) -> Registration:
     """Register a plan, or find it registered, in agreement with what runs say that are there."""
     registration = register(path, plan, Registration)
-    entries = list(dict.fromkeys(job.entry for job in jobs))
-    refuse_other_plan([store / job.id for job in jobs], entries, registration["sha256"], path)
+    entries = {job.entry for job in jobs}
+
+    def plan_of(asked: Asked) -> str | None:
+        return asked.get("registration") if set(asked["entries"]) == entries else None
+
+    refuse_other_plan([store / job.id for job in jobs], plan_of, registration["sha256"], path)
     return registration
 
 

@@ -5,7 +5,7 @@ its SHA-256 before the first run, and held against whatever comes later.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,7 @@ from rlroute.experiments.verdicts import LEVEL, shares
 from rlroute.provenance import utc_now
 from rlroute.reading import read_described, read_json
 from rlroute.records import storing, write_json
-from rlroute.schema import Amount, Digest, MadeFrom, Moment, Name, Part, Whole
+from rlroute.schema import Amount, Asked, Digest, MadeFrom, Moment, Name, Part, Whole
 from rlroute.seal import of_part
 from rlroute.values import differing
 
@@ -33,17 +33,22 @@ VERSION = 1
 """Of the plan's fields and rule."""
 
 
-class Party(TypedDict):
+class Trained(TypedDict):
+    """What is trained for a plan."""
+
+    config: dict[str, Any]
+    """The configuration of its runs."""
+    made_from: MadeFrom
+    """The code and data of its runs."""
+
+
+class Party(Trained):
     """An entry of a judgement."""
 
     label: str
     """What it is called."""
     settings: str
     """Whose they are."""
-    config: dict[str, Any]
-    """The configuration of its runs."""
-    made_from: MadeFrom
-    """The code and data of its runs."""
 
 
 class Plan(TypedDict):
@@ -162,12 +167,13 @@ def read_registration(path: Path, kind: type[Any]) -> dict[str, Any]:
     return registration
 
 
-def refuse_other_plan(folders: Iterable[Path], entries: Sequence[str], sha256: str, path: Path) -> None:
-    """Refuse runs that a judgement of the same entries under another plan has trained.
+def refuse_other_plan(folders: Iterable[Path], plan_of: Callable[[Asked], str | None], sha256: str, path: Path) -> None:
+    """Refuse runs that were trained under another plan.
 
     Args:
         folders: of runs, begun or not.
-        entries: ids of runs without their seeds.
+        plan_of: from what asked for a run to the SHA-256 of the plan that it had in place of this one; None: it had
+            none.
         sha256: of the plan.
         path: where it is registered.
 
@@ -176,8 +182,8 @@ def refuse_other_plan(folders: Iterable[Path], entries: Sequence[str], sha256: s
     """
     for folder in folders:
         asked = read_described(folder).get("asked") if (folder / "config.json").exists() else None
-        said = sha256 if asked is None else asked.get("registration", sha256)
-        if asked is not None and set(asked["entries"]) == set(entries) and said != sha256:
+        said = None if asked is None else plan_of(asked)
+        if said not in (None, sha256):
             raise StoreError(
                 f"{path} was changed after the first run: run {folder.name} was trained under the plan of SHA-256 "
                 f"{said}, this one's is {sha256}; {WAY_OUT}"
