@@ -211,7 +211,7 @@ def outcomes(folder: Path, random: Random) -> None:
     }
     line |= {"verdict": "refuted", "parts": [found], "seeds": list(claim.seeds), "runs": ["a-s0"], "diverged": []}
     line |= {"cost": {"runs": 5, "tokens": 1, "training_flops": 1, "seconds": 1.0}, "there_before": 0, "dirty": False}
-    line |= {"registered": "2026-01-01T00:00:00+00:00", "commit": None, "torch": "2", "cpu_capability": "a"}
+    line |= {"registered": "2026-01-01T00:00:00+00:00", "commit": 40 * "a", "torch": "2", "cpu_capability": "a"}
     text = json.dumps(line | {"threads": 1, "device": "cpu"}) + "\n"
     path.write_bytes(text.encode() if random.random() < 0.1 else _changed(text.encode(), random))
     there = read_outcomes(path)

@@ -233,7 +233,22 @@ def test_a_page_without_outcomes_names_every_claim() -> None:
     assert "0 have been run" in text
 
 
+def test_outcomes_of_several_commits_say_of_which_and_their_runs_are_counted_apart() -> None:
+    outcomes = read_outcomes(PUBLISHED)
+    once = {run for outcome in outcomes.values() for run in outcome["runs"]}
+    assert sum(len(outcome["runs"]) for outcome in outcomes.values()) > len(once)  # they have runs in common
+    plain: Any = {name: outcome | {"commit": 40 * "a"} for name, outcome in outcomes.items()}
+    assert f" Made by {len(once)} runs at commit {12 * 'a'} (torch " in page(plain)
+    last = list(plain)[-1]
+    mixed: Any = plain | {last: plain[last] | {"commit": f"{40 * 'a'}, then {40 * 'b'}", "dirty": True}}
+    text, count = page(mixed), len(outcomes[last]["runs"])
+    apart = {run for name in plain if name != last for run in plain[name]["runs"]}
+    both = f"{12 * 'a'}, then {12 * 'b'} (changed)"
+    assert f" Made by {len(apart)} runs at commit {12 * 'a'} (torch " in text
+    assert f"; {count} runs at commit {both} (torch " in text and f". {count} runs at {both}, " in text
+
+
 def test_the_published_page_is_what_the_published_outcomes_give() -> None:
-    outcomes = read_outcomes(PUBLISHED) if PUBLISHED.exists() else {}
+    outcomes = read_outcomes(PUBLISHED)
     assert list(faults(outcomes, CLAIMS)) == []
     assert differences(page(outcomes), ROOT / PAGE) == []

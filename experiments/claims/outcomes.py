@@ -21,7 +21,7 @@ from rlroute.experiments.statistics import t_interval
 from rlroute.foreign import Unfit, hold, why
 from rlroute.reading import read_lines
 from rlroute.records import write_atomically
-from rlroute.schema import Amount, Digest, Moment, Name, Number, Whole
+from rlroute.schema import Amount, Digest, Moment, Name, Noted, Number, Whole
 from rlroute.values import differing
 
 FILE = "claims.jsonl"
@@ -100,15 +100,15 @@ class Outcome(TypedDict):
     """Runs that diverged."""
     core: Digest
     """Of rlroute's own sources, of which the runs were made."""
-    commit: str | None
-    """Of the repository."""
-    dirty: Any
+    commit: str
+    """Of the repository, or unknown; all of them, where runs were made at several."""
+    dirty: bool
     """Whether files differed from it."""
     torch: str
     """PyTorch's version."""
     cpu_capability: str
     """The instruction set."""
-    threads: Any
+    threads: Whole | Noted
     """Of a run."""
     device: str
     """Where it was computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -116,12 +117,15 @@ def _where(outcomes: Mapping[str, Outcome]) -> str:
     """Return at which commits and on what the runs were made."""
     if not outcomes:
         return ""
-    commits = sorted({(o["commit"] or "unknown")[:12] + " (changed)" * bool(o["dirty"]) for o in outcomes.values()})
-    machines = sorted(
-        {f"torch {o['torch']}, {o['cpu_capability']}, {o['threads']} thread a run" for o in outcomes.values()}
-    )
-    runs = {run for outcome in outcomes.values() for run in outcome["runs"]}
-    return f" Made by {len(runs)} runs at commit {', '.join(commits)} ({'; '.join(machines)})."
+    runs: dict[str, set[str]] = {}  # a run that claims have in common is counted at each commit where it was trained
+    for o in outcomes.values():
+        where = f"at commit {_commit(o)} (torch {o['torch']}, {o['cpu_capability']}, {o['threads']} thread a run)"
+        runs.setdefault(where, set()).update(o["runs"])
+    return f" Made by {'; '.join(f'{len(ids)} runs {where}' for where, ids in runs.items())}."
+
+
+def _commit(outcome: Outcome) -> str:
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]+", r"\1", outcome["commit"]) + " (changed)" * outcome["dirty"]
 
 
 def _bases() -> str:
@@ -192,7 +196,7 @@ def _combined(part: Part, runs: int) -> str:
 def bounds(part: Part) -> str:
     """Return between what a part has the true value."""
     ends = [("above", part.above), ("below", part.below)]
-    return ", ".join(f"{word} {value:g}" for word, value in ends if value is not None)
+    return ", ".join(f"{word} {value + 0:g}" for word, value in ends if value is not None)  # -0 is 0
 
 
 def effect(said: PartOutcome) -> str:
@@ -207,7 +211,8 @@ def effect(said: PartOutcome) -> str:
 def _paid(outcome: Outcome) -> str:
     """Return what a claim's runs took, and what else has to be said of them."""
     cost = outcome["cost"]
-    text = f"{cost['runs']} runs, {si(cost['training_flops'])}FLOPs, {three_digits(cost['seconds'])} s."
+    text = f"{cost['runs']} runs at {_commit(outcome)}, {si(cost['training_flops'])}FLOPs"
+    text += f", {three_digits(cost['seconds'])} s."
     if outcome["there_before"]:
         text += f" {outcome['there_before']} of them had ended before it was registered."
     return text + (f" Diverged: {', '.join(outcome['diverged'])}." if outcome["diverged"] else "")
