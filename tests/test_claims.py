@@ -221,9 +221,17 @@ def test_a_part_is_a_sum_over_arms_or_a_measure_of_two() -> None:
     assert values_of(MEASURES["bits"], {"a": 1, "b": -2}, runs) == (5 - 2 * 3, "")
     assert values_of(MEASURES["bits"], {"a": 1, "c": -1}, runs) == (None, "c")
     assert values_of(MEASURES["cost_ratio"], {"a": 1, "b": -1}, runs) == (3, "")
-    value, lacking = values_of(MEASURES["cost_ratio"], {"a": 1, "c": -1}, runs)
-    assert value is None and lacking == "a against c"
+    runs["d"] = run_of([8, 3])
+    assert values_of(MEASURES["cost_ratio"], {"a": 1, "d": -1}, runs) == (None, "a against d")
     assert not math.isnan(load_swing(SimpleNamespace(loads=[])) or 0)  # type: ignore[arg-type]
+
+
+def test_what_a_run_shows_up_to_where_it_diverged_is_no_value() -> None:
+    rows = [{"loss": loss, "grad_norm": 1.0} for loss in [7, 5, 6] + 40 * [5]]
+    ended, diverged = ({"s": sample(train=rows, summary={"final": final})} for final in ({"bits_per_byte": 5.0}, None))
+    for name, value in (("loss_rise", 1), ("spikes", 0)):
+        assert values_of(MEASURES[name], {"s": 1}, ended) == (value, "")
+        assert values_of(MEASURES[name], {"s": 1}, diverged) == (None, "s")
 
 
 def test_a_page_without_outcomes_names_every_claim() -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 from rlroute.experiments.claims import probes
 from rlroute.experiments.claims.probes import Sample
@@ -245,7 +244,9 @@ MEASURES: dict[str, Measure] = {
 
 
 def values_of(measure: Measure, of: Mapping[str, float], samples: Mapping[str, Sample]) -> tuple[float | None, str]:
-    """Return a part's value for one seed, and of which arm it is not defined."""
+    """Return a part's value for one seed, and of which arm it is not defined: none is of a run that diverged."""
+    if diverged := [name for name in of if samples[name].record.summary["final"] is None]:
+        return None, diverged[0]
     if measure.runs == 2:
         value = measure.of(*(samples[name] for name in of))
         return value, " against ".join(of) if value is None else ""
@@ -255,6 +256,3 @@ def values_of(measure: Measure, of: Mapping[str, float], samples: Mapping[str, S
             return None, name
         total += weight * value
     return total, ""
-
-
-Rows = Sequence[Mapping[str, Any]]
