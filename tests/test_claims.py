@@ -79,6 +79,7 @@ def test_claims_share_runs_and_equal_flops_are_those_of_the_arm_that_is_named() 
     jobs = jobs_of(quick)
     assert sum(len(claim.arms) * len(claim.seeds) for claim in quick) > len(jobs)
     assert all(run == job.id for run, job in jobs.items()) and len(jobs) <= 270
+    assert list(jobs)[:10] == list(jobs_of([CLAIMS["26"]]))  # the clock holds them against each other
     found = CLAIMS["5"].configs()
     assert found["k = 1"].train.budget_amount == found["k = 2"].train.budget_amount
     assert {config.train.budget for config in found.values()} == {"flops"}
