@@ -14,11 +14,18 @@ from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.output import show_grid
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.foreign import printable
+from rlroute.limits import option
 
 if TYPE_CHECKING:
     from rlroute.experiments.claims.outcomes import Outcome
 
 OUT = Path("results")
+UNSAID = {"ids": (), "tier": None, "results": None, "page": None, "check": False, "out": OUT}
+TAKES = {
+    "list": ("tier", "results"),
+    "run": ("ids", "tier", "out", "store", "launching"),
+    "table": ("results", "page", "check"),
+}
 
 
 def claims(
@@ -47,32 +54,22 @@ def claims(
         out: of run: folder for claims.jsonl.
         launch: of run.
     """
+    said = {"ids": ids, "tier": tier, "results": results, "page": page, "check": check, "out": out}
+    takes = ", ".join(name if name in ("ids", "launching") else option(name) for name in TAKES[what])
+    refuse_others(f"claims {what}", takes, {name: said[name] for name in said if name not in TAKES[what]}, UNSAID)
     if what == "run":
-        refuse_others("claims run", "ids, --tier, --out, --store and launching", _reading(results, page, check), _NONE)
         _run(ids, tier, out, launch)
         return
-    refuse_others(f"claims {what}", "--results", {"ids": ids, "out": out}, {"ids": (), "out": OUT})
-    refuse_others(f"claims {what}", "--results", launch, LAUNCH)
+    refuse_others(f"claims {what}", takes, launch, LAUNCH)
     if what == "list":
-        refuse_others("claims list", "--tier and --results", _reading(None, page, check), _NONE)
         _list(tier, results)
     else:
-        refuse_others("claims table", "--results, --page and --check", {"tier": tier}, {"tier": None})
         _table(results, page, check)
-
-
-_NONE = {"results": None, "page": None, "check": False}
-
-
-def _reading(results: Path | None, page: Path | None, check: bool) -> dict[str, object]:
-    return {"results": results, "page": page, "check": check}
 
 
 def _read(results: Path | None) -> dict[str, Outcome]:
     from rlroute.experiments.claims.outcomes import PUBLISHED, read_outcomes
 
-    if results is None and not PUBLISHED.exists():
-        return {}
     return read_outcomes(results or PUBLISHED)
 
 
