@@ -5,6 +5,7 @@ from rlroute.experiments.claims.claim import Claim, Part, alike, arm, less, more
 
 SHAZEER = "Shazeer et al. 2017 (arXiv 1701.06538), table 6"
 LOSS_FREE = "Wang et al. 2024 (arXiv 2408.15664)"
+RATES = {rate: arm(f"bias_balanced:update_rate={rate}") for rate in ("0.0001", "0.01", "0.3")}
 
 
 def _noisy(weight: str) -> str:
@@ -85,12 +86,7 @@ CLAIMS = (
         anchor="0.0001 slow, 0.01 swings (0.001 chosen); sign 9.50, size 9.51 to 9.53",
         tier="quick",
         here="rates of 0.0001, 0.01 and 0.3 (300 steps), the size relative to the mean load",
-        arms={
-            "0.0001": arm("bias_balanced:update_rate=0.0001"),
-            "0.01": BIAS,
-            "0.3": arm("bias_balanced:update_rate=0.3"),
-            "by size": arm("bias_balanced:update_rate=0.01,rule=magnitude"),
-        },
+        arms={**RATES, "by size": arm("bias_balanced:update_rate=0.01,rule=magnitude")},
         parts=(
             more("max_vio", "0.0001", "0.01", "at 0.0001 MaxVio is higher than at 0.01"),
             more("load_swing", "0.3", "0.01", "at 0.3 loads change more from step to step"),
@@ -141,15 +137,10 @@ CLAIMS = (
         anchor="rates of 0.001 to 0.05 failed",
         tier="quick",
         here="rates of 0.0001, 0.01 and 0.3 against the exact quantile",
-        arms={
-            "0.0001": arm("bias_balanced:update_rate=0.0001"),
-            "0.01": BIAS,
-            "0.3": arm("bias_balanced:update_rate=0.3"),
-            "quantile": QUANTILE,
-        },
+        arms={**RATES, "quantile": QUANTILE},
         parts=tuple(
             more(measure, rate, "quantile", f"at {rate} {what} is higher")
-            for rate in ("0.0001", "0.01", "0.3")
+            for rate in RATES
             for measure, what in (("bits", "the loss"), ("max_vio", "MaxVio"))
         ),
     ),

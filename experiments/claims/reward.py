@@ -6,7 +6,6 @@ from rlroute.experiments.claims.claim import Claim, Part, arm, less, more
 CLARK = "Clark et al. 2022 (arXiv 2202.01169)"
 REINFORCE = "reinforce:baseline={},balance_weight=8,policy_weight=0.5"
 
-
 CLAIMS = (
     Claim(
         id="14",

@@ -1,6 +1,6 @@
 """Claims about what keeps training steady: z-loss, precision, noise, initial scales; and what does not."""
 
-from rlroute.experiments.claims.arms import JITTER, SWITCH, Z_LOSS, hot
+from rlroute.experiments.claims.arms import JITTER, NOISY, SAMPLED, SWITCH, Z_LOSS, hot
 from rlroute.experiments.claims.claim import Claim, arm, less, more, no_worse
 
 SWITCH_PAPER = "Switch Transformer, Fedus et al. 2021 (arXiv 2101.03961)"
@@ -16,8 +16,8 @@ CLAIMS = (
         tier="gpu",
         here="gpu-30m in bfloat16, the router's products in float32 or bfloat16",
         arms={
-            "float32": arm("switch:balance_weight=0.01"),
-            "bfloat16": arm("switch:balance_weight=0.01", router_dtype="bfloat16"),
+            "float32": SWITCH,
+            "bfloat16": arm(SWITCH.entry, router_dtype="bfloat16"),
         },
         parts=(
             more("bits", "bfloat16", "float32", "with the router in bfloat16 the loss is higher"),
@@ -61,12 +61,12 @@ CLAIMS = (
         tier="long",
         here="jitter of 0.01 at the router's input, dropout of 0.1 inside experts",
         arms={
-            "plain": arm("switch:balance_weight=0.01"),
-            "jitter": arm("switch:balance_weight=0.01,jitter=0.01"),
-            "dropout": arm("switch:balance_weight=0.01", expert_dropout=0.1),
-            "plain, unsteady": arm("switch:balance_weight=0.01", lr=2.4e-2),
-            "jitter, unsteady": arm("switch:balance_weight=0.01,jitter=0.01", lr=2.4e-2),
-            "dropout, unsteady": arm("switch:balance_weight=0.01", expert_dropout=0.1, lr=2.4e-2),
+            "plain": SWITCH,
+            "jitter": JITTER,
+            "dropout": arm(SWITCH.entry, expert_dropout=0.1),
+            "plain, unsteady": arm(SWITCH.entry, lr=2.4e-2),
+            "jitter, unsteady": arm(JITTER.entry, lr=2.4e-2),
+            "dropout, unsteady": arm(SWITCH.entry, expert_dropout=0.1, lr=2.4e-2),
         },
         parts=(
             more("bits", "jitter", "plain", "jitter costs"),
@@ -91,7 +91,7 @@ CLAIMS = (
         anchor="-1.570 sampled, -1.471 best, -1.468 with jitter",
         tier="quick",
         here="k = 2; sampled: drawn from the softmax without replacement; evaluation takes the best",
-        arms={"best": SWITCH, "sampled": arm("sampled_topk:balance_weight=0.01"), "jitter": JITTER},
+        arms={"best": SWITCH, "sampled": SAMPLED, "jitter": JITTER},
         parts=(
             more("bits", "sampled", "best", "sampling costs"),
             no_worse("jitter", "best", "jitter does not"),
@@ -104,11 +104,7 @@ CLAIMS = (
         anchor="no figures",
         tier="quick",
         here="noisy top-k and sampled top-k against switch; each token's best expert is masked after training",
-        arms={
-            "best": SWITCH,
-            "noisy": arm("noisy_topk:importance_weight=0.1,load_weight=0.1"),
-            "sampled": arm("sampled_topk:balance_weight=0.01"),
-        },
+        arms={"best": SWITCH, "noisy": NOISY, "sampled": SAMPLED},
         parts=(
             less("without_best", "noisy", "best", "with learned Gaussian noise the loss rises less"),
             less("without_best", "sampled", "best", "so it does where experts are sampled"),
