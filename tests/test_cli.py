@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from rlroute.config import DataConfig, ModelConfig, TrainConfig
+from rlroute.experiments.cli.main import commands
+from rlroute.experiments.cli.parsing import name_of
 from rlroute.experiments.comparison import tune
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.recipes.grid import Axis, Grid
@@ -490,11 +492,7 @@ def test_when_a_run_was_begun_and_ended_is_recorded(compared):
 
 # --- the words of the command line
 
-COMMANDS = (
-    *("train", "compare", "finetune", "judge", "upcycle", "claims", "ladder", "plan", "data", "sweep", "routers"),
-    *("presets", "check", "runs", "table", "report", "dashboard", "verify", "export", "export-tokens"),
-    *("export-clusters", "import", "tune", "play", "bench", "gradients", "trace", "inspect", "wandb"),
-)
+COMMANDS = tuple(map(name_of, commands()))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from contextlib import suppress
 
 from rlroute.errors import RlrouteError
 from rlroute.experiments.cli.folders import leaving_nothing
+from rlroute.experiments.cli.include import without_includes
 from rlroute.experiments.cli.output import surviving
-from rlroute.experiments.cli.parsing import parse
+from rlroute.experiments.cli.parsing import Command, parse
 from rlroute.extras import missing, needed_beside
 from rlroute.foreign import printable
 
@@ -60,17 +61,26 @@ def _run() -> None:
         import tyro  # noqa: F401  (the commands say with it how they are called)
     except ImportError as error:
         raise missing("the command line", "tyro") from error
+    from rlroute.experiments.cli.common import with_checked_options
+
+    description = (
+        "Compare the routers of mixture-of-experts transformers inside identical models. "
+        "--include FILE, of every command and as often as needed, brings in a router from a file anywhere."
+    )
+    parse(without_includes(sys.argv[1:]), [with_checked_options(command) for command in commands()], description)()
+
+
+def commands() -> tuple[Command, ...]:
+    """Return what the command line offers, in the order in which its help lists it."""
     from rlroute.experiments.cli.benches import bench
     from rlroute.experiments.cli.check import check
     from rlroute.experiments.cli.claims import claims
-    from rlroute.experiments.cli.common import with_checked_options
     from rlroute.experiments.cli.dashboard import dashboard
     from rlroute.experiments.cli.data import data, plan
     from rlroute.experiments.cli.finetune import finetune
     from rlroute.experiments.cli.games import play
     from rlroute.experiments.cli.gradients import gradients
     from rlroute.experiments.cli.imports import import_
-    from rlroute.experiments.cli.include import without_includes
     from rlroute.experiments.cli.inspection import inspect
     from rlroute.experiments.cli.judge import judge
     from rlroute.experiments.cli.ladder import ladder
@@ -90,7 +100,7 @@ def _run() -> None:
     from rlroute.experiments.cli.upcycle import upcycle
     from rlroute.experiments.cli.upload import wandb
 
-    commands = (
+    return (
         train,
         compare,
         finetune,
@@ -121,11 +131,6 @@ def _run() -> None:
         inspect,
         wandb,
     )
-    description = (
-        "Compare the routers of mixture-of-experts transformers inside identical models. "
-        "--include FILE, of every command and as often as needed, brings in a router from a file anywhere."
-    )
-    parse(without_includes(sys.argv[1:]), [with_checked_options(command) for command in commands], description)()
 
 
 def _version() -> str:

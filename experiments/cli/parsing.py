@@ -25,10 +25,13 @@ def parse(words: Sequence[str], commands: Sequence[Command], description: str) -
         ConfigError: they are no command of ours; the message names the word, and what comes nearest.
         SystemExit: help or completion was printed.
     """
-    names = [command.__name__.replace("_", "-") for command in commands]
+    by_name = {name_of(command): command for command in commands}
     _refuse_foreign(words)
-    if words and not words[0].startswith("-") and words[0].replace("_", "-") not in names:
-        raise ConfigError(f"unknown command {words[0]!r}: {_nearest(words[0], names)}")
+    if words and not words[0].startswith("-"):
+        name = words[0].replace("_", "-")
+        if name not in by_name:
+            raise ConfigError(f"unknown command {words[0]!r}: {_nearest(words[0], list(by_name))}")
+        commands = [by_name[name]]  # where a word is wrong, tyro goes through the options of all that it knows
     ask = _asker(commands, description)
     try:
         with redirect_stderr(io.StringIO()):
@@ -40,6 +43,11 @@ def parse(words: Sequence[str], commands: Sequence[Command], description: str) -
     except AssertionError as error:  # of --tyro-print-completion, about the shell
         raise ConfigError(str(error)) from None
     return found
+
+
+def name_of(command: Command) -> str:
+    """Return what a command is called on the command line."""
+    return command.__name__.replace("_", "-")
 
 
 def _refuse_foreign(words: Sequence[str]) -> None:
