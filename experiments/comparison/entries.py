@@ -7,10 +7,10 @@ Everything here is a pure function of run records.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
@@ -57,6 +57,8 @@ all of ``data`` but ``train_tokens``.
 STREAM = "data.train_sha256"
 """Of what a run was made from, what those on as many training tokens share."""
 
+Key = TypeVar("Key", bound=Hashable)
+
 SAME_CONFIG = "one comparison trains every router on the same data in the same model"
 SAME_WEIGHTS = "with one seed every router starts from the same weights"
 SAME_BATCHES = "with one seed every router sees the same batches in the same order"
@@ -95,6 +97,14 @@ class Entry:
         return {run.config["seed"]: final["bits_per_byte"] for run in self.finished if (final := run.summary["final"])}
 
 
+def grouped(runs: Iterable[RunRecord], key: Callable[[RunRecord], Key]) -> dict[Key, list[RunRecord]]:
+    """Return runs by what a function says of them, in the order in which they come."""
+    groups: dict[Key, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
 def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
     """Group runs by configuration, in the order of their labels: the router's name, with those of single sites as in
     ``switch+hash@0-1``, and in brackets what sets apart several configurations of one.
@@ -102,9 +112,8 @@ def make_entries(records: Iterable[RunRecord]) -> list[Entry]:
     Raises:
         ComparisonError: there are no runs, or one run is there twice.
     """
-    groups: dict[str, list[RunRecord]] = {}
-    for record in sorted(records, key=lambda record: (record.config["config_hash"], record.config["seed"])):
-        groups.setdefault(record.config["config_hash"], []).append(record)
+    ordered = sorted(records, key=lambda record: (record.config["config_hash"], record.config["seed"]))
+    groups = grouped(ordered, lambda record: record.config["config_hash"])
     if not groups:
         raise ComparisonError("there are no ended runs to compare")
     for runs in groups.values():
@@ -264,16 +273,14 @@ def _require_equal(field: str, values: Sequence[tuple[str, Any]], reason: str) -
 
 def _check_identity(runs: Sequence[RunRecord]) -> None:
     """Check the runs of one seed: the same initial weights, the same batches in the same order."""
-    backbones: dict[tuple[str, int], list[RunRecord]] = {}
-    for run in runs:  # an attention of experts is no part of the backbone
-        backbones.setdefault((source(run), _attention_experts(run)), []).append(run)
-    for alike in backbones.values():
+    # An attention of experts is no part of the backbone.
+    for alike in grouped(runs, lambda run: (source(run), _attention_experts(run))).values():
         fingerprints = [(run.id, run.summary["fingerprint"]["backbone"]) for run in alike]
         _require_equal("fingerprint.backbone", fingerprints, SAME_WEIGHTS)
     for alike in by_shape(runs).values():
         shared = [(run.id, run.summary["fingerprint"]["shared"]) for run in alike]
         _require_equal("fingerprint.shared", shared, SAME_WEIGHTS)
-    for alike in by_train_tokens(runs).values():
+    for alike in grouped(runs, train_tokens).values():
         streams = [(run.id, _made(run).get(STREAM)) for run in alike]
         _require_equal(f"config.made_from.{STREAM}", streams, "as many training tokens are the same ones")
         for step in sorted(set().union(*map(_chains, alike))):
@@ -299,26 +306,10 @@ def source(run: RunRecord) -> str:
     return f"{start['run']} at step {start['step']} (sha256 {start['sha256'][:12]})" if start else ""
 
 
-def by_source(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Group runs by the checkpoint that they start from."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(source(run), []).append(run)
-    return groups
-
-
 def train_tokens(run: RunRecord) -> int | None:
     """Return how many of the training tokens a run was trained on; None: all."""
     data: Mapping[str, Any] = run.config["config"]["data"]
     return data.get("train_tokens")
-
-
-def by_train_tokens(runs: Iterable[RunRecord]) -> dict[int | None, list[RunRecord]]:
-    """Group runs by the training tokens that they were trained on."""
-    groups: dict[int | None, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(train_tokens(run), []).append(run)
-    return groups
 
 
 def by_shape(runs: Iterable[RunRecord]) -> dict[tuple[int | str | None, ...], list[RunRecord]]:

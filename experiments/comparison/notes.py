@@ -11,11 +11,11 @@ from rlroute.config import DENSE, SCHEMA
 from rlroute.experiments.comparison.entries import (
     Entry,
     by_shape,
-    by_source,
-    by_train_tokens,
     flat_config,
+    grouped,
     of_router,
     source,
+    train_tokens,
     varying,
 )
 from rlroute.experiments.comparison.marks import marks
@@ -136,10 +136,10 @@ def identity(runs: Sequence[RunRecord]) -> Iterable[tuple[str, str]]:
         title = "Same initial weights" + (f" ({experts} experts)" if len(shapes) > 1 else "")
         said = f"all but the routers' own, equal over {_count(alike)} with experts{_from(alike)}: "
         yield title, said + _per_seed(alike, lambda run: run.summary["fingerprint"]["shared"])
-    for alike in by_source(runs).values():
+    for alike in grouped(runs, source).values():
         said = f"outside the layers that have experts, equal over {_count(alike)}{_from(alike)}: "
         yield "Same initial backbone", said + _per_seed(alike, lambda run: run.summary["fingerprint"]["backbone"])
-    sets = by_train_tokens(runs)
+    sets = grouped(runs, train_tokens)
     for alike in sets.values():
         some = f" ({alike[0].summary['data']['train_tokens']:,} training tokens)" if len(sets) > 1 else ""
         yield f"Same batches{some}", _same_batches(alike)
