@@ -1,12 +1,12 @@
-"""The folders that a command writes into: made before its work, gone again where it is refused."""
+"""The files that a command writes, checked before its work; their folders, gone again where it is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rlroute.errors import RlrouteError
+from rlroute.errors import ConfigError, RlrouteError
 
 _made: list[Path] = []
 
@@ -22,6 +22,26 @@ def make_folder(path: Path) -> None:
     _made.extend(folder for folder in reversed([path, *path.parents]) if not folder.exists())
     with storing(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def check_ending(path: Path, legal: Sequence[str], option: str = "") -> None:
+    """Refuse a file whose name does not end as those that can be written.
+
+    Args:
+        path: the file.
+        legal: the ends of names; `.html` is a page.
+        option: what stands before it on the command line, as `--out `.
+
+    Raises:
+        ConfigError: saying which ends are legal.
+        MissingDependencyError: a page is wanted, and Plotly is not installed.
+    """
+    if path.suffix not in legal:
+        raise ConfigError(f"{option}{path}: legal are names that end in {', '.join(legal)}")
+    if path.suffix == ".html":
+        from rlroute.experiments.report.style import new_figure
+
+        new_figure("", "", 100)
 
 
 @contextmanager

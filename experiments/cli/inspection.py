@@ -10,7 +10,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import RUNS, command_line, one_run
-from rlroute.experiments.cli.folders import make_folder
+from rlroute.experiments.cli.folders import check_ending, make_folder
 from rlroute.experiments.cli.output import show_grid
 from rlroute.foreign import printable
 from rlroute.limits import Between, Count, Positive, Whole
@@ -92,12 +92,7 @@ def _check(what: tuple[str, ...], capacity: tuple[float, ...], out: tuple[Path, 
     if capacity and not drops:
         raise ConfigError(f"--capacity applies to inspect {DROPS} RUN alone")
     for path in out:
-        if path.suffix not in SHOWN:
-            raise ConfigError(f"--out {path}: legal are names that end in {', '.join(SHOWN)}")
-        if path.suffix == ".html":
-            from rlroute.experiments.report.style import new_figure
-
-            new_figure("", "", 100)
+        check_ending(path, SHOWN, "--out ")
     return drops
 
 

@@ -14,7 +14,7 @@ import tyro
 
 from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.cli.common import RUNS, Store, one_run, refuse_others, select
-from rlroute.experiments.cli.folders import make_folder
+from rlroute.experiments.cli.folders import check_ending, make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.verdicts import MARGIN
@@ -172,7 +172,7 @@ def report(
 
 
 def verify(
-    store: Store = RUNS, rerun: int = 0, seed: int = 0, evaluate: bool = False, sources: Path | None = None
+    store: Store = RUNS, rerun: Whole = 0, seed: Seed = 0, evaluate: bool = False, sources: Path | None = None
 ) -> None:
     """Compute again what stored runs say, from their configurations, the code and the data at hand; say what differs.
 
@@ -228,8 +228,8 @@ def export(
 def _export_weights(out: Path, store: Path, only: tuple[str, ...], run: str, form: str) -> None:
     if only:
         raise ConfigError("--only does not apply to --weights, which names the run itself")
-    if form == "moe" and out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: legal are names that end in .safetensors")
+    if form == "moe":
+        check_ending(out, [".safetensors"])
     if form == "transformers" and os.path.lexists(out):
         raise ConfigError(f"{out} is there already: want a new folder")
     from rlroute.experiments.checkpoints.classes import export_class
@@ -307,8 +307,7 @@ def export_clusters(
     from rlroute.experiments.checkpoints.trained import open_run
     from rlroute.records import replacing
 
-    if out.suffix != ".npy":
-        raise ConfigError(f"{out}: legal are names that end in .npy")
+    check_ending(out, [".npy"])
     trained = open_run(one_run(store, run), store)
     experts, k = experts or trained.config.model.num_experts, k or trained.config.model.k
     if k > experts:

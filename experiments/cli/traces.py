@@ -9,7 +9,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import RUNS, command_line
-from rlroute.experiments.cli.folders import make_folder
+from rlroute.experiments.cli.folders import check_ending, make_folder
 from rlroute.experiments.cli.output import show_grid
 from rlroute.foreign import printable
 from rlroute.limits import Experts
@@ -72,14 +72,9 @@ def _check(out: tuple[Path, ...], two: bool) -> None:
         MissingDependencyError: a page is wanted, and Plotly is not installed.
     """
     for path in out:
-        if path.suffix not in SHOWN + WRITTEN:
-            raise ConfigError(f"--out {path}: legal are names that end in {', '.join(SHOWN + WRITTEN)}")
+        check_ending(path, SHOWN + WRITTEN, "--out ")
         if two and path.suffix in WRITTEN:
             raise ConfigError(f"--out {path} does not apply to two traces: {path.suffix} holds one")
-        if path.suffix == ".html":
-            from rlroute.experiments.report.style import new_figure
-
-            new_figure("", "", 100)
 
 
 def _show(measured: list[Loads], found: Flips | None) -> None:
