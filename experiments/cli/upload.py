@@ -8,6 +8,7 @@ import tyro
 
 from rlroute.errors import StoreError
 from rlroute.experiments.cli.common import RUNS, Store, select
+from rlroute.faults import explain
 
 
 def wandb(
@@ -35,6 +36,6 @@ def wandb(
     for record in records:
         try:
             push(record, mode, store / record.id if store.is_dir() else store.parent)
-        except Exception as error:  # wandb's own, of any class
-            raise StoreError(f"{record.id} was not uploaded: {type(error).__name__}: {error}") from error
+        except Exception as error:  # wandb's own are of many classes without a common one
+            raise StoreError(f"{record.id} was not uploaded: {explain(error)}") from error
         print(f"{record.id} {'uploaded' if mode == 'online' else 'written for wandb sync'}")
