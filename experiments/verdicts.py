@@ -27,6 +27,8 @@ LEVEL = 0.05
 """The highest probability of a wrong verdict."""
 LOOKS = (3, 4, 6, 8, 12, 16)
 """Seeds at which a judgement looks; beyond them each look has twice the seeds of the one two before."""
+Seeds = Annotated[int, Between(1, 10_000)]
+"""How many seeds an entry is trained with."""
 MaxSeeds = Annotated[int, Between(LOOKS[0], 10_000)]
 """The most seeds of a judgement."""
 MAX_SEEDS = LOOKS[-1]

@@ -280,6 +280,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sweep": (training.sweep, ("sweep.toml",)),
     "table": (stored.table, ()),
     "report": (stored.report, ()),
+    "verify": (stored.verify, ()),
     "tune": (training.tune, ("hash",)),
     "play": (games.play, ()),
     "export-tokens": (stored.export_tokens, ("hash",)),

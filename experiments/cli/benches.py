@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.experiments import RESULTS
-from rlroute.experiments.cli.common import command_line, said, with_preset
+from rlroute.experiments.cli.common import Shared, command_line, said, with_preset
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
@@ -81,7 +80,7 @@ class Layer(Measured):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(Shared):
     """A whole training step, optimizer included, of the dense model and of routers (--train.device cuda: on a GPU)."""
 
     rounds: Rounds = 15
@@ -100,15 +99,12 @@ class Step:
     """gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for those that
     are given, and the contender where none is.
     """
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self) -> None:
         """Measure, and print the table."""
         from rlroute.experiments.bench import run as benches
 
-        size = with_preset(self.preset, self.data, self.model, self.train)
+        size = with_preset(self.preset, self)
         contenders = (size.entry,) if size.entry and "contenders" not in said() else self.contenders
         name_broken(*contenders)
         how: dict[str, Any] = {"rounds": self.rounds, "minutes": self.minutes, "out": self.out, "steps": self.steps}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, is_dataclass
 from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 import tyro
 
@@ -35,6 +35,18 @@ class Shared:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Recipe(TypedDict):
+    """What all entries of a comparison share, by the names under which ``build_comparison`` and what stands on it take
+    it.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    tuned: bool
+    said: set[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +224,7 @@ def command_line() -> str:
     return shlex.join(["rlroute", *sys.argv[1:]])
 
 
-def with_preset(preset: str | None, data: DataConfig, model: ModelConfig, train: TrainConfig) -> Preset:
+def with_preset(preset: str | None, shared: Shared) -> Preset:
     """Return a preset with what the command line says in place of its own, or what is given where none is named.
 
     Raises:
@@ -220,7 +232,25 @@ def with_preset(preset: str | None, data: DataConfig, model: ModelConfig, train:
     """
     from rlroute.experiments.recipes import sizes
 
-    return sizes.with_preset(preset, data, model, train, {part: said(part) for part in ("data", "model", "train")})
+    return sizes.with_preset(preset, shared.data, shared.model, shared.train, said_of_parts())
+
+
+def recipe(preset: str | None, shared: Shared, tuned: bool) -> tuple[Recipe, str]:
+    """Return what a command trains everyone with, and the entry that its preset has ("": none); nothing is tuned for a
+    preset.
+
+    Raises:
+        ConfigError: no preset is called that.
+    """
+    size = with_preset(preset, shared)
+    parts: Recipe = {
+        "data": size.data,
+        "model": size.model,
+        "train": size.train,
+        "tuned": tuned and preset is None,
+        "said": said("train"),
+    }
+    return parts, size.entry
 
 
 def said(part: str = "") -> set[str]:
@@ -228,6 +258,11 @@ def said(part: str = "") -> set[str]:
     words = (word.partition("=")[0].removeprefix("--") for word in sys.argv[1:] if word.startswith("--"))
     prefix = f"{part}." if part else ""
     return {word.removeprefix(prefix).replace("-", "_") for word in words if word.startswith(prefix)}
+
+
+def said_of_parts() -> dict[str, set[str]]:
+    """Return the options of :class:`Shared` on the command line, by part."""
+    return {part: said(part) for part in vars(SHARED)}
 
 
 def score(summary: Summary) -> str:

@@ -12,7 +12,7 @@ import tyro
 
 from rlroute.config import DEFAULT_CORPUS, DataConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import SHARED, Shared, said, with_preset
+from rlroute.experiments.cli.common import SHARED, Shared, recipe
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
@@ -40,12 +40,11 @@ def plan(
     from rlroute.experiments.recipes.presets import build_comparison
     from rlroute.training.data import corpus_of
 
-    size = with_preset(preset, shared.data, shared.model, shared.train)
-    if not (entry := entry or size.entry):
+    parts, own = recipe(preset, shared, tuned)
+    if not (entry := entry or own):
         raise ConfigError("rlroute plan wants an ENTRY: a router (rlroute routers), or dense")
     name_broken(entry)
-    tuned = tuned and preset is None
-    (config,) = build_comparison([entry], size.data, size.model, size.train, tuned=tuned, said=said("train"))
+    (config,) = build_comparison([entry], **parts)
     corpus = corpus_of(config.data)
     where = device or ("cpu" if config.train.device == "cpu" else "h100")
     show(to_page(make_plan(config, corpus, where), " ".join(filter(None, (entry, preset)))))

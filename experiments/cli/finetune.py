@@ -17,13 +17,13 @@ from rlroute.experiments.cli.common import (
     command_line,
     publish,
     run_folder,
-    said,
+    said_of_parts,
 )
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.launch.jobs import Job, Launch, together
-from rlroute.experiments.verdicts import MARGIN
-from rlroute.limits import BelowOne, Between, Count, Positive, Whole, option
+from rlroute.experiments.verdicts import MARGIN, Seeds
+from rlroute.limits import BelowOne, Count, Positive, Whole, option
 
 
 def finetune(
@@ -32,7 +32,7 @@ def finetune(
     parts: Annotated[tuple[Parts, ...], tyro.conf.arg(name="train")] = ("all",),
     expert_dropout: tuple[BelowOne, ...] = (),
     tokens: tuple[Count, ...] = (),
-    seeds: Annotated[int, Between(1, 10_000)] = 3,
+    seeds: Seeds = 3,
     from_step: Whole | None = None,
     from_router: Literal["kept", "fresh"] = "kept",
     reference: str | None = None,
@@ -66,7 +66,7 @@ def finetune(
     from rlroute.reading import read_described
     from rlroute.registry import run_config
 
-    given = {part: said(part) for part in vars(shared)}
+    given = said_of_parts()
     for part, field, way in (("train", "parts", "--train"), ("data", "train_tokens", "--tokens")):
         if field in given[part]:
             raise ConfigError(f"{option(f'{part}.{field}')}: finetune takes {way}")

@@ -9,8 +9,7 @@ from typing import Annotated
 import tyro
 
 from rlroute.config import Budget
-from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import FROM, LAUNCH, SHARED, From, Shared, command_line, said, with_preset
+from rlroute.experiments.cli.common import FROM, LAUNCH, SHARED, From, Shared, command_line, recipe
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.launch.jobs import Launch
@@ -57,9 +56,7 @@ def judge(
     from rlroute.experiments.comparison.judge import judge as judged
     from rlroute.records import write_json
 
-    size, tuned = with_preset(preset, shared.data, shared.model, shared.train), tuned and preset is None
-    if budget != "tokens" and shared.train.budget != "tokens":
-        raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
+    parts, _ = recipe(preset, shared, tuned)
     name_broken(candidate, against)
     make_folder(out)
     found = judged(
@@ -69,14 +66,10 @@ def judge(
         max_seeds=max_seeds,
         budget=budget,
         seconds=seconds,
-        tuned=tuned,
-        data=size.data,
-        model=size.model,
-        train=size.train,
         start=start.find(launch.store),
         how=launch,
-        said=said("train"),
         command=command_line(),
+        **parts,
     )
     write_json(out / "judgement.json", found.to_dict())
     print(f"{found}\njudgement in {out}/judgement.json, runs in {launch.store}/")

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from rlroute.experiments.cli.common import LAUNCH, SHARED, Shared, command_line, said, with_preset
+from rlroute.experiments.cli.common import LAUNCH, SHARED, Shared, command_line, recipe
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.experiments.launch.jobs import Launch
-from rlroute.limits import Between, Positive, Size
+from rlroute.experiments.verdicts import Seeds
+from rlroute.limits import Positive, Size
 
 
 def ladder(
@@ -20,7 +21,7 @@ def ladder(
     against: str = "switch",
     budgets: tuple[Positive, ...] = (),
     widths: tuple[Size, ...] = (),
-    seeds: Annotated[int, Between(1, 10_000)] = 3,
+    seeds: Seeds = 3,
     tuned: bool = True,
     preset: str | None = None,
     out: Path = Path("results"),
@@ -48,22 +49,11 @@ def ladder(
     from rlroute.experiments.report.ladder_page import render
     from rlroute.records import write_atomically, write_json
 
-    size, tuned = with_preset(preset, shared.data, shared.model, shared.train), tuned and preset is None
+    parts, _ = recipe(preset, shared, tuned)
     name_broken(against, *entries)
     make_folder(out)
     found = climb(
-        entries,
-        against,
-        budgets=budgets,
-        widths=widths,
-        seeds=seeds,
-        tuned=tuned,
-        data=size.data,
-        model=size.model,
-        train=size.train,
-        how=launch,
-        said=said("train"),
-        command=command_line(),
+        entries, against, budgets=budgets, widths=widths, seeds=seeds, how=launch, command=command_line(), **parts
     )
     text = to_markdown(found)
     for folder in (launch.store, out):

@@ -19,18 +19,18 @@ from rlroute.experiments.cli.common import (
     Shared,
     command_line,
     publish,
+    recipe,
     refuse_others,
     said,
     score,
-    with_preset,
 )
 from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.experiments.launch.jobs import Job, Launch
-from rlroute.experiments.verdicts import MARGIN
-from rlroute.limits import Between, Positive, Seed
+from rlroute.experiments.verdicts import MARGIN, Seeds
+from rlroute.limits import Positive, Seed
 from rlroute.machine import cores
 
 TUNING = Launch(store=Path("tuning"))
@@ -59,26 +59,28 @@ def train(
         preset: gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for
             those that are given; nothing is tuned.
     """
-    from rlroute.experiments.comparison.marks import marks
-    from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.presets import build_comparison
-    from rlroute.records import RunFolder
 
     if launch.concurrency is not None:
         raise ConfigError(f"--concurrency {launch.concurrency}: train trains one run")
-
-    size = with_preset(preset, shared.data, shared.model, shared.train)
-    entry, steps = entry or size.entry, size.train
-    if not entry:
+    parts, own = recipe(preset, shared, tuned)
+    if not (entry := entry or own):
         raise ConfigError("rlroute train wants an ENTRY: a router (rlroute routers), or dense")
-    if steps.micro_batches == 1:
-        steps = replace(steps, micro_batches=launch.workers)
+    if (steps := parts["train"]).micro_batches == 1:
+        parts["train"] = replace(steps, micro_batches=launch.workers)
     name_broken(entry)
-    tuned = tuned and preset is None
-    (config,) = build_comparison([entry], size.data, size.model, steps, tuned=tuned, said=said("train"))
-    config = replace(config, start=start.find(launch.store))
-    already = "already " if RunFolder(launch.store, config, seed).ended else ""
-    (record,) = run_all([Job(config, seed, command_line(), label=entry)], launch)
+    (config,) = build_comparison([entry], **parts)
+    train_one(Job(replace(config, start=start.find(launch.store)), seed, command_line(), label=entry), launch)
+
+
+def train_one(job: Job, launch: Launch) -> None:
+    """Train a run by itself, and print what it came to."""
+    from rlroute.experiments.comparison.marks import marks
+    from rlroute.experiments.launch.runs import run_all
+    from rlroute.records import RunFolder
+
+    already = "already " if RunFolder(launch.store, job.config, job.seed).ended else ""
+    (record,) = run_all([job], launch)
     print(f"{already}{record.summary['status']}: {score(record.summary)}; record in {launch.store / record.id}")
     for mark, figures in marks([record]).items():
         print(f"measured: {mark} ({figures})")
@@ -86,7 +88,7 @@ def train(
 
 def compare(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
-    seeds: Annotated[int, Between(1, 10_000)] = 3,
+    seeds: Seeds = 3,
     task: Literal["text", "clusters"] = "text",
     reference: str | None = None,
     margin: Positive = MARGIN,
@@ -132,28 +134,20 @@ def compare(
         return
     from rlroute.experiments.comparison import compare as comparing
 
-    size, tuned = with_preset(preset, shared.data, shared.model, shared.train), tuned and preset is None
-    if budget != "tokens" and shared.train.budget != "tokens":
-        raise ConfigError(f"--budget {budget} with --train.budget {shared.train.budget}: want one of them")
+    parts, own = recipe(preset, shared, tuned)
     name_broken(*entries)
-    if not entries and size.entry:
-        entries = (size.entry,)
     make_folder(out)
     found = comparing.compare(
-        entries,
+        entries or ((own,) if own else ()),
         seeds=seeds,
         reference=reference,
         margin=margin,
         budget=budget,
         seconds=seconds,
-        tuned=tuned,
-        data=size.data,
-        model=size.model,
-        train=size.train,
         start=start.find(launch.store),
         how=launch,
-        said=said("train"),
         command=command_line(),
+        **parts,
     )
     publish(found, out)
     print(f"runs in {launch.store}/")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from rlroute.config import TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import LAUNCH, command_line, run_folder, said, score
+from rlroute.experiments.cli.common import LAUNCH, From, command_line, run_folder, said
 from rlroute.experiments.cli.include import name_broken
+from rlroute.experiments.cli.training import train_one
 from rlroute.experiments.launch.jobs import Job, Launch
 from rlroute.limits import Count, Experts, NonNegative, Seed, Share, Whole
 
@@ -47,8 +48,6 @@ def upcycle(
         tuned: use the router's tuned settings; --no-tuned takes --train.lr and its defaults.
     """
     from rlroute.experiments.checkpoints.upcycled import at_start, mixture_of
-    from rlroute.experiments.launch.origin import find_start
-    from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.presets import build_comparison
     from rlroute.records import RunFolder
 
@@ -56,13 +55,13 @@ def upcycle(
         raise ConfigError(f"--concurrency {launch.concurrency}: upcycle trains one run")
     train.check()
     name_broken(router)
-    folder = run_folder(run, launch.store)
-    data, model = mixture_of(folder, experts, k, pieces)
-    how: dict[str, Any] = {"upcycle": True, "upcycle_noise": noise, "upcycle_drop": drop, "optimizer": optimizer}
+    data, model = mixture_of(run_folder(run, launch.store), experts, k, pieces)
     (config,) = build_comparison([router], data, model, train, tuned=tuned, said=said("train"))
-    config = replace(config, start=find_start(folder, launch.store, step, **how))
+    start = From(
+        origin=run, from_step=step, from_optimizer=optimizer, upcycle=True, upcycle_noise=noise, upcycle_drop=drop
+    )
+    config = replace(config, start=start.find(launch.store))
     if not RunFolder(launch.store, config, seed).ended:
         dense, mixture = at_start(config, seed, launch.store)
         print(f"before its first step {mixture:.6f} bits per byte, the dense model {dense:.6f}")
-    (record,) = run_all([Job(config, seed, command_line(), label=router)], launch)
-    print(f"{record.summary['status']}: {score(record.summary)}; record in {launch.store / record.id}")
+    train_one(Job(config, seed, command_line(), label=router), launch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlroute.config import Budget, RunConfig
+from rlroute.config import Budget, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.comparison.entries import router_label
 
@@ -22,6 +22,16 @@ def find_reference(configs: Sequence[RunConfig], label: str | None) -> RunConfig
     if name not in names:
         raise ConfigError(f"reference {label!r} is not among the entries: {', '.join(sorted(set(names)))}")
     return configs[names.index(name)]
+
+
+def refuse_two(budget: Budget, train: TrainConfig) -> None:
+    """Refuse what a comparison holds equal beside a budget of the runs' own.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if budget != "tokens" and train.budget != "tokens":
+        raise ConfigError(f"--budget {budget} with --train.budget {train.budget}: want one of them")
 
 
 def with_budget(

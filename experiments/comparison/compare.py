@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 from rlroute.config import Budget, DataConfig, ModelConfig, StartConfig, TrainConfig
-from rlroute.experiments.comparison.budget import find_reference, with_budget
+from rlroute.experiments.comparison.budget import find_reference, refuse_two, with_budget
 from rlroute.experiments.comparison.frames import Library, to_frame
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.known import Known, read_ladder
@@ -16,12 +16,9 @@ from rlroute.experiments.comparison.text import plain_rows, to_grid, to_markdown
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.presets import ALL, all_entries, build_comparison, default_entries, fitting_entries
-from rlroute.experiments.verdicts import MARGIN, Verdict
-from rlroute.limits import Between, Positive, checked
+from rlroute.experiments.verdicts import MARGIN, Seeds, Verdict
+from rlroute.limits import Positive, checked
 from rlroute.schema import RunRecord
-
-Seeds = Annotated[int, Between(1, 10_000)]
-"""How many seeds an entry is trained with."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,6 +113,7 @@ def compare(
     """
     seeds, margin = checked(seeds, Seeds, "--seeds"), checked(margin, Positive, "--margin")
     data, model, train = data or DataConfig(), model or ModelConfig(), train or TrainConfig()
+    refuse_two(budget, train)
     how, entries = how or Launch(), (entries,) if isinstance(entries, str) else tuple(entries)
     if not entries or entries == (ALL,):
         entries = fitting_entries(all_entries() if entries else default_entries(), data, model)

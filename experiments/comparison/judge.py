@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from rlroute.config import Budget, DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
-from rlroute.experiments.comparison.budget import with_budget
+from rlroute.experiments.comparison.budget import refuse_two, with_budget
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
 from rlroute.experiments.comparison.judgement import Judgement, Look
 from rlroute.experiments.comparison.registration import (
@@ -77,6 +77,7 @@ def judge(
     """
     margin, max_seeds = checked(margin, Positive, "--margin"), checked(max_seeds, MaxSeeds, "--max-seeds")
     how, shared = how or Launch(), (data or DataConfig(), model or ModelConfig(), train or TrainConfig())
+    refuse_two(budget, shared[-1])
     names = [bring_in(entry) for entry in (candidate, against)]
     configs, settings = build_pair(names[0], names[1], *shared, tuned=tuned, said=said)
     configs = [replace(c, start=start) for c in with_budget(configs, budget, configs[1], seconds)]

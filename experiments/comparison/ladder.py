@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +26,13 @@ from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import bring_in
 from rlroute.experiments.recipes.presets import build_comparison
 from rlroute.experiments.statistics import Interval, t_interval
-from rlroute.limits import Between, Positive, Size, checked
+from rlroute.experiments.verdicts import Seeds
+from rlroute.limits import Positive, Size, checked
 from rlroute.schema import RunRecord
 
 BUDGETS = (0.25, 0.5, 1.0)
 """Shares of what the reference's training takes at the model's own width and ``--train.steps``."""
 VERSION = 1
-Seeds = Annotated[int, Between(1, 10_000)]
 
 
 @dataclass(frozen=True, eq=False)

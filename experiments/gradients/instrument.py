@@ -24,6 +24,7 @@ from rlroute.experiments.gradients.signal import Signal
 from rlroute.experiments.gradients.snapshots import Training, warmed_up
 from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.verdicts import Seeds
 from rlroute.limits import Between, Experts, Layers, Positive, Size, Whole, check_fields, option
 from rlroute.model.transformer import sites
 from rlroute.registry import default_names, refusals, router_names
@@ -66,7 +67,7 @@ class Sweep:
     """Sampled joint choices of a conditional gradient."""
     warm_up: Annotated[int, Between(0, 10**6)] = 20
     """Steps for the routers' running means and value heads before each measurement; model and policy stay."""
-    seeds: Annotated[int, Between(1, 10_000)] = 4
+    seeds: Seeds = 4
     gate_form: str = "own"
     attention: bool = False
     """Give each attention as many experts, and a router of its own."""
