@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,11 +159,17 @@ def check_fields(config: Any, where: str | None) -> None:
     Raises:
         ConfigError: one is of another type, not among its literals, outside its limits or not a finite number.
     """
-    hints = typing.get_type_hints(type(config), include_extras=True)
+    hints = types_of_fields(type(config))
     for field in fields(config):
         name = option(field.name) if where is None else f"{where}.{field.name}"
         value = checked(getattr(config, field.name), hints[field.name], name)
         object.__setattr__(config, field.name, value)  # of a frozen one too: equal, and of the type that it says
+
+
+@cache
+def types_of_fields(kind: type) -> Mapping[str, Any]:
+    """Return the annotations of a dataclass; finding them out takes longer than all that is done with them."""
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:

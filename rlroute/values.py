@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.faults import explain
-from rlroute.limits import checked
+from rlroute.limits import checked, types_of_fields
 
 C = TypeVar("C")
 Keys = Callable[[str, list[Any]], Iterable[object]]
@@ -28,7 +28,7 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     missing = [name for name in needed_fields(cls) if name not in values]
     if missing:
         raise ConfigError(f"{where} needs {' and '.join(missing)}: say {missing[0]}=VALUE")
-    hints = get_type_hints(cls, include_extras=True)
+    hints = types_of_fields(cls)
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
     try:
         return cls(**made)

@@ -134,8 +134,8 @@ def commands() -> tuple[Command, ...]:
 
 
 def _version() -> str:
-    from rlroute.provenance import environment
+    from rlroute import __version__
+    from rlroute.commit import commit_of
 
-    here = environment("cpu", "cpu", 1)
-    changed = ", with uncommitted changes" if here["dirty"] else ""
-    return f"rlroute {here['rlroute']} (commit {here['commit'] or 'unknown'}{changed})"
+    commit, dirty = commit_of()
+    return f"rlroute {__version__} (commit {commit or 'unknown'}{', with uncommitted changes' if dirty else ''})"

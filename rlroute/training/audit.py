@@ -101,7 +101,7 @@ class Audit:
         def leave(module: Any, args: tuple[Tensor], normed_BSD: Tensor) -> None:
             trace.out_TD = normed_BSD.detach().flatten(0, 1)
 
-        torch.manual_seed(0)  # a router that draws from it, against the contract, draws alike in all passes
+        _seed_global(self.device)  # a router that draws from it, against the contract, draws alike in all passes
         with ExitStack() as hooks, checked(self.model.routers), torch.set_grad_enabled(self.keys["explore"]):
             for site in self.model.routed:
                 hooks.callback(site.register_forward_pre_hook(enter).remove)
@@ -201,6 +201,15 @@ def audit(
             "flops": _flops(model, costs, sampled, clean),
             "regret": regret(model, batches, sequences, device, **plain),
         }
+
+
+def _seed_global(device: Device) -> None:
+    """Seed PyTorch's generators of the host and a device; ``torch.manual_seed`` also notes a traceback for every kind of
+    device that the machine lacks, and keeps it.
+    """
+    torch.default_generator.manual_seed(0)
+    if device.name != "cpu":
+        torch.cuda.manual_seed(0)
 
 
 @contextmanager
