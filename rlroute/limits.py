@@ -159,7 +159,7 @@ def check_fields(config: Any, where: str | None) -> None:
     Raises:
         ConfigError: one is of another type, not among its literals, outside its limits or not a finite number.
     """
-    hints = types_of_fields(type(config))
+    hints = types_of_fields(config.__class__)
     for field in fields(config):
         name = option(field.name) if where is None else f"{where}.{field.name}"
         value = checked(getattr(config, field.name), hints[field.name], name)

@@ -27,7 +27,7 @@ from rlroute.training import audit, regret
 __all__ = ["D", "V", "draw", "make_context", "make_feedback", "make_shape", "sums_of", "terms_of"]  # also for tests
 pytest.register_assert_rewrite("rlroute.experiments.laws.contract", "tests.commands", "tests.runs")
 
-audit.PLACES = 8  # of 32: most of a tiny run's time would be its audit; test_audit.py has them all
+audit.PLACES = 4  # of 32: most of a tiny run's time would be its audit; test_audit.py has them all
 regret.TOKENS = regret.SETS = 32  # likewise; test_regret.py has them all
 
 HANG = 900

@@ -583,7 +583,9 @@ def test_output_that_cannot_be_written_ends_cleanly(compared, unbuffered, monkey
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(e, marks=pytest.mark.slow) for e in ("latin-1", "cp1252"))]
+)
 def test_what_an_encoding_lacks_is_replaced(compared, encoding, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     process = start(compared, "table", "--no-timings")

@@ -100,8 +100,8 @@ def test_runs_are_listed_and_inspected_without_what_tables_and_reports_need(tmp_
     ("package", "command"),
     [
         ("gymnasium", ("play", "TokenBandit-v0", "uniform", "--episodes", "2")),
-        ("gymnasium", ("play", "CartPole-v1")),
-        ("gymnasium", ("bench", "envs", "--rounds", "2")),
+        pytest.param("gymnasium", ("play", "CartPole-v1"), marks=pytest.mark.slow),
+        pytest.param("gymnasium", ("bench", "envs", "--rounds", "2"), marks=pytest.mark.slow),
         ("ray", ("train", "hash", "--launcher", "ray")),
         ("plotly", ("gradients", "hash")),
         ("tyro", ("routers",)),

@@ -1,6 +1,6 @@
 """What a run is made from belongs to what it is: whatever of it changes, no run is handed out, continued or pooled.
 
-Each change is made to a run that has ended and to one that has not, by hand in the places where it would be made.
+Changes are made to runs that have ended and to others that have not, by hand in the places where it would be made.
 
 Longer than most: everything a run is made from has its own change.
 """
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,7 @@ CHANGES = {
 }
 
 
-@ENDINGS
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "left"), zip(CHANGES, cycle([end_it, unfinish])))
 def test_a_run_of_another_corpus_is_refused(change, left, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     options = ("--data.spec", f"file:{corpus}/*.txt", *SMALL)

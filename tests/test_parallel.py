@@ -58,7 +58,7 @@ VARIANTS = [
     "free",
     "dense",
 ]
-STEPS = 12
+STEPS = 6
 
 
 class ExpertChoiceRouter(Router):
@@ -101,7 +101,7 @@ def model_of(entry, config, corpus, group):
 
 
 def trained(entry, group, **train):
-    """Train 12 steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and
+    """Train some steps; return losses, gradient norms, objective terms, and the chosen experts by step, micro-batch and
     layer.
     """
     config, corpus = config_of(entry, **train), load_corpus(DATA.spec)

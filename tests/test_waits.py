@@ -184,7 +184,7 @@ EVERY_TERM = ",".join(f"{name}=0.1" for name in RouterConfig().term_weights if n
 ONE, TIGHT = {"num_layers": 1}, {"capacity_factor": 0.5}
 GROUPS = "score=sqrt_softplus,groups=2,expert_scales=true,norm_input=true,linear_bias=true,soft_cap=5,bias_rate=0.01"
 ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{name: (name, ONE, {}) for name in (DENSE, *default_names())},
+    **{name: (name, ONE, {}) for name in (DENSE, "switch", "base")},
     **{f"{name}, tight, in parts": (name, ONE | TIGHT, {"micro_batches": 2}) for name in default_names()},
     "by sequence": ("switch", TIGHT | {"capacity_rows": "sequence", "capacity_order": "gate"}, {}),
     "by device": ("switch", TIGHT | {"devices": 2, "capacity_of": "device", "capacity_groups": 2}, {}),

@@ -204,8 +204,8 @@ def audit(
 
 
 def _seed_global(device: Device) -> None:
-    """Seed PyTorch's generators of the host and a device; ``torch.manual_seed`` also notes a traceback for every kind of
-    device that the machine lacks, and keeps it.
+    """Seed PyTorch's generators of the host and a device; ``torch.manual_seed`` also keeps a traceback for every kind
+    of device that is not there.
     """
     torch.default_generator.manual_seed(0)
     if device.name != "cpu":
