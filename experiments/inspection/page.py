@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlroute.experiments.inspection import figures, text
 from rlroute.experiments.inspection.drops import Drops
 from rlroute.experiments.inspection.inspection import Inspection
-from rlroute.experiments.report.html import render_page
+from rlroute.experiments.report.html import cells, render_page
 from rlroute.experiments.terminal import Grid
 from rlroute.foreign import printable
 
@@ -107,12 +107,7 @@ def _page(title: str, headline: str, sections: Sequence[Section], examples: Sequ
         {name: figure for section in sections for name, figure in section.figures.items()},
         title=title,
         headline=printable(headline),
-        sections=[(of.title, of.said, list(of.figures), [_cells(t) for t in of.tables if t]) for of in sections],
+        sections=[(of.title, of.said, list(of.figures), [cells(t) for t in of.tables if t]) for of in sections],
         examples=[printable(line) for line in examples],
         command=printable(command),
     )
-
-
-def _cells(grid: Grid) -> tuple[Sequence[str], list[list[str]], list[bool]]:
-    lines = [[printable(cell) for cell in line] for line in grid.lines]
-    return grid.head, lines, [grid.stands_left(title) for title in grid.head]

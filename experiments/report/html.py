@@ -9,9 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from rlroute.experiments.terminal import Grid
+from rlroute.foreign import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -43,6 +46,11 @@ def render_page(template: str, script: str, figures: Mapping[str, Figure], **val
             **values,
         )
     )
+
+
+def cells(grid: Grid) -> tuple[Sequence[str], list[list[str]], Sequence[str]]:
+    """Return what the macro ``table`` of parts.html takes: titles, cells, the titles of columns that stand left."""
+    return grid.head, [[printable(cell) for cell in line] for line in grid.lines], grid.left
 
 
 @cache

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from rlroute.experiments.report.html import render_page
+from rlroute.experiments.report.html import cells, render_page
 from rlroute.experiments.report.loads import over_fair, share_figure
 from rlroute.experiments.report.style import drawn, faint, new_figure, style_of
-from rlroute.experiments.terminal import Grid
 from rlroute.experiments.traces import text
 from rlroute.experiments.traces.flips import Flips
 from rlroute.experiments.traces.measure import PERCENTS, LayerLoads, Loads
@@ -37,15 +36,11 @@ def render(measured: Sequence[Loads], flips: Flips | None, command: str) -> str:
         "",
         figures,
         legend=text.LEGEND,
-        traces=[(text.headline(of), *map(_cells, (text.spread_grid(of), text.layers_grid(of)))) for of in measured],
-        flips=None if flips is None else (text.flips_text(flips), *_cells(text.flips_grid(flips))),
+        traces=[(text.headline(of), *map(cells, (text.spread_grid(of), text.layers_grid(of)))) for of in measured],
+        flips=None if flips is None else (text.flips_text(flips), cells(text.flips_grid(flips))),
         flips_legend=text.FLIPS_LEGEND,
         command=printable(command),
     )
-
-
-def _cells(grid: Grid) -> tuple[Sequence[str], list[list[str]]]:
-    return grid.head, [[printable(cell) for cell in line] for line in grid.lines]
 
 
 def loads_figure(loads: Loads) -> Figure:
