@@ -38,6 +38,8 @@ from rlroute.experiments.bench.run import read_table
 from rlroute.experiments.claims.ledger import CLAIMS
 from rlroute.experiments.claims.outcomes import faults, read_outcomes
 from rlroute.experiments.claims.page import claims_grid, page
+from rlroute.experiments.comparison.known import FILE, read_ladder
+from rlroute.experiments.comparison.ladder import reduce
 from rlroute.experiments.comparison.registration import Registration, make_plan, register
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_csv, to_markdown
@@ -47,7 +49,7 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.report.board import Board, make_lots
 from rlroute.experiments.report.choice import Choice
 from rlroute.experiments.report.runs import list_runs, run_text, to_grid
-from rlroute.experiments.report.views import VIEWS
+from rlroute.experiments.report.views import PAGES, VIEWS
 from rlroute.experiments.traces.flips import flips
 from rlroute.experiments.traces.measure import measure
 from rlroute.experiments.traces.reading import open_trace
@@ -225,6 +227,17 @@ def bench(folder: Path, random: Random) -> None:
     path = folder / "bench.json"
     path.write_bytes(_changed((ROOT / f"experiments/results/{random.choice(names)}.json").read_bytes(), random))
     read_table(path)
+
+
+def ladder(folder: Path, random: Random) -> None:
+    """The ladder of a run store, which tables and pages show."""
+    from tests.test_ladder import rungs
+
+    whole = reduce(rungs(1.0, 1.3), ["a", "b"], ["run"], None).to_dict()
+    (folder / FILE).write_bytes(_changed(json.dumps(whole).encode(), random))
+    board = Board(runs=(), ladder=read_ladder(folder))
+    for view in PAGES["ladder"][1]:
+        VIEWS[view].draw(board, Choice())
 
 
 # What is written by hand
@@ -527,6 +540,7 @@ CASES: tuple[Case, ...] = (
     compact,
     registration,
     outcomes,
+    ladder,
     sweep,
     entry,
     values,

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlroute.errors import ConfigError
+from rlroute.experiments.comparison.known import FILE, key_of
+from rlroute.experiments.comparison.ladder import reduce
 from rlroute.experiments.comparison.table import build_table, paired
 from rlroute.experiments.dashboard import app as app_module
 from rlroute.experiments.dashboard import follow, published, server
@@ -32,6 +34,7 @@ from rlroute.foreign import Unfit
 from rlroute.reading import read_run
 from tests.boards import board_of, lay
 from tests.commands import refused, rlroute
+from tests.test_ladder import rungs
 from tests.test_table import REGRET, changed, diverged, make_run, make_runs, with_regret
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -178,6 +181,32 @@ def test_runs_that_are_gone_are_forgotten_and_a_store_may_come_later(store: Path
     assert followed.look() == ()
 
 
+def test_a_ladder_is_shown_as_soon_as_it_is_there_and_a_broken_one_is_said(store: Path) -> None:
+    runs = make_runs(("switch", "hash"), seeds=2)
+    for run in runs:
+        lay(store, run)
+    boards = Boards(Followed(store), {}, None, 0.02)
+    version = boards.look()
+    page = Choice(page="ladder")
+    assert views.NO_LADDER in json.dumps(boards.body(page), default=_plain)
+    found = reduce(rungs(1.0, 1.3), [key_of(run.config["config"]) for run in runs[::2]], ["a"], "climbed so")
+    (store / FILE).write_text(json.dumps(found.to_dict()))
+    assert boards.look() != version
+    said = json.dumps(boards.body(page), default=_plain)
+    assert views.NO_LADDER not in said and str(found.entries[1].compute) in said and "climbed so" in said
+    table = boards.of(page).build()
+    assert {row.router: row.compute_multiplier for row in table.rows}["hash"] == found.entries[1].compute
+    version = boards.look()
+    (store / FILE).write_text(json.dumps(found.to_dict() | {"compute": "much"}))
+    assert boards.look() != version
+    line = VIEWS["multipliers"].draw(boards.of(page), page)
+    assert isinstance(line, str) and f"{FILE}: compute" in line and "\n" not in line
+    assert boards.of(page).build().rows[0].bits_per_byte  # the table is there
+    (store / FILE).unlink()
+    boards.look()
+    assert VIEWS["losses"].draw(boards.of(page), page) == views.NO_LADDER
+
+
 def test_a_compact_file_is_followed_too(tmp_path: Path) -> None:
     from rlroute.records import write_compact
 
@@ -250,7 +279,10 @@ def whole() -> Board:
     tenths = {"confidence_C": [i / 10 for i in range(10)], "nats_C": [0.1] * 10, "better_C": [None, *[0.5] * 9]}
     runs = [run if run.config["router"] == "dense" else with_regret(run, REGRET | tenths) for run in make_runs()]
     claims = {"head": ["#", "claim", "here"], "lines": [["1", "Balance is needed.", "holds"]]}
-    return replace(board_of(runs), results=published.read_results(None) | {"claims": claims})
+    ladder = reduce(
+        rungs(1.0, 1.3), [key_of(run.config["config"]) for run in make_runs(("switch", "hash"), 1)], [], None
+    )
+    return replace(board_of(runs), results=published.read_results(None) | {"claims": claims}, ladder=ladder)
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -264,7 +296,7 @@ def test_every_view_draws_what_is_there_and_every_axis_has_its_unit(name: str, w
         across, up = ([axis for key, axis in layout.items() if key.startswith(kind)] for kind in ("xaxis", "yaxis"))
         titled = [[axis for axis in axes if axis.get("title", {}).get("text")] for axes in (across, up)]
         assert titled[0] or name == "gradients"  # whose settings say their units
-        assert titled[1] or name == "forest"  # whose rows are names
+        assert titled[1] or name in ("forest", "multipliers")  # whose rows are names
 
 
 def test_every_view_is_on_a_page() -> None:
@@ -279,7 +311,7 @@ def test_a_run_that_goes_on_is_drawn_with_those_that_ended() -> None:
     )
     board = Board(runs=(*runs, going))
     figure = VIEWS["curves"].draw(board, Choice(kinds="train"))
-    ends = [trace.x[-1] for trace in figure.data if trace.visible and trace.name == "switch"]  # type: ignore[union-attr]
+    ends = [trace.x[-1] for trace in figure.data if trace.name == "switch"]  # type: ignore[union-attr]
     assert ends == [part.train[-1]["tokens"], part.train[14]["tokens"]]
     sheet = VIEWS["progress"].draw(board, Choice())
     assert isinstance(sheet, Sheet)

@@ -17,8 +17,8 @@ from scipy import optimize
 
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.comparison import ladder
-from rlroute.experiments.comparison.known import FILE, key_of, read_ladder
-from rlroute.experiments.comparison.ladder import Rungs, climb, reduce
+from rlroute.experiments.comparison.known import FILE, Rungs, key_of, read_ladder
+from rlroute.experiments.comparison.ladder import climb, reduce
 from rlroute.experiments.comparison.ladder_text import to_markdown
 from rlroute.experiments.comparison.multipliers import (
     SOFT,
@@ -218,10 +218,26 @@ def test_a_ladder_of_runs_resumes_and_is_known_to_tables(tmp_path: Path, monkeyp
 
 def test_a_file_that_is_no_ladder_is_refused(tmp_path: Path) -> None:
     assert read_ladder(tmp_path) is None
-    for text in ("{}", '{"entries": []}', '{"entries": [{"key": "a"}, {"key": "b", "compute": {"value": 1}}]}', "no"):
+    whole = reduce(rungs(1.0, 1.3), ["a", "b"], ["run"], None).to_dict()
+    (tmp_path / FILE).write_text(json.dumps(whole))
+    found = read_ladder(tmp_path)
+    assert found is not None and found.to_dict() == whole
+    first, second = whole["entries"]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"version": 2}, "version"),
+        ({"entries": []}, "length"),
+        ({"entries": [first, second | {"compute": {"value": 1.0}}]}, "entries/1/compute"),
+        ({"entries": [first, second | {"bits": second["bits"][1:]}]}, "length"),
+        ({"entries": [first, second | {"law": second["law"] | {"unit": 0.0}}]}, "entries/1/law/unit"),
+        ({"bits_per_byte_EJWS": [[[[1.0, 2.0], [3.0]]]]}, "shape"),
+        ({"order": whole["order"][1:]}, "length"),
+        ({"compute": [1e9, "much", 9e9]}, "compute/1"),
+    ]
+    for text, said in [("no", "JSON"), *((json.dumps(whole | change), said) for change, said in wrong)]:
         (tmp_path / FILE).write_text(text)
-        with pytest.raises(StoreError, match="ladder"):
+        with pytest.raises(StoreError, match=f"ladder.json.*{said}") as refused:
             read_ladder(tmp_path)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_reference_alone_is_no_ladder(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from rlroute.errors import ComparisonError, StoreError
 from rlroute.experiments.comparison.entries import make_entries
+from rlroute.experiments.comparison.known import FILE, key_of
+from rlroute.experiments.comparison.ladder import reduce
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import columns
 from rlroute.experiments.report.board import FIRST, Board, Group, Seen, make_styles
@@ -25,6 +27,9 @@ from rlroute.experiments.report.style import COLOURS, GREY, style_of
 from rlroute.experiments.report.tradeoff import tradeoff_figure
 from rlroute.experiments.statistics import differences, t_interval
 from rlroute.schema import RunRecord
+from tests.boards import lay
+from tests.commands import refused, rlroute
+from tests.test_ladder import rungs
 from tests.test_table import EFFECT, EXPERTS, LAYERS, changed, diverged, make_run, make_runs, sited
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
@@ -305,6 +310,23 @@ def test_a_run_that_chose_nothing_has_a_page(tmp_path: Path) -> None:
         build_table(runs), {e.label: e for e in make_entries(runs)}, make_styles(make_entries(runs))
     )
     assert {trace.xaxis for trace in figure.data} == {"x2"}  # against throughput alone
+
+
+def test_the_ladder_of_a_store_is_on_its_page_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    store, runs = tmp_path / "runs", make_runs(("switch", "hash"), seeds=2)
+    for run in runs:
+        lay(store, run)
+    command = ("report", store, "--results", tmp_path, "--out")
+    found = reduce(rungs(1.0, 1.3), [key_of(run.config["config"]) for run in runs[::2]], ["a"], "climbed so")
+    (store / FILE).write_text(json.dumps(found.to_dict()))
+    assert rlroute(*command, tmp_path / "report.html").code == 0
+    page = Page((tmp_path / "report.html").read_text())
+    assert {"losses", "multipliers"} <= page.figures.keys()
+    assert "climbed so" in page.texts and str(found.entries[1].compute) in page.texts
+    assert "compute multiplier" in page.texts
+    (store / FILE).write_text(json.dumps(found.to_dict() | {"entries": []}))
+    assert FILE in refused(rlroute(*command, tmp_path / "another.html"))
+    assert not (tmp_path / "another.html").exists()
 
 
 def test_conclusion_names_who_is_untuned() -> None:

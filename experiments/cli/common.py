@@ -177,6 +177,7 @@ def publish(found: Comparison, out: Path) -> None:
     which the table does not wait.
     """
     from rlroute.experiments.comparison.text import to_csv, to_markdown
+    from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
     from rlroute.experiments.report.runs import list_records, to_grid
     from rlroute.records import write_atomically
@@ -192,8 +193,15 @@ def publish(found: Comparison, out: Path) -> None:
     show_table(built)
     where = f"table in {out}/table.md and table.csv"
     try:
-        page = out / "report.html"
-        write_report(found.runs, page, reference=built.reference, left_out=found.left_out, margin=built.margin)
+        write_report(
+            found.runs,
+            out / "report.html",
+            reference=built.reference,
+            left_out=found.left_out,
+            margin=built.margin,
+            results=read_results(out),
+            ladder=found.ladder,
+        )
         print(f"{where}, report in {out}/report.html")
     except ImportError as error:
         (out / "report.html").unlink(missing_ok=True)  # that of another table

@@ -60,6 +60,7 @@ def finetune(
     """
     from rlroute.experiments.comparison.compare import tabulate
     from rlroute.experiments.comparison.entries import labels
+    from rlroute.experiments.comparison.known import read_ladder
     from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.finetuning import defaults, variants
     from rlroute.experiments.recipes.sizes import over
@@ -80,7 +81,8 @@ def finetune(
     reference = reference or called[named[0][1].content_hash()]
     if reference not in called.values():
         raise ConfigError(f"--reference {reference!r}: legal are {', '.join(called.values())}")
+    ladder = read_ladder(launch.store)
     make_folder(out)
     jobs = [Job(config, seed, command_line(), label=label) for seed in range(seeds) for label, config in named]
-    publish(tabulate(run_all(together(jobs), launch), reference, margin), out)
+    publish(tabulate(run_all(together(jobs), launch), reference, margin, ladder), out)
     print(f"runs in {launch.store}/")

@@ -187,6 +187,7 @@ def sweep(
         margin: a difference below it does not matter, in bits per byte; say it before the runs.
     """
     from rlroute.experiments.comparison.compare import tabulate
+    from rlroute.experiments.comparison.known import read_ladder
     from rlroute.experiments.launch import spec as sweeping
     from rlroute.experiments.launch.runs import run_jobs
 
@@ -198,12 +199,13 @@ def sweep(
         how = sweeping.apart(how, read.name)
     jobs = read.jobs(command_line(), start.find(how.store))
     out = out or Path("results") / read.name
+    ladder = read_ladder(how.store)
     make_folder(out)
     records, failed = run_jobs(jobs, how, search)
     if search is not None:
         show(sweeping.ranking(jobs, how.store))
     elif records:
-        publish(tabulate(records, reference, margin), out)
+        publish(tabulate(records, reference, margin, ladder), out)
     for run, reason in failed.items():
         print(f"set aside: {run}: {reason}", file=sys.stderr)
     print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")

@@ -10,7 +10,7 @@ from rlroute.config import Budget, DataConfig, ModelConfig, StartConfig, TrainCo
 from rlroute.experiments.comparison.budget import find_reference, refuse_two, with_budget
 from rlroute.experiments.comparison.frames import Library, to_frame
 from rlroute.experiments.comparison.groups import largest_group
-from rlroute.experiments.comparison.known import Known, read_ladder
+from rlroute.experiments.comparison.known import Ladder, read_ladder
 from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.comparison.text import plain_rows, to_grid, to_markdown
 from rlroute.experiments.launch.jobs import Job, Launch, together
@@ -30,12 +30,14 @@ class Comparison:
         runs: the records behind it.
         left_out: a line for each lot of other runs: who they are, and why they are not in the table.
         records: all runs, those that are left out too.
+        ladder: the one of their store, which has compute multipliers.
     """
 
     table: Table
     runs: tuple[RunRecord, ...]
     left_out: tuple[str, ...]
     records: tuple[RunRecord, ...]
+    ladder: Ladder | None = None
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -61,7 +63,7 @@ class Comparison:
 
 
 def tabulate(
-    records: Sequence[RunRecord], reference: str | None = None, margin: float = MARGIN, ladder: Known | None = None
+    records: Sequence[RunRecord], reference: str | None = None, margin: float = MARGIN, ladder: Ladder | None = None
 ) -> Comparison:
     """Return the comparison of the largest group of comparable runs, with the compute multipliers of a ladder.
 
@@ -70,7 +72,7 @@ def tabulate(
     """
     runs, left_out = largest_group(records)
     table = build_table(runs, reference, left_out, margin, ladder)
-    return Comparison(table, tuple(runs), tuple(left_out), tuple(records))
+    return Comparison(table, tuple(runs), tuple(left_out), tuple(records), ladder)
 
 
 def compare(
@@ -122,4 +124,5 @@ def compare(
     configs = [replace(config, start=start) for config in configs]
     named = list(zip(entries, configs, strict=True))
     jobs = [Job(config, seed, command, label=entry) for seed in range(seeds) for entry, config in named]
-    return tabulate(run_all(together(jobs), how), reference, margin, read_ladder(how.store))
+    ladder = read_ladder(how.store)  # one that is broken is refused before any work
+    return tabulate(run_all(together(jobs), how), reference, margin, ladder)

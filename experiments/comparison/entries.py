@@ -227,6 +227,11 @@ def shared(run: RunRecord) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def kind(run: RunRecord) -> str:
+    """Return the same as a text, equal for runs that share it all."""
+    return json.dumps(shared(run), sort_keys=True, default=str)
+
+
 def agreed(run: RunRecord) -> dict[tuple[Any, ...], Any]:
     """Return what runs agree on of which both say it: values by field, and by whose it is."""
     seed, own = run.config["seed"], run.config["config_hash"]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlroute.experiments.comparison.entries import agreed, router_label, shared
+from rlroute.experiments.comparison.entries import agreed, kind, router_label, shared
 from rlroute.schema import RunRecord
 
 SHOWN = 3
@@ -29,7 +29,7 @@ def largest_group(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list[s
     """
     parts: dict[str, list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.id):
-        parts.setdefault(json.dumps(shared(record), sort_keys=True, default=str), []).append(record)
+        parts.setdefault(kind(record), []).append(record)
     if not parts:
         return [], []
     groups = [_whole(part) for part in parts.values()]

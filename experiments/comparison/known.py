@@ -1,19 +1,31 @@
-"""What tables know of the ladder that was climbed in their run store (:mod:`.ladder`): compute multipliers."""
+"""The ladder that was climbed in a run store (:mod:`.ladder`), as ladder.json keeps it for tables and pages.
+
+Shape suffixes: E entries, J budgets, W widths, S seeds.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from typing_extensions import TypedDict
 
 from rlroute.errors import StoreError
 from rlroute.experiments.comparison.multipliers import Multiplier
+from rlroute.experiments.statistics import Interval
+from rlroute.limits import Between
 from rlroute.reading import read_json
+from rlroute.schema.values import Number, Whole
 
 FILE = "ladder.json"
 """In the run store, and in the folder of results."""
+VERSION = 1
+Ratio = Annotated[float, Between(1e-30, 1e30)]
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -21,32 +33,184 @@ def key_of(config: Mapping[str, Any]) -> str:
     return json.dumps([config["router"], config.get("others", [])], sort_keys=True)
 
 
+@dataclass(frozen=True, eq=False)
+class Rungs:
+    """What was measured.
+
+    Attributes:
+        labels: the entries, the reference first.
+        compute_J: the budgets, training FLOPs.
+        widths: of the model.
+        bits_EJWS: bits per byte.
+        speed_EJWS: training FLOPs per second.
+        seeds: the seeds.
+    """
+
+    labels: tuple[str, ...]
+    compute_J: np.ndarray
+    widths: tuple[int, ...]
+    bits_EJWS: np.ndarray
+    speed_EJWS: np.ndarray
+    seeds: tuple[int, ...]
+
+
 @dataclass(frozen=True)
-class Known:
-    """The compute multipliers against a reference, by the keys of entries."""
+class Climb:
+    """One entry on the ladder: its best mean loss at each budget, the width that has it, its differences to the
+    reference there (paired by seed, each at its own best width), its law where it has one, and its multipliers.
+    """
 
-    reference: str
-    multipliers: Mapping[str, Multiplier]
+    label: str
+    key: str
+    bits: tuple[Interval, ...]
+    widths: tuple[int, ...]
+    differences: tuple[Interval, ...]
+    law: Mapping[str, float] | None
+    compute: Multiplier | None
+    time: Multiplier | None
+    """Of the speeds at which these runs went, beside whatever else ran."""
 
-    def of(self, config: Mapping[str, Any], reference: Mapping[str, Any]) -> Multiplier | None:
-        """Return the multiplier of a configuration's routers; None where the ladder does not know it, or knows it
-        against another reference.
+
+@dataclass(frozen=True)
+class Ladder:
+    """What came out; the reference is the first entry."""
+
+    rungs: Rungs
+    entries: tuple[Climb, ...]
+    order: tuple[tuple[str, ...], ...]
+    """The entries from best to worst, at each budget."""
+    runs: tuple[str, ...]
+    command: str | None
+
+    @property
+    def order_holds(self) -> bool:
+        """Whether it is the same at all budgets."""
+        return all(one == other for one, other in pairwise(self.order))
+
+    def multiplier(self, config: Mapping[str, Any], reference: Mapping[str, Any]) -> Multiplier | None:
+        """Return the compute multiplier of a configuration's routers; None where the ladder does not know it, or knows
+        it against another reference.
         """
-        return self.multipliers.get(key_of(config)) if key_of(reference) == self.reference else None
+        base, *others = self.entries
+        known = {entry.key: entry.compute for entry in others}
+        return known.get(key_of(config)) if key_of(reference) == base.key else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: what ladder.json holds."""
+        rungs = self.rungs
+        return {
+            "version": VERSION,
+            "reference": rungs.labels[0],
+            "compute": rungs.compute_J.tolist(),
+            "widths": list(rungs.widths),
+            "seeds": list(rungs.seeds),
+            "entries": [asdict(entry) for entry in self.entries],
+            "bits_per_byte_EJWS": rungs.bits_EJWS.tolist(),
+            "flops_per_second_EJWS": rungs.speed_EJWS.tolist(),
+            "order": [list(order) for order in self.order],
+            "order_holds": self.order_holds,
+            "runs": list(self.runs),
+            "command": self.command,
+        }
 
 
-def read_ladder(store: Path) -> Known | None:
-    """Return what the ladder of a run store says; None where there is none.
+# Reading it
+
+
+class IntervalOf(TypedDict):
+    """An :class:`~rlroute.experiments.statistics.Interval`."""
+
+    mean: Number
+    low: Number | None
+    high: Number | None
+    n: Whole
+
+
+class MultiplierOf(TypedDict):
+    """A :class:`.multipliers.Multiplier`."""
+
+    value: Ratio | None
+    low: Ratio | None
+    high: Ratio | None
+    n: Whole
+    reach: Ratio
+
+
+class LawOf(TypedDict):
+    """A loss law: floor + scale (C / unit)^-exponent."""
+
+    floor: Number
+    scale: Number
+    exponent: Annotated[float, Between(0, 4)]
+    unit: Ratio
+
+
+class ClimbOf(TypedDict):
+    """A :class:`Climb`."""
+
+    label: str
+    key: str
+    bits: list[IntervalOf]
+    widths: list[Whole]
+    differences: list[IntervalOf]
+    law: LawOf | None
+    compute: MultiplierOf | None
+    time: MultiplierOf | None
+
+
+class LadderOf(TypedDict):
+    """A :class:`Ladder`."""
+
+    version: Literal[1]
+    compute: list[Ratio]
+    widths: list[Whole]
+    seeds: list[Whole]
+    entries: list[ClimbOf]
+    bits_per_byte_EJWS: list[list[list[list[Number]]]]
+    flops_per_second_EJWS: list[list[list[list[Number]]]]
+    order: list[list[str]]
+    runs: list[str]
+    command: str | None
+
+
+def read_ladder(store: Path) -> Ladder | None:
+    """Return the ladder of a run store; None where there is none.
 
     Raises:
-        StoreError: it cannot be read.
+        StoreError: it cannot be read, or is none.
     """
     path = store / FILE
     if not path.is_file():
         return None
-    value = read_json(path)
+    held = read_json(path, LadderOf)
     try:
-        first, *others = value["entries"]
-        return Known(str(first["key"]), {str(entry["key"]): Multiplier(**entry["compute"]) for entry in others})
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is no ladder: {type(error).__name__}: {error}") from error
+        return _ladder(held)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path} is no ladder: {error}") from error
+
+
+def _ladder(held: Mapping[str, Any]) -> Ladder:
+    entries = tuple(map(_climb, held["entries"]))
+    bits, speed = (np.array(held[f"{name}_EJWS"], float) for name in ("bits_per_byte", "flops_per_second"))
+    budgets, lists = len(held["compute"]), [held["order"]]
+    lists += [part for entry in entries for part in (entry.bits, entry.widths)]
+    lists += [entry.differences for entry in entries[1:]]
+    shape = (len(entries), budgets, len(held["widths"]), len(held["seeds"]))
+    if 0 in shape or bits.shape != shape or speed.shape != shape or {*map(len, lists)} != {budgets}:
+        raise ValueError("its lists are not of one length for each entry, budget, width and seed")
+    labels, numbers = tuple(entry.label for entry in entries), (np.array(held["compute"]), tuple(held["widths"]))
+    rungs = Rungs(labels, *numbers, bits, speed, tuple(held["seeds"]))
+    return Ladder(rungs, entries, tuple(map(tuple, held["order"])), tuple(held["runs"]), held["command"])
+
+
+def _climb(held: Mapping[str, Any]) -> Climb:
+    return Climb(
+        label=held["label"],
+        key=held["key"],
+        bits=tuple(Interval(**one) for one in held["bits"]),
+        widths=tuple(held["widths"]),
+        differences=tuple(Interval(**one) for one in held["differences"]),
+        law=held["law"],
+        compute=held["compute"] and Multiplier(**held["compute"]),
+        time=held["time"] and Multiplier(**held["time"]),
+    )

@@ -9,9 +9,7 @@ entry has the widths to choose from. The expert's width grows with the model's; 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,93 +17,19 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.comparison.budget import training_flops
 from rlroute.experiments.comparison.entries import check_comparable, labels, make_entries
-from rlroute.experiments.comparison.known import key_of
-from rlroute.experiments.comparison.multipliers import Laws, Multiplier, compare_curves, curve, fit_laws
+from rlroute.experiments.comparison.known import Climb, Ladder, Rungs, key_of
+from rlroute.experiments.comparison.multipliers import Laws, compare_curves, curve, fit_laws
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import bring_in
 from rlroute.experiments.recipes.presets import build_comparison
-from rlroute.experiments.statistics import Interval, t_interval
+from rlroute.experiments.statistics import t_interval
 from rlroute.experiments.verdicts import Seeds
 from rlroute.limits import Positive, Size, checked
 from rlroute.schema import RunRecord
 
 BUDGETS = (0.25, 0.5, 1.0)
 """Shares of what the reference's training takes at the model's own width and ``--train.steps``."""
-VERSION = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Rungs:
-    """What was measured.
-
-    Attributes:
-        labels: the entries, the reference first.
-        compute_J: the budgets, training FLOPs.
-        widths: of the model.
-        bits_EJWS: bits per byte.
-        speed_EJWS: training FLOPs per second.
-        seeds: the seeds.
-    """
-
-    labels: tuple[str, ...]
-    compute_J: np.ndarray
-    widths: tuple[int, ...]
-    bits_EJWS: np.ndarray
-    speed_EJWS: np.ndarray
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Climb:
-    """One entry on the ladder: its best mean loss at each budget, the width that has it, its differences to the
-    reference there (paired by seed, each at its own best width), its law where it has one, and its multipliers.
-    """
-
-    label: str
-    key: str
-    bits: tuple[Interval, ...]
-    widths: tuple[int, ...]
-    differences: tuple[Interval, ...]
-    law: Mapping[str, float] | None
-    compute: Multiplier | None
-    time: Multiplier | None
-    """Of the speeds at which these runs went, beside whatever else ran."""
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """What came out; the reference is the first entry."""
-
-    rungs: Rungs
-    entries: tuple[Climb, ...]
-    order: tuple[tuple[str, ...], ...]
-    """The entries from best to worst, at each budget."""
-    runs: tuple[str, ...]
-    command: str | None
-
-    @property
-    def order_holds(self) -> bool:
-        """Whether it is the same at all budgets."""
-        return all(one == other for one, other in pairwise(self.order))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values: what ladder.json holds."""
-        rungs = self.rungs
-        return {
-            "version": VERSION,
-            "reference": rungs.labels[0],
-            "compute": rungs.compute_J.tolist(),
-            "widths": list(rungs.widths),
-            "seeds": list(rungs.seeds),
-            "entries": [asdict(entry) for entry in self.entries],
-            "bits_per_byte_EJWS": rungs.bits_EJWS.tolist(),
-            "flops_per_second_EJWS": rungs.speed_EJWS.tolist(),
-            "order": [list(order) for order in self.order],
-            "order_holds": self.order_holds,
-            "runs": list(self.runs),
-            "command": self.command,
-        }
 
 
 def climb(

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
-from rlroute.experiments.comparison.known import Known
+from rlroute.experiments.comparison.known import Ladder
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.comparison.multipliers import Multiplier
 from rlroute.experiments.comparison.notes import (
@@ -131,7 +131,7 @@ def build_table(
     reference: str | None = None,
     left_out: Sequence[str] = (),
     margin: float = MARGIN,
-    ladder: Known | None = None,
+    ladder: Ladder | None = None,
 ) -> Table:
     """Return the table of ``records``, whatever their order.
 
@@ -141,7 +141,7 @@ def build_table(
             missing.
         left_out: what other runs there are, and why they are not here; said under the table.
         margin: the difference below which entries are equivalent, in bits per byte, above 0.
-        ladder: the compute multipliers that the run store knows.
+        ladder: the one of the run store, which has compute multipliers.
 
     Raises:
         ComparisonError: the runs are not comparable (the message names field, runs and values), or there is no such
@@ -170,7 +170,7 @@ def _reference(entries: Sequence[Entry], name: str | None) -> Entry:
 # What is computed
 
 
-def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float, ladder: Known | None) -> TableRow:
+def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float, ladder: Ladder | None) -> TableRow:
     runs, finals, first = entry.finished, entry.finals, entry.runs[0]
     bits = list(entry.bits_by_seed.values())
     diffs = [] if entry is base else paired(entry, base)
@@ -210,7 +210,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float
         overlap=_mean(overlaps),
         regret=t_interval(regret) if regret else None,
         better_routes=_mean([share for share in shares if share is not None]),
-        compute_multiplier=ladder.of(first.config["config"], base.runs[0].config["config"]) if ladder else None,
+        compute_multiplier=ladder.multiplier(first.config["config"], base.runs[0].config["config"]) if ladder else None,
         tokens_per_second=_mean(speeds),
         active_parameters=first.summary["model"]["active_parameters"],
         total_parameters=first.summary["model"]["total_parameters"],

@@ -74,7 +74,9 @@ class Boards:
             if key not in self._made:
                 others = [f"{other.title}: not comparable with these" for other in self._lots if other is not lot]
                 runs = lot.runs if lot else ()
-                self._made[key] = replace(self._plain, runs=runs, others=self._others, left_out=tuple(others))
+                self._made[key] = replace(
+                    self._plain, runs=runs, others=self._others, left_out=tuple(others), ladder=self.store.ladder
+                )
                 if key in self._before:
                     self._made[key].take_over(self._before[key])
             return self._made[key]
@@ -181,9 +183,11 @@ def _connect(app: Dash, boards: Boards) -> None:
 
 
 def draw(name: str, board: Board, choice: Choice) -> Any:
-    """Return a view; one that fails says so in its place, and the others are shown."""
+    """Return a view. A defect in one does not take the others from the reader: it stands in its place, and its
+    traceback in the standard error.
+    """
     try:
         return parts.shown(name, VIEWS[name].draw(board, choice), board, choice)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        return parts.shown(name, f"This view cannot be drawn: {type(error).__name__}: {error}", board, choice)
+        return parts.shown(name, error, board, choice)

@@ -14,7 +14,8 @@ from typing import Any
 
 from rlroute import lock
 from rlroute.alarms import Watch
-from rlroute.errors import RlrouteError
+from rlroute.errors import RlrouteError, StoreError
+from rlroute.experiments.comparison.known import FILE, Ladder, read_ladder
 from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.report.board import Seen
 from rlroute.foreign import Unfit, parse_json, shown, why
@@ -222,13 +223,16 @@ class Followed:
 
     Attributes:
         version: another number whenever anything has changed.
+        ladder: a folder's, where it has one; a line where it cannot be read.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.version, self._clock = path, 0, clock
         self._runs: dict[str, FollowedRun] = {}
+        self.ladder: Ladder | str | None = None
         self._records: tuple[Seen, ...] = ()
-        self._stamps: Any = None
+        self._read: Any = None
+        """The stamp of the file that was read: the compact one, or the ladder."""
         self._lock = threading.Lock()
 
     def look(self) -> tuple[Seen, ...]:
@@ -241,9 +245,9 @@ class Followed:
             return self._look_at_file() if self.path.is_file() else self._look_at_folder()
 
     def _look_at_file(self) -> tuple[Seen, ...]:
-        if (stamp := _stamp(self.path.resolve())) != self._stamps:
+        if (stamp := _stamp(self.path.resolve())) != self._read:
             self._records = tuple(map(Seen.of, read_runs(self.path)))
-            self._stamps, self.version = stamp, self.version + 1
+            self._read, self.version = stamp, self.version + 1
         return self._records
 
     def _look_at_folder(self) -> tuple[Seen, ...]:
@@ -256,5 +260,11 @@ class Followed:
         for name in sorted(names):
             run = self._runs.setdefault(name, FollowedRun(self.path / name, self._clock))
             changed |= run.look()
+        if (stamp := _stamp(self.path / FILE)) != self._read:
+            self._read, changed = stamp, True
+            try:
+                self.ladder = read_ladder(self.path)
+            except StoreError as error:
+                self.ladder = str(error)
         self.version += changed
         return tuple(run.seen for _, run in sorted(self._runs.items()) if run.is_run)

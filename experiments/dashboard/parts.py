@@ -118,14 +118,16 @@ def _glyph(style: Style) -> Component:
 # Views
 
 
-def shown(name: str, drawn: Figure | Sheet | Listing | str, board: Board, choice: Choice) -> Component:
-    """Return a view with its title."""
+def shown(name: str, drawn: Figure | Sheet | Listing | str | Exception, board: Board, choice: Choice) -> Component:
+    """Return a view with its title; of one that failed, with what went wrong."""
     view = VIEWS[name]
     caption = [html.P(view.caption, className="small")] if view.caption else []
     return html.Section([html.H2(view.title), *caption, _content(name, drawn, board, choice)], id=f"view-{name}")
 
 
-def _content(name: str, drawn: Figure | Sheet | Listing | str, board: Board, choice: Choice) -> Component:
+def _content(name: str, drawn: Figure | Sheet | Listing | str | Exception, board: Board, choice: Choice) -> Component:
+    if isinstance(drawn, Exception):
+        return html.P(f"This view cannot be drawn: {type(drawn).__name__}: {drawn}", className="alarm")
     if isinstance(drawn, str):
         return html.P(drawn, className="absent")
     if isinstance(drawn, Listing):

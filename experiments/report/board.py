@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 from rlroute.alarms import Alarm, alarms_of
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
-from rlroute.experiments.comparison.entries import Entry, labels, make_entries, router_label, shared
+from rlroute.experiments.comparison.entries import Entry, kind, labels, make_entries, router_label
 from rlroute.experiments.comparison.groups import largest_group
-from rlroute.experiments.comparison.known import Known
+from rlroute.experiments.comparison.known import Ladder
 from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.report.style import Style, styles_of
 from rlroute.experiments.verdicts import MARGIN
@@ -91,8 +90,7 @@ class Seen:
     def kind(self) -> str:
         """What all runs of a table share, as a text, as far as that can be said before it has ended."""
         parts: dict[str, Any] = {"config": self.config, "environment": self.environment or {}, "summary": {}}
-        record = RunRecord(self.id, **parts, evals=[], loads=[], train=[])
-        return json.dumps(shared(record), sort_keys=True, default=str)
+        return kind(RunRecord(self.id, **parts, evals=[], loads=[], train=[]))
 
     @property
     def share(self) -> float:
@@ -195,9 +193,9 @@ class Board:
         reference: the entry that differences are taken to.
         left_out: what other runs there are, and why they are not here.
         margin: the difference below which entries are equivalent.
-        results: what other commands published, by name: see :mod:`rlroute.experiments.report.published`.
+        results: what other commands published, by name: see :mod:`rlroute.experiments.dashboard.published`.
         compared: the ended runs that the table is of; the largest group of comparable ones if None.
-        ladder: the compute multipliers that the run store knows.
+        ladder: the one of the run store; a line where it cannot be read, None where there is none.
     """
 
     runs: tuple[Seen, ...]
@@ -207,7 +205,7 @@ class Board:
     margin: float = MARGIN
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     compared: Sequence[RunRecord] | None = None
-    ladder: Known | None = None
+    ladder: Ladder | str | None = None
 
     @cached_property
     def _compared(self) -> tuple[Sequence[RunRecord], Sequence[str]]:
@@ -215,22 +213,29 @@ class Board:
             return self.compared, ()
         return largest_group([run.record for run in self.runs if run.record])
 
+    @cached_property
+    def _built(self) -> Table | ComparisonError:
+        records, left_out = self._compared
+        ladder = self.ladder if isinstance(self.ladder, Ladder) else None
+        try:
+            return build_table(records, self.reference, [*self.left_out, *left_out], self.margin, ladder)
+        except ComparisonError as error:
+            return error
+
     def build(self) -> Table:
         """Return the table of the runs that have ended.
 
         Raises:
             ComparisonError: they are not comparable, or there is no such reference.
         """
-        records, left_out = self._compared
-        return build_table(records, self.reference, [*self.left_out, *left_out], self.margin, self.ladder)
+        if isinstance(self._built, ComparisonError):
+            raise self._built
+        return self._built
 
-    @cached_property
+    @property
     def table(self) -> Table | str:
         """The same; in a line why there is none."""
-        try:
-            return self.build()
-        except ComparisonError as error:
-            return str(error)
+        return str(self._built) if isinstance(self._built, ComparisonError) else self._built
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -271,8 +276,9 @@ class Board:
     def take_over(self, before: Board) -> None:
         """Take what another board has made of the runs that ended, where they are the same ones."""
         mine, other = ([run.record for run in board.runs if run.record] for board in (self, before))
-        same = len(mine) == len(other) and all(map(operator.is_, mine, other)) and self.left_out == before.left_out
-        for name in ("_compared", "table", "entries") if same else ():
+        same = len(mine) == len(other) and all(map(operator.is_, mine, other))
+        same = same and self.left_out == before.left_out and self.ladder is before.ladder
+        for name in ("_compared", "_built", "entries") if same else ():
             if name in vars(before):
                 vars(self)[name] = vars(before)[name]
 

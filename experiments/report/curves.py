@@ -105,14 +105,15 @@ class _Pen:
         return [interval.mean for _, interval in intervals]
 
     def _add(self, kind: str, points: Sequence[tuple[Sequence[Any], float | None]], **look: Any) -> None:
+        if self.kinds not in ("both", kind):
+            return
         along = {axis: [_mean_at(of, rows) for rows, _ in points] for axis in self.axes for of in [_MEASURES[axis]]}
         self.figure.add_scatter(
             x=along[self.axes[0]],
             y=[None if value is None else round(value, 5) for _, value in points],
             name=self.name,
             showlegend=False,
-            visible=self.kinds in ("both", kind),
-            meta={"entry": self.hash, "kind": kind, "x": along},
+            meta={"entry": self.hash, "kind": kind} | ({"x": along} if len(along) > 1 else {}),
             **look,
         )
 

@@ -29,12 +29,12 @@ FAIR = "load over<br>fair share"
 def loads_figure(groups: Sequence[Group], site: int | None = None) -> Figure:
     """Draw the load of every expert over time: one heatmap for each seed, all of one entry and routed site at a time.
 
-    The figure shows the first; ``layout.meta["loads"][entry][site]`` holds, for each seed, what the script puts there:
-    its number, the steps, and each expert's load over the fair share.
+    The figure shows the first. Of all, ``layout.meta["loads"][entry][site]`` holds, for each seed, what the page's
+    script puts there: its number, the steps, and each expert's load over the fair share.
 
     Args:
         groups: entries with routed sites.
-        site: the place of the only one that is read, of those of the only group; all if None.
+        site: the place of the only one that is drawn, of those of the only group; all if None.
     """
     from plotly.subplots import make_subplots
 
@@ -57,7 +57,7 @@ def loads_figure(groups: Sequence[Group], site: int | None = None) -> Figure:
             row=place // across + 1,
             col=place % across + 1,
         )
-    _colour(figure, FAIR, loads=loads)
+    _colour(figure, FAIR, **({"loads": loads} if site is None else {}))
     figure.update_xaxes(showgrid=False, zeroline=False, title={"text": ""})
     figure.update_xaxes(title={"text": "training step"}, row=down)
     figure.update_yaxes(showgrid=False, zeroline=False)

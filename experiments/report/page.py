@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlroute.experiments.comparison.known import Known
+from rlroute.experiments.comparison.known import Ladder
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import BALANCE, REGRET, legend
 from rlroute.experiments.report.board import Board, Group, Seen
@@ -19,7 +19,7 @@ from rlroute.experiments.report.html import render_page
 from rlroute.experiments.report.sheet import Sheet
 from rlroute.experiments.report.sheets import config_text, facts
 from rlroute.experiments.report.signals import MEASURES
-from rlroute.experiments.report.views import VIEWS, Listing, routed
+from rlroute.experiments.report.views import VIEWS, Listing, with_loads
 from rlroute.experiments.text import listed, of_interval, short
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.records import write_atomically
@@ -37,6 +37,10 @@ ORDER = (
     "loads",
     "health",
     "regret",
+    "losses",
+    "multipliers",
+    "rungs",
+    "said",
     "gradients",
     "claims",
     "runs",
@@ -83,7 +87,7 @@ def write_report(
     left_out: Sequence[str] = (),
     margin: float = MARGIN,
     results: Mapping[str, Mapping[str, Any]] | None = None,
-    ladder: Known | None = None,
+    ladder: Ladder | None = None,
 ) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
@@ -95,7 +99,7 @@ def write_report(
         left_out: what other runs there are, and why they are not here.
         margin: the difference below which entries are equivalent.
         results: what other commands published, by name.
-        ladder: the compute multipliers that the run store knows.
+        ladder: the one of the run store.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
@@ -124,7 +128,7 @@ def render(board: Board) -> str:
     table = board.build()
     figures: dict[str, Figure] = {}
     sections = [_section(name, board, figures) for name in ORDER]
-    drawn_loads = [group for group in routed(board) if group.runs[0].loads] if "loads" in figures else []
+    drawn_loads = with_loads(board)
     return render_page(
         "comparison.html",
         "comparison.js",

@@ -1,4 +1,4 @@
-"""The tables of stored runs: results, progress, runs, one run's facts, and the claims board."""
+"""The tables of stored runs: results, progress, runs, one run's facts, the ladder, and the claims board."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlroute.experiments.comparison import ladder_text
+from rlroute.experiments.comparison.known import Ladder
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import columns
 from rlroute.experiments.launch.progress import duration
@@ -153,6 +155,21 @@ def _number(value: Number, form: str) -> Cell:
 def _mean(values: Sequence[Number]) -> Number:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+# The ladder
+
+
+def ladder_sheet(ladder: Ladder) -> Sheet:
+    """Return the losses of a ladder's entries at each budget, and their multipliers."""
+    head, rows = ladder_text.table(ladder)
+    return Sheet(tuple(head), tuple(tuple(map(Cell, cells)) for cells in rows))
+
+
+def notes_sheet(ladder: Ladder) -> Sheet:
+    """Return what has to be said beside it: laws, differences, the order."""
+    rows = tuple((Cell(title), Cell(text)) for title, text in ladder_text.notes(ladder))
+    return Sheet(("about", "what is known"), rows, kind="facts")
 
 
 # Claims

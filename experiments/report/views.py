@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlroute.experiments.comparison.known import Ladder
 from rlroute.experiments.report import sheets
 from rlroute.experiments.report.board import FIRST, Board, Group
 from rlroute.experiments.report.choice import ALL, Choice
 from rlroute.experiments.report.curves import curves_figure, health_figure
 from rlroute.experiments.report.differences import forest_figure, verdict_sheet
+from rlroute.experiments.report.ladder_page import losses_figure, multipliers_figure
 from rlroute.experiments.report.loads import loads_figure
 from rlroute.experiments.report.regret import regret_figure, regrets
 from rlroute.experiments.report.sheet import Sheet
@@ -34,6 +36,7 @@ class Listing:
 
 NO_RUNS = "No run of this store has a row yet: rlroute compare trains some."
 NO_LOADS = "No entry has loads of experts on record: none has experts, or none came as far as an evaluation."
+NO_LADDER = "No ladder was climbed in this store: rlroute ladder does, and keeps it there (docs/ladder.md)."
 NO_RUN = "No run of this store is called so: the runs are listed under Runs."
 
 
@@ -69,9 +72,9 @@ def _curves(board: Board, choice: Choice) -> Figure | str:
 
 
 def _loads(board: Board, choice: Choice) -> Figure | str:
-    having = [group for group in routed(board) if group.runs[0].loads] if choice.entry == ALL else []
-    if having:
-        return loads_figure(having)
+    if choice.entry == ALL:
+        having = with_loads(board)
+        return loads_figure(having) if having else NO_LOADS
     group = chosen_group(board, choice)
     if group is None or not any(run.loads for run in group.runs):
         return NO_LOADS
@@ -81,6 +84,11 @@ def _loads(board: Board, choice: Choice) -> Figure | str:
 def routed(board: Board) -> list[Group]:
     """Return the entries that have experts and a run."""
     return [group for group in board.groups if group.sites and any(run.last for run in group.runs)]
+
+
+def with_loads(board: Board) -> list[Group]:
+    """Return the entries all of whose loads can be drawn."""
+    return [group for group in routed(board) if group.runs[0].loads]
 
 
 def chosen_group(board: Board, choice: Choice) -> Group | None:
@@ -96,8 +104,7 @@ def chosen_site(group: Group, choice: Choice) -> int:
 
 
 def _health(board: Board, choice: Choice) -> Figure | str:
-    drawn = [group for group in choice.drawn(board) if group in routed(board)]
-    groups = [group for group in drawn if any(run.evals for run in group.settled)]
+    groups = [group for group in choice.drawn(board) if group.sites and any(run.evals for run in group.settled)]
     return health_figure(groups, board.styles, choice.axis) if groups else NO_LOADS
 
 
@@ -131,6 +138,10 @@ def _regret(board: Board, choice: Choice) -> Figure | str:
     if not groups:
         return "No run that is drawn says the regret of its routes: it is measured as a run ends (docs/regret.md)."
     return regret_figure(groups, board.styles)
+
+
+def _of_ladder(draw: Callable[[Ladder], Figure | Sheet]) -> Callable[[Board, Choice], Figure | Sheet | str]:
+    return lambda board, choice: draw(board.ladder) if isinstance(board.ladder, Ladder) else board.ladder or NO_LADDER
 
 
 def _gradients(board: Board, choice: Choice) -> Figure | str:
@@ -234,6 +245,20 @@ VIEWS: dict[str, View] = {
         _regret,
         ("entries",),
     ),
+    "losses": View(
+        "Loss against compute",
+        "The lowest mean loss over widths at each budget of the ladder, with its 95% interval over seeds, and the law "
+        "through these points.",
+        _of_ladder(losses_figure),
+    ),
+    "multipliers": View(
+        "Compute multipliers",
+        "How much more compute, and time, the ladder's reference needs for the same loss: right of the dotted line an "
+        "entry is ahead.",
+        _of_ladder(multipliers_figure),
+    ),
+    "rungs": View("Rungs of the ladder", "", _of_ladder(sheets.ladder_sheet)),
+    "said": View("What has to be said of the ladder", "", _of_ladder(sheets.notes_sheet)),
     "gradients": View(
         "How good each router's learning signal is",
         "What the gradient instrument measured, by size of the model and step of training. The names under the figure "
@@ -258,6 +283,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "table": ("Table", ("results", "forest")),
     "verdicts": ("Verdicts", ("verdicts", "balance")),
     "experts": ("Experts", ("loads", "health")),
+    "ladder": ("Ladder", ("losses", "multipliers", "rungs", "said")),
     "signals": ("Signals", ("regret", "gradients")),
     "claims": ("Claims", ("claims",)),
     "runs": ("Runs", ("runs",)),
