@@ -36,6 +36,7 @@ KEYS: dict[str, Callable[[TableRow], Number]] = {
     "resolvable": lambda row: row.smallest_resolvable,
 }
 """The numbers behind columns of the table that have a unit or an interval in their texts."""
+KNOWN = "what is known"
 
 
 def results_sheet(table: Table) -> Sheet:
@@ -71,7 +72,7 @@ def progress_sheet(groups: Sequence[Group], others: Sequence[Seen]) -> Sheet:
         "left",
         "alarms",
     )
-    return Sheet(head, tuple(_progress(group, others) for group in groups))
+    return Sheet(head, tuple(_progress(group, others) for group in groups), left=("alarms",))
 
 
 def _progress(group: Group, others: Sequence[Seen]) -> tuple[Cell, ...]:
@@ -169,7 +170,7 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
 def notes_sheet(ladder: Ladder) -> Sheet:
     """Return what has to be said beside it: laws, differences, the order."""
     rows = tuple((Cell(title), Cell(text)) for title, text in ladder_text.notes(ladder))
-    return Sheet(("about", "what is known"), rows, kind="facts")
+    return Sheet(("about", KNOWN), rows, left=(KNOWN,), kind="facts")
 
 
 # Claims
@@ -188,7 +189,7 @@ def claims_sheet(grid: Mapping[str, Any]) -> Sheet:
 def facts_sheet(run: Seen) -> Sheet:
     """Return what one run is, where it happened, and the command to repeat it."""
     rows = tuple((Cell(name), Cell(text)) for name, text in facts(run).items() if text)
-    return Sheet((run.id, "what is known"), rows, kind="facts")
+    return Sheet((run.id, KNOWN), rows, left=(KNOWN,), kind="facts")
 
 
 def facts(run: Seen) -> dict[str, str]:
