@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from scipy import optimize, stats
 
@@ -50,8 +51,14 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     mean, n = math.fsum(values) / len(values), len(values)
     if n == 1:
         return Interval(mean, None, None, n)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * standard_deviation(values) / math.sqrt(n)
+    half = _student((1 + confidence) / 2, n - 1) * standard_deviation(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+@cache
+def _student(share: float, freedom: int) -> float:
+    """Return a quantile of Student's t; a figure asks for the same one at each of its points."""
+    return float(stats.t.ppf(share, freedom))
 
 
 def over_seeds(intervals: Sequence[Interval]) -> Interval:

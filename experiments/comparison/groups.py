@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlroute.experiments.comparison.entries import agreed, kind, router_label, shared
+from rlroute.experiments.comparison.entries import agreed, grouped, kind, router_label, shared
 from rlroute.schema import RunRecord
 
 SHOWN = 3
@@ -27,9 +27,7 @@ def largest_group(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list[s
     most runs, but one entry alone is no comparison and comes after any two; of equal ones the newest, then the first
     by ids.
     """
-    parts: dict[str, list[RunRecord]] = {}
-    for record in sorted(records, key=lambda record: record.id):
-        parts.setdefault(kind(record), []).append(record)
+    parts = grouped(sorted(records, key=lambda record: record.id), kind)
     if not parts:
         return [], []
     groups = [_whole(part) for part in parts.values()]

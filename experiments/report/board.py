@@ -13,7 +13,7 @@ from typing import Any
 from rlroute.alarms import Alarm, alarms_of
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
-from rlroute.experiments.comparison.entries import Entry, kind, labels, make_entries, router_label
+from rlroute.experiments.comparison.entries import Entry, grouped, kind, labels, make_entries, router_label
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.known import Ladder
 from rlroute.experiments.comparison.table import Table, build_table
@@ -176,9 +176,7 @@ class Lot:
 
 def make_lots(runs: Iterable[Seen]) -> list[Lot]:
     """Part runs by what all runs of a table share, those first in which something runs, then the larger."""
-    parts: dict[str, list[Seen]] = {}
-    for run in sorted((run for run in runs if run.config), key=lambda run: run.id):
-        parts.setdefault(run.kind, []).append(run)
+    parts = grouped(sorted((run for run in runs if run.config), key=lambda run: run.id), lambda run: run.kind)
     lots = [Lot(hashlib.sha256(key.encode()).hexdigest()[:8], tuple(runs)) for key, runs in parts.items()]
     return sorted(lots, key=lambda lot: (not any(run.state == "running" for run in lot.runs), -len(lot.runs)))
 
@@ -245,10 +243,8 @@ class Board:
     @cached_property
     def groups(self) -> list[Group]:
         """All entries, ended or not: those of the table as it ranks them, then the others by their last losses."""
-        by_hash: dict[str, list[Seen]] = {}
-        for run in sorted(self.runs, key=lambda run: (run.seed or 0, run.id)):
-            if run.config:
-                by_hash.setdefault(run.hash, []).append(run)
+        ordered = sorted((run for run in self.runs if run.config), key=lambda run: (run.seed or 0, run.id))
+        by_hash = grouped(ordered, lambda run: run.hash)
         said = labels({name: runs[0].config["config"] for name, runs in by_hash.items() if runs[0].config})
         said |= {entry.runs[0].config["config_hash"]: entry.label for entry in self.entries.values()}
         rows = [] if isinstance(self.table, str) else self.table.rows
