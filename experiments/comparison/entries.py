@@ -58,6 +58,8 @@ STREAM = "data.train_sha256"
 """Of what a run was made from, what those on as many training tokens share."""
 
 Key = TypeVar("Key", bound=Hashable)
+Run = TypeVar("Run")
+"""A record, or what else stands for a run."""
 
 SAME_CONFIG = "one comparison trains every router on the same data in the same model"
 SAME_WEIGHTS = "with one seed every router starts from the same weights"
@@ -97,9 +99,9 @@ class Entry:
         return {run.config["seed"]: final["bits_per_byte"] for run in self.finished if (final := run.summary["final"])}
 
 
-def grouped(runs: Iterable[RunRecord], key: Callable[[RunRecord], Key]) -> dict[Key, list[RunRecord]]:
+def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
     """Return runs by what a function says of them, in the order in which they come."""
-    groups: dict[Key, list[RunRecord]] = {}
+    groups: dict[Key, list[Run]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return groups
