@@ -24,10 +24,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
 
-# One thread: bits change with their number, and the tests compare bits. Two processes share
-# the tests, file by file, since the tests of a file share what it makes.
+# One thread: bits change with their number, and the tests compare bits. Three processes share
+# the tests of two cores, file by file, since the tests of a file share what it makes: some wait for others' processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(PYTEST) $(SPREAD)

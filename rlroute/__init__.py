@@ -1,7 +1,7 @@
 """rlroute: compare the routers of mixture-of-experts transformers inside identical models.
 
-``rlroute.compare``, ``rlroute.judge`` and ``rlroute.load_runs`` are the commands of these names, from Python
-(docs/python.md). They are imported when they are first asked for: the core knows none of the wings.
+``rlroute.compare`` and ``rlroute.judge`` are the commands of these names, and ``rlroute.load_runs`` a store's runs as
+a data frame (docs/python.md). They are imported when they are first asked for: the core knows none of the wings.
 """
 
 from importlib import import_module

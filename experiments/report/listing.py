@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
@@ -67,11 +68,16 @@ def _router_text(name: str) -> str:
     lines = [
         f"{name}  ({router.__module__})",
         *described,
-        f"learns from: {', '.join(sorted(shown.learns_from)) or 'nothing'}; gate: {gate}",
+        f"learns from: {signals(shown, needed) or 'what its fields say'}; gate: {gate}",
         *marks,
         f"fields: {options or 'none'}",
     ]
     return "\n    ".join(lines)
+
+
+def signals(shown: Router | type[Router], needed: Sequence[str]) -> str:
+    """Return what a router learns from; "" where fields are needed, without which its class cannot say."""
+    return ", ".join(sorted(shown.learns_from)) or ("" if needed else "nothing")
 
 
 def _docstring(router: type[Router]) -> str:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from textwrap import dedent
 
 from rlroute.config import RouterConfig
-from rlroute.experiments.report.listing import NO_PAIRS, REFUSED, default_instance, default_text, refusals
+from rlroute.experiments.report.listing import NO_PAIRS, REFUSED, default_instance, default_text, refusals, signals
 from rlroute.experiments.text import markdown
 from rlroute.registry import router_class, router_names
 from rlroute.routing import Router
@@ -49,20 +49,16 @@ def _text(router: type[Router]) -> str:
     return text.partition("\nShape suffixes:")[0].replace("``", "`").strip()
 
 
-def _shown(router: type[Router]) -> Router | type[Router]:
-    """Return what says how the default configuration behaves: an instance, where there is one."""
-    return router if needed_fields(router.Config) else default_instance(router)
-
-
 def _signals(router: type[Router]) -> str:
-    """Return what it learns from; "" where its class does not say, and an instance cannot be made."""
-    return ", ".join(sorted(_shown(router).learns_from)) or ("" if needed_fields(router.Config) else "nothing")
+    needed = needed_fields(router.Config)
+    return signals(router if needed else default_instance(router), needed)
 
 
 def _facts(router: type[Router]) -> str:
-    needed, shown = needed_fields(router.Config), _shown(router)
+    needed = needed_fields(router.Config)
+    shown = router if needed else default_instance(router)
     facts = {
-        "Learns from": _signals(router),
+        "Learns from": signals(shown, needed),
         "Gate": shown.gate_meaning,
         "Sees later tokens": "" if shown.causal else "yes: its loss cannot be held against the others'",
         "Needs": ", ".join(f"`{field}`" for field in needed),
