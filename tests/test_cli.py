@@ -533,6 +533,14 @@ def test_help_version_and_completion():
         assert all(command in script for command in COMMANDS) and "balance_scope" in script.replace("-", "_")
 
 
+def test_what_the_report_shows_of_other_commands_is_read_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/claims.jsonl").write_text("none\n")
+    assert "claims.jsonl" in refused(rlroute(*COMPARE))
+    assert not Path("runs").exists()
+
+
 def test_the_page_of_commands_names_each():
     page = (ROOT / "docs" / "commands.md").read_text()
     assert not [command for command in COMMANDS if f"`rlroute {command}" not in page]

@@ -6,7 +6,7 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import wraps
 from itertools import chain
@@ -17,6 +17,7 @@ import tyro
 
 from rlroute.config import DataConfig, ModelConfig, StartConfig, TrainConfig
 from rlroute.errors import ConfigError, MissingDependencyError, StoreError
+from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
@@ -172,12 +173,23 @@ def one_run(store: Path, word: str) -> RunRecord:
     return records[0]
 
 
-def publish(found: Comparison, out: Path) -> None:
+def open_results(out: Path) -> dict[str, Mapping[str, Any]]:
+    """Make a folder of results, and return what its report will show of other commands' results.
+
+    Raises:
+        StoreError: some of them cannot be read.
+    """
+    from rlroute.experiments.dashboard.published import read_results
+
+    make_folder(out)
+    return read_results(out)
+
+
+def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the table of a comparison, after a list of all runs where others are left out; write it and the report, for
     which the table does not wait.
     """
     from rlroute.experiments.comparison.text import to_csv, to_markdown
-    from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
     from rlroute.experiments.report.runs import list_records, to_grid
     from rlroute.records import write_atomically
@@ -199,7 +211,7 @@ def publish(found: Comparison, out: Path) -> None:
             reference=built.reference,
             left_out=found.left_out,
             margin=built.margin,
-            results=read_results(out),
+            results=results,
             ladder=found.ladder,
         )
         print(f"{where}, report in {out}/report.html")

@@ -15,11 +15,11 @@ from rlroute.experiments.cli.common import (
     From,
     Shared,
     command_line,
+    open_results,
     publish,
     run_folder,
     said_of_parts,
 )
-from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.verdicts import MARGIN, Seeds
@@ -81,8 +81,7 @@ def finetune(
     reference = reference or called[named[0][1].content_hash()]
     if reference not in called.values():
         raise ConfigError(f"--reference {reference!r}: legal are {', '.join(called.values())}")
-    ladder = read_ladder(launch.store)
-    make_folder(out)
+    ladder, results = read_ladder(launch.store), open_results(out)
     jobs = [Job(config, seed, command_line(), label=label) for seed in range(seeds) for label, config in named]
-    publish(tabulate(run_all(together(jobs), launch), reference, margin, ladder), out)
+    publish(tabulate(run_all(together(jobs), launch), reference, margin, ladder), out, results)
     print(f"runs in {launch.store}/")

@@ -18,6 +18,7 @@ from rlroute.experiments.cli.common import (
     From,
     Shared,
     command_line,
+    open_results,
     publish,
     recipe,
     refuse_others,
@@ -136,7 +137,7 @@ def compare(
 
     parts, own = recipe(preset, shared, tuned)
     name_broken(*entries)
-    make_folder(out)
+    results = open_results(out)
     found = comparing.compare(
         entries or ((own,) if own else ()),
         seeds=seeds,
@@ -149,7 +150,7 @@ def compare(
         command=command_line(),
         **parts,
     )
-    publish(found, out)
+    publish(found, out, results)
     print(f"runs in {launch.store}/")
 
 
@@ -199,13 +200,12 @@ def sweep(
         how = sweeping.apart(how, read.name)
     jobs = read.jobs(command_line(), start.find(how.store))
     out = out or Path("results") / read.name
-    ladder = read_ladder(how.store)
-    make_folder(out)
+    ladder, results = read_ladder(how.store), open_results(out)
     records, failed = run_jobs(jobs, how, search)
     if search is not None:
         show(sweeping.ranking(jobs, how.store))
     elif records:
-        publish(tabulate(records, reference, margin, ladder), out)
+        publish(tabulate(records, reference, margin, ladder), out, results)
     for run, reason in failed.items():
         print(f"set aside: {run}: {reason}", file=sys.stderr)
     print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")
