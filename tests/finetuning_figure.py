@@ -11,12 +11,11 @@ from rlroute.experiments.text import markdown, of_interval
 from rlroute.reading import read_runs
 from rlroute.schema import RunRecord
 from tests import ROOT
-from tests.upcycling_figure import element
+from tests.drawing import COLOURS, Panel, drawing, element, multiples
 
 RESULTS = ROOT / "experiments" / "results" / "finetuning.jsonl"
 FIGURE = ROOT / "docs" / "finetuning.svg"
 REFERENCE = "all"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#8c510a", "#7f3c8d", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 340, 260, 60, 40, 70
 Measure = Callable[[RunRecord], float]
 
@@ -103,28 +102,12 @@ def panel(left: int, title: str, curves: Mapping[str, dict[int, float]], colours
     values = [value for line in curves.values() for value in line.values()]
     steps = sorted({step for line in curves.values() for step in line})
     low, high = min(values) - 0.02, max(values) + 0.02
-
-    def across(step: float) -> float:
-        return round(left + WIDTH * step / steps[-1], 1)
-
-    def down(value: float) -> float:
-        return round(TOP + HEIGHT * (high - value) / (high - low), 1)
-
-    parts = [element("text", title, x=left, y=TOP - 14, font_weight="bold")]
-    parts += [element("rect", x=left, y=TOP, width=WIDTH, height=HEIGHT, fill="none", stroke="#888")]
-    grid = 0.05 if high - low < 0.5 else 0.5
-    for tick in range(round(low / grid) - 1, round(high / grid) + 2):
-        if low < (value := tick * grid) < high:
-            parts.append(element("line", x1=left, x2=left + WIDTH, y1=down(value), y2=down(value), stroke="#ddd"))
-            parts.append(element("text", f"{value:.2f}", x=left - 6, y=down(value) + 4, text_anchor="end"))
-    for step in steps[1::2]:
-        parts.append(element("text", str(step), x=across(step), y=TOP + HEIGHT + 18, text_anchor="middle"))
-    parts.append(element("text", "steps", x=left + WIDTH / 2, y=TOP + HEIGHT + 36, text_anchor="middle"))
+    axes = Panel(left, TOP, WIDTH, HEIGHT, (0, steps[-1]), (low, high))
+    marks = {step: str(step) for step in steps[1::2]}
+    parts = axes.frame(title, "steps", marks, multiples(low, high, 0.05 if high - low < 0.5 else 0.5, ".2f"))
     for name, line in curves.items():
-        points = " ".join(f"{across(step)},{down(value)}" for step, value in line.items())
         dash = {"stroke_dasharray": "5 4"} if name.endswith("training tokens") else {}
-        colour = colours[name.removesuffix(", training tokens")]
-        parts.append(element("polyline", points=points, fill="none", stroke=colour, stroke_width=2, **dash))
+        parts.append(axes.line(line, colours[name.removesuffix(", training tokens")], **dash))
     return parts
 
 
@@ -144,12 +127,7 @@ def figure() -> str:
         x, y = LEFT + (place % 3) * 260, TOP + HEIGHT + 64 + 22 * (place // 3)
         parts.append(element("line", x1=x, x2=x + 22, y1=y - 4, y2=y - 4, stroke=colour, stroke_width=3))
         parts.append(element("text", name, x=x + 28, y=y))
-    size = {"width": right + WIDTH + 20, "height": TOP + HEIGHT + 130}
-    inside = "\n".join([element("rect", width="100%", height="100%", fill="#fff"), *parts])
-    return (
-        element("svg", inside, xmlns="http://www.w3.org/2000/svg", **size, font_family="sans-serif", font_size=13)
-        + "\n"
-    )
+    return drawing(parts, right + WIDTH + 20, TOP + HEIGHT + 130)
 
 
 if __name__ == "__main__":

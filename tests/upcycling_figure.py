@@ -2,7 +2,6 @@
 ``python -m tests.upcycling_figure`` writes the one and prints the other.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +12,13 @@ from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.experiments.text import of_interval
 from rlroute.reading import read_runs
 from tests import ROOT
+from tests.drawing import COLOURS, Panel, drawing, element, multiples
 
 RESULTS = ROOT / "experiments" / "results" / "upcycling"
 FIGURE = ROOT / "docs" / "upcycling.svg"
 WIDTH, HEIGHT, LEFT, TOP = 340, 220, 60, 40
-COLOURS = {"from scratch": "#0072b2", "upcycled": "#d55e00", "difference": "#000000"}
+OF = {"from scratch": COLOURS[0], "upcycled": COLOURS[1], "difference": "#000"}
+"""The colours of lines."""
 Line = dict[int, Interval]
 """Means with their intervals, by steps."""
 
@@ -42,7 +43,7 @@ def budgets(folder: Path = RESULTS) -> list[Budget]:
 
 def lines(found: Sequence[Budget]) -> dict[str, Line]:
     """Return the losses of both in bits per byte, and their paired differences, by steps."""
-    made: dict[str, Line] = {name: {} for name in COLOURS}
+    made: dict[str, Line] = {name: {} for name in OF}
     for budget in found:
         made["from scratch"][budget.steps] = t_interval(list(budget.scratch.bits_by_seed.values()))
         made["upcycled"][budget.steps] = t_interval(list(budget.upcycled.bits_by_seed.values()))
@@ -55,7 +56,7 @@ def table(found: Sequence[Budget]) -> str:
     made = lines(found)
     rows = ["| steps | from scratch | upcycled | difference, paired | seeds |", "|---:|---:|---:|---:|---:|"]
     for steps, seeds in ((budget.steps, len(budget.scratch.runs)) for budget in found):
-        cells = [of_interval(made[name][steps]) for name in COLOURS]
+        cells = [of_interval(made[name][steps]) for name in OF]
         rows.append(f"| {steps} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(rows)
 
@@ -66,43 +67,23 @@ def reach(interval: Interval) -> float:
     return interval.half_width
 
 
-def element(name: str, inside: str = "", **attributes: object) -> str:
-    """Return an SVG element; the underscores of attributes are its hyphens."""
-    said = " ".join(f'{key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-    return f"<{name} {said}>{inside}</{name}>"
-
-
-def panel(x: int, title: str, shown: dict[str, Line]) -> list[str]:
+def panel(left: int, title: str, shown: dict[str, Line]) -> list[str]:
     """Return the elements of one panel: lines over steps on a logarithmic axis, with their intervals."""
     ends = [i.mean + sign * reach(i) for line in shown.values() for i in line.values() for sign in (-1, 1)]
     ends += [0.0] if "difference" in shown else []
     room = 0.05 * (max(ends) - min(ends))
     low, high, steps = min(ends) - room, max(ends) + room, sorted(set().union(*shown.values()))
-
-    def across(step: int) -> float:
-        return round(x + 20 + math.log(step / steps[0]) / math.log(steps[-1] / steps[0]) * (WIDTH - 40), 1)
-
-    def down(value: float) -> float:
-        return round(TOP + (high - value) / (high - low) * HEIGHT, 1)
-
-    below = TOP + HEIGHT
-    parts = [element("rect", x=x, y=TOP, width=WIDTH, height=HEIGHT, fill="none", stroke="#888")]
-    parts += [element("text", title, x=x, y=TOP - 12, font_weight="bold")]
-    parts += [element("text", str(step), x=across(step), y=below + 18, text_anchor="middle") for step in steps]
-    parts += [element("text", "training steps of the mixture", x=x + WIDTH / 2, y=below + 36, text_anchor="middle")]
-    for tick in range(math.ceil(low * 10), math.floor(high * 10) + 1):
-        y, colour = down(tick / 10), "#ddd" if tick else "#888"
-        parts += [element("text", f"{tick / 10:.1f}", x=x - 6, y=y + 4, text_anchor="end")]
-        parts += [element("line", x1=x, x2=x + WIDTH, y1=y, y2=y, stroke=colour)]
+    axes = Panel(left, TOP, WIDTH, HEIGHT, (steps[0], steps[-1]), (low, high), logarithmic=True, inset=20)
+    marks = {step: str(step) for step in steps}
+    parts = axes.frame(title, "training steps of the mixture", marks, multiples(low, high, 0.1, ".1f"))
     for index, (name, line) in enumerate(shown.items()):
-        colour = COLOURS[name]
-        points = " ".join(f"{across(step)},{down(interval.mean)}" for step, interval in line.items())
-        parts += [element("polyline", points=points, fill="none", stroke=colour, stroke_width=2)]
+        colour = OF[name]
+        parts.append(axes.line({step: interval.mean for step, interval in line.items()}, colour))
         for step, interval in line.items():
-            top, bottom = (down(interval.mean + sign * reach(interval)) for sign in (1, -1))
-            parts += [element("line", x1=across(step), x2=across(step), y1=top, y2=bottom, stroke=colour)]
-            parts += [element("circle", cx=across(step), cy=down(interval.mean), r=4, fill=colour)]
-        place = {"x": x + WIDTH - 10, "y": TOP + 20 + 18 * index, "text_anchor": "end"}
+            across, (top, bottom) = axes.across(step), (axes.down(interval.mean + s * reach(interval)) for s in (1, -1))
+            parts.append(element("line", x1=across, x2=across, y1=top, y2=bottom, stroke=colour))
+            parts.append(axes.point(step, interval.mean, colour))
+        place = {"x": left + WIDTH - 10, "y": TOP + 20 + 18 * index, "text_anchor": "end"}
         parts += [element("text", name, **place, fill=colour)] if len(shown) > 1 else []
     return parts
 
@@ -114,12 +95,7 @@ def figure(found: Sequence[Budget]) -> str:
     right = 2 * LEFT + WIDTH + 20
     parts = panel(LEFT, "validation bits per byte", losses)
     parts += panel(right, "upcycled minus from scratch", {"difference": made["difference"]})
-    size = {"width": right + WIDTH + 20, "height": TOP + HEIGHT + 50}
-    inside = "\n".join([element("rect", width="100%", height="100%", fill="#fff"), *parts])
-    return (
-        element("svg", inside, xmlns="http://www.w3.org/2000/svg", **size, font_family="sans-serif", font_size=13)
-        + "\n"
-    )
+    return drawing(parts, right + WIDTH + 20, TOP + HEIGHT + 50)
 
 
 if __name__ == "__main__":
