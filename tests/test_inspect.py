@@ -19,6 +19,7 @@ from rlroute.routing import RoutingDecision
 from rlroute.training.data import load_corpus
 from rlroute.training.loop import train
 from rlroute.training.manifest import own_checkpoints
+from tests import inspection_figure
 from tests.commands import ran, refused, rlroute
 from tests.tiny import DATA, MODEL, STEPS, TRAIN
 
@@ -236,3 +237,9 @@ def test_what_cannot_be_inspected_is_refused(words, said, store, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert said in refused(rlroute("inspect", *words, "--store", store))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_figure_of_the_page_is_what_the_commands_wrote():
+    assert inspection_figure.figure() == inspection_figure.FIGURE.read_text(), "python -m tests.inspection_figure"
+    (record,) = read_runs(inspection_figure.RESULTS / "run.jsonl")
+    assert record.id == inspection_figure.found("inside.json")["run"]
