@@ -24,6 +24,7 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.training.data import load_corpus
 from rlroute.training.loop import train
 from rlroute.training.prepare import build_model
+from tests import export_figure
 from tests.commands import ran, refused, rlroute
 from tests.conftest import make_context
 from tests.tiny import DATA, MODEL, TRAIN, run_tokens, shake
@@ -195,3 +196,7 @@ def test_what_cannot_be_exported_is_refused(
     Path("full/config.json").write_text("mine")
     assert said in refused(rlroute("export", *words, "--store", store))
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_the_figure_of_the_page_has_every_tensor_of_a_file_with_its_shape() -> None:
+    assert export_figure.figure() == export_figure.FIGURE.read_text(), "python -m tests.export_figure"
