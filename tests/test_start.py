@@ -25,7 +25,8 @@ from rlroute.training.manifest import own_checkpoints
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model
 from rlroute.training.start import check_start, placed, start_of, take_start
-from tests.commands import TINY, ran, refused, rlroute
+from tests.commands import TINY, ran, refused, rlroute, start, table
+from tests.conftest import HANG
 from tests.runs import assert_same_bits, figures, interrupted
 from tests.tiny import DATA, MODEL, TRAIN
 
@@ -326,6 +327,30 @@ def test_verify_holds_initial_weights_against_the_source(compared: Path, tmp_pat
     findings = [str(finding) for finding in verify(store)]
     ours = [finding for finding in findings if "config/start" in finding]
     assert len(ours) == len(started_runs) and all(f"{source.name} at step 12" in finding for finding in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(("source", "other", "more"), [("switch", "hash", ()), ("dense", "dense", ("--upcycle",))])
+def test_through_ray_a_comparison_from_a_run_gives_the_local_launchers_records(
+    source: str, other: str, more: tuple[str, ...], trained: Path, tmp_path: Path
+) -> None:
+    """Each store gets the source from elsewhere, and workers read it there."""
+    origin = source_in(trained, source)
+    command = ("compare", "switch", other, *TINY, "--seeds", 2, "--from", origin, *more)
+    for launcher in (("local",), ("ray", "--concurrency", "2")):
+        folder = tmp_path / launcher[0]
+        folder.mkdir()
+        process = start(folder, *command, "--launcher", *launcher)
+        _, err = process.communicate(timeout=HANG)
+        assert process.returncode == 0, err
+    local, ray = tmp_path / "local", tmp_path / "ray"
+    mine, theirs = ([run for run in read_runs(f / "runs") if run.id != origin.name] for f in (local, ray))
+    assert len(mine) == 4 and all(run.config["config"]["start"]["run"] == origin.name for run in mine)
+    for run, same in zip(mine, theirs, strict=True):
+        assert run.id == same.id and run.config["made_from"] == same.config["made_from"]
+        assert_same_bits(*(store / "runs" / run.id for store in (local, ray)))
+    assert table(local / "runs") == table(ray / "runs")
 
 
 def test_bad_words_are_refused_in_one_line(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
