@@ -29,12 +29,14 @@ from tests.conftest import HANG, until
 from tests.strangers import install
 
 SHAPE = Shape(24, 16, 8, 4, 2)
-PEERS = [name for name in contenders(cuda=False) if name not in ("dense", "loop")]
+PEERS = ("rlroute", "grouped_mm", "padded_bmm", "transformers_eager", "transformers_grouped_mm")
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", PEERS)
 def test_every_contender_computes_the_same_function(name, routing):
+    if name not in contenders(cuda=False):
+        pytest.skip("transformers is not installed")
     problem = make_problem(SHAPE, routing, "cpu", torch.float32)
     leaves = problem.leaves[:4]
     upstream = torch.randn(24, 16)

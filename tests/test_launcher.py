@@ -2,6 +2,7 @@
 
 import os
 import signal
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -71,8 +72,13 @@ class WildRouter(UniformRouter):
 '''
 
 
-@pytest.mark.parametrize("where", ["init", "forward", "observe", "adapt"])
-@pytest.mark.parametrize("fault", ["raise", "exit", "wild", "stop", "io"])
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        pytest.param(*case, marks=[] if "raise" in case or "forward" in case else pytest.mark.slow)
+        for case in product(["raise", "exit", "wild", "stop", "io"], ["init", "forward", "observe", "adapt"])
+    ],
+)
 def test_a_router_that_goes_wrong_in_any_way_costs_its_own_runs(fault, where, site, tmp_path, monkeypatch):
     install(site, "wild", "acme.wild:WildRouter", WILD)
     monkeypatch.chdir(tmp_path)

@@ -96,9 +96,10 @@ def test_every_number_of_a_run_refuses_what_it_cannot_be(config: Any) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: getattr(config, "name", type(config).__name__))
 def test_a_value_is_the_same_run_however_it_is_written(config: Any) -> None:
     """The id, the record and the round trip through JSON, by which Ray's workers get it, are those of plain numbers."""
+    of_all = {field.name for field in dataclasses.fields(RouterConfig)} - {"name"}
     for name, kinds, _ in numbers_of(config):
         plain = getattr(config, name)
-        if plain is None or isinstance(plain, tuple):
+        if plain is None or isinstance(plain, tuple) or (name in of_all and config.name != "switch"):
             continue
         same: list[Any] = [np.int64(plain), np.int32(plain)]
         if isinstance(plain, float):
