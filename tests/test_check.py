@@ -102,6 +102,7 @@ def test_what_cannot_be_checked_is_refused(router, said, routers):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_without_assertions_nothing_is_claimed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-O", "-m", "rlroute", "check", "hash"],

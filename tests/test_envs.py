@@ -204,6 +204,7 @@ def _make_bandit():
     return gymnasium.make("rlroute.envs:rlroute/TokenBandit-v0", **SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_spawned_workers_find_the_environment():
     spawned = AsyncVectorEnv([_make_bandit] * 2, context="spawn")

@@ -179,8 +179,10 @@ def test_a_stream_is_hashed_alike_in_parts_and_on_disk(tmp_path, monkeypatch):
 # --- routers
 
 
-@ENDINGS
-@pytest.mark.parametrize("what", ["its file", "its helper", "a module nobody imports", "its version"])
+@pytest.mark.parametrize(
+    ("what", "left"),
+    zip(("its file", "its helper", "a module nobody imports", "its version"), cycle([unfinish, end_it])),
+)
 def test_a_run_of_another_router_is_refused(what, left, site, tmp_path):
     source = ROUTER.replace("import torch\n", "import torch\n\nfrom acme.helper import SCALE\n", 1)
     install(site, source=source)

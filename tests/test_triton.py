@@ -103,7 +103,9 @@ def test_bfloat16_storage_is_as_good_as_the_same_rounding_in_torch():
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # in rows not stored
 @pytest.mark.parametrize("widths", [(20, 12), (32, 48)], ids=["by pointer", "by descriptor"])
-@pytest.mark.parametrize("name", ["over capacity dropped", "variable k, some unused"])
+@pytest.mark.parametrize(
+    "name", ["variable k, some unused", pytest.param("over capacity dropped", marks=pytest.mark.slow)]
+)
 def test_rows_that_do_not_run_are_never_read(name, widths, monkeypatch):
     """Every new buffer starts as NaN, and so do the gates of pairs that do not run."""
     decision, (width, hidden) = CASES[name][0], widths

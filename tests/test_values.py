@@ -326,19 +326,18 @@ def test_there_are_options_to_be_tried() -> None:
 def test_every_numeric_option_refuses_what_it_cannot_be(
     at: int, case: tuple[str, str, set[type]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative, and one after the other not finite or beyond all machines: one line with the option and what is legal,
-    and nothing written.
+    """Negative, not finite, or beyond all machines, in turn: one line with the option and what is legal, and nothing
+    written.
     """
     command, name, kinds = case
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sweep.toml").write_text('entries = ["hash"]\n[base]\ndata.spec = "synth:documents=64,length=64"\n')
     before = contents(tmp_path)
-    others = ["nan", "inf", "-inf", "1e999"] if float in kinds else ["1" + "0" * 30]
-    for value in ("-1", others[at % len(others)]):
-        option = f"--{name.replace('_', '-')}"
-        said = refused(rlroute(*command.split(), *COMMANDS[command][1], f"{option}={value}"))
-        assert name in said or option in said
-        assert SHAPE.search(said), said
+    values = ["-1", *(["nan", "inf", "-inf", "1e999"] if float in kinds else ["1" + "0" * 30])]
+    option = f"--{name.replace('_', '-')}"
+    said = refused(rlroute(*command.split(), *COMMANDS[command][1], f"{option}={values[at % len(values)]}"))
+    assert name in said or option in said
+    assert SHAPE.search(said), said
     assert contents(tmp_path) == before
 
 

@@ -234,7 +234,14 @@ def test_a_setting_is_named_although_the_hash_was_computed_again(path, store):
     assert any(line.startswith("switch-") and "missing" in line for line in lines), "the run that was asked for is gone"
 
 
-@pytest.mark.parametrize("path", ["train.clip", "train.weight_decay", "router.balance_weight", "model.k"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "train.clip",
+        "model.k",
+        *(pytest.param(path, marks=pytest.mark.slow) for path in ("train.weight_decay", "router.balance_weight")),
+    ],
+)
 def test_what_was_sealed_anew_under_another_hash_is_found_by_training_again(path, store):
     """Nothing in the record alone contradicts it."""
     value: Any = {"model.k": 3, "train.clip": 0.01}.get(path, 0.25)
@@ -326,7 +333,13 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("words", ASKED.values(), ids=list(ASKED))
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=how, marks=[pytest.mark.slow] if how.startswith("variants") else [])
+        for how, words in ASKED.items()
+    ],
+)
 def test_however_a_comparison_was_asked_for_nothing_is_missing_until_it_is_dropped(
     words, tmp_path, monkeypatch, routers
 ):

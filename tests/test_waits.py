@@ -30,7 +30,7 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import make_plan
 from rlroute.registry import default_names
 from rlroute.routing import RoutingDecision
-from rlroute.training import loop
+from rlroute.training import audit, loop
 from rlroute.training.data import load_corpus, next_link, sample_batch
 from rlroute.training.step import backward_batch
 from tests.conftest import draw
@@ -175,6 +175,7 @@ def waits_of(
     patch.setattr(Counted, "seen", seen, raising=False)
     patch.setattr(loop, "_Run", Counted)
     patch.setattr(bandit, "by_expert", bandit.by_tile)
+    patch.setattr(audit, "PLACES", 0)  # nothing is counted there
     config = build_entry(entry, DATA, replace(MODEL, **(model or {})), replace(TRAIN, **train))
     assert loop.train(config, 0, store)["status"] == "finished"
     return seen

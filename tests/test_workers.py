@@ -192,10 +192,10 @@ def test_a_run_that_no_node_could_hold_is_refused():
             ray_session._require_room(nodes, how)
 
 
-@pytest.mark.parametrize(("token", "said"), [
-    (None, "token"),
-    pytest.param("0" * 64, "", marks=pytest.mark.slow),  # Ray asks again and again first
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "token"), ("0" * 64, "")]
+)  # a wrong one is asked for again and again
 def test_a_cluster_that_wants_another_token_costs_one_line(token, said, tmp_path, monkeypatch):
     import ray
 
