@@ -21,9 +21,9 @@ from rlroute.training.memory import Memory, expected_memory
 from rlroute.training.prepare import expected_costs, flops_per_step, planned_steps
 
 HOUR, DAY = 3600, 24 * 3600
-CPU_PEAK, CPU_SHARE = 55e9, 0.47
+CPU_PEAK, CPU_SHARE = 55e9, 0.45
 """FLOP/s of a thread: of a dense MLP, forward and backward, in ``experiments/results/kernels-cpu.json``; and the share
-that whole runs of ``experiments/results/comparison.jsonl`` reach, 26e9 (17e9 to 34e9).
+that whole runs of ``experiments/results/comparison.jsonl`` reach, 25e9 (16e9 to 35e9).
 """
 CPU_SAID = "FLOP/s a thread as a dense MLP reached them in results/kernels-cpu.json; runs of results/comparison.jsonl"
 SHARES = {(False, False): (0.260, 0.211), (True, False): (0.409, 0.249), (False, True): (0.249, 0.116)}
