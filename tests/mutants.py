@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from tests import ROOT
 
-COPIED = ("rlroute", "agents", "baselines", "envs", "experiments", "tests", "pyproject.toml")
+COPIED = ("docs", "rlroute", "agents", "baselines", "envs", "experiments", "tests", "pyproject.toml")
 WORKERS = 2
 LONGEST = 300
 """Seconds after which a run of tests is given up."""
