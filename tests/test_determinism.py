@@ -122,7 +122,7 @@ def test_the_watch_lets_the_others_pass():
     ("entry", "shape"), [*CASES, *(pytest.param(entry, "plain", marks=pytest.mark.slow) for entry in ENTRIES)]
 )
 def test_nothing_in_a_run_lacks_a_deterministic_form(entry, shape):
-    """Two steps, an evaluation and, whose operators are no router's, the audit, with the switch on."""
+    """Two steps, an evaluation and, for one entry and in the slow cases for all, the audit, with the switch on."""
     corpus, config = load_corpus(DATA.spec, "bytes"), build_entry(entry, DATA, SHAPES[shape], TRAIN)
     net, batches = build_model(config, corpus, 0), validation_batches(config, corpus)
     optimizer, costs = Optimizer(net, config.train), expected_costs(config, corpus)
@@ -133,7 +133,7 @@ def test_nothing_in_a_run_lacks_a_deterministic_form(entry, shape):
             optimizer.step(step, step / 2)
             adapt(net.routers, result.sums_L, step / 2)
         evaluate(net, batches, corpus.token_bytes_V, CPU, seed=0, step=2, sampled=True)
-        if entry == ENTRIES[1]:
+        if entry == ENTRIES[1] or shape == "plain":
             audit(net, costs, batches, 2, CPU, seed=0, step=1, progress=1.0)
     assert watch.seen and not watch.found
 

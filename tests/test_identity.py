@@ -1,6 +1,6 @@
 """What a run is made from belongs to what it is: whatever of it changes, no run is handed out, continued or pooled.
 
-Changes are made to runs that have ended and to others that have not, by hand in the places where it would be made.
+Each change is made to a run that has ended and to one that has not, by hand in the places where it would be made.
 
 Longer than most: everything a run is made from has its own change.
 """
@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +72,15 @@ def end_it(folder: Path) -> None:
 ENDINGS = pytest.mark.parametrize("left", [end_it, unfinish], ids=["ended", "unfinished"])
 
 
+def left_in_turn(changes):
+    """Return each change with both ends of a run; one of them, the other each time, is slow."""
+    return [
+        pytest.param(change, left, id=f"{change}-{left.__name__}", marks=[pytest.mark.slow] * ((at + place) % 2))
+        for at, change in enumerate(changes)
+        for place, left in enumerate((end_it, unfinish))
+    ]
+
+
 def refused_everywhere(store: Path, entry: str, *options: object) -> list[str]:
     """Assert that a store's one run is refused by every command that trains, untouched; return what they say."""
     (folder,) = store.iterdir()
@@ -109,7 +117,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "left"), zip(CHANGES, cycle([end_it, unfinish])))
+@pytest.mark.parametrize(("change", "left"), left_in_turn(CHANGES))
 def test_a_run_of_another_corpus_is_refused(change, left, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     options = ("--data.spec", f"file:{corpus}/*.txt", *SMALL)
@@ -180,8 +188,7 @@ def test_a_stream_is_hashed_alike_in_parts_and_on_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("what", "left"),
-    zip(("its file", "its helper", "a module nobody imports", "its version"), cycle([unfinish, end_it])),
+    ("what", "left"), left_in_turn(["its file", "its helper", "a module nobody imports", "its version"])
 )
 def test_a_run_of_another_router_is_refused(what, left, site, tmp_path):
     source = ROUTER.replace("import torch\n", "import torch\n\nfrom acme.helper import SCALE\n", 1)

@@ -202,12 +202,17 @@ def test_a_broken_file_is_one_line_and_holds_up_nobody_else(kind, plain):
     assert done.code == 0 and said in named
 
 
-@pytest.mark.parametrize("command", [("train", "hash", *TINY), ("compare", "hash", *TINY, *LOCAL, "--seeds", "1")])
-def test_beside_a_broken_file_others_are_trained(command, plain):
-    plain.write_text("def f(:\n")
-    done = rlroute(*command, "--include", plain)
-    (named,) = (line for line in done.err.splitlines() if line.startswith("left out: "))
-    assert done.code == 0 and "plain.py" in named
+@pytest.mark.parametrize(
+    "kind", [next(iter(BROKEN)), *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(BROKEN)[1:])]
+)
+def test_beside_a_broken_file_others_are_trained(kind, plain):
+    source, said, _ = BROKEN[kind]
+    plain.write_bytes(source if isinstance(source, bytes) else source.encode())
+    plain.with_name("a_neighbour.py").touch()
+    for command in (("train", "hash", *TINY), ("compare", "hash", *TINY, *LOCAL, "--seeds", "1")):
+        done = rlroute(*command, "--include", plain)
+        (named,) = (line for line in done.err.splitlines() if line.startswith("left out: "))
+        assert done.code == 0 and said in named
     assert trained() == ["hash"]
 
 

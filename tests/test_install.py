@@ -195,7 +195,7 @@ def test_cli_alone_trains_compares_and_prints(installed) -> None:
     ("extra", "code"),
     [
         ("ray", "import ray.tune"),
-        pytest.param("report", "from rlroute.experiments.report.page import render", marks=pytest.mark.slow),
+        ("report", "from rlroute.experiments.report.page import render"),
         ("dashboard", "from rlroute.experiments.dashboard.app import make_app"),
         pytest.param("triton", "import rlroute.kernels.triton_kernels", marks=pytest.mark.slow),
         ("parquet", PARQUET),

@@ -322,20 +322,25 @@ def test_there_are_options_to_be_tried() -> None:
     assert len(CASES) > 60 and {command for command, *_ in CASES} == set(COMMANDS)
 
 
-@pytest.mark.parametrize(("at", "case"), enumerate(CASES), ids=[f"{c} {n}" for c, n, _ in CASES])
+def tries() -> Iterator[Any]:
+    """Yield every option with every bad value; one of them, another each time, is not slow."""
+    for at, (command, name, kinds) in enumerate(CASES):
+        values = ["-1", *(["nan", "inf", "-inf", "1e999"] if float in kinds else ["1" + "0" * 30])]
+        for place, value in enumerate(values):
+            slow = [] if place == at % len(values) else [pytest.mark.slow]
+            yield pytest.param(command, name, value, marks=slow, id=f"{command} {name} {value:.5}")
+
+
+@pytest.mark.parametrize(("command", "name", "value"), list(tries()))
 def test_every_numeric_option_refuses_what_it_cannot_be(
-    at: int, case: tuple[str, str, set[type]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative, not finite, or beyond all machines, in turn: one line with the option and what is legal, and nothing
-    written.
-    """
-    command, name, kinds = case
+    """Negative, not finite, or beyond all machines: one line with the option and what is legal, and nothing written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sweep.toml").write_text('entries = ["hash"]\n[base]\ndata.spec = "synth:documents=64,length=64"\n')
     before = contents(tmp_path)
-    values = ["-1", *(["nan", "inf", "-inf", "1e999"] if float in kinds else ["1" + "0" * 30])]
     option = f"--{name.replace('_', '-')}"
-    said = refused(rlroute(*command.split(), *COMMANDS[command][1], f"{option}={values[at % len(values)]}"))
+    said = refused(rlroute(*command.split(), *COMMANDS[command][1], f"{option}={value}"))
     assert name in said or option in said
     assert SHAPE.search(said), said
     assert contents(tmp_path) == before

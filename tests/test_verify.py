@@ -47,9 +47,9 @@ def store(trained, tmp_path):
 
 
 @pytest.fixture
-def pair(trained, tmp_path):
-    """A copy of one entry's runs, to be edited; it misses the others."""
-    for run in (trained / "runs").glob("switch-*"):
+def few(trained, tmp_path):
+    """A copy of one entry's runs, to be edited, and of another run beside them; it misses the others."""
+    for run in [*(trained / "runs").glob("switch-*"), run_of(trained / "runs", "hash")]:
         shutil.copytree(run, tmp_path / "runs" / run.name)
     return tmp_path / "runs"
 
@@ -201,11 +201,11 @@ LONE = {
 
 
 @pytest.mark.parametrize("name", LONE)
-def test_an_edit_is_named(name, pair):
+def test_an_edit_is_named(name, few):
     path, value, field = LONE[name]
-    Edit(run_of(pair)).set(path, value).write()
-    lines = [line for line in named(pair, field) if ": store: " not in line]  # those quote the command
-    assert lines and all(line.startswith(("switch-", "unbalanced-")) for line in lines), found(pair)
+    Edit(run_of(few)).set(path, value).write()
+    lines = [line for line in named(few, field) if ": store: " not in line]  # those quote the command
+    assert lines and all(line.startswith(("switch-", "unbalanced-")) for line in lines), found(few)
 
 
 UNSEALED = {
@@ -215,11 +215,11 @@ UNSEALED = {n: e for n, e in UNSEALED.items() if not e[2].startswith("environmen
 
 
 @pytest.mark.parametrize("name", UNSEALED)
-def test_an_edit_is_named_although_it_was_sealed_anew(name, pair):
+def test_an_edit_is_named_although_it_was_sealed_anew(name, few):
     """What is computed from the configuration, the code and the data needs no seal."""
     path, value, field = UNSEALED[name]
-    Edit(run_of(pair)).set(path, value).seal_anew().write()
-    assert named(pair, field)
+    Edit(run_of(few)).set(path, value).seal_anew().write()
+    assert named(few, field)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ EVERY_TERM = ",".join(f"{name}=0.1" for name in RouterConfig().term_weights if n
 ONE, TIGHT = {"num_layers": 1}, {"capacity_factor": 0.5}
 GROUPS = "score=sqrt_softplus,groups=2,expert_scales=true,norm_input=true,linear_bias=true,soft_cap=5,bias_rate=0.01"
 ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{name: (name, ONE, {}) for name in (DENSE, "switch", "base")},
+    **{name: (name, ONE, {}) for name in (DENSE, *default_names())},
     **{f"{name}, tight, in parts": (name, ONE | TIGHT, {"micro_batches": 2}) for name in default_names()},
     "by sequence": ("switch", TIGHT | {"capacity_rows": "sequence", "capacity_order": "gate"}, {}),
     "by device": ("switch", TIGHT | {"devices": 2, "capacity_of": "device", "capacity_groups": 2}, {}),
@@ -214,7 +214,14 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("entry", "model", "train"), ENTRIES.values(), ids=ENTRIES.keys())
+PLAIN = set(default_names()) - {"switch", "base"}
+"""Slow: they run in parts, with a capacity, too."""
+
+
+@pytest.mark.parametrize(
+    ("entry", "model", "train"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in PLAIN)) for name, case in ENTRIES.items()],
+)
 def test_no_step_waits_and_a_row_waits_once(
     entry: str, model: dict[str, Any], train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

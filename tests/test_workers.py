@@ -193,9 +193,7 @@ def test_a_run_that_no_node_could_hold_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("token", "said"), [(None, "token"), ("0" * 64, "")]
-)  # a wrong one is asked for again and again
+@pytest.mark.parametrize(("token", "said"), [(None, "token"), ("0" * 64, "")])
 def test_a_cluster_that_wants_another_token_costs_one_line(token, said, tmp_path, monkeypatch):
     import ray
 
