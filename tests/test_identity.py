@@ -361,7 +361,7 @@ def test_a_run_of_other_sources_is_refused_and_a_comment_elsewhere_is_none(left,
         file.write("# a difference\n")
     for said in (
         command("train", "hash", *TINY),
-        command("compare", "hash", *TINY, "--seeds", "1", "--no-tuned", "--launcher", "local"),
+        command("compare", "hash", *TINY, "--seeds", "1", "--launcher", "local"),
     ):
         assert said[0] == 2 and "made by other sources of rlroute: its core was" in said[1]
     assert contents(folder) == before
