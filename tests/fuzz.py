@@ -38,8 +38,8 @@ from rlroute.experiments.bench.run import read_table
 from rlroute.experiments.claims.ledger import CLAIMS
 from rlroute.experiments.claims.outcomes import faults, read_outcomes
 from rlroute.experiments.claims.page import claims_grid, page
-from rlroute.experiments.comparison.known import FILE, read_ladder
 from rlroute.experiments.comparison.ladder import reduce
+from rlroute.experiments.comparison.ladder_file import FILE, read_ladder
 from rlroute.experiments.comparison.registration import Registration, make_plan, register
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_csv, to_markdown

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlroute.errors import ConfigError
-from rlroute.experiments.comparison.known import FILE, key_of
 from rlroute.experiments.comparison.ladder import reduce
+from rlroute.experiments.comparison.ladder_file import FILE, key_of
 from rlroute.experiments.comparison.table import build_table, paired
 from rlroute.experiments.dashboard import app as app_module
 from rlroute.experiments.dashboard import follow, published, server

@@ -17,8 +17,8 @@ from scipy import optimize
 
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.comparison import ladder
-from rlroute.experiments.comparison.known import FILE, Rungs, key_of, read_ladder
 from rlroute.experiments.comparison.ladder import climb, reduce
+from rlroute.experiments.comparison.ladder_file import FILE, Rungs, key_of, read_ladder
 from rlroute.experiments.comparison.ladder_text import to_markdown
 from rlroute.experiments.comparison.multipliers import (
     SOFT,

@@ -13,8 +13,8 @@ import pytest
 
 from rlroute.errors import ComparisonError, StoreError
 from rlroute.experiments.comparison.entries import make_entries
-from rlroute.experiments.comparison.known import FILE, key_of
 from rlroute.experiments.comparison.ladder import reduce
+from rlroute.experiments.comparison.ladder_file import FILE, key_of
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import columns
 from rlroute.experiments.report.board import FIRST, Board, Group, Seen, make_styles

@@ -60,7 +60,7 @@ def finetune(
     """
     from rlroute.experiments.comparison.compare import tabulate
     from rlroute.experiments.comparison.entries import labels
-    from rlroute.experiments.comparison.known import read_ladder
+    from rlroute.experiments.comparison.ladder_file import read_ladder
     from rlroute.experiments.launch.runs import run_all
     from rlroute.experiments.recipes.finetuning import defaults, variants
     from rlroute.experiments.recipes.sizes import over

@@ -43,8 +43,8 @@ def ladder(
             those that are given; nothing is tuned.
         out: folder for ladder.json, ladder.md and ladder.html.
     """
-    from rlroute.experiments.comparison.known import FILE
     from rlroute.experiments.comparison.ladder import climb
+    from rlroute.experiments.comparison.ladder_file import FILE
     from rlroute.experiments.comparison.ladder_text import to_markdown
     from rlroute.experiments.report.ladder_page import render
     from rlroute.records import write_atomically, write_json

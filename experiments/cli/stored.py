@@ -112,7 +112,7 @@ def table(
         refuse_others("the tables of a page", "what their markers say", given, plain)
         _of_page(store, check, write, rerun, seed)
         return
-    from rlroute.experiments.comparison.known import read_ladder
+    from rlroute.experiments.comparison.ladder_file import read_ladder
     from rlroute.experiments.comparison.table import build_table
     from rlroute.experiments.comparison.text import to_csv
 
@@ -160,7 +160,7 @@ def report(
         only: ids (or their starts) of the runs to take; the largest comparable group if none are given.
         results: the folder of what other commands published; what is not there is taken from rlroute's own records.
     """
-    from rlroute.experiments.comparison.known import read_ladder
+    from rlroute.experiments.comparison.ladder_file import read_ladder
     from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
 

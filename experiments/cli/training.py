@@ -188,7 +188,7 @@ def sweep(
         margin: a difference below it does not matter, in bits per byte; say it before the runs.
     """
     from rlroute.experiments.comparison.compare import tabulate
-    from rlroute.experiments.comparison.known import read_ladder
+    from rlroute.experiments.comparison.ladder_file import read_ladder
     from rlroute.experiments.launch import spec as sweeping
     from rlroute.experiments.launch.runs import run_jobs
 

@@ -10,7 +10,7 @@ from rlroute.config import Budget, DataConfig, ModelConfig, StartConfig, TrainCo
 from rlroute.experiments.comparison.budget import find_reference, refuse_two, with_budget
 from rlroute.experiments.comparison.frames import Library, to_frame
 from rlroute.experiments.comparison.groups import largest_group
-from rlroute.experiments.comparison.known import Ladder, read_ladder
+from rlroute.experiments.comparison.ladder_file import Ladder, read_ladder
 from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.comparison.text import plain_rows, to_grid, to_markdown
 from rlroute.experiments.launch.jobs import Job, Launch, together

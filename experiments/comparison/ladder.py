@@ -17,7 +17,7 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.comparison.budget import training_flops
 from rlroute.experiments.comparison.entries import check_comparable, labels, make_entries
-from rlroute.experiments.comparison.known import Climb, Ladder, Rungs, key_of
+from rlroute.experiments.comparison.ladder_file import Climb, Ladder, Rungs, key_of
 from rlroute.experiments.comparison.multipliers import Laws, compare_curves, curve, fit_laws
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all

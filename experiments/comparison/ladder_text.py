@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlroute.experiments.comparison.known import Climb, Ladder
+from rlroute.experiments.comparison.ladder_file import Climb, Ladder
 from rlroute.experiments.text import NOTHING, escape, markdown, of_interval, three_digits
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
-from rlroute.experiments.comparison.known import Ladder
+from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.marks import marks
 from rlroute.experiments.comparison.multipliers import Multiplier
 from rlroute.experiments.comparison.notes import (

@@ -15,7 +15,7 @@ from typing import Any
 from rlroute import lock
 from rlroute.alarms import Watch
 from rlroute.errors import RlrouteError, StoreError
-from rlroute.experiments.comparison.known import FILE, Ladder, read_ladder
+from rlroute.experiments.comparison.ladder_file import FILE, Ladder, read_ladder
 from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.report.board import Seen
 from rlroute.foreign import Unfit, parse_json, shown, why

@@ -15,7 +15,7 @@ from rlroute.config import DENSE
 from rlroute.errors import ComparisonError
 from rlroute.experiments.comparison.entries import Entry, grouped, kind, labels, make_entries, router_label
 from rlroute.experiments.comparison.groups import largest_group
-from rlroute.experiments.comparison.known import Ladder
+from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.report.style import Style, styles_of
 from rlroute.experiments.verdicts import MARGIN

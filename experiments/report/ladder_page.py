@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlroute.config import DENSE
-from rlroute.experiments.comparison.known import Ladder
+from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.ladder_text import notes, table
 from rlroute.experiments.report.html import render_page
 from rlroute.experiments.report.style import Style, new_figure, styles_of

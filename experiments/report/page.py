@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlroute.experiments.comparison.known import Ladder
+from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import BALANCE, REGRET, legend
 from rlroute.experiments.report.board import Board, Group, Seen

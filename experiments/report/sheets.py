@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlroute.experiments.comparison import ladder_text
-from rlroute.experiments.comparison.known import Ladder
+from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import columns
 from rlroute.experiments.launch.progress import duration

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlroute.experiments.comparison.known import Ladder
+from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.report import sheets
 from rlroute.experiments.report.board import FIRST, Board, Group
 from rlroute.experiments.report.choice import ALL, Choice
