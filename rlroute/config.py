@@ -41,6 +41,9 @@ SCHEMA = 2
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
+NEWER = frozenset({"tie_embeddings"})
+"""Fields of ``model`` that its dictionary leaves out at their defaults: ids from before they were there stay."""
+
 _SITES = re.compile(r"(mlp|attention)?(?:(\d+)(?:-(\d+))?)?")
 
 Budget = Literal["tokens", "flops", "time"]
@@ -118,6 +121,8 @@ class ModelConfig(Heads, LayerVariants):
     devices: Whole = 0
     """Devices over which experts are spread evenly, for routers, balance and capacities; 0: those that hold them."""
     rope_base: Positive = 10_000.0
+    tie_embeddings: bool = False
+    """One matrix for both embeddings, of tokens and of logits (Press and Wolf 2017, arXiv 1608.05859)."""
 
     @property
     def num_free_experts(self) -> int:
@@ -305,7 +310,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries; :func:`rlroute.registry.run_config` is the inverse."""
-        parts = {"data": asdict(self.data), "model": asdict(self.model), "train": asdict(self.train)}
+        parts = {"data": asdict(self.data), "model": _model_dict(self.model), "train": asdict(self.train)}
         router = {"name": DENSE} if self.router is None else _router_dict(self.router)
         others = {"others": [{"sites": other.sites} | _router_dict(other.router) for other in self.others]}
         start = {} if self.start is None else {"start": asdict(self.start)}
@@ -344,6 +349,11 @@ def run_id(router: str, config_hash: str, seed: int) -> str:
 def _want(name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, kind):
         raise ConfigError(f"{name} = {value!r}: want {getattr(kind, '__name__', kind)}")
+
+
+def _model_dict(model: ModelConfig) -> dict[str, Any]:
+    plain = {name: getattr(ModelConfig, name) for name in NEWER}
+    return {name: value for name, value in asdict(model).items() if name not in plain or value != plain[name]}
 
 
 def _router_dict(router: RouterConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ MODELS = {
     "routed": ("switch", {}),
     "shared experts": ("switch", {"num_shared_experts": 1}),
     "attention experts": ("switch", {"attention_experts": 4}),
+    "tied embeddings": (None, {"tie_embeddings": True}),
     "variants": ("switch", {"num_shared_experts": 1, "shared_gate": "sigmoid", "d_latent": 4, "expert_bias": True}),
 }
 
@@ -62,7 +63,14 @@ def test_compiled_and_eager_agree(case):
     assert math.isclose(loss, compiled_loss, rel_tol=1e-5) and wanted.keys() == found.keys()
     for name in wanted:
         assert (wanted[name] - found[name]).norm() <= 1e-5 * wanted[name].norm(), name
-    one_for_all_layers = {"dense": 2, "routed": 2, "shared experts": 3, "attention experts": 1, "variants": 3}
+    one_for_all_layers = {
+        "dense": 2,
+        "routed": 2,
+        "shared experts": 3,
+        "attention experts": 1,
+        "tied embeddings": 2,
+        "variants": 3,
+    }
     assert graphs == one_for_all_layers[case]
     assert not counters["graph_break"]
     texts = [evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, sampled=False) for _ in range(2)]

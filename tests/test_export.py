@@ -51,6 +51,7 @@ SHARED = {"num_shared_experts": 2}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "switch": ("mixtral", "switch", {}),
     "topk, heads of keys and values shared": ("mixtral", "topk", {"num_kv_heads": 1, "head_width": 12}),
+    "one matrix for both embeddings": ("mixtral", "switch", {"tie_embeddings": True}),
     "topk, chosen first, scaled logits": ("mixtral", "topk:order=choose_first,logit_scale=2", {"k": 3}),
     "one expert a token": ("qwen2_moe", "switch", {"k": 1}),
     "gates not normalised": ("qwen2_moe", "topk:normalize=false", {"activation": "geglu"}),

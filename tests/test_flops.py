@@ -26,6 +26,7 @@ SHAPES: list[dict[str, Any]] = [
     {"num_layers": 3, "num_dense_layers": 1, "d_model": 16, "num_heads": 4, "activation": "gelu"},
     {"k": 1, "d_expert": 5, "num_shared_experts": 1, "num_dense_layers": 2},
     {"num_heads": 6, "num_kv_heads": 2, "head_width": 4},
+    {"tie_embeddings": True},
 ]
 
 

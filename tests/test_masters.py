@@ -28,7 +28,7 @@ CORPUS = load_corpus(DATA.spec)
 
 
 def config_of(entry: str = "switch", **train: object) -> RunConfig:
-    return build_entry(entry, DATA, replace(MODEL, num_shared_experts=1), replace(LOW, **train))  # type: ignore[arg-type]
+    return build_entry(entry, DATA, replace(MODEL, num_shared_experts=1, tie_embeddings=True), replace(LOW, **train))  # type: ignore[arg-type]
 
 
 def trained(config: RunConfig, steps: int, save: Path | None = None):

@@ -165,7 +165,11 @@ def test_nothing_to_train_is_refused_before_any_work(entry: str, train: dict[str
 
 
 @pytest.mark.parametrize("router", [None, "switch", "reinforce", "bias_balanced"])
-@pytest.mark.parametrize("config", [small_config(), MIXED, small_config(d_latent=4, num_shared_experts=1)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [small_config(), MIXED, small_config(d_latent=4, num_shared_experts=1), small_config(tie_embeddings=True)],
+    ids=str,
+)
 def test_where_everything_trains_three_forwards_are_charged(router: str | None, config: ModelConfig) -> None:
     booked = costs(make_model(router, config), config, 8)
     assert booked.step.pair_flops_L == tuple(3 * each for each in booked.pair_flops_L)

@@ -53,6 +53,7 @@ def test_parameters_and_flops_are_those_that_the_run_records(entry: str, tmp_pat
         ("topk", {"d_latent": 32}, {}),
         ("switch", {"activation": "geglu"}, {}),
         ("switch", {"gate_at": "input"}, {}),
+        ("switch", {"tie_embeddings": True}, {"dtype": "bfloat16"}),
         ("dense", {"activation": "geglu", "head_width": 24}, {}),
         ("dense", {"activation": "swiglu_clamped"}, {}),
         ("dense", {"activation": "relu_squared"}, {}),

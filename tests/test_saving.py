@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "drops": ("switch", {"capacity_factor": 0.5}, {}),
     "attention": ("switch", {"attention_experts": 4}, {}),
     "own": ("topk", {"gate_form": "unit"}, {}),
+    "tied": ("switch", {"tie_embeddings": True}, {}),
     "variants": (
         "topk",
         {"expert_dropout": 0.5, "expert_bias": True, "d_latent": 4, "num_shared_experts": 1, "shared_gate": "sigmoid"},
@@ -64,7 +65,7 @@ def train(model: Transformer, device: Device = CPU64) -> tuple[StepResult, dict[
 
 
 @pytest.mark.parametrize(
-    ("case", "chunk"), [("dense", 16), ("switch", 1), ("switch", 5), ("samples", 7), ("samples", 1000)]
+    ("case", "chunk"), [("dense", 16), ("switch", 1), ("switch", 5), ("samples", 7), ("samples", 1000), ("tied", 5)]
 )
 def test_losses_in_chunks_and_their_gradients_are_those_of_the_whole(case: str, chunk: int) -> None:
     model = model_of(case)

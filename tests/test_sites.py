@@ -5,12 +5,13 @@ Shape suffixes: L routed sites, E experts.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlroute.config import DataConfig, ModelConfig, RunConfig, SitedRouter, TrainConfig
+from rlroute.config import NEWER, DataConfig, ModelConfig, RunConfig, SitedRouter, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.registry import router_class, run_config
 from rlroute.routing import Site
@@ -67,6 +68,9 @@ def test_a_configuration_comes_back_from_json_and_names_its_run() -> None:
     hashes = {c.content_hash() for c in (config, plain, config_of(("0-1", "hash")), config_of(("0-2", "hash")))}
     assert len(hashes) == 4, "which router sits where is part of a run's identity"
     assert "others" not in plain.to_dict(), "a run of one router keeps its name"
+    assert not NEWER & plain.to_dict()["model"].keys(), "and one without what models could not be then"
+    tied = replace(plain, model=replace(plain.model, tie_embeddings=True))
+    assert run_config(tied.to_dict()) == tied and tied.content_hash() not in hashes
 
 
 @pytest.mark.parametrize("sites", ["", "first", "1-", "-1", "mlp-attention", "0,1", "attn", "0..2", " 0"])

@@ -45,7 +45,8 @@ class Oracle:
             else:
                 added = self.moe(normed, next(routed), f"{name}.moe")
             stream = [x_D + y_D for x_D, y_D in zip(stream, added, strict=True)]
-        rows = [self.weights["unembed.weight"] @ self.norm(x_D, "norm") for x_D in stream]
+        unembed_VD = self.weights.get("unembed.weight", self.weights["embed.weight"])
+        rows = [unembed_VD @ self.norm(x_D, "norm") for x_D in stream]
         return torch.stack(rows).view(*tokens_BS.shape, -1)
 
     def norm(self, x_D: Tensor, name: str) -> Tensor:
@@ -129,6 +130,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "dense, gelu, one head": (None, {"activation": "gelu", "num_heads": 1}),
     "dense, heads of another width": (None, {"head_width": 6}),
     "dense, shared keys and values": (None, {"num_heads": 4, "num_kv_heads": 2, "head_width": 2}),
+    "dense, one matrix for both embeddings": (None, {"tie_embeddings": True}),
     "switch": ("switch", {}),
     "switch, one expert a token, relu": ("switch", {"k": 1, "activation": "relu"}),
     "hash, shared experts": ("hash", {"num_shared_experts": 2}),

@@ -31,6 +31,7 @@ from rlroute.config import ModelConfig, RunConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.checkpoints.trained import TrainedRun
 from rlroute.model.attention import Attention
+from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import Experts, MoELayer
 from rlroute.model.transformer import Block, Transformer
 
@@ -181,7 +182,7 @@ def _common(run: TrainedRun, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": torch.finfo(dtype).eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base, "partial_rotary_factor": 1.0},
         "rope_theta": model.rope_base,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "num_experts_per_tok": model.k,
         "bos_token_id": vocabulary - 1,
@@ -291,8 +292,9 @@ def _tensors(ours: Transformer, layer: Callable[[MoELayer], Iterator[tuple[str, 
     found = {
         "model.embed_tokens.weight": ours.embed.weight,
         "model.norm.weight": ours.norm.weight,
-        "lm_head.weight": ours.unembed.weight,
     }
+    if isinstance(ours.unembed, KeyedLinear):
+        found["lm_head.weight"] = ours.unembed.weight
     for number, block in enumerate(ours.blocks):
         named = [*_attention(block)]
         if block.moe is not None:

@@ -30,7 +30,7 @@ class Published:
         source: where they and the shape are from.
         balance: what balances its loads, where the entry does not say so.
         differs: what is not the same here, and so why figures differ.
-        input_counts: whether the printed ``active`` has the embedding of the input in it.
+        input_counts: whether the printed ``active`` has the embedding of the input in it, be it that of the logits too.
     """
 
     entry: str
@@ -126,13 +126,13 @@ CATALOGUE: dict[str, Published] = {
     ),
     "grok-1": Published(
         entry="topk:normalize=false",
-        model=_model(64, 6144, 48, 8, 128, activation="geglu", **_experts(8, 2, 32768)),
+        model=_model(64, 6144, 48, 8, 128, activation="geglu", tie_embeddings=True, **_experts(8, 2, 32768)),
         vocab_size=131_072,
         total="314",
         active="79",
         source="Grok-1, model card: 314B, a quarter of it active",
         balance=NOT_PUBLISHED,
-        differs="the printed share of a quarter is rounded; one matrix for both embeddings: two stand in",
+        differs="the printed share of a quarter is rounded",
     ),
     "dbrx": Published(
         entry="topk:balance_weight=0.05",
@@ -259,12 +259,12 @@ CATALOGUE: dict[str, Published] = {
     ),
     "jetmoe": Published(
         entry="topk:order=choose_first,balance_weight=0.01,z_weight=0.001",
-        model=_model(24, 2048, 32, 0, 128, attention_experts=8, **_experts(8, 2, 5632)),
+        model=_model(24, 2048, 32, 0, 128, attention_experts=8, tie_embeddings=True, **_experts(8, 2, 5632)),
         vocab_size=32_000,
         total="8.52",
         active="2.2",
         source="JetMoE-8B, arXiv 2404.07413",
-        differs="one matrix for both embeddings: two stand in, a third of the difference; the rest is unknown",
+        input_counts=False,
     ),
     "phi-3.5-moe": Published(
         entry="sparse_mixer:jitter=0.01",
@@ -289,13 +289,12 @@ CATALOGUE: dict[str, Published] = {
     ),
     "ernie-4.5": Published(
         entry="topk:bias_rate=0.001",
-        model=_model(28, 2560, 20, 4, **_experts(64, 6, 1536, shared=2, dense=1)),
+        model=_model(28, 2560, 20, 4, tie_embeddings=True, **_experts(64, 6, 1536, shared=2, dense=1)),
         vocab_size=103_424,
         total="21",
         active="3",
         source="ERNIE-4.5-21B-A3B, model card",
         balance="its rate not published",
-        differs="one matrix for both embeddings: two stand in; the printed figures are rounded down",
     ),
     "nemotron-h": Published(
         entry=f"{_SIGMOID},route_scale=2.5",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlroute.config import ModelConfig
 from rlroute.model.attention import Attention, AttentionExperts
+from rlroute.model.linear import TiedLinear
 from rlroute.model.moe import MoELayer
 from rlroute.model.transformer import Transformer, sites
 from rlroute.model.work import Work, measure_sites
@@ -81,7 +82,8 @@ class Costs:
     """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its
     site.
 
-    Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up. A step
+    Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up, also
+    where its matrix is that of the logits too. A step
     is charged three forwards of what trains, two of what is frozen where a gradient passes on its way to what trains
     before it (of attention's scores, which have no weights, three), and one of the rest; of the routers, what they were
     seen to run.
@@ -177,7 +179,7 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
         trained_parameters=sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
         router_parameters=router + buffers,
         fixed_parameters=fixed + sum(work.active_parameters for work in work_L),
-        fixed_flops=2 * (fixed - model.embed.weight.numel() - norms)
+        fixed_flops=2 * (fixed - norms - (0 if config.tie_embeddings else model.embed.weight.numel()))
         + sum(attention.mixing_flops(seq_len) for attention in plain_attention)
         + sum(work.greedy for work in work_L),
         pair_parameters_L=tuple(site.pair_parameters for site in routed),
@@ -206,7 +208,8 @@ def _step(model: Transformer, work_L: Sequence[Work], seq_len: int) -> Step:
             fixed += work.training if passes or learns else work.forward
             passes |= learns and "gate" in site.router.learns_from  # by what the experts give, which it weighs
         apart = {id(p) for p in (*site.pair_weights, *site.router.parameters())} if site else set[int]()
-        own = [p for p in part.parameters() if id(p) not in apart and p.dim() > 1]
+        parameters = [part.weight] if isinstance(part, TiedLinear) else part.parameters()
+        own = [p for p in parameters if id(p) not in apart and p.dim() > 1]
         trains = any(p.requires_grad for p in (*own, *(site.pair_weights if site else ())))
         passes |= trains
         if site is not None:

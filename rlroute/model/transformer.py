@@ -19,7 +19,7 @@ from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, attention_site
 from rlroute.model.compiling import DenseParts
 from rlroute.model.head import chunked_cross_entropy
-from rlroute.model.linear import KeyedLinear
+from rlroute.model.linear import KeyedLinear, TiedLinear
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement, compute_dtype
 from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
 
@@ -137,7 +137,11 @@ class Transformer(DenseParts):
         tie(routers.values())
         self.layers = nn.ModuleList(Block(config, shape, layer, routers) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model)
-        self.unembed = KeyedLinear(config.d_model, shape.vocab_size, config.d_model**-0.5, shape.seed, "unembed")
+        self.unembed = (
+            TiedLinear(self.embed)
+            if config.tie_embeddings
+            else KeyedLinear(config.d_model, shape.vocab_size, config.d_model**-0.5, shape.seed, "unembed")
+        )
 
     @property
     def blocks(self) -> list[Block]:

@@ -37,7 +37,7 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
     head = model.attention_width // model.num_heads
     attention = 0 if model.attention_experts and routed else heads * head * width * model.num_layers
     experts = routed * (model.num_experts // expert_shards) * model.d_expert * inner * matrices
-    return 2 * vocab_size * width + attention + hidden * width * matrices + experts
+    return (2 - model.tie_embeddings) * vocab_size * width + attention + hidden * width * matrices + experts
 
 
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlroute.config import RunConfig, StartConfig
+from rlroute.config import ModelConfig, RunConfig, StartConfig
 from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.model.accounting import is_expert, is_router
@@ -25,7 +25,7 @@ from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import folder_name, own_checkpoints, read_manifest
 from rlroute.training.prepare import meta_model
 
-SAME = ("num_heads", "num_kv_heads", "head_width", "activation", "rope_base")
+SAME = ("num_heads", "num_kv_heads", "head_width", "activation", "rope_base", "tie_embeddings")
 """The fields of ``model`` that change what the same weights compute, and that no shape tells."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = Mapping[str, Tensor]
@@ -184,12 +184,11 @@ def _refuse_other(config: RunConfig, corpus: Corpus, folder: Path) -> None:
         StoreError: its record cannot be read.
     """
     described = read_described(folder)
-    theirs, mine = described["config"]["model"], config.to_dict()["model"]
     for name in SAME:
-        if name in theirs and theirs[name] != mine[name]:
-            raise ConfigError(
-                f"model.{name} = {mine[name]!r}: start.run = {folder.name!r} was trained with {theirs[name]!r}"
-            )
+        theirs = described["config"]["model"].get(name, getattr(ModelConfig, name))
+        mine = getattr(config.model, name)
+        if theirs != mine:
+            raise ConfigError(f"model.{name} = {mine!r}: start.run = {folder.name!r} was trained with {theirs!r}")
     then, now = described.get("made_from", {}).get("tokenizer"), corpus.provenance["tokenizer_sha256"]
     if then != now:
         mine, other = config.data.tokenizer, described["config"]["data"].get("tokenizer")
