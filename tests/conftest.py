@@ -98,9 +98,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put files whose tests start processes first: they take longest. If that is asked for, keep what is fast alone."""
+    """Put files whose tests start processes first, then those of whole commands: they take longest, and no process is
+    left with one at the end. If that is asked for, keep what is fast alone.
+    """
     costly = {item.path for item in items if item.get_closest_marker("processes")}
-    items.sort(key=lambda item: item.path not in costly)
+    items.sort(key=lambda item: (item.path not in costly, item.path.name not in WHOLE_COMMANDS))
     if config.getoption("--fast"):
         first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
         quick = [item for item in first.values() if item.path.name not in WHOLE_COMMANDS]

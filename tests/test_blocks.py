@@ -5,19 +5,18 @@ Shape suffixes: B sequences, S sequence length, T = B * S tokens, D model width.
 
 import importlib
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-
-from transformers import AutoConfig
-
 from rlroute.errors import ConfigError
 from rlroute.experiments.checkpoints.blocks import FORMATS, Block, read_block
 from tests.conftest import make_context
+
+pytestmark = pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
 
 D, E, K, F = 24, 8, 2, 12
 B, S = 3, 16
@@ -46,9 +45,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def published(kind: str, **fields: Any) -> Any:
+    """Return a configuration of transformers, which is imported where it is needed: collecting tests is cheaper."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **fields)
+
+
 def build(kind: str, name: str, fields: dict[str, Any]) -> tuple[Any, Any]:
     """Return a configuration of transformers and a block with random weights and biases of the choice."""
-    config = AutoConfig.for_model(kind, **fields)
+    config = published(kind, **fields)
     config._experts_implementation = "eager"
     block = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), name)(config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +114,7 @@ def test_the_capacity_of_switch_is_a_factor_here() -> None:
 def test_what_our_layer_cannot_express_is_refused_by_name(case: str, change: dict[str, Any], message: str) -> None:
     kind, name, fields = CASES[case]
     config, block = build(kind, name, fields)
-    config = AutoConfig.for_model(kind, **fields | change.pop("config", {}))
+    config = published(kind, **fields | change.pop("config", {}))
     state = dict(block.state_dict())
     if width := change.pop("shared_experts", 0):
         for part in ("gate", "up", "down"):

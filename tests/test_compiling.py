@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
@@ -32,11 +31,18 @@ MODELS = {
 }
 
 
+def counters():
+    """What was compiled; the compiler is loaded where it is needed, not by whoever collects tests."""
+    from torch._dynamo.utils import counters
+
+    return counters
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """Forget what was compiled and counted."""
     torch.compiler.reset()
-    counters.clear()
+    counters().clear()
     check_compiler.cache_clear()
     yield
     torch.compiler.reset()
@@ -59,7 +65,7 @@ def test_compiled_and_eager_agree(case):
     batch = make_batch(4)
     loss, wanted = trained(model, CPU, batch, False)
     compiled_loss, found = trained(model, CPU, batch, True)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = counters()["stats"]["unique_graphs"]
     assert math.isclose(loss, compiled_loss, rel_tol=1e-5) and wanted.keys() == found.keys()
     for name in wanted:
         assert (wanted[name] - found[name]).norm() <= 1e-5 * wanted[name].norm(), name
@@ -72,7 +78,7 @@ def test_compiled_and_eager_agree(case):
         "variants": 3,
     }
     assert graphs == one_for_all_layers[case]
-    assert not counters["graph_break"]
+    assert not counters()["graph_break"]
     texts = [evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, sampled=False) for _ in range(2)]
     set_compiled(model, False)
     eager = evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, sampled=False)
@@ -99,8 +105,8 @@ def test_a_run_is_compiled_as_it_says_and_audited_as_it_is(tmp_path: Path):
         config = build_entry("switch", data, model, replace(train, compile=compile))
         loop.train(config, 0, tmp_path)
         runs.append(read_run(tmp_path / config.run_id(0)))
-        assert bool(counters["stats"]["unique_graphs"]) == compile
-        counters.clear()
+        assert bool(counters()["stats"]["unique_graphs"]) == compile
+        counters().clear()
     compiled, eager = runs
     assert compiled.config["config"]["train"]["compile"] and compiled.id != eager.id
     assert math.isclose(compiled.evals[-1]["loss"], eager.evals[-1]["loss"], rel_tol=1e-4)

@@ -5,6 +5,7 @@ Shape suffixes: B sequences, S sequence length, D model width.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers")
-
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
 from rlroute.errors import RlrouteError, StoreError
 from rlroute.experiments.checkpoints.blocks import FORMATS
 from rlroute.experiments.checkpoints.folder import DEFAULTS, open_checkpoint, together
 from rlroute.experiments.checkpoints.imported import read_layer, write_layers
 from tests.commands import ran, refused, rlroute
-from tests.test_blocks import CASES, assert_same, outputs
+from tests.test_blocks import CASES, assert_same, outputs, published
+
+pytestmark = pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
 
 LAYERS = {"num_hidden_layers": 3, "vocab_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 LAYERS |= {"max_position_embeddings": 32}
@@ -44,7 +43,9 @@ FIRST = {kind: fields for kind, _, fields in reversed(CASES.values())}
 
 def stored(kind: str, folder: Path, **save: Any) -> Any:
     """Store a model with random weights; return it."""
-    config = AutoConfig.for_model(kind, **(WHOLE[kind] | FIRST[kind]))
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = published(kind, **(WHOLE[kind] | FIRST[kind]))
     config._experts_implementation = "eager"
     made = AutoModelForSeq2SeqLM if kind == "switch_transformers" else AutoModelForCausalLM
     model = made.from_config(config).eval()
@@ -99,7 +100,7 @@ def test_what_is_printed_are_options_of_every_command_that_trains(kind: str, tmp
 
 def test_what_published_configurations_leave_out_is_what_transformers_takes() -> None:
     for kind, plain in DEFAULTS.items():
-        config = AutoConfig.for_model(kind)
+        config = published(kind)
         for name, value in plain.items():
             theirs = getattr(config, name)
             assert value == ({n: getattr(theirs, n) for n in value} if isinstance(value, dict) else theirs)

@@ -3,14 +3,15 @@ and gates.
 """
 
 import re
+from importlib.util import find_spec
 
 import pytest
-
-pytest.importorskip("transformers")
 
 from tests import ROOT
 from tests.parity import HEAD, SHIFTS, T, measure
 from tests.published import AWAITED, NO_ROUTERS, ROWS, Row, found
+
+pytestmark = pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.published)

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E experts, K experts per token.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -47,9 +48,9 @@ class Case:
         said = ",".join(f"{name}={getattr(self.config, name)}" for name in self.changed)
         return f"{self.config.name}:{said}" if said else self.config.name
 
-    @property
+    @cached_property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """The shapes that the router takes.
+        """The shapes that the router takes; every law asks for them, and some are found by building a router.
 
         Raises:
             ConfigError: it refuses all that are tried.
