@@ -52,7 +52,7 @@ class DefaultMoERouter(Router):
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.scores = LinearScores(shape, "scores", config.init_std)
-        self.register_buffer("default_ED", torch.zeros(shape.num_experts, shape.d_model))
+        self.register_buffer("default_ED", torch.zeros(shape.num_experts, shape.d_output))
         self.register_buffer("seen_E", torch.zeros(shape.num_experts, dtype=torch.bool))
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:

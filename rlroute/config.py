@@ -19,6 +19,7 @@ from rlroute.heads import Heads
 from rlroute.limits import (
     MOST_EXPERTS,
     MOST_SEQUENCES,
+    MOST_SITES,
     MOST_TOKENS,
     Between,
     Count,
@@ -33,6 +34,7 @@ from rlroute.limits import (
     refuse_product,
 )
 from rlroute.router_config import RouterConfig as RouterConfig  # also for whoever wants configurations
+from rlroute.sites import HEAD_PARTS, attention_sites, place
 from rlroute.start import StartConfig as StartConfig
 from rlroute.variants import LayerVariants
 
@@ -41,10 +43,10 @@ SCHEMA = 2
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
-NEWER = frozenset({"tie_embeddings"})
+NEWER = frozenset({"attention_form", "tie_embeddings"})
 """Fields of ``model`` that its dictionary leaves out at their defaults: ids from before they were there stay."""
 
-_SITES = re.compile(r"(mlp|attention)?(?:(\d+)(?:-(\d+))?)?")
+_SITES = re.compile(r"(mlp|attention|value|output)?(?:(\d+)(?:-(\d+))?)?")
 
 Budget = Literal["tokens", "flops", "time"]
 Parts = Literal["all", "non-moe", "moe", "attention", "router"]
@@ -147,6 +149,7 @@ class ModelConfig(Heads, LayerVariants):
             more = f" and {free} free ones" if free else ""
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}{more}")
         self.check_heads(self.k)
+        self._check_sites()
         self.check_variants(self.num_shared_experts)
         if self.devices and self.num_experts % self.devices:
             raise ConfigError(f"model.devices = {self.devices}: must divide model.num_experts = {self.num_experts}")
@@ -157,6 +160,15 @@ class ModelConfig(Heads, LayerVariants):
             raise ConfigError(f"model.capacity_groups = {groups}: with capacity_rows 'sequence' legal is 1")
         of_capacity = ("capacity_order", "capacity_rows", "capacity_groups", "capacity_of")
         refuse_idle(self, ModelConfig, "model", dict.fromkeys(of_capacity, "capacity_factor"))
+
+    def _check_sites(self) -> None:
+        """Refuse more routed sites than a record may have, or more experts of heads than can be initialised."""
+        count = len(self.moe_layers) * (1 + len(attention_sites(self, 0)))
+        if self.attention_form == "switchhead":
+            sizes = {f"model.{name}": getattr(self, name) for name in ("num_layers", "num_heads", "attention_experts")}
+            refuse_product(sizes, MOST_EXPERTS // len(HEAD_PARTS), "experts of a projection in all")
+        if count > MOST_SITES:
+            raise ConfigError(f"model.num_heads = {self.num_heads}: {count} routed sites, legal are {MOST_SITES}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,23 +247,27 @@ class SitedRouter:
     """
 
     sites: str
-    """Which: ``0-2`` or ``3`` (layers), ``mlp``, ``attention``, or both as in ``attention0-2``."""
+    """Which: ``0-2`` or ``3`` (layers), ``mlp``, ``attention`` (of which ``value`` and ``output`` are parts where each
+    head is routed), or both as in ``attention0-2``.
+    """
     router: RouterConfig
 
     def __post_init__(self) -> None:
         _want("router", self.router, RouterConfig)
         if not (isinstance(self.sites, str) and self.sites and _SITES.fullmatch(self.sites)):
             raise ConfigError(
-                f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2'"
+                f"sites {self.sites!r}: want layers as in '3' or '0-2', 'mlp', 'attention' or 'attention0-2' "
+                "(of heads that are routed, 'value' and 'output' too)"
             )
 
     def serves(self, site: int | str) -> bool:
         """Whether a site (:data:`rlroute.routing.Site`) is one of them."""
-        layer, _, kind = str(site).partition(".")
+        layer, part = place(site)
         match = _SITES.fullmatch(self.sites)
         assert match is not None
         wanted, first, last = match.groups()
-        return wanted in (None, kind or "mlp") and int(first or 0) <= int(layer) <= int(last or first or sys.maxsize)
+        named = wanted in (None, part) or (wanted == "attention" and part in HEAD_PARTS)
+        return named and int(first or 0) <= layer <= int(last or first or sys.maxsize)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The heads of a model's attention: part of its configuration."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rlroute.errors import ConfigError
 from rlroute.limits import Between, Size, Whole
@@ -18,8 +18,10 @@ class Heads:
     head_width: Whole = 0
     """Channels of a head; 0: d_model / num_heads."""
     attention_experts: Annotated[int, Between(0, 2**14)] = 0
-    """Experts of each attention's query and output projections, routed like the others, k a token (JetMoE, arXiv
-    2404.07413); 0: none.
+    """Experts of each attention, routed like the others, k a token (JetMoE, arXiv 2404.07413); 0: none."""
+    attention_form: Literal["moa", "switchhead"] = "moa"
+    """What these are of. moa: of query and output projections, each a group of heads. switchhead: of each head's value
+    projection and of its output projection, between which it chooses for itself, k a token (arXiv 2312.07987).
     """
 
     @property
@@ -51,8 +53,9 @@ class Heads:
                 f"model.num_kv_heads = {self.num_kv_heads} with model.attention_experts: legal is 0, "
                 "an expert has as many heads as keys and values"
             )
-        if self.attention_experts and (k > self.attention_experts or self.num_heads % k):
-            raise ConfigError(
-                f"model.attention_experts = {self.attention_experts} with k = {k} and {heads}: "
-                "k must divide the heads, and is at most the experts"
-            )
+        experts = f"model.attention_experts = {self.attention_experts} with k = {k}"
+        if self.attention_form == "switchhead":
+            if k > self.attention_experts:
+                raise ConfigError(f"{experts} and model.attention_form 'switchhead': legal are {k} experts and more")
+        elif self.attention_experts and (k > self.attention_experts or self.num_heads % k):
+            raise ConfigError(f"{experts} and {heads}: k must divide the heads, and is at most the experts")

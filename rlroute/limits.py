@@ -108,6 +108,8 @@ Share = Annotated[float, Between(0, 1)]
 BelowOne = Annotated[float, Between(0, 1, below=True)]
 MOST_EXPERTS = 2**18
 """Of all layers together: each is initialised by itself."""
+MOST_SITES = 10_000
+"""Routed sites of a model: records have a number for each."""
 MOST_TOKENS = 2**26
 """Of a step: its batch is held whole."""
 MOST_SEQUENCES = 2**40

@@ -31,6 +31,7 @@ from rlroute.schema import (
     Summary,
     TrainRow,
 )
+from rlroute.sites import Site, sites
 from rlroute.values import from_dict
 
 Row = dict[str, Any]
@@ -40,7 +41,6 @@ LINE = 1 << 26
 """Bytes of the longest line."""
 FILE = 1 << 32
 """Bytes of the largest file of lines."""
-MOST_SITES = 10_000
 MOST_ASKED = 1_000_000
 """Runs that are trained together, each entry with each seed."""
 _FILES = {"config": Described, "environment": Environment, "summary": Summary, "failed": Failure}
@@ -134,12 +134,10 @@ def failure(folder: Path) -> str | None:
     return None if note is None else str(note["reason"])
 
 
-def site_keys(model: Mapping[str, Any]) -> list[int | str]:
+def site_keys(model: Mapping[str, Any]) -> list[Site]:
     """Return the keys of a model's routed sites, in the order of a record's lists, from its recorded configuration,
     older or newer than this code.
     """
-    from rlroute.model.transformer import sites  # and with it torch, which the command line's help does without
-
     return list(sites(_known(ModelConfig, model, "model")))
 
 
@@ -336,14 +334,10 @@ def hold_config(config: Mapping[str, Any]) -> tuple[list[int], int]:
         Unfit, ConfigError: naming the field.
     """
     hold(config, Configuration, "config")
-    from rlroute.model.transformer import sites
-
     model = _known(ModelConfig, config["model"], "config.model")
     model.check()
     _known(DataConfig, config["data"], "config.data")
     train = _known(TrainConfig, config["train"], "config.train")
-    if (count := len(model.moe_layers) * (2 if model.attention_experts else 1)) > MOST_SITES:
-        raise Unfit(f" has {count} routed sites: legal are {MOST_SITES}", "config", "model")
     routed = config["router"]["name"] != DENSE or config.get("others")
     return list(sites(model).values()) if routed else [], train.log_every
 

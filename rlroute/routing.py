@@ -24,7 +24,8 @@ from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.feedback import Feedback, Sums, Term
 from rlroute.sampling import staying_probability, top_k
-from rlroute.shape import WISHES, RouterShape, Site
+from rlroute.shape import WISHES, RouterShape
+from rlroute.sites import Site
 
 __all__ = [
     "WISHES",

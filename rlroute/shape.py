@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlroute import seeding
+from rlroute.sites import Site
 
 WISHES = frozenset({"outputs", "weights"})
 """What routers may wish for: see :attr:`Router.wishes`."""
-
-Site = int | str
-"""The key of a place with a router: n for the feed-forward layer of block n, "n.attention" for its attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,7 @@ class RouterShape:
         weighs_shared: whether the layer weighs these itself (``model.shared_gate``).
         grants: what the site hands to routers that wish for it.
         d_expert: F, where it hands out weights.
+        d_value: width of what an expert gives, where that is a head's values and no D.
     """
 
     d_model: int
@@ -52,6 +51,12 @@ class RouterShape:
     grants: frozenset[str] = WISHES
     d_expert: int = 1
     num_free_experts: int = 0
+    d_value: int | None = None
+
+    @property
+    def d_output(self) -> int:
+        """Width of what an expert gives, and of what a decision may add to it."""
+        return self.d_value or self.d_model
 
     @property
     def num_real_experts(self) -> int:

@@ -142,6 +142,13 @@ MUTANTS = [
         ("every slot has its own keys", "part_BNSH.repeat(1, slots, 1, 1)", "part_BNSH.repeat_interleave(slots, 1)"),
     ),
     *faults(
+        "rlroute/model/switchhead.py",
+        "tests/test_switchhead.py",
+        ("heads read each other's values", "v_NTH.view(heads,", "v_NTH.flip(0).view(heads,"),
+        ("what heads write is averaged", "made, x_TD).sum(0)", "made, x_TD).mean(0)"),
+        ("a head's experts start alike", 'f"layers.{shape.site}.experts", expert)', 'f"layers.{shape.site}.experts")'),
+    ),
+    *faults(
         "rlroute/model/moe.py",
         "tests/test_transformer.py",
         (
@@ -221,13 +228,13 @@ MUTANTS = [
     *faults(
         "rlroute/model/accounting.py",
         "tests/test_flops.py",
-        ("attention costs nothing", "+ sum(attention.mixing_flops(seq_len) for attention in plain_attention)", "+ 0"),
+        ("attention costs nothing", "+ sum(block.attention.mixing_flops(seq_len) for block in model.blocks)", "+ 0"),
         ("experts cost nothing", "self.fixed_flops + round(flops)", "self.fixed_flops"),
         ("embeddings are multiplied", "(fixed - model.embed.weight.numel() - norms)", "(fixed - norms)"),
         (
             "routers cost nothing",
-            "for attention in plain_attention)\n        + sum(work.greedy for work in work_L),",
-            "for attention in plain_attention),",
+            "for block in model.blocks)\n        + sum(work.greedy for work in work_L),",
+            "for block in model.blocks),",
         ),
     ),
     *faults(

@@ -76,7 +76,8 @@ def by_hand(model: Any, x_BSD: Tensor, decision: RoutingDecision) -> Tensor:
 def test_it_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str, Any]) -> None:
     model = model_of(fields, router)
     site, x_BSD = model.layers[0].attention, draw(2, 6, 8).requires_grad_()
-    out_BSD, decision = site(x_BSD, context_of(model, 2, 6))
+    out_BSD, made = site(x_BSD, context_of(model, 2, 6))
+    decision = made["0.attention"]
     want_BSD = by_hand(model, x_BSD, decision)
     torch.testing.assert_close(out_BSD, want_BSD, rtol=0, atol=1e-12)
     leaves = [x_BSD, *site.parameters()]
@@ -161,6 +162,10 @@ EVERYWHERE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"attention_experts": 4, "num_shared_experts": 2}, {"rule": "threshold", "own": 0.3, "shared": True}),
     ({"attention_experts": 4}, {"rule": "experts", "balance_weight": 0.1}),
     ({"attention_experts": 4}, {"rule": "carry", "share": 1.5}),
+    (
+        {"attention_experts": 4, "attention_form": "switchhead", "capacity_factor": 0.8},
+        {"rule": "carry", "balance_weight": 0.1},
+    ),
     ({"capacity_factor": 0.7, "capacity_order": "gate", "capacity_groups": 2}, {"rule": "soft"}),
     (
         {"num_experts": 8, "devices": 4, "capacity_factor": 0.7, "capacity_of": "device"},

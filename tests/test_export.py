@@ -147,11 +147,13 @@ def test_a_mixture_is_run_by_hand_from_its_file() -> None:
         ("switch", {"activation": "relu"}),
         ("longcat", {"zero_experts": 2, "constant_experts": 1}),
         ("hash", {"attention_experts": 4}),
+        ("switch", {"attention_experts": 4, "attention_form": "switchhead"}),
     ],
 )
 def test_a_file_has_every_weight_of_the_mixture_once(entry: str, model: dict[str, Any]) -> None:
     run = made(entry, **model)
-    of_sites = sum(tensor.numel() for site in run.model.routed for tensor in site.state_dict().values())
+    parts = [part for block in run.model.blocks for part in block.routed_parts]
+    of_sites = sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
     assert sum(tensor.numel() for tensor in moe_tensors(run).values()) == of_sites
 
 

@@ -20,9 +20,9 @@ from rlroute.kernels.activations import activate
 from rlroute.learning import adapt
 from rlroute.model.accounting import costs, fingerprints
 from rlroute.model.attention import AttentionExperts
-from rlroute.model.transformer import sites
 from rlroute.registry import default_names, router_class
 from rlroute.routing import RoutingContext, RoutingDecision
+from rlroute.sites import sites
 from rlroute.training.loop import train
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, backward_batch

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "dense": (None, {}),
     "switch": ("switch", {"num_shared_experts": 1}),
     "attention": ("switch", {"attention_experts": 4}),
+    "heads": ("switch", {"attention_experts": 4, "attention_form": "switchhead"}),
     "hash": ("hash", {}),
 }
 

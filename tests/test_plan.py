@@ -48,6 +48,7 @@ def test_parameters_and_flops_are_those_that_the_run_records(entry: str, tmp_pat
         ("switch", {"num_shared_experts": 2}, {}),
         ("switch", {"num_dense_layers": 1, "activation": "gelu"}, {}),
         ("switch", {"attention_experts": 4}, {}),
+        ("switch", {"attention_experts": 4, "attention_form": "switchhead"}, {}),
         ("switch", {"moe_every": 3, "d_dense": 96, "num_kv_heads": 2}, {}),
         ("topk", {"d_latent": 32, "expert_bias": True}, {}),
         ("topk", {"d_latent": 32}, {}),

@@ -117,8 +117,9 @@ def test_a_replay_has_the_learning_rates_of_its_run(tmp_path: Path) -> None:
         build_comparison([entry], DATA, MODEL, replace(TRAIN, lr=0.1), tuned=True)
 
 
-def test_two_sites_of_a_block_are_replayed_and_so_is_a_capacity(tmp_path: Path) -> None:
-    source = run_of("switch", attention_experts=4, capacity_factor=1.0)
+@pytest.mark.parametrize("form", ["moa", "switchhead"])
+def test_all_sites_of_a_block_are_replayed_and_so_is_a_capacity(form: str, tmp_path: Path) -> None:
+    source = run_of("switch", attention_experts=4, attention_form=form, capacity_factor=1.0)
     train(source, 0, tmp_path)
     replay = replay_of(source, tmp_path)
     train(replay, 0, tmp_path)

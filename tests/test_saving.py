@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "variable k": ("remoe", {}, {}),
     "drops": ("switch", {"capacity_factor": 0.5}, {}),
     "attention": ("switch", {"attention_experts": 4}, {}),
+    "heads": ("credit", {"attention_experts": 4, "attention_form": "switchhead", "capacity_factor": 0.5}, {}),
     "own": ("topk", {"gate_form": "unit"}, {}),
     "tied": ("switch", {"tie_embeddings": True}, {}),
     "variants": (

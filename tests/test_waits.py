@@ -201,6 +201,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sequences": ("quantile:estimate=sequence", {}, {}),
     "momentum": ("bias_balanced:rule=smebu", {}, {}),
     "attention": ("switch", {"attention_experts": 4, "num_shared_experts": 1}, {}),
+    "heads": ("switch", {"attention_experts": 4, "attention_form": "switchhead"}, {}),
     "free experts": ("switch", TIGHT | {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "devices": 2}, {}),
     "unit gates": ("noisy_topk", {"gate_form": "unit", "num_dense_layers": 1}, {}),
     "variants": (

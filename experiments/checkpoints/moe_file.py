@@ -15,7 +15,9 @@ from torch import Tensor
 from rlroute.experiments.checkpoints.trained import TrainedRun
 from rlroute.kernels.activations import hidden_rows
 from rlroute.model.attention import AttentionExperts
-from rlroute.model.moe import DenseMLP, Experts, MoELayer
+from rlroute.model.moe import DenseMLP, Experts
+from rlroute.model.switchhead import HeadProjection, SwitchHead
+from rlroute.model.transformer import RoutedSite
 
 LAYOUT = "rlroute-moe-1"
 """Stands in the header of every such file."""
@@ -40,17 +42,20 @@ def moe_tensors(run: TrainedRun) -> dict[str, Tensor]:
     """Return the tensors of the file by their names."""
     found: dict[str, Tensor] = {}
     for layer, block in enumerate(run.model.blocks):
-        for site in block.routed:
-            prefix = f"layers.{layer}." + ("attention." if isinstance(site, AttentionExperts) else "")
-            for name, tensor in named(site):
-                found[prefix + name] = tensor.detach().cpu().contiguous().clone()
-    return found
+        if isinstance(block.attention, SwitchHead):
+            found[f"layers.{layer}.attention.qk"] = block.attention.qk.weight
+        for site in (site for part in block.routed_parts for site in part.sites):
+            found |= {f"layers.{site.router.shape.site}.{name}": tensor for name, tensor in named(site)}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 
 
-def named(site: AttentionExperts | MoELayer) -> Iterator[tuple[str, Tensor]]:
+def named(site: RoutedSite) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a routed site by their names in the file, but for what comes before them."""
     for name, tensor in site.router.state_dict().items():
         yield f"router.{name}", tensor
+    if isinstance(site, HeadProjection):
+        yield "experts", site.weights_EOI
+        return
     if isinstance(site, AttentionExperts):
         yield from (("kv", site.kv.weight), ("experts.query", site.query_EPD), ("experts.out", site.out_EDP))
         return

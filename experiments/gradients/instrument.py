@@ -26,9 +26,9 @@ from rlroute.experiments.gradients.steering import Unmeasurable
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.verdicts import Seeds
 from rlroute.limits import Between, Experts, Layers, Positive, Size, Whole, check_fields, option
-from rlroute.model.transformer import sites
 from rlroute.registry import default_names, refusals, router_names
 from rlroute.routing import Site
+from rlroute.sites import sites
 from rlroute.training.data import load_corpus, sample_batch
 from rlroute.training.prepare import meta_model, shapes
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rlroute.errors import ConfigError
 from rlroute.model import Transformer
-from rlroute.model.attention import AttentionExperts
 from rlroute.model.moe import MoELayer
+from rlroute.model.transformer import RoutedSite
 from rlroute.routing import Router, RoutingContext, RoutingDecision, Site
 from rlroute.sampling import top_k
 
@@ -152,7 +152,7 @@ def _without(decision: RoutingDecision, context: _Masked) -> RoutingDecision:
     return replace(decision, kept_R=decision.kept_R & ~hidden_TE[decision.token_ids_R, decision.expert_ids_R])
 
 
-def _leave_out_shared(site: AttentionExperts | MoELayer, key: Site, undo: ExitStack) -> None:
+def _leave_out_shared(site: RoutedSite, key: Site, undo: ExitStack) -> None:
     if not isinstance(site, MoELayer) or (shared := site.shared) is None:
         raise ConfigError(f"site {key} has no shared experts to mask")
     site.shared = None

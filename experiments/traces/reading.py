@@ -22,10 +22,10 @@ from rlroute.errors import StoreError
 from rlroute.experiments.report.runs import find
 from rlroute.foreign import Unfit, clipped, hold, shown
 from rlroute.limits import Between, Count, Matches, Whole
-from rlroute.model.transformer import sites
 from rlroute.reading import read_described, read_lines
 from rlroute.registry import run_config
 from rlroute.routing import Site
+from rlroute.sites import sites
 
 NONE = -1
 """Stands where no expert is noted."""

@@ -9,8 +9,8 @@ from typing import Any
 from rlroute import seal
 from rlroute.config import DENSE, RunConfig, content_hash, run_id
 from rlroute.experiments.verify.findings import Ledger
-from rlroute.model.transformer import sites
 from rlroute.schema import EvalRow, RunRecord, TrainRow
+from rlroute.sites import sites
 from rlroute.training.optimizer import learning_rate
 
 DEAD = 0.05

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rlroute.config import ModelConfig
-from rlroute.model.attention import Attention, AttentionExperts
+from rlroute.model.attention import Attention, RoutedAttention
 from rlroute.model.linear import TiedLinear
 from rlroute.model.moe import MoELayer
-from rlroute.model.transformer import Transformer, sites
+from rlroute.model.transformer import Transformer
 from rlroute.model.work import Work, measure_sites
 
 
@@ -58,7 +58,7 @@ def fingerprints(
     """
     named = [(name, p) for name, p in model.named_parameters() if not is_router(name)]
     shared = [(name, whole(p.detach()) if is_expert(name) else p) for name, p in named]
-    attention = tuple(f"layers.{site}." for site in sites(config) if isinstance(site, str))
+    attention = tuple(f"layers.{layer}.attention." for layer in config.moe_layers if config.attention_experts)
     experts = (".experts.", ".moe.")
     backbone = [(n, p) for n, p in shared if not any(e in n for e in experts) and not n.startswith(attention)]
     return {"shared": fingerprint(shared), "backbone": fingerprint(backbone)}
@@ -173,14 +173,13 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
     buffers = sum(work.buffers for work in work_L)
     fixed = total - router - sum(site.pair_parameters * site.router.shape.num_real_experts for site in routed)
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and not is_router(name))
-    plain_attention = [block.attention for block in model.blocks if isinstance(block.attention, Attention)]
     return Costs(
         total_parameters=total + buffers,
         trained_parameters=sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
         router_parameters=router + buffers,
         fixed_parameters=fixed + sum(work.active_parameters for work in work_L),
         fixed_flops=2 * (fixed - norms - (0 if config.tie_embeddings else model.embed.weight.numel()))
-        + sum(attention.mixing_flops(seq_len) for attention in plain_attention)
+        + sum(block.attention.mixing_flops(seq_len) for block in model.blocks)
         + sum(work.greedy for work in work_L),
         pair_parameters_L=tuple(site.pair_parameters for site in routed),
         pair_flops_L=tuple(site.pair_flops(seq_len) for site in routed),
@@ -201,21 +200,22 @@ def _step(model: Transformer, work_L: Sequence[Work], seq_len: int) -> Step:
         model.unembed,
     ):
         assert part is not None
-        mixing = part.mixing_flops(seq_len) if isinstance(part, Attention | AttentionExperts) else 0
-        site = part if isinstance(part, AttentionExperts | MoELayer) else None
-        if site is not None:
+        mixing = part.mixing_flops(seq_len) if isinstance(part, Attention | RoutedAttention) else 0
+        routed = part.sites if isinstance(part, RoutedAttention | MoELayer) else ()
+        for site in routed:
             work, learns = next(works), not site.router.frozen
             fixed += work.training if passes or learns else work.forward
             passes |= learns and "gate" in site.router.learns_from  # by what the experts give, which it weighs
-        apart = {id(p) for p in (*site.pair_weights, *site.router.parameters())} if site else set[int]()
+        pair_weights = [p for site in routed for p in site.pair_weights]
+        apart = {id(p) for p in (*pair_weights, *(p for site in routed for p in site.router.parameters()))}
         parameters = [part.weight] if isinstance(part, TiedLinear) else part.parameters()
         own = [p for p in parameters if id(p) not in apart and p.dim() > 1]
-        trains = any(p.requires_grad for p in (*own, *(site.pair_weights if site else ())))
+        trains = any(p.requires_grad for p in (*own, *pair_weights))
         passes |= trains
-        if site is not None:
-            weights = site.pair_flops(seq_len) - mixing
-            pairs_L.append(_charged(weights, mixing, trains, passes))
-        fixed += _charged(2 * sum(p.numel() for p in own), 0 if site else mixing, trains, passes)
+        for site in routed:
+            weights = 2 * sum(p[0].numel() for p in site.pair_weights if p.dim() > 2)
+            pairs_L.append(_charged(weights, site.pair_flops(seq_len) - weights, trains, passes))
+        fixed += _charged(2 * sum(p.numel() for p in own), mixing, trains, passes)
     return Step(fixed, tuple(pairs_L))
 
 

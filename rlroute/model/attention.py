@@ -4,7 +4,10 @@ Shape suffixes: B sequences (routing samples included), S sequence length, T = B
 head width, E experts, R routed pairs, P width of one expert's queries, Q places of (token, slot) pairs.
 """
 
-from typing import cast
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,8 @@ from rlroute.model.moe import add_beside_pairs, compute_dtype, decide
 from rlroute.model.recompute import Recomputing
 from rlroute.routing import Router, RoutingContext, Site
 
-
-def attention_site(layer: int) -> Site:
-    """Return the key of a block's attention as a routed site."""
-    return f"{layer}.attention"
+if TYPE_CHECKING:
+    from rlroute.model.switchhead import HeadProjection
 
 
 class Rotary(nn.Module):
@@ -92,7 +93,43 @@ class Attention(nn.Module):
         return y_BSD
 
 
-class AttentionExperts(Recomputing):
+class RoutedAttention(Recomputing):
+    """Attention of which some projections are experts: its sites decide, by what it is given, and then it runs."""
+
+    @property
+    def sites(self) -> Sequence[AttentionExperts | HeadProjection]:
+        """Its routed sites, in their order."""
+        raise NotImplementedError
+
+    def mixing_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of a row's scores and values, whatever its route."""
+        raise NotImplementedError
+
+    def forward(
+        self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
+    ) -> tuple[Tensor, dict[Site, RoutingDecision]]:
+        """Return the attention output, shape (B, S, D), and the decisions that were run, by site.
+
+        Args:
+            x_BSD: what it is given.
+            context: of its rows.
+            mask_BSS: whom each position attends to.
+        """
+        x_TD, made = x_BSD.flatten(0, 1), dict[Site, RoutingDecision]()
+        for site in self.sites:
+            shape = site.router.shape
+            here = context.at(shape, {**context.earlier, **made})
+            made[shape.site] = decide(site.router, x_TD, here, site.config)
+        return cast("tuple[Tensor, dict[Site, RoutingDecision]]", self.forgetting(self.run, x_BSD, made, mask_BSS))
+
+    def run(
+        self, x_BSD: Tensor, made: Mapping[Site, RoutingDecision], mask_BSS: Tensor | None = None
+    ) -> tuple[Tensor, dict[Site, RoutingDecision]]:
+        """Return the attention output of decisions, shape (B, S, D), and these with what their routers wish for."""
+        raise NotImplementedError
+
+
+class AttentionExperts(RoutedAttention):
     """Mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144; JetMoE, arXiv 2404.07413).
 
     An expert is a group of num_heads / k query heads with an output projection; keys and values, as many heads wide,
@@ -124,29 +161,26 @@ class AttentionExperts(Recomputing):
         """The weights that a pair runs."""
         return sum(parameter[0].numel() for parameter in self.pair_weights)
 
+    @property
+    def sites(self) -> Sequence[AttentionExperts]:
+        """Itself."""
+        return [self]
+
     def mixing_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of a pair's scores and values, of (S + 1) / 2 keys on average."""
-        return 2 * (seq_len + 1) * self.query_EPD.shape[1]
+        """None: a pair has its own."""
+        return 0
 
     def pair_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of a pair: its projections, scores and values."""
-        return 2 * self.pair_parameters + self.mixing_flops(seq_len)
-
-    def forward(
-        self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
-    ) -> tuple[Tensor, RoutingDecision]:
-        """Return the attention output, shape (B, S, D), and the decision that was run; ``mask_BSS`` says whom each
-        position attends to.
-        """
-        decision = decide(self.router, x_BSD.flatten(0, 1), context, self.config)
-        return cast("tuple[Tensor, RoutingDecision]", self.forgetting(self.run, x_BSD, decision, mask_BSS))
+        """Forward FLOPs of a pair: its projections, and scores and values of (S + 1) / 2 keys on average."""
+        return 2 * self.pair_parameters + 2 * (seq_len + 1) * self.query_EPD.shape[1]
 
     def run(
-        self, x_BSD: Tensor, decision: RoutingDecision, mask_BSS: Tensor | None = None
-    ) -> tuple[Tensor, RoutingDecision]:
+        self, x_BSD: Tensor, made: Mapping[Site, RoutingDecision], mask_BSS: Tensor | None = None
+    ) -> tuple[Tensor, dict[Site, RoutingDecision]]:
         """Return the attention output of a decision, shape (B, S, D), and the decision with what the router wishes
         for.
         """
+        ((site, decision),) = made.items()
         dtype, x_TD = compute_dtype(x_BSD), x_BSD.flatten(0, 1)
         plan = make_plan(decision)
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -160,7 +194,7 @@ class AttentionExperts(Recomputing):
                 out_TD, decision = wishes.combine(outputs_RD, decision)
             else:
                 out_TD = linear_combine(y_RP, plan, out_EDP, decision.gates_R, self.backend)
-        return add_beside_pairs(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), decision
+        return add_beside_pairs(out_TD, decision, x_TD.to(dtype)).view_as(x_BSD), {site: decision}
 
     def _attend(
         self, q_RP: Tensor, x_BSD: Tensor, decision: RoutingDecision, pairs_R: Tensor, mask_BSS: Tensor | None

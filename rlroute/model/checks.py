@@ -58,6 +58,10 @@ def check(router: Router, x_TD: Tensor, decision: RoutingDecision, finite: bool 
             f"a decision on {decision.num_tokens} tokens and {decision.num_experts} experts: want {rows} and {experts}"
         )
     _check_pairs(decision)
+    if decision.self_T is not None and router.shape.d_value is not None:
+        raise DecisionError(
+            "self_T: what experts give here are a head's values, of which no token is one; legal is None"
+        )
     for name in ("logits_TE", "probs_TE"):
         value = getattr(decision, name)
         if value is not None and (value.dim() != 2 or len(value) != rows or value.shape[1] < experts):

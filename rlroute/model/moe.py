@@ -202,6 +202,11 @@ class MoELayer(DenseParts):
         self.up = None if latent is None else keyed("latent.up", latent, width)
 
     @property
+    def sites(self) -> list["MoELayer"]:
+        """Itself."""
+        return [self]
+
+    @property
     def pair_weights(self) -> list[nn.Parameter]:
         """The weights of the experts held here."""
         return list(self.experts.parameters())

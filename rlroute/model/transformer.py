@@ -6,7 +6,7 @@ Shape suffixes: B sequences (routing samples included), S sequence length, T = B
 vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +16,17 @@ from torch.nn import functional
 from rlroute import seeding
 from rlroute.config import ModelConfig, RouterConfig
 from rlroute.decision import RoutingDecision
-from rlroute.model.attention import Attention, AttentionExperts, attention_site
+from rlroute.model.attention import Attention, AttentionExperts, RoutedAttention
 from rlroute.model.compiling import DenseParts
 from rlroute.model.head import chunked_cross_entropy
 from rlroute.model.linear import KeyedLinear, TiedLinear
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement, compute_dtype
+from rlroute.model.switchhead import HeadProjection, SwitchHead
 from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
+from rlroute.sites import attention_sites, place, sites
+
+RoutedSite = AttentionExperts | HeadProjection | MoELayer
+"""A module with a router."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,8 @@ class Block(DenseParts):
     def __init__(self, config: ModelConfig, shape: ModelShape, layer: int, routers: Mapping[Site, Router]) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model)
-        attention_router, router = routers.get(attention_site(layer)), routers.get(layer)
-        size = (config, shape.seq_len, layer, shape.seed)
-        self.attention = (
-            Attention(*size) if attention_router is None else AttentionExperts(*size, attention_router, shape.backend)
-        )
+        router, own = routers.get(layer), [routers[s] for s in attention_sites(config, layer) if s in routers]
+        self.attention = _attention(config, shape, layer, own)
         self.ffn_norm = nn.RMSNorm(config.d_model)
         self.moe = (
             None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend, shape.placement)
@@ -64,9 +66,9 @@ class Block(DenseParts):
         self.mlp = DenseMLP(config, layer, shape.seed, width) if router is None else None
 
     @property
-    def routed(self) -> list[AttentionExperts | MoELayer]:
-        """The block's routed sites, in their order."""
-        return [module for module in (self.attention, self.moe) if isinstance(module, AttentionExperts | MoELayer)]
+    def routed_parts(self) -> list[RoutedAttention | MoELayer]:
+        """The block's modules that have routed sites, in their order."""
+        return [part for part in (self.attention, self.moe) if isinstance(part, RoutedAttention | MoELayer)]
 
     def forward(
         self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
@@ -80,11 +82,8 @@ class Block(DenseParts):
         """
         mask = [] if mask_BSS is None else [mask_BSS]
         made: dict[Site, RoutingDecision] = {}
-        if isinstance(self.attention, AttentionExperts):
-            shape = self.attention.router.shape
-            y_BSD, made[shape.site] = self.attention(
-                self.attention_norm(x_BSD), context.at(shape, context.earlier), mask_BSS
-            )
+        if isinstance(self.attention, RoutedAttention):
+            y_BSD, made = self.attention(self.attention_norm(x_BSD), context, mask_BSS)
             x_BSD = x_BSD + y_BSD
             x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
         elif self.moe is None:
@@ -109,6 +108,19 @@ class Block(DenseParts):
         x_BSD, x_TD = self.attend(x_BSD, mask_BSS)
         y_TD: Tensor = self.mlp(x_TD)
         return x_BSD + y_TD.view_as(x_BSD)
+
+
+def _attention(
+    config: ModelConfig, shape: ModelShape, layer: int, routers: Sequence[Router]
+) -> Attention | AttentionExperts | SwitchHead:
+    """Return a block's attention: plain, or with the routers of its sites."""
+    size = (config, shape.seq_len, layer, shape.seed)
+    if not routers:
+        return Attention(*size)
+    if config.attention_form == "switchhead":
+        return SwitchHead(*size, routers, shape.backend)
+    (router,) = routers
+    return AttentionExperts(*size, router, shape.backend)
 
 
 class Transformer(DenseParts):
@@ -149,9 +161,9 @@ class Transformer(DenseParts):
         return [block for block in self.layers if isinstance(block, Block)]
 
     @property
-    def routed(self) -> list[AttentionExperts | MoELayer]:
+    def routed(self) -> list[RoutedSite]:
         """The routed sites, first to last."""
-        return [site for block in self.blocks for site in block.routed]
+        return [site for block in self.blocks for part in block.routed_parts for site in part.sites]
 
     @property
     def routers(self) -> list[Router]:
@@ -226,16 +238,6 @@ def within_documents(tokens_BS: Tensor, opens: int) -> Tensor:
     return (document_BS[:, :, None] == document_BS[:, None, :]).tril()
 
 
-def sites(config: ModelConfig) -> dict[Site, int]:
-    """Return the number of experts at each routed site, free ones included, first to last."""
-    found: dict[Site, int] = {}
-    for layer in config.moe_layers:
-        if config.attention_experts:
-            found[attention_site(layer)] = config.attention_experts
-        found[layer] = config.num_experts + config.num_free_experts
-    return found
-
-
 def _grants(config: ModelConfig, site: Site, shards: int) -> frozenset[str]:
     """Return what a site hands to routers that wish for it: outputs and weights of the model's width, which are those
     of a pair and of all experts.
@@ -267,6 +269,7 @@ def router_shapes(config: ModelConfig, shape: ModelShape) -> list[RouterShape]:
             grants=_grants(config, site, shape.placement.shards),
             d_expert=config.d_expert,
             num_free_experts=config.num_free_experts if isinstance(site, int) else 0,
+            d_value=config.attention_width // config.num_heads if place(site)[1] == "value" else None,
         )
         for index, (site, count) in enumerate(experts.items())
     ]

@@ -50,7 +50,8 @@ def stand_in(router: Router, decision: RoutingDecision, x_TD: Tensor) -> Routing
     numbers as their weights.
     """
     if "outputs" in router.wishes:
-        rows_RD = x_TD.detach()[decision.token_ids_R]
+        columns = torch.arange(router.shape.d_output, device=x_TD.device) % x_TD.shape[1]
+        rows_RD = x_TD.detach()[:, columns][decision.token_ids_R]
         decision = replace(decision, outputs_RD=rows_RD * decision.runs_R[:, None])
     if "weights" in router.wishes:
         sizes = (router.shape.num_experts, router.shape.d_expert, router.shape.d_model)

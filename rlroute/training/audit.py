@@ -86,12 +86,12 @@ class Audit:
         trace, batch = Trace(), replace(self.batch, tokens_BS=tokens_BS)
         context = make_context(batch, self.device, samples=self.samples, **self.keys)
 
-        def enter(module: Any, args: tuple[Tensor, RoutingContext]) -> None:
+        def enter(part: Any, args: tuple[Tensor, RoutingContext]) -> None:
             rows_TD = args[0].detach().view(-1, args[0].shape[-1])
             if pinned_T is not None and as_in is not None:
                 with torch.no_grad():
                     rows_TD[pinned_T] = as_in.x_L[len(trace.x_L)][pinned_T]
-            trace.x_L.append(rows_TD.clone())
+            trace.x_L.extend([rows_TD.clone()] * len(part.sites))
 
         def decided(router: Any, args: tuple[Tensor, RoutingContext], decision: RoutingDecision) -> None:
             earlier = {site: made.detach() for site, made in args[1].earlier.items()}
@@ -103,9 +103,10 @@ class Audit:
 
         _seed_global(self.device)  # a router that draws from it, against the contract, draws alike in all passes
         with ExitStack() as hooks, checked(self.model.routers), torch.set_grad_enabled(self.keys["explore"]):
-            for site in self.model.routed:
-                hooks.callback(site.register_forward_pre_hook(enter).remove)
-                hooks.callback(site.router.register_forward_hook(decided).remove)
+            for part in (part for block in self.model.blocks for part in block.routed_parts):
+                hooks.callback(part.register_forward_pre_hook(enter).remove)
+            for router in self.model.routers:
+                hooks.callback(router.register_forward_hook(decided).remove)
             hooks.callback(self.model.norm.register_forward_hook(leave).remove)
             _, ran = forward(self.model, batch, context, self.device)
         trace.ran_L = [decision.detach() for decision in ran]

@@ -10,6 +10,7 @@ from rlroute.config import RunConfig
 from rlroute.errors import ConfigError
 from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.machine import memory
+from rlroute.sites import attention_sites
 
 OWN = {"swiglu": 4, "geglu": 4, "swiglu_clamped": 9, "gelu": 2, "relu": 1, "relu_squared": 2}
 """Arrays of (T, F) that an activation in plain autograd keeps: hidden values, what is between, what goes down."""
@@ -124,7 +125,7 @@ def kept_of_a_row(config: RunConfig) -> int:
     kept = [_kept_by_block(config, layer) for layer in range(model.num_layers)]
     if not config.train.recompute:
         return sum(kept) + _kept_by_norm(config)
-    scores = SCORES * size * model.num_experts
+    scores = _kept_by_routers(config)
     inputs = routed * (2 * size * model.d_model + scores) + (model.num_layers - routed) * size * model.d_model
     return inputs + max(kept) + _kept_by_norm(config)
 
@@ -145,8 +146,11 @@ def _kept_by_block(config: RunConfig, layer: int) -> int:
     width, rows = model.d_model, hidden_rows(model.activation, 1)
     inner, heads = model.attention_width, model.num_heads
     keys = inner * (model.num_kv_heads or heads) // heads
-    attention = 10 * inner if routed and model.attention_experts else 2 * inner + 3 * keys + inner
+    attention = 2 * inner + 3 * keys + inner
     attention += 2 * inner if keys < inner else 0  # keys and values of every head
+    if routed and model.attention_experts:
+        of_heads = 4 * inner + model.k * (2 * heads * width + 3 * inner)  # each pair's rows on both sides
+        attention = 10 * inner if model.attention_form == "moa" else of_heads
     own = OWN[model.activation]
     dense = model.active_width if layer in model.moe_layers else model.d_dense or model.active_width
     if routed:
@@ -156,9 +160,16 @@ def _kept_by_block(config: RunConfig, layer: int) -> int:
         mlp = model.k * each + 2 * (model.d_latent or 0) + own * model.num_shared_experts * model.d_expert
     else:
         mlp = own * dense
-    scores = SCORES * size * (model.num_experts + model.attention_experts) if routed else 0
+    scores = _kept_by_routers(config) if routed else 0
     wide = width * size if routed and compute < size else 0  # what the router reads
     return 2 * _kept_by_norm(config) + compute * (attention + mlp) + scores + wide
+
+
+def _kept_by_routers(config: RunConfig) -> int:
+    """Return the bytes that the routers of a block keep of a row."""
+    model = config.model
+    experts = model.num_experts + model.attention_experts * len(attention_sites(model, 0))
+    return SCORES * _sizes(config)[0] * experts
 
 
 def _composed(config: RunConfig) -> bool:

@@ -22,11 +22,12 @@ from rlroute.model.compiling import check_compiler
 from rlroute.model.moe import HERE, Placement
 from rlroute.model.parts import freeze
 from rlroute.model.recompute import set_recompute
-from rlroute.model.transformer import router_shapes, sites
+from rlroute.model.transformer import router_shapes
 from rlroute.records import RunFolder, state
 from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import MadeFrom
+from rlroute.sites import families, sites
 from rlroute.training.data import Batch, Corpus, corpus_of, eval_batches, sample_batch
 from rlroute.training.determinism import check_workspace
 from rlroute.training.group import ALONE, Group
@@ -115,7 +116,7 @@ def _router_maker(config: RunConfig) -> Callable[[RouterShape], Router] | None:
         return None
     unserved = {other.sites for other in config.others if not any(map(other.serves, sites(config.model)))}
     if unserved:
-        raise ConfigError(f"sites {min(unserved)!r}: the model has {', '.join(map(str, sites(config.model)))}")
+        raise ConfigError(f"sites {min(unserved)!r}: the model has {', '.join(families(sites(config.model)))}")
     return lambda shape: make_router(config.router_at(shape.site), shape)
 
 
