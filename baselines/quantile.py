@@ -8,13 +8,14 @@ cutoff; the next step chooses by it. `estimate` says how it is found:
   tokens, averaged over micro-batches by their tokens. Where T k / E is no whole number it is rounded down.
 - `sequence`: likewise of each sequence, so that micro-batches of any size give the same. The bias is the mean, for all
   sequences.
-- `own`: every sequence is balanced by itself (Su 2026, https://kexue.fm/archives/11760): while exploring, its tokens
-  choose by a bias that was solved on these same tokens, cutoffs and bias by turns, `rounds` times from the stored one.
-  A token then sees later ones; evaluation, which must not, chooses by the mean over the sequences of the steps before.
-  We read of that article only what others say of it, so that the turns and the evaluation are ours.
 - `histogram`, as in Kimi K3 (as torchtitan's pull request 4577 describes it): the quantile over all tokens of the step,
   interpolated within a bin, out of a histogram from min beta - 1 to max beta + 1, where all values lie. Micro-batches
   and workers add their histograms up. K3's bias is -beta.
+
+One bias for all tokens leaves single sequences uneven. With `moving` the scores are lowered before, by this share of
+the quantile that each expert's scores had among the tokens of the same sequence so far (moving quantile balancing, Su
+2026, https://kexue.fm/archives/11760): causal, so that training and evaluation choose alike. We know that article by
+what others write of it. Its first tokens go by what there is: weights are divided by their sum, which is ours.
 
 Without the cutoffs, which hold a token's experts to k, it is `threshold`. For k = 1 the gate is the score itself, as in
 `bias_balanced`.
@@ -31,8 +32,8 @@ from torch import Tensor
 from rlroute.balance import sequences
 from rlroute.config import RouterConfig
 from rlroute.gates import normalize_rows
-from rlroute.limits import BelowOne, Count, NonNegative, Positive
-from rlroute.quantiles import histogram, quantile
+from rlroute.limits import BelowOne, Count, NonNegative, Positive, Share
+from rlroute.quantiles import histogram, moving_quantile, quantile
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
 
@@ -43,14 +44,20 @@ class QuantileRouter(Router):
     class Config(RouterConfig):
         """Fields of quantile balancing."""
 
-        estimate: Literal["exact", "histogram", "sequence", "own"] = "exact"
+        estimate: Literal["exact", "histogram", "sequence"] = "exact"
         """What the bias is solved on: exact: each micro-batch; histogram: the whole step, by bins; sequence: each
-        sequence, and the mean serves all; own: each sequence, which chooses by its own while exploring.
+        sequence, and the mean serves all.
         """
-        rounds: Count = 10
-        """Of cutoffs and biases by turns, where sequences have their own."""
+        moving: Share = 0.0
+        """How much of its sequence's moving quantile an expert's score is lowered by. Su: 1 balances sequences, and
+        costs quality; 0.3 costs next to none.
+        """
+        moving_decay: BelowOne = 0.99
+        """What of the weight of a token stays per token that follows in its sequence."""
+        moving_bins: Count = 100
+        """Of 0 to 1, in which scores are counted for the moving quantile."""
         bins: Count = 1000
-        """Of each expert's histogram; Kimi K3: 1000."""
+        """Of each expert's histogram, where that is the estimate; Kimi K3: 1000."""
         ema_decay: BelowOne = 0.0
         """What of the bias stays per step; 0, as in Megatron-Core: it is that of the last step alone. More is steadier
         and later.
@@ -69,7 +76,6 @@ class QuantileRouter(Router):
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.batch_dependent = config.estimate == "exact" or config.mixes_tokens
-        self.two_rules = config.estimate == "own"
         self.scores = LinearScores(shape, "scores", config.init_std)
         self.register_buffer("beta_E", torch.zeros(shape.num_experts))
 
@@ -77,10 +83,8 @@ class QuantileRouter(Router):
         """Select by biased scores, gate by unbiased ones."""
         logits_TE = self.scores(x_TD)
         scores_TE = logits_TE.sigmoid()
-        beta_TE, memo = self.beta_E, dict[str, Tensor]()
-        if self.config.estimate == "own" and context.explore:
-            beta_TE, memo = self._own(scores_TE.detach(), context)
-        ids_TK = context.choose(scores_TE - beta_TE, self.shape.k)
+        lowered_TE = self._lowered(scores_TE.detach(), context)
+        ids_TK = context.choose(lowered_TE - self.beta_E, self.shape.k)
         gates_TK = scores_TE.gather(1, ids_TK)
         if self.shape.k > 1:
             gates_TK = normalize_rows(gates_TK)
@@ -90,28 +94,21 @@ class QuantileRouter(Router):
             self.shape.num_experts,
             logits_TE=logits_TE,
             probs_TE=normalize_rows(scores_TE),
-            memo=memo,
+            memo={"scores_TE": lowered_TE},
         )
 
-    def _own(self, scores_TE: Tensor, context: RoutingContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return for each token the bias that balances its sequence, shape (T, E), and these biases' sum over valid
-        tokens.
-        """
-        (group_T, groups), beta_TE = sequences(context), self.beta_E.expand_as(scores_TE)
-        for _ in range(self.config.rounds):
-            over_TE = above_cutoff(scores_TE, beta_TE, self.shape.k)
-            solved_GE, tokens_G = quantiles(over_TE, self.shape.k, context.mask_T, group_T, groups)
-            solved_GE = solved_GE - solved_GE.mean(1, keepdim=True)
-            beta_TE = solved_GE[group_T]
-        return beta_TE, {"beta_E": (solved_GE * tokens_G[:, None]).sum(0)}
+    def _lowered(self, scores_TE: Tensor, context: RoutingContext) -> Tensor:
+        """Return the scores less a share of their moving quantiles, shape (T, E)."""
+        how = self.config
+        if not how.moving:
+            return scores_TE
+        share = 1 - self.shape.k / self.shape.num_experts
+        return scores_TE - how.moving * moving_quantile(scores_TE, context, share, how.moving_decay, how.moving_bins)
 
     def observe(self, decision: RoutingDecision, feedback: Feedback) -> dict[str, Tensor]:
         """Return the micro-batch's histograms, or the sum over its tokens of what was solved on them."""
-        if "beta_E" in decision.memo:
-            return {"beta_E": decision.memo["beta_E"]}
-        assert decision.logits_TE is not None
-        scores_TE, context = decision.logits_TE.detach().sigmoid(), feedback.context
-        over_TE = above_cutoff(scores_TE, self.beta_E, self.shape.k)
+        context = feedback.context
+        over_TE = above_cutoff(decision.memo["scores_TE"], self.beta_E, self.shape.k)
         if self.config.estimate == "histogram":
             low, width = self._range()
             return {"over_EB": histogram((over_TE - low) / width, context.mask_T, self.config.bins)}
@@ -134,17 +131,17 @@ class QuantileRouter(Router):
 
     def _range(self) -> tuple[Tensor, Tensor]:
         """Return where the histograms begin and how wide they are."""
-        low = self.beta_E.amin() - 1
-        return low, self.beta_E.amax() + 1 - low
+        most = 1 + self.config.moving
+        low = self.beta_E.amin() - most
+        return low, self.beta_E.amax() + most - low
 
 
-def above_cutoff(scores_TE: Tensor, beta_TE: Tensor, k: int) -> Tensor:
-    """Return the scores less their token's cutoff, the (k + 1)-th best of s - beta, shape (T, E); beta is each token's
-    or, of shape (E,), the same for all.
+def above_cutoff(scores_TE: Tensor, beta_E: Tensor, k: int) -> Tensor:
+    """Return the scores less their token's cutoff, the (k + 1)-th best of s - beta, shape (T, E).
 
     With k = E there is nothing to balance: the cutoff is the least.
     """
-    cutoff_T1 = (scores_TE - beta_TE).sort(1, descending=True).values[:, min(k, scores_TE.shape[1] - 1), None]
+    cutoff_T1 = (scores_TE - beta_E).sort(1, descending=True).values[:, min(k, scores_TE.shape[1] - 1), None]
     return scores_TE - cutoff_T1
 
 

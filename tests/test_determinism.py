@@ -52,7 +52,7 @@ SHAPES = {
         MODEL, num_shared_experts=1, shared_gate="sigmoid", expert_bias=True, gate_at="input", expert_dropout=0.2
     ),
 }
-CASES = [("switch", "variants"), *((entry, "with all else") for entry in ENTRIES)]
+CASES = [("switch", "variants"), ("quantile:moving=0.3", "plain"), *((entry, "with all else") for entry in ENTRIES)]
 
 SCANS = {"cumsum", "cumsum_", "cumprod", "cumprod_", "logcumsumexp", "_logcumsumexp"}
 RAISES = {

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, E experts.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from rlroute import metrics
 from rlroute.baselines.quantile import QuantileRouter, above_cutoff, quantiles
 from rlroute.errors import ConfigError
 from rlroute.learning import adapt
+from rlroute.quantiles import moving_quantile
 from tests.conftest import D, draw, make_context, make_feedback, make_shape, sums_of
 
-ESTIMATES = ("exact", "histogram", "sequence", "own")
+ESTIMATES = ("exact", "histogram", "sequence")
 
 
 def make(experts: int = 8, k: int = 2, **config: Any) -> QuantileRouter:
@@ -125,7 +127,7 @@ def test_all_values_lie_within_the_histogram() -> None:
         assert float(over_TE.min()) >= float(beta_E.min()) - 1 and float(over_TE.max()) <= float(beta_E.max()) + 1
 
 
-@pytest.mark.parametrize("estimate", ["histogram", "sequence", "own"])
+@pytest.mark.parametrize("estimate", ["histogram", "sequence"])
 def test_micro_batches_add_up_to_the_batch(estimate: str) -> None:
     moved = []
     for size in (12, 4):
@@ -145,9 +147,7 @@ def skewed(step: int, tokens: int = 512) -> Tensor:
     return draw(tokens, D, seed=100 + step) + 2
 
 
-@pytest.mark.parametrize(
-    ("estimate", "ema_decay"), [*((estimate, 0.0) for estimate in ESTIMATES if estimate != "own"), ("exact", 0.5)]
-)
+@pytest.mark.parametrize(("estimate", "ema_decay"), [*((estimate, 0.0) for estimate in ESTIMATES), ("exact", 0.5)])
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_skewed_stream_is_balanced_within_steps(k: int, estimate: str, ema_decay: float) -> None:
     router, context, worst = make(k=k, estimate=estimate, ema_decay=ema_decay), make_context(512, length=128), []
@@ -196,65 +196,68 @@ def test_a_bias_that_never_moves_is_refused() -> None:
         make(ema_decay=1.0)
 
 
-# A bias for each sequence
+# Moving quantiles
 
 
-def own_by_definition(scores: list[list[float]], beta: list[float], k: int, rounds: int) -> list[float]:
-    """Cutoffs and biases by turns, number after number, the mean taken off each time."""
-    for _ in range(rounds):
-        beta = by_definition(scores, beta, k)
-        mean = sum(beta) / len(beta)
-        beta = [value - mean for value in beta]
-    return beta
+def moving_by_definition(scores: list[float], valid: list[bool], share: float, decay: float, bins: int) -> list[float]:
+    """Of one expert in one sequence, token after token: a histogram of what came before, each weighed by its age."""
+    found, weights = list[float](), [0.0] * bins
+    for score, counts in zip(scores, valid, strict=True):
+        weights = [decay * weight for weight in weights]
+        weights[min(int(score * bins), bins - 1)] += counts
+        upto, place = weights[0], 0
+        while upto < share * sum(weights) and place < bins - 1:
+            place += 1
+            upto += weights[place]
+        found.append((place + 0.5) / bins)
+    return found
 
 
-@pytest.mark.parametrize(("k", "rounds"), [(2, 1), (2, 3), (1, 10)])
-def test_each_sequence_chooses_by_the_bias_solved_on_itself(k: int, rounds: int) -> None:
-    router, x_TD = make(k=k, estimate="own", rounds=rounds), draw(24, D)
-    router.beta_E.copy_(0.1 * draw(8, seed=3))
-    start, mask_T = router.beta_E.tolist(), torch.tensor([1, 1, 1, 1, 1, 1, 1, 0] * 3).bool()
-    order_T = draw(24, seed=5).argsort()  # the rows stand in any order
-    keys: dict[str, Any] = {
-        "sequence_T": (torch.arange(24) // 8)[order_T],
-        "position_T": (torch.arange(24) % 8)[order_T],
-    }
-    context = make_context(24, mask_T=mask_T[order_T], **keys)
-    decision = router(x_TD[order_T], context)
-    assert decision.logits_TE is not None
-    scores_TE, total_E = decision.logits_TE.detach().sigmoid(), torch.zeros(8).double()
+@pytest.mark.parametrize(("length", "decay", "bins"), [(8, 0.9, 100), (192, 0.99, 10), (64, 0.0, 7)])
+def test_the_moving_quantile_is_that_of_a_sequence_so_far(length: int, decay: float, bins: int) -> None:
+    tokens = 3 * length
+    order_T = draw(tokens, seed=5).argsort()  # the rows stand in any order
+    keys: dict[str, Any] = {"sequence_T": order_T // length, "position_T": order_T % length}
+    context = make_context(tokens, mask_T=order_T % length < length - 2, **keys)
+    scores_TE = draw(tokens, 4, seed=1).sigmoid()
+    found_TE = moving_quantile(scores_TE, context, 0.75, decay, bins)
     for sequence in range(3):
-        here_T = context.sequence_T == sequence
-        solved = own_by_definition(scores_TE[here_T & context.mask_T].tolist(), start, k, rounds)
-        own = torch.tensor(solved, dtype=torch.float64)
-        total_E += 7 * own
-        biased_TE = scores_TE[here_T] - own
-        chosen_TK = biased_TE.gather(1, decision.expert_ids_R.view(24, k)[here_T])
-        torch.testing.assert_close(chosen_TK, biased_TE.topk(k).values)  # the solution itself makes ties
-    router.adapt(sums_of(router, decision, make_feedback(context, num_valid=21)), 0.0)
-    torch.testing.assert_close(router.beta_E, total_E / 21, rtol=0, atol=1e-6)
+        rows_T = torch.tensor([int((order_T == sequence * length + i).nonzero()) for i in range(length)])
+        valid = context.mask_T[rows_T].tolist()
+        for expert in range(4):
+            want = moving_by_definition(scores_TE[rows_T, expert].tolist(), valid, 0.75, decay, bins)
+            got = found_TE[rows_T, expert][: length - 2].tolist()
+            assert got == pytest.approx(want[: length - 2], abs=1e-15)
 
 
-@pytest.mark.parametrize(("experts", "k", "length"), [(8, 2, 64), (16, 2, 128), (64, 8, 256)])
-def test_every_sequence_is_balanced_by_itself_at_once(experts: int, k: int, length: int) -> None:
-    """Where one bias for all leaves each sequence uneven, however well it balances all of them together."""
-    router, context = make(experts, k, estimate="own"), make_context(512, length=length)
-    x_TD = skewed(0) + 2 * draw(512 // length, D, seed=7).repeat_interleave(length, 0)  # each has a bent of its own
-    shared = make(experts, k)
-    for _ in range(30):
-        shared.adapt(sums_of(shared, shared(x_TD, context), make_feedback(context)), 0.0)
-
-    def worst(one: QuantileRouter) -> list[float]:
-        rows = one(x_TD, context).expert_ids_R.view(512 // length, length * k)
-        return [float(metrics.max_vio(torch.bincount(row, minlength=experts))) for row in rows]
-
-    assert max(worst(router)) < 0.5 < 0.7 < min(worst(shared))
-
-
-def test_evaluation_sees_no_later_token_and_has_the_mean_bias() -> None:
-    router, x_TD = make(estimate="own"), draw(12, D)
+def test_scores_are_lowered_by_a_share_of_it_and_gates_are_not() -> None:
+    router, x_TD = make(moving=0.3), draw(12, D)
     router.beta_E.copy_(0.1 * draw(8, seed=3))
-    assert router.two_rules and router.causal and not router.batch_dependent and not make().two_rules
-    greedy = router(x_TD, make_context(12, explore=False))
-    assert greedy.logits_TE is not None
-    want_TK = (greedy.logits_TE.sigmoid() - router.beta_E).topk(2).indices
-    assert torch.equal(greedy.expert_ids_R.view(12, 2), want_TK)
+    context = make_context(12, length=6)
+    decision = router(x_TD, context)
+    assert decision.logits_TE is not None
+    scores_TE = decision.logits_TE.detach().sigmoid()
+    lowered_TE = scores_TE - 0.3 * moving_quantile(scores_TE, context, 0.75, 0.99, 100)
+    ids_TK = decision.expert_ids_R.view(12, 2)
+    assert torch.equal(ids_TK, (lowered_TE - router.beta_E).topk(2).indices)
+    chosen_TK = scores_TE.gather(1, ids_TK)
+    torch.testing.assert_close(decision.gates_R.view(12, 2).detach(), chosen_TK / chosen_TK.sum(1, keepdim=True))
+    greedy = router(x_TD, replace(context, explore=False))
+    assert torch.equal(greedy.expert_ids_R, decision.expert_ids_R) and router.causal and not router.two_rules
+    want = by_definition(lowered_TE.tolist(), router.beta_E.tolist(), 2)
+    router.adapt(sums_of(router, decision, make_feedback(context)), 0.0)
+    assert (router.beta_E - router.beta_E[0]).tolist() == pytest.approx([b - want[0] for b in want], abs=1e-12)
+
+
+def test_sequences_are_more_even_the_larger_the_share() -> None:
+    """Where one bias for all leaves each sequence uneven, however well it balances all of them together."""
+    length, context = 128, make_context(512, length=128)
+    x_TD = skewed(0) + 2 * draw(4, D, seed=7).repeat_interleave(length, 0)  # each has a bent of its own
+    worst = []
+    for share in (0.0, 0.3, 1.0):
+        router = make(moving=share)
+        for _ in range(30):
+            router.adapt(sums_of(router, router(x_TD, context), make_feedback(context)), 0.0)
+        rows = router(x_TD, context).expert_ids_R.view(4, length * 2)
+        worst.append(max(float(metrics.max_vio(torch.bincount(row, minlength=8))) for row in rows))
+    assert worst[2] < worst[1] < worst[0] and worst[2] < 0.7

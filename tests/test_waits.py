@@ -198,7 +198,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "positions": ("hash:table=position", {}, {}),
     "pairs of tokens": ("hash_gated:table=bigram", {}, {}),
     "histograms": ("quantile:estimate=histogram", {}, {"micro_batches": 2}),
-    "sequences": ("quantile:estimate=sequence", {}, {}),
+    "sequences": ("quantile:estimate=sequence,moving=0.3", {}, {}),
     "momentum": ("bias_balanced:rule=smebu", {}, {}),
     "attention": ("switch", {"attention_experts": 4, "num_shared_experts": 1}, {}),
     "heads": ("switch", {"attention_experts": 4, "attention_form": "switchhead"}, {}),
