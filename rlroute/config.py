@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from rlroute.errors import ConfigError
@@ -33,6 +33,7 @@ from rlroute.limits import (
     refuse_idle,
     refuse_product,
 )
+from rlroute.mixing import Mixing
 from rlroute.router_config import RouterConfig as RouterConfig  # also for whoever wants configurations
 from rlroute.sites import HEAD_PARTS, attention_sites, place
 from rlroute.start import StartConfig as StartConfig
@@ -43,7 +44,9 @@ SCHEMA = 2
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
-NEWER = frozenset({"attention_form", "tie_embeddings"})
+NEWER = frozenset(
+    {"attention_form", "tie_embeddings"} | {f.name for f in fields(Mixing)} - {f.name for f in fields(Heads)}
+)
 """Fields of ``model`` that its dictionary leaves out at their defaults: ids from before they were there stay."""
 
 _SITES = re.compile(r"(mlp|attention|value|output)?(?:(\d+)(?:-(\d+))?)?")
@@ -90,7 +93,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Heads, LayerVariants):
+class ModelConfig(Mixing, LayerVariants):
     """The decoder-only transformer that every router is put into."""
 
     num_experts: Experts = 16
@@ -150,6 +153,7 @@ class ModelConfig(Heads, LayerVariants):
             raise ConfigError(f"model.k = {self.k}: legal are 1 to model.num_experts = {self.num_experts}{more}")
         self.check_heads(self.k)
         self._check_sites()
+        self.check_mixing()
         self.check_variants(self.num_shared_experts)
         if self.devices and self.num_experts % self.devices:
             raise ConfigError(f"model.devices = {self.devices}: must divide model.num_experts = {self.num_experts}")

@@ -26,6 +26,7 @@ MODELS = {
     "routed": ("switch", {}),
     "shared experts": ("switch", {"num_shared_experts": 1}),
     "attention experts": ("switch", {"attention_experts": 4}),
+    "latent attention": ("switch", {"kv_rank": 4, "q_rank": 6, "head_width": 4, "value_width": 5}),
     "tied embeddings": (None, {"tie_embeddings": True}),
     "variants": ("switch", {"num_shared_experts": 1, "shared_gate": "sigmoid", "d_latent": 4, "expert_bias": True}),
 }
@@ -74,6 +75,7 @@ def test_compiled_and_eager_agree(case):
         "routed": 2,
         "shared experts": 3,
         "attention experts": 1,
+        "latent attention": 2,
         "tied embeddings": 2,
         "variants": 3,
     }

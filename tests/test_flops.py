@@ -27,6 +27,7 @@ SHAPES: list[dict[str, Any]] = [
     {"k": 1, "d_expert": 5, "num_shared_experts": 1, "num_dense_layers": 2},
     {"num_heads": 6, "num_kv_heads": 2, "head_width": 4},
     {"tie_embeddings": True},
+    {"kv_rank": 5, "head_width": 4, "value_width": 7},
 ]
 
 
@@ -57,7 +58,8 @@ def test_booked_flops_are_those_that_run(
     config = small_config(**fields)
     model = make_model(router, config, seq_len=length, vocab_size=vocab_size)
     booked = expected(model, config, length)["flops_per_token"]
-    masked = 2 * config.attention_width * (length - 1) * config.num_layers
+    widths = sum(config.latent_widths) if config.kv_rank else 2 * config.attention_width // config.num_heads
+    masked = widths * config.num_heads * (length - 1) * config.num_layers
     assert booked + masked == counted(router, config, length, vocab_size)
 
 

@@ -24,11 +24,12 @@ from tests.tiny import DATA, MODEL, TRAIN
 
 BF16 = Device("cpu", torch.bfloat16)
 LOW = replace(TRAIN, dtype="bfloat16", param_dtype="bfloat16")
+VARIED = replace(MODEL, num_shared_experts=1, tie_embeddings=True, kv_rank=8)
 CORPUS = load_corpus(DATA.spec)
 
 
 def config_of(entry: str = "switch", **train: object) -> RunConfig:
-    return build_entry(entry, DATA, replace(MODEL, num_shared_experts=1, tie_embeddings=True), replace(LOW, **train))  # type: ignore[arg-type]
+    return build_entry(entry, DATA, VARIED, replace(LOW, **train))  # type: ignore[arg-type]
 
 
 def trained(config: RunConfig, steps: int, save: Path | None = None):

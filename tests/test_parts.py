@@ -167,7 +167,12 @@ def test_nothing_to_train_is_refused_before_any_work(entry: str, train: dict[str
 @pytest.mark.parametrize("router", [None, "switch", "reinforce", "bias_balanced"])
 @pytest.mark.parametrize(
     "config",
-    [small_config(), MIXED, small_config(d_latent=4, num_shared_experts=1), small_config(tie_embeddings=True)],
+    [
+        small_config(),
+        MIXED,
+        small_config(d_latent=4, num_shared_experts=1),
+        small_config(tie_embeddings=True, kv_rank=4),
+    ],
     ids=str,
 )
 def test_where_everything_trains_three_forwards_are_charged(router: str | None, config: ModelConfig) -> None:

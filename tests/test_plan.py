@@ -55,6 +55,8 @@ def test_parameters_and_flops_are_those_that_the_run_records(entry: str, tmp_pat
         ("switch", {"activation": "geglu"}, {}),
         ("switch", {"gate_at": "input"}, {}),
         ("switch", {"tie_embeddings": True}, {"dtype": "bfloat16"}),
+        ("dense", {"kv_rank": 16}, {}),
+        ("switch", {"kv_rank": 32, "q_rank": 48, "value_width": 24}, {"dtype": "bfloat16"}),
         ("dense", {"activation": "geglu", "head_width": 24}, {}),
         ("dense", {"activation": "swiglu_clamped"}, {}),
         ("dense", {"activation": "relu_squared"}, {}),

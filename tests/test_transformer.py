@@ -57,17 +57,42 @@ class Oracle:
         """One sequence; the heads of query, key and value lie one after the other, and neighbouring query heads share
         one of the others.
         """
-        heads, shared = self.config.num_heads, self.config.num_kv_heads or self.config.num_heads
-        rows = [(self.weights[f"{name}.qkv.weight"] @ x_D).view(heads + 2 * shared, -1) for x_D in x_SD]
-        places = [(head, heads + head * shared // heads) for head in range(heads)]
-        parts = [[row[[query, key, key + shared]] for row in rows] for query, key in places]
+        parts = self.latent_heads(x_SD, name) if self.config.kv_rank else self.plain_heads(x_SD, name)
         outputs = [torch.cat(found) for found in zip(*(self.head(part) for part in parts), strict=True)]
         return [self.weights[f"{name}.out.weight"] @ output for output in outputs]
 
-    def head(self, qkv_S3H: list[Tensor]) -> list[Tensor]:
+    def plain_heads(self, x_SD: list[Tensor], name: str) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+        """Query, key and value of each head and position, turned."""
+        heads, shared = self.config.num_heads, self.config.num_kv_heads or self.config.num_heads
+        rows = [(self.weights[f"{name}.qkv.weight"] @ x_D).view(heads + 2 * shared, -1) for x_D in x_SD]
+        places = [(head, heads + head * shared // heads) for head in range(heads)]
+        return [
+            [(self.rotate(row[q], s), self.rotate(row[k], s), row[k + shared]) for s, row in enumerate(rows)]
+            for q, k in places
+        ]
+
+    def latent_heads(self, x_SD: list[Tensor], name: str) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+        """The same of latent attention: each part of a head by its rows (arXiv 2405.04434, appendix C)."""
+        (plain, turning, value), rank = self.config.latent_widths, self.config.kv_rank
+        parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(self.config.num_heads)]
+        for position, x_D in enumerate(x_SD):
+            c_D = x_D
+            if self.config.q_rank:
+                c_D = self.norm(self.weights[f"{name}.q_down.weight"] @ x_D, f"{name}.q_norm")
+            c_R = self.norm(self.weights[f"{name}.kv_down.weight"][:rank] @ x_D, f"{name}.kv_norm")
+            shared_H = self.rotate(self.weights[f"{name}.kv_down.weight"][rank:] @ x_D, position)
+            for head, found in enumerate(parts):
+                up_HD = self.weights[f"{name}.q_up.weight"][head * (plain + turning) :]
+                made_HR = self.weights[f"{name}.kv_up.weight"][head * (plain + value) :]
+                turned_H = self.rotate(up_HD[plain : plain + turning] @ c_D, position)
+                q_H = torch.cat((up_HD[:plain] @ c_D, turned_H))
+                k_H = torch.cat((made_HR[:plain] @ c_R, shared_H))
+                found.append((q_H, k_H, made_HR[plain : plain + value] @ c_R))
+        return parts
+
+    def head(self, qkv_S3H: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """One head: softmax over all positions, -inf at later ones."""
-        queries = [self.rotate(q_H, position) for position, (q_H, _, _) in enumerate(qkv_S3H)]
-        keys = [self.rotate(k_H, position) for position, (_, k_H, _) in enumerate(qkv_S3H)]
+        queries, keys = [q_H for q_H, _, _ in qkv_S3H], [k_H for _, k_H, _ in qkv_S3H]
         outputs = []
         for here, query in enumerate(queries):
             scores_S = torch.stack([query @ key / math.sqrt(len(query)) for key in keys])
@@ -130,6 +155,8 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "dense, gelu, one head": (None, {"activation": "gelu", "num_heads": 1}),
     "dense, heads of another width": (None, {"head_width": 6}),
     "dense, shared keys and values": (None, {"num_heads": 4, "num_kv_heads": 2, "head_width": 2}),
+    "dense, keys and values from a latent": (None, {"kv_rank": 3, "value_width": 3}),
+    "switch, queries from a latent too": ("switch", {"kv_rank": 3, "q_rank": 5, "head_width": 2, "rope_width": 4}),
     "dense, one matrix for both embeddings": (None, {"tie_embeddings": True}),
     "switch": ("switch", {}),
     "switch, one expert a token, relu": ("switch", {"k": 1, "activation": "relu"}),

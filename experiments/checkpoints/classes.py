@@ -101,6 +101,7 @@ def _refuse_model(config: RunConfig) -> None:
     model = config.model
     wrong: dict[str, bool] = {
         "attention_experts": bool(model.attention_experts),
+        "kv_rank": bool(model.kv_rank),
         "num_free_experts": bool(model.num_free_experts),
         "d_latent": model.d_latent is not None,
         "expert_bias": model.expert_bias,

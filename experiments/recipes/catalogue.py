@@ -13,8 +13,6 @@ from rlroute.config import ModelConfig
 
 NOT_PUBLISHED = "not published"
 _SIGMOID = "topk:score=sigmoid,bias_rate=0.001"
-_LATENT_ATTENTION = "latent attention: heads of d_model / num_heads stand in"
-
 _ENCODER = "an encoder, and a decoder that attends to it: one decoder as deep stands in"
 
 
@@ -70,6 +68,11 @@ def _experts(experts: int, k: int, width: int, shared: int = 0, dense: int = 0) 
 
 def _every(layers: int, dense: int) -> dict[str, int]:
     return {"moe_every": layers, "d_dense": dense}
+
+
+def _latents(q_rank: int = 1536) -> dict[str, int]:
+    """Return the latents of attention with heads of 128 channels, and 64 that turn, as DeepSeek has them."""
+    return {"kv_rank": 512, "q_rank": q_rank, "rope_width": 64}
 
 
 CATALOGUE: dict[str, Published] = {
@@ -183,21 +186,19 @@ CATALOGUE: dict[str, Published] = {
             "topk:normalize=false,route_scale=16,groups=8,groups_kept=3,group_score=max,"
             "balance_weight=0.003,device_balance_weight=0.05,communication_balance_weight=0.02"
         ),
-        model=_model(60, 5120, 128, devices=8, **_experts(160, 6, 1536, shared=2, dense=1)),
+        model=_model(60, 5120, 128, 0, 128, devices=8, **_latents(), **_experts(160, 6, 1536, shared=2, dense=1)),
         vocab_size=102_400,
         total="236",
         active="21",
         source="DeepSeek-V2, arXiv 2405.04434",
-        differs=_LATENT_ATTENTION,
     ),
     "deepseek-v3": Published(
         entry=(f"{_SIGMOID},bias_until=0.966,sequence_balance_weight=0.0001,route_scale=2.5,groups=8,groups_kept=4"),
-        model=_model(61, 7168, 128, **_experts(256, 8, 2048, shared=1, dense=3)),
+        model=_model(61, 7168, 128, 0, 128, **_latents(), **_experts(256, 8, 2048, shared=1, dense=3)),
         vocab_size=129_280,
         total="671",
         active="37",
         source="DeepSeek-V3, arXiv 2412.19437",
-        differs=_LATENT_ATTENTION,
     ),
     "deepseek-v4": Published(
         entry="topk:score=sqrt_softplus,bias_rate=0.001,route_scale=1.5+hash_gated:route_scale=1.5@0-2",
@@ -211,13 +212,13 @@ CATALOGUE: dict[str, Published] = {
     ),
     "kimi-k2": Published(
         entry=f"{_SIGMOID},route_scale=2.827",
-        model=_model(61, 7168, 64, **_experts(384, 8, 2048, shared=1, dense=1)),
+        model=_model(61, 7168, 64, 0, 128, **_latents(), **_experts(384, 8, 2048, shared=1, dense=1)),
         vocab_size=163_840,
         total="1040",
         active="32.6",
         source="Kimi K2, arXiv 2507.20534",
         balance="its rate not published",
-        differs=_LATENT_ATTENTION,
+        differs="the printed total is more than the published shapes make",
     ),
     "kimi-k3": Published(
         entry="quantile:estimate=histogram",
@@ -276,15 +277,25 @@ CATALOGUE: dict[str, Published] = {
     ),
     "longcat-flash": Published(
         entry="longcat",
-        model=_model(56, 6144, 64, copy_experts=256, **_every(2, 12288), **_experts(512, 12, 2048)),
+        model=_model(
+            56,
+            6144,
+            64,
+            0,
+            128,
+            copy_experts=256,
+            **_latents(),
+            **_every(2, 12288),
+            **_experts(512, 12, 2048, shared=6),
+        ),
         vocab_size=131_072,
         total="560",
         active="27",
         source="LongCat-Flash, arXiv 2509.01322",
         balance="a bias that holds 8 of 12 experts real, its rate not published",
         differs=(
-            "28 layers of two latent attentions, two dense MLPs, and experts beside them: 56 blocks of one attention, "
-            "every second with experts and no MLP, stand in"
+            "28 layers of two attentions and two MLPs, with experts from the first attention to the layer's end: "
+            "56 blocks, every second with experts beside its MLP, stand in"
         ),
     ),
     "ernie-4.5": Published(
@@ -342,4 +353,7 @@ def tiny(published: Published) -> ModelConfig:
         d_dense=None,
         d_latent=32 if model.d_latent else None,
         copy_experts=min(model.copy_experts, 8),
+        kv_rank=32 if model.kv_rank else 0,
+        q_rank=48 if model.q_rank else 0,
+        rope_width=0,
     )

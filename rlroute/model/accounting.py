@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlroute.config import ModelConfig
-from rlroute.model.attention import Attention, RoutedAttention
+from rlroute.model.attention import Mixer, RoutedAttention
 from rlroute.model.linear import TiedLinear
 from rlroute.model.moe import MoELayer
 from rlroute.model.transformer import Transformer
@@ -200,7 +200,7 @@ def _step(model: Transformer, work_L: Sequence[Work], seq_len: int) -> Step:
         model.unembed,
     ):
         assert part is not None
-        mixing = part.mixing_flops(seq_len) if isinstance(part, Attention | RoutedAttention) else 0
+        mixing = part.mixing_flops(seq_len) if isinstance(part, Mixer | RoutedAttention) else 0
         routed = part.sites if isinstance(part, RoutedAttention | MoELayer) else ()
         for site in routed:
             work, learns = next(works), not site.router.frozen

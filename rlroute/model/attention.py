@@ -6,6 +6,7 @@ head width, E experts, R routed pairs, P width of one expert's queries, Q places
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -57,7 +58,24 @@ def attend(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask_BSS: Tensor | No
     return functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, attn_mask=mask_BSS[:, None])
 
 
-class Attention(nn.Module):
+class Mixer(nn.Module, ABC):
+    """What mixes the tokens of a sequence in a block, and has no router: attention of any make."""
+
+    @abstractmethod
+    def mixing_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of a row beside products with weights: of tokens with one another."""
+
+    @abstractmethod
+    def forward(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
+        """Return what is added to the residual stream, shape (B, S, D).
+
+        Args:
+            x_BSD: its normed rows.
+            mask_BSS: bool, whom each position sees: itself, and those before in its document; None: all before.
+        """
+
+
+class Attention(Mixer):
     """Causal self-attention with rotary positions (Su et al. 2021, arXiv 2104.09864)."""
 
     def __init__(self, config: ModelConfig, seq_len: int, layer: int, seed: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlroute.config import TrainConfig
 from rlroute.errors import ConfigError
-from rlroute.model.attention import Attention, RoutedAttention
+from rlroute.model.attention import Mixer, RoutedAttention
 from rlroute.model.transformer import Transformer
 
 
@@ -39,5 +39,5 @@ def _modules(model: Transformer, parts: str) -> list[nn.Module]:
     if parts == "router":
         return list(model.routers)
     if parts == "attention":
-        return [m for m in model.modules() if isinstance(m, Attention | RoutedAttention)]
+        return [m for m in model.modules() if isinstance(m, Mixer | RoutedAttention)]
     return list(model.routed)

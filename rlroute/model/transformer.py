@@ -16,9 +16,10 @@ from torch.nn import functional
 from rlroute import seeding
 from rlroute.config import ModelConfig, RouterConfig
 from rlroute.decision import RoutingDecision
-from rlroute.model.attention import Attention, AttentionExperts, RoutedAttention
+from rlroute.model.attention import Attention, AttentionExperts, Mixer, RoutedAttention
 from rlroute.model.compiling import DenseParts
 from rlroute.model.head import chunked_cross_entropy
+from rlroute.model.latent import LatentAttention
 from rlroute.model.linear import KeyedLinear, TiedLinear
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement, compute_dtype
 from rlroute.model.switchhead import HeadProjection, SwitchHead
@@ -110,13 +111,18 @@ class Block(DenseParts):
         return x_BSD + y_TD.view_as(x_BSD)
 
 
+def make_mixer(config: ModelConfig, seq_len: int, layer: int, seed: int) -> Mixer:
+    """Return what mixes tokens in a block where nothing of that is routed."""
+    return (LatentAttention if config.kv_rank else Attention)(config, seq_len, layer, seed)
+
+
 def _attention(
     config: ModelConfig, shape: ModelShape, layer: int, routers: Sequence[Router]
-) -> Attention | AttentionExperts | SwitchHead:
-    """Return a block's attention: plain, or with the routers of its sites."""
+) -> Mixer | AttentionExperts | SwitchHead:
+    """Return a block's attention: without routers, or with those of its sites."""
     size = (config, shape.seq_len, layer, shape.seed)
     if not routers:
-        return Attention(*size)
+        return make_mixer(*size)
     if config.attention_form == "switchhead":
         return SwitchHead(*size, routers, shape.backend)
     (router,) = routers

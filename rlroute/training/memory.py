@@ -6,10 +6,11 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from rlroute.config import RunConfig
+from rlroute.config import ModelConfig, RunConfig
 from rlroute.errors import ConfigError
 from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.machine import memory
+from rlroute.model.transformer import make_mixer
 from rlroute.sites import attention_sites
 
 OWN = {"swiglu": 4, "geglu": 4, "swiglu_clamped": 9, "gelu": 2, "relu": 1, "relu_squared": 2}
@@ -34,11 +35,16 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
     inner = model.d_latent or width
     hidden = routed * shared
     hidden += dense * (model.d_dense or model.active_width) + (model.num_layers - dense - routed) * model.active_width
-    heads = 2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads)
-    head = model.attention_width // model.num_heads
-    attention = 0 if model.attention_experts and routed else heads * head * width * model.num_layers
+    attention = 0 if model.attention_experts and routed else model.num_layers * mixer_parameters(model)
     experts = routed * (model.num_experts // expert_shards) * model.d_expert * inner * matrices
     return (2 - model.tie_embeddings) * vocab_size * width + attention + hidden * width * matrices + experts
+
+
+def mixer_parameters(model: ModelConfig) -> int:
+    """Return the parameters of a block's attention without experts, but for those of norms."""
+    with torch.device("meta"):
+        mixer = make_mixer(model, 1, 0, 0)
+    return sum(parameter.numel() for parameter in mixer.parameters() if parameter.dim() > 1)
 
 
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
@@ -137,20 +143,13 @@ def _sizes(config: RunConfig) -> tuple[int, int]:
 
 
 def _kept_by_block(config: RunConfig, layer: int) -> int:
-    """Return the bytes that a block keeps of a row: two norms, queries, keys and values, turned and not, and
-    attention's output; of the MLP what its products take in.
+    """Return the bytes that a block keeps of a row: two norms, what attention keeps, and of the MLP what its products
+    take in.
     """
     model = config.model
     size, compute = _sizes(config)
     routed = config.router is not None and layer in model.moe_layers
     width, rows = model.d_model, hidden_rows(model.activation, 1)
-    inner, heads = model.attention_width, model.num_heads
-    keys = inner * (model.num_kv_heads or heads) // heads
-    attention = 2 * inner + 3 * keys + inner
-    attention += 2 * inner if keys < inner else 0  # keys and values of every head
-    if routed and model.attention_experts:
-        of_heads = 4 * inner + model.k * (2 * heads * width + 3 * inner)  # each pair's rows on both sides
-        attention = 10 * inner if model.attention_form == "moa" else of_heads
     own = OWN[model.activation]
     dense = model.active_width if layer in model.moe_layers else model.d_dense or model.active_width
     if routed:
@@ -162,7 +161,27 @@ def _kept_by_block(config: RunConfig, layer: int) -> int:
         mlp = own * dense
     scores = _kept_by_routers(config) if routed else 0
     wide = width * size if routed and compute < size else 0  # what the router reads
-    return 2 * _kept_by_norm(config) + compute * (attention + mlp) + scores + wide
+    return 2 * _kept_by_norm(config) + _kept_by_attention(config, routed) + compute * mlp + scores + wide
+
+
+def _kept_by_attention(config: RunConfig, routed: bool) -> int:
+    """Return the bytes that attention keeps of a row: queries, keys and values, turned and not, and its output; of
+    latents their norms, and on the CPU each head's weights of all keys, unless its values are as wide as its queries.
+    """
+    model, (_, compute) = config.model, _sizes(config)
+    inner, heads = model.attention_width, model.num_heads
+    if model.kv_rank:
+        plain, turning, value = model.latent_widths
+        norms = _kept_by_norm(config, model.kv_rank) + _kept_by_norm(config, model.q_rank)
+        weights = 4 * config.data.seq_len * (config.train.device == "cpu" and value != plain + turning)
+        return norms + heads * (weights + compute * (3 * plain + 2 * turning + 3 * value))
+    keys = inner * (model.num_kv_heads or heads) // heads
+    numbers = 2 * inner + 3 * keys + inner
+    numbers += 2 * inner if keys < inner else 0  # keys and values of every head
+    if routed and model.attention_experts:
+        of_heads = 4 * inner + model.k * (2 * heads * model.d_model + 3 * inner)  # each pair's rows on both sides
+        numbers = 10 * inner if model.attention_form == "moa" else of_heads
+    return compute * numbers
 
 
 def _kept_by_routers(config: RunConfig) -> int:
@@ -179,12 +198,14 @@ def _composed(config: RunConfig) -> bool:
     return other or model.activation not in ACTIVATIONS
 
 
-def _kept_by_norm(config: RunConfig) -> int:
-    """Return the bytes that a norm keeps of a row: what goes in and what comes out, and on the CPU, where it is no
-    operator of its own, what is between.
+def _kept_by_norm(config: RunConfig, width: int | None = None) -> int:
+    """Return the bytes that a norm, of the residual stream or of another width, keeps of a row: what goes in and what
+    comes out, and on the CPU, where it is no operator of its own, what is between.
     """
     size, compute = _sizes(config)
-    return config.model.d_model * ((size if config.train.device == "cuda" else 2 * size) + compute)
+    return (config.model.d_model if width is None else width) * (
+        (size if config.train.device == "cuda" else 2 * size) + compute
+    )
 
 
 def memory_here(device: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlroute.config import ModelConfig, RunConfig, StartConfig
+from rlroute.config import NEWER, ModelConfig, RunConfig, StartConfig
 from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.model.accounting import is_expert, is_router
@@ -25,7 +25,7 @@ from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import folder_name, own_checkpoints, read_manifest
 from rlroute.training.prepare import meta_model
 
-SAME = ("num_heads", "num_kv_heads", "head_width", "activation", "rope_base", "tie_embeddings")
+SAME = ("num_heads", "num_kv_heads", "head_width", "activation", "rope_base", *sorted(NEWER))
 """The fields of ``model`` that change what the same weights compute, and that no shape tells."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = Mapping[str, Tensor]
