@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rlroute.reading import site_keys
 from rlroute.schema import RunRecord
+from rlroute.sites import families
 
 Kind = Literal["dead experts", "collapse", "router logits", "stalled"]
 
@@ -49,7 +50,7 @@ class Alarm:
     Attributes:
         kind: which of the four.
         run: the run's id.
-        site: the key of the routed site; None of a stall.
+        site: the key of the routed site, or the name of those that are shown as one; None of a stall.
         step: of the first of the rows that raised it; of a stall, of the last row.
         value: in the last row that raised it: dead experts, MaxVio, root mean square, seconds.
         threshold: the value from which on there is an alarm.
@@ -83,7 +84,7 @@ class Watch:
 
     def __init__(self, run: str, model: Mapping[str, Any], thresholds: Thresholds | None = None) -> None:
         self.run, self.k, self.at = run, model["k"], thresholds or THRESHOLDS
-        self.sites = list(map(str, site_keys(model)))
+        self.sites = families(site_keys(model))
         self.found: dict[tuple[Kind, str | None], Alarm] = {}
         """Each alarm by kind and site, be it over or not."""
         self.step, self.pace = 0, 0.0  # of the last row; seconds of training between two rows
@@ -114,19 +115,19 @@ class Watch:
 
     def _measured(self, row: Mapping[str, Any]) -> Iterator[tuple[Kind, str, float, float, str]]:
         """Yield kind, site, value, threshold and the value in words."""
-        loads, vios = row.get("load_LE", ()), row.get("max_vio_L", ())
-        for site, load_E, dead, vio in zip(self.sites, loads, row.get("dead_L", ()), vios, strict=False):
-            experts = len(load_E)
-            said = f"{dead} of {experts} experts are dead, each below 5% of its fair share"
-            yield "dead experts", site, dead, max(1, math.ceil(self.at.dead * experts)), said
-            if vio is not None and experts > self.k:
-                most = experts / self.k - 1
-                said = f"MaxVio is {vio:.2f}, and {most:.2f} where every token takes the same expert"
-                yield "collapse", site, vio, self.at.collapse * most, said
-        for site, size in zip(self.sites, row.get("logits_L", ()), strict=False):
-            if size is not None:
-                said = f"router logits have a root mean square of {size:.3g}"
-                yield "router logits", site, size, self.at.logits, said
+        for site, places in self.sites.items():
+            names = ("load_LE", "dead_L", "max_vio_L", "logits_L")
+            loads, dead, vios, logits = (_at(row, name, places) for name in names)
+            if loads and dead:
+                experts = sum(map(len, loads))
+                said = f"{sum(dead)} of {experts} experts are dead, each below 5% of its fair share"
+                yield "dead experts", site, sum(dead), max(1, math.ceil(self.at.dead * experts)), said
+            if vios and loads and (most := len(loads[0]) / self.k - 1) > 0:
+                said = f"MaxVio is {max(vios):.2f}, and {most:.2f} where every token takes the same expert"
+                yield "collapse", site, max(vios), self.at.collapse * most, said
+            if logits:
+                said = f"router logits have a root mean square of {max(logits):.3g}"
+                yield "router logits", site, max(logits), self.at.logits, said
 
     def _hold(
         self, kind: Kind, site: str | None, value: float, threshold: float, what: str, in_a_row: int = 1
@@ -151,6 +152,12 @@ class Watch:
         known = self.found.get((kind, site))
         if known is not None and known.until is None:
             self.found[kind, site] = replace(known, until=self.step)
+
+
+def _at(row: Mapping[str, Any], name: str, places: Iterable[int]) -> list[Any]:
+    """Return what a row's list says of some sites, as far as it does."""
+    found = row.get(name, ())
+    return [found[place] for place in places if place < len(found) and found[place] is not None]
 
 
 def alarms_of(record: RunRecord) -> list[Alarm]:

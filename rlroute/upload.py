@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlroute.alarms import alarms_of
 from rlroute.reading import site_keys
 from rlroute.schema import RunRecord
+from rlroute.sites import families
 from rlroute.values import flatten
 
 if TYPE_CHECKING:
@@ -192,14 +193,19 @@ def by_site(final: Mapping[str, Any], sites: Sequence[int | str]) -> dict[str, l
 def loads_by_site(
     loads: Sequence[Mapping[str, Any]], sites: Sequence[int | str]
 ) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """Return the loads of each site, shape (N, E), and the steps of their rows: at most so many, evenly spread."""
+    """Return the loads of each site, shape (N, E), or of those that are shown as one side by side, and the steps of
+    their rows: at most so many, evenly spread.
+    """
     import numpy as np
 
     stride = -(-len(loads) // MOST_STEPS) or 1
     rows = [row for row in loads[::-stride][::-1] if row["load_LE"]]  # the last is among them
     steps = [row["step"] for row in rows]
-    by_row = [dict(zip(map(str, sites), row["load_LE"], strict=True)) for row in rows]
-    return {str(site): (np.array([row[str(site)] for row in by_row]), steps) for site in sites if rows}
+    return {
+        name: (np.concatenate([np.array([row["load_LE"][i] for row in rows]) for i in at], axis=1) / len(at), steps)
+        for name, at in families(sites).items()
+        if rows
+    }
 
 
 def heatmap(shares_NE: np.ndarray) -> np.ndarray:

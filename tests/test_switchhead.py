@@ -4,9 +4,11 @@ Shape suffixes: B sequences, S sequence length, T = B * S tokens, D model width,
 """
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +17,30 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rlroute import upload
+from rlroute.alarms import alarms
 from rlroute.config import ModelConfig, RunConfig, SitedRouter
 from rlroute.errors import ConfigError, DecisionError
+from rlroute.experiments.checkpoints.trained import open_routed
+from rlroute.experiments.comparison.marks import marks
+from rlroute.experiments.inspection import page, text
+from rlroute.experiments.inspection.inspection import inspect_run
+from rlroute.experiments.recipes.entries import build_entry
+from rlroute.experiments.report.loads import loads_figure
+from rlroute.experiments.report.page import write_report
+from rlroute.experiments.traces.measure import measure
+from rlroute.experiments.traces.reading import Layer, open_trace
+from rlroute.experiments.traces.write import write
 from rlroute.model.accounting import costs
 from rlroute.model.attention import Attention
+from rlroute.reading import read_runs, site_keys
 from rlroute.registry import default_names, router_class, run_config
 from rlroute.routing import RoutingDecision, Site
 from rlroute.sites import families, sites
+from rlroute.training.loop import train
 from rlroute.training.prepare import check
 from rlroute.training.step import backward_batch
+from tests.boards import board_of
 from tests.conftest import draw
 from tests.tiny import CPU64, DATA, TRAIN, make_batch, make_model, run_batch, run_tokens, shake, small_config
 from tests.toys import toy_model
@@ -249,3 +266,67 @@ def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], reason: str) 
     with pytest.raises(ConfigError) as error:
         replace(CONFIG, **fields).check()
     assert reason in str(error.value)
+
+
+# What shows sites
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    config = build_entry("switch", DATA, replace(CONFIG, num_heads=3), replace(TRAIN, record_choices=True))
+    train(config, 0, folder)
+    return folder
+
+
+def test_records_have_every_site_and_pages_one_line_for_all_heads(store: Path, tmp_path: Path) -> None:
+    (record,) = read_runs(store)
+    assert [len(row["load_LE"]) for row in record.loads] == [7] * len(record.loads)
+    assert record.summary["measured"] and len(record.summary["measured"]["causal_L"]) == 7
+    assert marks([record]) == {}, "neither a leak nor uncounted work"
+    write_report([record], tmp_path / "report.html")
+    picker = re.search(r'<select id="site".*?</select>', (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert picker and re.findall(r">([^<]+)</option>", picker[0]) == ["0.value", "0.output", "0"]
+    heads = loads_figure(board_of([record]).groups, "0.output").data[0].z
+    last = record.loads[-1]["load_LE"]
+    assert [row[-1] for row in heads] == [round(3 * load, 2) for load_E in last[3:6] for load in load_E]
+
+
+def test_alarms_and_pictures_are_of_all_heads_together() -> None:
+    model = replace(RunConfig().model, **vars(CONFIG) | {"num_heads": 3})
+    vio_L = [0.0, 0.4, 0.1, 0.0, 0.0, 0.0, 0.0]
+    row = {"kind": "eval", "load_LE": [[0.0, 0.5, 0.5]] * 6 + [[0.25] * 4], "dead_L": [1] * 6 + [0], "max_vio_L": vio_L}
+    found = alarms("a", asdict(model), [row | {"step": step} for step in (1, 2, 3)])
+    assert {(alarm.kind, alarm.site, alarm.value) for alarm in found} == {
+        ("dead experts", "0.value", 3), ("dead experts", "0.output", 3), ("collapse", "0.value", 0.4)
+    }  # fmt: skip
+    pictures = upload.loads_by_site([row | {"step": 1}], site_keys(asdict(model)))
+    assert {site: shares_NE.shape for site, (shares_NE, _) in pictures.items()} == {
+        "0.value": (1, 9), "0.output": (1, 9), "0": (1, 4)
+    }  # fmt: skip
+    assert all(shares_NE.sum() == pytest.approx(1) for shares_NE, _ in pictures.values())
+
+
+def test_a_trace_has_heads_in_the_order_of_sites_and_shows_them_as_one(store: Path, tmp_path: Path) -> None:
+    (run,) = store.glob("switch-*")
+    write(open_trace(str(run), store), tmp_path / "trace.jsonl")
+    for word in (str(run), str(tmp_path / "trace.jsonl")):
+        loads = measure(open_trace(word, store))
+        names = [f"{part}.{head} 0" for part in ("value", "output") for head in range(3)]
+        assert [of.layer for of in loads.layers] == [*names, "0"]
+        assert [of.layer for of in loads.shown] == ["value 0", "output 0", "0"]
+        heads, shown = loads.layers[:3], loads.shown[0]
+        assert shown.load_E == [load for of in heads for load in of.load_E] and shown.tokens == heads[0].tokens
+        assert shown.max_vio == max(of.max_vio for of in heads)
+    assert sorted(Layer.of(number, f"value.{head}") for head in (10, 9) for number in (1, 0))[1].block == "value.10"
+
+
+def test_an_inspection_has_a_line_for_all_heads(store: Path) -> None:
+    (record,) = read_runs(store)
+    found = inspect_run(open_routed(record, store), 64, 16)
+    assert [view.site for view in found.sites] == list(sites(replace(CONFIG, num_heads=3)))
+    lines = text.sites_grid(found).lines
+    assert [line[:2] for line in lines] == [["0.value", "9"], ["0.output", "9"], ["0", "4"]]
+    experts = [line[0] for line in text.experts_grid(found, found.families["0.value"]).lines]
+    assert experts == [f"{head}.{expert}" for head in range(3) for expert in range(3)]
+    assert page.render(found, "rlroute inspect").count("Site 0.") == 2

@@ -130,11 +130,11 @@ def _show_inside(found: Inspection) -> None:
 
     _say(text.headline(found))
     _table(text.sites_grid(found), text.LEGEND)
-    for site in found.sites[: text.MOST_SITES]:
-        _say(f"Site {site.site}")
-        _table(text.experts_grid(found, site), text.EXPERTS_LEGEND if site is found.sites[0] else "")
-    if len(found.sites) > text.MOST_SITES:
-        _say(f"{len(found.sites) - text.MOST_SITES} further sites are in the page and the figures (--out)")
+    for number, (name, sites) in enumerate(list(found.families.items())[: text.MOST_SITES]):
+        _say(f"Site {name}")
+        _table(text.experts_grid(found, sites), "" if number else text.EXPERTS_LEGEND)
+    if len(found.families) > text.MOST_SITES:
+        _say(f"{len(found.families) - text.MOST_SITES} further sites are in the page and the figures (--out)")
     if (pairs := text.pairs_grid(found)) is not None:
         _table(pairs, text.PAIRS_LEGEND)
     _table(text.history_grid(found), text.HISTORY_LEGEND + (f" {text.KEEP}" if text.few(found) else ""))

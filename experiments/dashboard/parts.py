@@ -87,10 +87,7 @@ def _loads(board: Board, choice: Choice, group: Group) -> Component:
         _chip(one.label, choice.but(entry=one.hash, site=""), one is group, board.styles) for one in routed(board)
     ]
     site = chosen_site(group, choice)
-    layers = [
-        _chip(str(key), choice.but(entry=group.hash, site=str(key)), place == site)
-        for place, key in enumerate(group.sites)
-    ]
+    layers = [_chip(key, choice.but(entry=group.hash, site=key), key == site) for key in group.sites]
     return html.Div(
         [
             html.Div([html.Span("Router"), *routers], className="pickers"),

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlroute.experiments.inspection.drops import Drops
-from rlroute.experiments.inspection.history import History
-from rlroute.experiments.inspection.inspection import SiteView
+from rlroute.experiments.inspection.history import History, means
+from rlroute.experiments.inspection.inspection import Inspection, SiteView, as_one
 from rlroute.experiments.inspection.measures import lifts
-from rlroute.experiments.inspection.text import factor_text
+from rlroute.experiments.inspection.text import expert_name, factor_text
 from rlroute.experiments.inspection.worth import Worth
 from rlroute.experiments.report.loads import over_fair, share_figure
 from rlroute.experiments.report.style import GREY, drawn, new_figure, style_of
 from rlroute.experiments.statistics import Interval
 from rlroute.foreign import printable
 from rlroute.schema import Regret
+from rlroute.sites import families
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -32,8 +33,11 @@ MOST_SHOWN = 3
 """Sites all of whose curves are shown at first; of more the saturation alone."""
 
 
-def loads_figure(sites: Sequence[SiteView]) -> Figure:
-    """Draw the load of each site's experts over the fair share; sites of fewer experts end earlier."""
+def loads_figure(found: Inspection) -> Figure:
+    """Draw the load of each site's experts over the fair share; sites of fewer experts end earlier, and those that are
+    shown as one stand in one row.
+    """
+    sites = [as_one(*family) for family in found.families.items()]
     rows, names = over_fair([of.load_E for of in sites]), [f"site {of.site}" for of in sites]
     hover = "%{y}, expert %{x}<br>%{z:.2f} × the fair share"
     return share_figure(rows, names, max(200, 110 + 34 * len(sites)), hover)
@@ -62,13 +66,15 @@ def history_figure(history: History) -> Figure:
     choices have in common with the final model's.
     """
     figure = new_figure("training step", "share", height=420)
-    beside = {"visible": True if len(history.sites) <= MOST_SHOWN else "legendonly"}
-    for index, (site, of) in enumerate(history.sites.items()):
+    saturation = means({site: of.saturation for site, of in history.sites.items()})
+    unsettled, agreed = means({site: of.unsettled for site, of in history.sites.items()}), means(history.agreed)
+    beside = {"visible": True if len(saturation) <= MOST_SHOWN else "legendonly"}
+    for index, site in enumerate(saturation):
         style = style_of(index)
         line = {"color": style.colour, "width": 2}
         figure.add_scatter(
             x=history.steps,
-            y=drawn(of.saturation),
+            y=drawn(saturation[site]),
             name=f"saturation, site {site}",
             mode="lines+markers",
             line=line,
@@ -76,17 +82,17 @@ def history_figure(history: History) -> Figure:
         )
         figure.add_scatter(
             x=history.steps,
-            y=drawn(of.unsettled),
+            y=drawn(unsettled[site]),
             name=f"unsettled tokens, site {site}",
             mode="lines+markers",
             line=line | {"dash": "dash"},
             marker={"symbol": f"{style.shape}-open", "size": 7, "color": style.colour},
             **beside,
         )
-        if history.agreed:
+        if agreed:
             figure.add_scatter(
                 x=history.recorded,
-                y=drawn(history.agreed[site]),
+                y=drawn(agreed[site]),
                 name=f"recorded choices, site {site}",
                 mode="markers",
                 marker={"symbol": "x", "size": 7, "color": style.colour},
@@ -100,12 +106,13 @@ def history_figure(history: History) -> Figure:
 def worth_figure(worth: Worth) -> Figure:
     """Draw what is lost without each expert of each site, with intervals over sequences."""
     figure = new_figure("expert", "loss added (nats)", height=400)
-    for index, (site, lost) in enumerate(worth.experts.items()):
-        style = style_of(index)
+    keys = list(worth.experts)
+    for index, (name, places) in enumerate(families(keys).items()):
+        style, lost = style_of(index), [worth.experts[keys[place]] for place in places]
         figure.add_scatter(
-            x=[str(expert) for expert in range(len(lost))],
-            **_with_ends(lost),
-            name=f"site {site}",
+            x=[expert_name(head, expert, len(lost)) for head, of in enumerate(lost) for expert in range(len(of))],
+            **_with_ends([interval for of in lost for interval in of]),
+            name=f"site {name}",
             mode="markers",
             marker={"color": style.colour, "symbol": style.symbol, "size": 9},
         )

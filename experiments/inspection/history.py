@@ -5,8 +5,9 @@ Shape suffixes: T tokens, E experts, N rows and K columns of a recorded choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from rlroute.experiments.inspection.measures import Settling, overlap, settling
 from rlroute.experiments.inspection.probe import run_probe
 from rlroute.model import Transformer
 from rlroute.routing import Site
+from rlroute.sites import families
 from rlroute.training.data import Batch, sample_batch
 from rlroute.training.prepare import cut
 from rlroute.training.step import split
@@ -64,6 +66,15 @@ def look_back(run: TrainedRun, batches: Sequence[Batch]) -> History:
     return History(
         [0, *run.steps], sites, steps, {site: [share[site] for share in shares] for site in sites} if steps else {}
     )
+
+
+def means(values: Mapping[Site, Sequence[float]]) -> dict[str, list[float]]:
+    """Return figures by site as means over the sites that are shown as one."""
+    columns = list(values.values())
+    return {
+        name: [fmean(at) for at in zip(*(columns[place] for place in places), strict=True)]
+        for name, places in families(values).items()
+    }
 
 
 def _recorded(run: TrainedRun) -> list[int]:

@@ -6,7 +6,9 @@ Shape suffixes: T tokens, L labels, E experts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +24,7 @@ from rlroute.experiments.inspection.tokens import Speller, favourites
 from rlroute.experiments.inspection.worth import Worth, measure_worth
 from rlroute.routing import Site
 from rlroute.schema import Regret
+from rlroute.sites import families
 
 PAIRS = 3
 """Pairs of experts that are named of a site."""
@@ -108,6 +111,46 @@ class Inspection:
     worth: Worth | None
     worth_tokens: int
     regret: Regret | str | None
+
+    @property
+    def families(self) -> dict[str, list[SiteView]]:
+        """The sites by what is shown as one."""
+        return {
+            name: [self.sites[at] for at in places] for name, places in families(of.site for of in self.sites).items()
+        }
+
+
+def as_one(name: str, sites: Sequence[SiteView]) -> SiteView:
+    """Return sites that are shown as one: their loads one after the other, the highest MaxVio, all dead experts, and
+    means of the other figures.
+    """
+    one = sites[0]
+    return (
+        one
+        if len(sites) == 1
+        else replace(
+            one,
+            site=name,
+            load_E=[load for of in sites for load in of.load_E],
+            max_vio=max(of.max_vio for of in sites),
+            load_entropy=_mean([of.load_entropy for of in sites]),
+            dead=sum(of.dead for of in sites),
+            router_entropy=_mean([of.router_entropy for of in sites]),
+            dropped=_mean([of.dropped for of in sites]),
+            domains=None if one.domains is None else _agreement([of.domains for of in sites if of.domains]),
+            tokens=_agreement([of.tokens for of in sites]),
+        )
+    )
+
+
+def _agreement(found: Sequence[Agreement]) -> Agreement:
+    return Agreement(*(_mean([getattr(of, name) for of in found]) for name in ("nmi", "chance", "explained")))
+
+
+def _mean(values: Sequence[float | None]) -> Any:
+    """Return the mean of what is there; None where nothing is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def inspect_run(run: TrainedRun, tokens: int, worth_tokens: int) -> Inspection:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlroute.experiments.inspection import figures, text
 from rlroute.experiments.inspection.drops import Drops
-from rlroute.experiments.inspection.inspection import Inspection
+from rlroute.experiments.inspection.inspection import Inspection, SiteView
 from rlroute.experiments.report.html import cells, render_page
 from rlroute.experiments.terminal import Grid
 from rlroute.foreign import printable
@@ -39,11 +39,11 @@ def render(found: Inspection, command: str) -> str:
     Raises:
         MissingDependencyError: Plotly is not installed.
     """
-    sites = Section("Sites", text.LEGEND, {"loads": figures.loads_figure(found.sites)}, [text.sites_grid(found)])
+    sites = Section("Sites", text.LEGEND, {"loads": figures.loads_figure(found)}, [text.sites_grid(found)])
     sections = [sites, _history(found), *_worth(found), _regret(found)]
     if (pairs := text.pairs_grid(found)) is not None:
         sections.append(Section("Chosen together", text.PAIRS_LEGEND, {}, [pairs]))
-    sections += [_site(found, place) for place in range(len(found.sites))]
+    sections += [_sites(found, name, sites) for name, sites in found.families.items()]
     return _page("What is inside?", text.headline(found), sections, [], command)
 
 
@@ -74,14 +74,15 @@ def _regret(found: Inspection) -> Section:
     return Section("Regret of routes", text.REGRET_LEGEND, drawn, [text.regret_grid(found)])
 
 
-def _site(found: Inspection, place: int) -> Section:
-    site, drawn = found.sites[place], {}
-    if found.domains:
-        drawn[f"domains{place}"] = figures.domains_figure(site, found.domains)
-    if site.pairs:
-        drawn[f"together{place}"] = figures.together_figure(site)
-    title = f"Site {site.site}: experts"
-    return Section(title, text.EXPERTS_LEGEND, drawn, [text.experts_grid(found, site)])
+def _sites(found: Inspection, name: str, sites: Sequence[SiteView]) -> Section:
+    drawn: dict[str, Figure] = {}
+    for site in sites:
+        place = found.sites.index(site)
+        if found.domains:
+            drawn[f"domains{place}"] = figures.domains_figure(site, found.domains)
+        if site.pairs:
+            drawn[f"together{place}"] = figures.together_figure(site)
+    return Section(f"Site {name}: experts", text.EXPERTS_LEGEND, drawn, [text.experts_grid(found, sites)])
 
 
 def render_drops(run: str, found: Sequence[Drops], spell: Callable[[int], str], command: str) -> str:

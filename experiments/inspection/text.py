@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rlroute.experiments.inspection.drops import SAME, Drops
-from rlroute.experiments.inspection.inspection import Inspection, SiteView
+from rlroute.experiments.inspection.inspection import PAIRS, Inspection, SiteView, as_one
 from rlroute.experiments.terminal import Grid
 from rlroute.experiments.text import NOTHING, decimals, of_interval, rounded
 
@@ -22,7 +22,7 @@ LEGEND = (
     "of the router's distributions, over log E. NMI: mutual information between the expert of a pair and its "
     "token's domain (or id), over the mean of both entropies; in brackets that of shuffled labels, which is what "
     "chance shows. Explained: the same information over the entropy of the domains, 1 where an expert says which "
-    "domain its token is of."
+    "domain its token is of. Where every head is routed: the experts of all, the highest MaxVio, all dead ones, means."
 )
 EXPERTS_LEGEND = (
     "Main domain: the one of whose pairs the expert has the largest share, and that share. Favourite tokens: those "
@@ -67,7 +67,7 @@ DROPS_LEGEND = (
 )
 ENDS = ("lowest site", "highest site")
 MOST_SITES = 4
-"""Whose experts are listed one by one on a terminal; a page has all."""
+"""Whose experts are listed one by one on a terminal, those that are shown as one together; a page has all."""
 
 PLACES = {
     "by_position": "Pairs dropped by equal parts of the sequence, over all sites.",
@@ -124,25 +124,40 @@ def headline(found: Inspection) -> str:
 
 
 def sites_grid(found: Inspection) -> Grid:
-    """Return a line for each site."""
-    lines = [[cell(of) for cell in SITES.values()] for of in found.sites]
+    """Return a line for each site, or for those that are shown as one."""
+    shown = [as_one(name, sites) for name, sites in found.families.items()]
+    lines = [[cell(of) for cell in SITES.values()] for of in shown]
     return Grid(list(SITES), lines, spare=("load entropy", "explained", "dead"))
 
 
-def experts_grid(found: Inspection, site: SiteView) -> Grid:
-    """Return a line for each expert of a site: load, main domain, favourite tokens, and what it is worth."""
-    fair = sum(site.load_E) / len(site.load_E)
-    worth = [] if found.worth is None else found.worth.experts.get(site.site, [])
+def experts_grid(found: Inspection, sites: Sequence[SiteView]) -> Grid:
+    """Return a line for each expert of sites that are shown as one: load, main domain, favourite tokens, and what it is
+    worth.
+    """
+    worth = found.worth is not None and sites[0].site in found.worth.experts
+    lines = [
+        _expert(found, site, expert, expert_name(head, expert, len(sites)))
+        for head, site in enumerate(sites)
+        for expert in range(len(site.load_E))
+    ]
     head = ["expert", "load / fair", *(["main domain"] if found.domains else []), "favourite tokens"]
-    lines = []
-    for expert, load in enumerate(site.load_E):
-        line = [str(expert), decimals(load / fair if fair else None, 2)]
-        if found.domains:
-            line.append(main_domain(found.domains, [row[expert] for row in site.by_domain_LE]))
-        line.append(" ".join(f"{token} {share:.0%}" for token, share in site.favourites[expert][:3]) or NOTHING)
-        lines.append(line + ([of_interval(worth[expert], "+")] if worth else []))
     left = ("main domain", "favourite tokens")
     return Grid(head + (["loss without it"] if worth else []), lines, left=left, spare=("favourite tokens",))
+
+
+def expert_name(head: int, expert: int, heads: int) -> str:
+    """Return what an expert is called among those of so many heads that are shown as one."""
+    return str(expert) if heads == 1 else f"{head}.{expert}"
+
+
+def _expert(found: Inspection, site: SiteView, expert: int, name: str) -> list[str]:
+    fair = sum(site.load_E) / len(site.load_E)
+    worth = [] if found.worth is None else found.worth.experts.get(site.site, [])
+    line = [name, decimals(site.load_E[expert] / fair if fair else None, 2)]
+    if found.domains:
+        line.append(main_domain(found.domains, [row[expert] for row in site.by_domain_LE]))
+    line.append(" ".join(f"{token} {share:.0%}" for token, share in site.favourites[expert][:3]) or NOTHING)
+    return line + ([of_interval(worth[expert], "+")] if worth else [])
 
 
 def main_domain(names: Sequence[str], share_L: Sequence[float]) -> str:
@@ -153,10 +168,13 @@ def main_domain(names: Sequence[str], share_L: Sequence[float]) -> str:
 
 def pairs_grid(found: Inspection) -> Grid | None:
     """Return the most connected pairs of experts of each site; None where no token has two."""
+    shown = []
+    for sites in found.families.values():
+        pairs = [(site.site, pair) for site in sites for pair in site.pairs]
+        shown += sorted(pairs, key=lambda of: -of[1].lift)[:PAIRS]
     lines = [
-        [str(site.site), f"{pair.one} + {pair.other}", f"{pair.tokens:,}", percent(pair.share), decimals(pair.lift, 2)]
-        for site in found.sites
-        for pair in site.pairs
+        [str(site), f"{pair.one} + {pair.other}", f"{pair.tokens:,}", percent(pair.share), decimals(pair.lift, 2)]
+        for site, pair in shown
     ]
     return Grid(["site", "experts", "tokens", "share", "lift"], lines, left=("experts",)) if lines else None
 

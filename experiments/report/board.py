@@ -22,6 +22,7 @@ from rlroute.experiments.verdicts import MARGIN
 from rlroute.reading import site_keys
 from rlroute.records import State
 from rlroute.schema import Described, Environment, EvalRow, LoadRow, RunRecord, Summary, TrainRow
+from rlroute.sites import families
 
 FIRST = 8
 """How many entries are drawn before the reader asks for more."""
@@ -143,9 +144,9 @@ class Group:
         return str(self.runs[0].config["router"])
 
     @cached_property
-    def sites(self) -> list[int | str]:
-        """The keys of the routed sites, in the order of the rows' lists; none in the dense model."""
-        return [] if self.router == DENSE else site_keys(self.config["model"])
+    def sites(self) -> dict[str, list[int]]:
+        """The routed sites that are shown as one, as places in the rows' lists; none in the dense model."""
+        return {} if self.router == DENSE else families(site_keys(self.config["model"]))
 
     @property
     def settled(self) -> list[Seen]:

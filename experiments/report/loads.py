@@ -26,20 +26,21 @@ FAIR = "load over<br>fair share"
 """Above the scale of colours."""
 
 
-def loads_figure(groups: Sequence[Group], site: int | None = None) -> Figure:
-    """Draw the load of every expert over time: one heatmap for each seed, all of one entry and routed site at a time.
+def loads_figure(groups: Sequence[Group], site: str | None = None) -> Figure:
+    """Draw the load of every expert over time: one heatmap for each seed, all of one entry and routed site at a time;
+    those of sites that are shown as one stand one after the other.
 
     The figure shows the first. Of all, ``layout.meta["loads"][entry][site]`` holds, for each seed, what the page's
     script puts there: its number, the steps, and each expert's load over the fair share.
 
     Args:
         groups: entries with routed sites.
-        site: the place of the only one that is drawn, of those of the only group; all if None.
+        site: the only one that is drawn, of those of the only group; all if None.
     """
     from plotly.subplots import make_subplots
 
-    wanted = [range(len(group.sites)) if site is None else [site] for group in groups]
-    loads = [[_loads(group, place) for place in places] for group, places in zip(groups, wanted, strict=True)]
+    wanted = [list(group.sites.values()) if site is None else [group.sites[site]] for group in groups]
+    loads = [[_loads(group, places) for places in sites] for group, sites in zip(groups, wanted, strict=True)]
     most = max(len(seeds) for sites in loads for seeds in sites)
     across = min(most, SEED_COLUMNS)
     down = -(-most // across)
@@ -112,15 +113,16 @@ def _colour(figure: Figure, said: str, **meta: Any) -> None:
     )
 
 
-def _loads(group: Group, site: int) -> list[dict[str, Any]]:
-    """Return what each seed's experts got at a site, over the fair share; sites may have different numbers of
+def _loads(group: Group, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what each seed's experts got at some sites, over the fair share; sites may have different numbers of
     experts.
     """
     found = []
     for run in group.runs:
         loads = run.loads
         rows = loads[:: -(-len(loads) // LOAD_COLUMNS) or 1]
-        load_SE = [row["load_LE"][site] for row in rows]
-        share_ES = [[round(load * len(load_SE[0]), 2) for load in load_S] for load_S in zip(*load_SE, strict=True)]
+        by_row = [[row["load_LE"][place] for place in places] for row in rows]
+        share_SE = [[round(load * len(load_E), 2) for load_E in load_LE for load in load_E] for load_LE in by_row]
+        share_ES = [list(share_S) for share_S in zip(*share_SE, strict=True)]
         found.append({"seed": run.seed, "steps": [row["step"] for row in rows], "share": share_ES})
     return found

@@ -147,7 +147,7 @@ def render(board: Board) -> str:
         axes=AXES,
         kinds=KINDS,
         loads=[{"label": group.label, "hash": group.hash} for group in drawn_loads],
-        sites=[str(site) for site in drawn_loads[0].sites] if drawn_loads else [],
+        sites=list(drawn_loads[0].sites) if drawn_loads else [],
         notes=[(title, text) for title, text in table.notes if text],
         configs=[_config(group) for group in board.groups],
         runs=[

@@ -97,10 +97,9 @@ def chosen_group(board: Board, choice: Choice) -> Group | None:
     return next((group for group in groups if group.hash == choice.entry), groups[0] if groups else None)
 
 
-def chosen_site(group: Group, choice: Choice) -> int:
-    """Return the place of the routed site whose loads are drawn."""
-    keys = list(map(str, group.sites))
-    return keys.index(choice.site) if choice.site in keys else 0
+def chosen_site(group: Group, choice: Choice) -> str:
+    """Return the routed site whose loads are drawn, or those that are shown as one."""
+    return choice.site if choice.site in group.sites else next(iter(group.sites))
 
 
 def _health(board: Board, choice: Choice) -> Figure | str:
@@ -226,7 +225,8 @@ VIEWS: dict[str, View] = {
     ),
     "loads": View(
         "What the experts did",
-        "Share of the routed pairs in a training batch that each expert got, before drops, over the fair share 1/E.",
+        "Share of the routed pairs in a training batch that each expert got, before drops, over the fair share 1/E. "
+        "Where every head is routed, its experts stand after those of the heads before it.",
         _loads,
         ("entry", "site"),
     ),

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, K experts per token, E experts, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class LayerLoads:
 
     Attributes:
         layer: its name.
+        family: what those are called that are shown as one.
         experts: E.
         tokens: all its tokens.
         silent: those without any expert.
@@ -37,6 +38,7 @@ class LayerLoads:
     """
 
     layer: str
+    family: str
     experts: int
     tokens: int
     silent: int
@@ -67,6 +69,36 @@ class Loads:
     stated: bool
     layers: list[LayerLoads]
     spread: dict[str, list[float]]
+
+    @property
+    def shown(self) -> list[LayerLoads]:
+        """The layers as tables show them: the heads of a routed attention as one."""
+        found: dict[str, list[LayerLoads]] = {}
+        for of in self.layers:
+            found.setdefault(of.family, []).append(of)
+        return [_as_one(parts) for parts in found.values()]
+
+
+def _as_one(parts: Sequence[LayerLoads]) -> LayerLoads:
+    """Return layers as one: their experts one after the other, and the worst of each measure."""
+    one = parts[0]
+    return (
+        one
+        if len(parts) == 1
+        else replace(
+            one,
+            layer=one.family,
+            experts=sum(of.experts for of in parts),
+            silent=max(of.silent for of in parts),
+            repeated=max(of.repeated for of in parts),
+            load_E=[load for of in parts for load in of.load_E],
+            max_vio=max(of.max_vio for of in parts),
+            gini=max(of.gini for of in parts),
+            min_over_max=min(of.min_over_max for of in parts),
+            dead=sum(of.dead for of in parts),
+            step_max_vio=[max(at) for at in zip(*(of.step_max_vio for of in parts), strict=True)],
+        )
+    )
 
 
 @dataclass
@@ -146,6 +178,7 @@ def measure(trace: Trace, experts: int | None = None) -> Loads:
 def _layer(layer: Layer, counts: _Counts, load_E: Tensor, vios_S: list[float]) -> LayerLoads:
     return LayerLoads(
         layer=layer.name,
+        family=layer.family,
         experts=len(load_E),
         tokens=counts.tokens[layer],
         silent=counts.silent[layer],

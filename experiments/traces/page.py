@@ -45,8 +45,8 @@ def render(measured: Sequence[Loads], flips: Flips | None, command: str) -> str:
 
 def loads_figure(loads: Loads) -> Figure:
     """Draw the load of each layer's experts over the fair share; layers of fewer experts end earlier."""
-    names = _names(loads.layers)
-    rows, height = over_fair([of.load_E for of in loads.layers]), min(max(110 + 24 * len(names), 260), 1400)
+    names = _names(loads.shown)
+    rows, height = over_fair([of.load_E for of in loads.shown]), min(max(110 + 24 * len(names), 260), 1400)
     return share_figure(rows, names, height, "layer %{y}, expert %{x}<br>%{z:.2f} × the fair share", "layer")
 
 
@@ -54,8 +54,8 @@ def balance_figure(measured: Sequence[Loads]) -> Figure:
     """Draw MaxVio of each layer: of all steps together, and from the median to the 95th percentile of single steps."""
     figure = new_figure("layer", "MaxVio", height=420)
     for index, loads in enumerate(measured):
-        style, names = style_of(index), _names(loads.layers)
-        low, high = (drawn([of.step_max_vio[at] for of in loads.layers]) for at in (0, PERCENTS.index(95)))
+        style, names = style_of(index), _names(loads.shown)
+        low, high = (drawn([of.step_max_vio[at] for of in loads.shown]) for at in (0, PERCENTS.index(95)))
         spans = [None if a is None or b is None else b - a for a, b in zip(low, high, strict=True)]
         figure.add_bar(
             x=names,
@@ -68,7 +68,7 @@ def balance_figure(measured: Sequence[Loads]) -> Figure:
         )
         figure.add_scatter(
             x=names,
-            y=drawn([of.max_vio for of in loads.layers]),
+            y=drawn([of.max_vio for of in loads.shown]),
             name=f"{escape(printable(loads.name))}, all steps",
             mode="markers",
             marker={"color": style.colour, "symbol": style.symbol, "size": 9},

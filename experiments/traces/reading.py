@@ -25,7 +25,7 @@ from rlroute.limits import Between, Count, Matches, Whole
 from rlroute.reading import read_described, read_lines
 from rlroute.registry import run_config
 from rlroute.routing import Site
-from rlroute.sites import sites
+from rlroute.sites import HEAD_PARTS, sites
 
 NONE = -1
 """Stands where no expert is noted."""
@@ -35,24 +35,42 @@ AT_ONCE = 1 << 28
 """Ids that a step may have: they are held together."""
 
 
+_PARTS = ("attention", *HEAD_PARTS)
+
+
 class Layer(NamedTuple):
     """A layer's place among the others.
 
     Attributes:
         head: which head of multi-token prediction it belongs to; -1 for the model itself.
         number: its own.
+        order: where it stands among those of its number: parts of attention, and their heads, come first.
         block: what part of the model it is.
     """
 
     head: int
     number: int
-    block: str = "decoder"
+    order: tuple[int, int]
+    block: str
+
+    @classmethod
+    def of(cls, number: int, block: str = "decoder", head: int = -1) -> Layer:
+        """Return the layer of a block."""
+        part, _, routed = block.partition(".")
+        rank = _PARTS.index(part) if part in _PARTS else len(_PARTS)
+        return cls(head, number, (rank, int(routed) if routed.isdecimal() else 0), block)
 
     @property
     def name(self) -> str:
         """What tables call it."""
         head = "" if self.head < 0 else f"{self.head}."
         return f"{head}{self.number}" if self.block == "decoder" else f"{self.block} {head}{self.number}"
+
+    @property
+    def family(self) -> str:
+        """What those are called that are shown as one."""
+        part = self.block.partition(".")[0]
+        return self._replace(block=part).name if part in HEAD_PARTS else self.name
 
 
 @dataclass(frozen=True)
@@ -186,7 +204,7 @@ def _record(line: dict[str, object]) -> tuple[Record, Layer, np.ndarray]:
     shape = record.get("logit_shape", [tokens, EXPERTS])
     if len(shape) != 2 or shape[1] > EXPERTS:
         raise Unfit(f" = {clipped(str(shape))}: want tokens, and at most {EXPERTS} experts", "logit_shape")
-    layer = Layer(record.get("mtp_idx", -1), record["layer"], record.get("block", "decoder"))
+    layer = Layer.of(record["layer"], record.get("block", "decoder"), record.get("mtp_idx", -1))
     return record, layer, np.array(rows, dtype=np.int16).reshape(tokens, k)
 
 
@@ -215,7 +233,7 @@ def _arrays(path: Path) -> Iterator[Part]:
     for step, array in enumerate(arrays(path)):
         for ids_TLK in array.rows():
             layers = range(ids_TLK.shape[1])
-            yield part_of(step, {Layer(-1, layer): ids_TLK[:, layer] for layer in layers}, {})
+            yield part_of(step, {Layer.of(layer): ids_TLK[:, layer] for layer in layers}, {})
 
 
 # Our own runs
@@ -243,7 +261,7 @@ def _run(folder: Path) -> Iterator[Part]:
 
 def _layer(site: Site) -> Layer:
     index, _, block = str(site).partition(".")
-    return Layer(-1, int(index), block or "decoder")
+    return Layer.of(int(index), block or "decoder")
 
 
 def _by_token(ids_NK: np.ndarray, experts: int, rows: int) -> np.ndarray:

@@ -24,7 +24,8 @@ LEGEND = (
     "Loads are the choices of each expert, in one layer, before any drop. MaxVio: the highest over the fair share, "
     "minus 1; p50 and p95 are over the steps, each by itself (few tokens make it larger). Gini: 0 is even, 1 - 1/E one "
     "expert alone. Min/max: the lowest load over the highest. Dead: experts below 0.05 of the fair share. Silent: "
-    "tokens for which no expert is noted, those included whose row names an expert twice."
+    "tokens for which no expert is noted, those included whose row names an expert twice. Where every head is routed, "
+    "the experts of all heads and the worst of each measure."
 )
 FLIPS_LEGEND = (
     "A token has flipped in a layer where its set of experts is another; lost choices are those that the other trace "
@@ -63,7 +64,7 @@ def headline(loads: Loads) -> str:
 
 def layers_grid(loads: Loads) -> Grid:
     """Return a line for each layer."""
-    lines = [[cell(of) for cell in COLUMNS.values()] for of in loads.layers]
+    lines = [[cell(of) for cell in COLUMNS.values()] for of in loads.shown]
     return Grid(list(COLUMNS), lines, spare=("pairs", "silent", "tokens", "p50"))
 
 
@@ -75,8 +76,8 @@ def spread_grid(loads: Loads) -> Grid:
 
 def heatmap(loads: Loads) -> str:
     """Return the loads as letters: a line for each layer, a letter for each expert, or for several side by side."""
-    width = max(len(of.layer) for of in loads.layers)
-    return "\n".join(f"{of.layer:>{width}} {_shades(of.load_E)}" for of in loads.layers)
+    width = max(len(of.layer) for of in loads.shown)
+    return "\n".join(f"{of.layer:>{width}} {_shades(of.load_E)}" for of in loads.shown)
 
 
 def _shades(load_E: Sequence[int]) -> str:

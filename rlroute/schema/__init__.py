@@ -2,7 +2,7 @@
 records lack are marked. :mod:`rlroute.reading` holds every record to this page; docs/records.md shows it as a table.
 
 Figures by site are lists in the order of the model's routed sites; their keys follow from the configuration
-(:func:`rlroute.model.transformer.sites`). None stands for what is not defined; there is no NaN and no infinity.
+(:func:`rlroute.sites.sites`). None stands for what is not defined; there is no NaN and no infinity.
 
 Shape suffixes: L routed sites, E experts.
 """
