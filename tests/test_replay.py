@@ -126,9 +126,10 @@ def test_all_sites_of_a_block_are_replayed_and_so_is_a_capacity(form: str, tmp_p
     assert losses(tmp_path, replay) == losses(tmp_path, source)
 
 
-def test_a_run_is_replayed_from_the_trace_that_it_wrote(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["moa", "switchhead"])
+def test_a_run_is_replayed_from_the_trace_that_it_wrote(form: str, tmp_path: Path) -> None:
     """Bit for bit; and with other choices in the file it is another run."""
-    source = run_of("switch", attention_experts=4)
+    source = run_of("switch", attention_experts=4, attention_form=form)
     train(source, 0, tmp_path)
     run, path = tmp_path / source.run_id(0), tmp_path / "trace.npz"
     write(open_trace(str(run), tmp_path), path)

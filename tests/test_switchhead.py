@@ -39,7 +39,7 @@ from rlroute.routing import RoutingDecision, Site
 from rlroute.sites import families, sites
 from rlroute.training.loop import train
 from rlroute.training.prepare import check
-from rlroute.training.step import backward_batch
+from rlroute.training.step import Device, backward_batch, make_context
 from tests.boards import board_of
 from tests.conftest import draw
 from tests.tiny import CPU64, DATA, TRAIN, make_batch, make_model, run_batch, run_tokens, shake, small_config
@@ -128,6 +128,28 @@ def test_one_expert_of_gate_one_is_plain_attention() -> None:
     x_BSD = draw(2, 6, 12)
     y_BSD, _ = routed(x_BSD, context_of(toy_model(config), 2, 6))
     torch.testing.assert_close(y_BSD, plain(x_BSD), rtol=0, atol=1e-12)
+
+
+def test_the_kernels_compute_what_the_plain_engine_does() -> None:
+    """In the interpreter, with pairs over capacity."""
+    outcomes = []
+    for backend in ("cpu", "triton"):
+        config = replace(CONFIG, capacity_factor=0.8)
+        model = make_model("topk", config, dtype=torch.float32, backend=backend, score="sigmoid", normalize=False)
+        device = Device("cpu", torch.float32)
+        result = backward_batch(model, make_batch(1, 6), device, seed=0, step=0, micro_batches=1)
+        outcomes.append([result.loss.float(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(outcomes[0]) == len(outcomes[1])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_every_routing_sample_has_the_logits_that_it_has_alone() -> None:
+    model, batch = shake(make_model("switch", CONFIG)), make_batch(3)
+    twice = make_context(batch, CPU64, samples=2, seed=0, step=0, explore=False)
+    logits_BSV, _ = model(twice.token_ids_T.view(6, -1), twice)
+    alone_BSV, _ = run_batch(model, batch)
+    torch.testing.assert_close(logits_BSV, alone_BSV.repeat(2, 1, 1), rtol=0, atol=1e-12)
 
 
 def test_a_later_token_changes_no_earlier_logits() -> None:

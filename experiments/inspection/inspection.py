@@ -125,21 +125,19 @@ def as_one(name: str, sites: Sequence[SiteView]) -> SiteView:
     means of the other figures.
     """
     one = sites[0]
-    return (
-        one
-        if len(sites) == 1
-        else replace(
-            one,
-            site=name,
-            load_E=[load for of in sites for load in of.load_E],
-            max_vio=max(of.max_vio for of in sites),
-            load_entropy=_mean([of.load_entropy for of in sites]),
-            dead=sum(of.dead for of in sites),
-            router_entropy=_mean([of.router_entropy for of in sites]),
-            dropped=_mean([of.dropped for of in sites]),
-            domains=None if one.domains is None else _agreement([of.domains for of in sites if of.domains]),
-            tokens=_agreement([of.tokens for of in sites]),
-        )
+    if len(sites) == 1:
+        return one
+    return replace(
+        one,
+        site=name,
+        load_E=[load for of in sites for load in of.load_E],
+        max_vio=max(of.max_vio for of in sites),
+        load_entropy=_mean([of.load_entropy for of in sites]),
+        dead=sum(of.dead for of in sites),
+        router_entropy=_mean([of.router_entropy for of in sites]),
+        dropped=_mean([of.dropped for of in sites]),
+        domains=None if one.domains is None else _agreement([of.domains for of in sites if of.domains]),
+        tokens=_agreement([of.tokens for of in sites]),
     )
 
 

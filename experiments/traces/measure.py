@@ -82,22 +82,20 @@ class Loads:
 def _as_one(parts: Sequence[LayerLoads]) -> LayerLoads:
     """Return layers as one: their experts one after the other, and the worst of each measure."""
     one = parts[0]
-    return (
-        one
-        if len(parts) == 1
-        else replace(
-            one,
-            layer=one.family,
-            experts=sum(of.experts for of in parts),
-            silent=max(of.silent for of in parts),
-            repeated=max(of.repeated for of in parts),
-            load_E=[load for of in parts for load in of.load_E],
-            max_vio=max(of.max_vio for of in parts),
-            gini=max(of.gini for of in parts),
-            min_over_max=min(of.min_over_max for of in parts),
-            dead=sum(of.dead for of in parts),
-            step_max_vio=[max(at) for at in zip(*(of.step_max_vio for of in parts), strict=True)],
-        )
+    if len(parts) == 1:
+        return one
+    return replace(
+        one,
+        layer=one.family,
+        experts=sum(of.experts for of in parts),
+        silent=max(of.silent for of in parts),
+        repeated=max(of.repeated for of in parts),
+        load_E=[load for of in parts for load in of.load_E],
+        max_vio=max(of.max_vio for of in parts),
+        gini=max(of.gini for of in parts),
+        min_over_max=min(of.min_over_max for of in parts),
+        dead=sum(of.dead for of in parts),
+        step_max_vio=[max(at) for at in zip(*(of.step_max_vio for of in parts), strict=True)],
     )
 
 
