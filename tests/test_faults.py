@@ -414,13 +414,13 @@ def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path, site):
     seeds = "2" if launcher == "ray" else "1"
     path = f"{ROOT}:{install(site, 'mishap', 'acme.mishap:MishapRouter', MISHAP)}"
     entries = ("hash", "mishap:fault=wait")
-    concurrency = ("--concurrency", "2") if launcher == "ray" else ()
-    command = ("compare", *entries, *TINY, "--seeds", seeds, "--launcher", launcher, *concurrency)
+    how = ("--launcher", launcher, *(("--concurrency", "2") if launcher == "ray" else ()))
+    command = ("compare", *entries, *TINY, "--seeds", seeds)
     killed, calm = tmp_path / "killed", tmp_path / "calm"
     killed.mkdir()
     calm.mkdir()
     (killed / "harm-wait").touch()
-    process = start(killed, *command, path=path)
+    process = start(killed, *command, *how, path=path)
     try:
         until(lambda: in_the_middle(killed / "runs") or process.poll() is not None)
     finally:
@@ -433,7 +433,7 @@ def test_a_killed_comparison_goes_on_where_it_stood(launcher, tmp_path, site):
     assert begun
     before = {folder: (contents(folder), stamps(folder)) for folder in done}
     logged = {path.parent: (int(path.name[-8:]), rows(path.parent, "train")) for path in begun}
-    process = start(killed, *command, path=path)
+    process = start(killed, *command, *how, path=path)
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     for folder, was in before.items():
