@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 from rlroute import loading, registry
 from rlroute.experiments.bench import victims
+from rlroute.experiments.launch import progress
 from rlroute.experiments.laws.steps import D, V, draw, make_context, make_feedback, make_shape, sums_of, terms_of
 from rlroute.model.capacity import drop_over_capacity
 from rlroute.routing import RoutingDecision
@@ -34,6 +35,7 @@ HANG = 900
 """Seconds: the bound of every wait, which only a hang reaches, however slow the machine is."""
 for bound in ("gcs_server_port_wait_time_s", "gcs_server_request_timeout_seconds", "worker_register_timeout_seconds"):
     os.environ.setdefault(f"RAY_{bound}", str(HANG))
+progress.LOG_SECONDS = HANG  # no line stands between others because the machine is slow
 Met = TypeVar("Met")
 
 
