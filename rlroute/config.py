@@ -54,7 +54,8 @@ _SITES = re.compile(r"(mlp|attention|value|output)?(?:(\d+)(?:-(\d+))?)?")
 Budget = Literal["tokens", "flops", "time"]
 Parts = Literal["all", "non-moe", "moe", "attention", "router"]
 """Which parameters train. moe: those of routed sites, routers among them; non-moe: all others; attention: those of
-attention but for its routers, if it has any; router: those of routers alone (ST-MoE, arXiv 2202.08906, section 5)."""
+attention and other mixers but for routers, if they have any; router: those of routers alone (ST-MoE, arXiv 2202.08906,
+section 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)

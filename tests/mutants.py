@@ -87,7 +87,7 @@ MUTANTS = [
             "return x_BSD + y_TD.view_as(x_BSD), made",
             "return y_TD.view_as(x_BSD), made",
         ),
-        ("no norm before attention", "normed_BSD = self.attention_norm(x_BSD)", "normed_BSD = x_BSD"),
+        ("no norm before attention", "x_BSD + mixer(norm(x_BSD), mask_BSS)", "x_BSD + mixer(x_BSD, mask_BSS)"),
         ("no norm before the logits", "self.unembed(self.norm(x_BSD))", "self.unembed(x_BSD)"),
         (
             "embeddings start at 1",
@@ -140,6 +140,36 @@ MUTANTS = [
             "return torch.where(~decision.used_R, places_R,",
         ),
         ("every slot has its own keys", "part_BNSH.repeat(1, slots, 1, 1)", "part_BNSH.repeat_interleave(slots, 1)"),
+    ),
+    *faults(
+        "rlroute/model/latent.py",
+        "tests/test_transformer.py",
+        ("the latent is not normed", "self.kv_up(_wide_norm(self.kv_norm, latent_BSR))", "self.kv_up(latent_BSR)"),
+        ("the shared key does not turn", "self.rotary(turning_BSH[:, None])", "turning_BSH[:, None]"),
+    ),
+    *faults(
+        "rlroute/model/scan.py",
+        "tests/test_mixers.py",
+        ("a state does not decay", "passed_BNCG.exp() * before_BC", "torch.ones_like(passed_BNCG) * before_BC"),
+        ("a state goes on into the next document", "passed_BNCG.exp() * before_BC", "passed_BNCG.exp()"),
+        ("a value is taken in whole", "beta_BNC[..., None] * (v_BNCV", "(v_BNCV"),
+        ("a convolution sees another document", "* seen_BS[..., None] * weight_IW", "* weight_IW"),
+    ),
+    *faults(
+        "rlroute/model/delta.py",
+        "tests/test_mixers.py",
+        ("queries are as long as keys", "self._unit(q_BSI) * self.key**-0.5", "self._unit(q_BSI)"),
+        (
+            "heads of keys come in turn",
+            "x_BNSK.repeat_interleave(self.heads // self.key_heads, 1)",
+            "x_BNSK.repeat(1, self.heads // self.key_heads, 1, 1)",
+        ),
+    ),
+    *faults(
+        "rlroute/model/mamba.py",
+        "tests/test_mixers.py",
+        ("values are taken in as they are", "step_BNS1 * v_BNSV", "v_BNSV"),
+        ("nothing goes past the state", "read_BNSV + self.past_N[:, None, None] * v_BNSV", "read_BNSV"),
     ),
     *faults(
         "rlroute/model/switchhead.py",
@@ -228,13 +258,13 @@ MUTANTS = [
     *faults(
         "rlroute/model/accounting.py",
         "tests/test_flops.py",
-        ("attention costs nothing", "+ sum(block.attention.mixing_flops(seq_len) for block in model.blocks)", "+ 0"),
+        ("attention costs nothing", "return part.mixing_flops(seq_len) if", "return 0 if"),
         ("experts cost nothing", "self.fixed_flops + round(flops)", "self.fixed_flops"),
         ("embeddings are multiplied", "(0 if config.tie_embeddings else model.embed.weight.numel())", "0"),
         (
             "routers cost nothing",
-            "for block in model.blocks)\n        + sum(work.greedy for work in work_L),",
-            "for block in model.blocks),",
+            "for part in block.parts)\n        + sum(work.greedy for work in work_L),",
+            "for part in block.parts),",
         ),
     ),
     *faults(

@@ -24,7 +24,7 @@ from tests.tiny import DATA, MODEL, TRAIN
 
 BF16 = Device("cpu", torch.bfloat16)
 LOW = replace(TRAIN, dtype="bfloat16", param_dtype="bfloat16")
-VARIED = replace(MODEL, num_shared_experts=1, tie_embeddings=True, kv_rank=8)
+VARIED = replace(MODEL, num_shared_experts=1, tie_embeddings=True, kv_rank=8, mixers="gated_delta+attention")
 CORPUS = load_corpus(DATA.spec)
 
 

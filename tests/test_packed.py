@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "attention": ("switch", {"attention_experts": 4}),
     "heads": ("switch", {"attention_experts": 4, "attention_form": "switchhead"}),
     "hash": ("hash", {}),
+    "mixers": ("switch", {"mixers": "mamba2,gated_delta+attention", "state_key_width": 4, "attention_gate": "sigmoid"}),
     "latent": ("switch", {"kv_rank": 4, "q_rank": 6, "head_width": 4, "value_width": 5}),
 }
 

@@ -172,6 +172,7 @@ def test_nothing_to_train_is_refused_before_any_work(entry: str, train: dict[str
         MIXED,
         small_config(d_latent=4, num_shared_experts=1),
         small_config(tie_embeddings=True, kv_rank=4),
+        small_config(mixers="mamba2,gated_delta+attention"),
     ],
     ids=str,
 )

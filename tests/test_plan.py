@@ -56,6 +56,8 @@ def test_parameters_and_flops_are_those_that_the_run_records(entry: str, tmp_pat
         ("switch", {"gate_at": "input"}, {}),
         ("switch", {"tie_embeddings": True}, {"dtype": "bfloat16"}),
         ("dense", {"kv_rank": 16}, {}),
+        ("dense", {"mixers": "kimi_delta,mamba2+attention", "attention_gate": "sigmoid"}, {}),
+        ("switch", {"mixers": "gated_delta", "state_heads": 8, "state_key_heads": 2}, {"dtype": "bfloat16"}),
         ("switch", {"kv_rank": 32, "q_rank": 48, "value_width": 24}, {"dtype": "bfloat16"}),
         ("dense", {"activation": "geglu", "head_width": 24}, {}),
         ("dense", {"activation": "swiglu_clamped"}, {}),

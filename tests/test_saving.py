@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "attention": ("switch", {"attention_experts": 4}, {}),
     "heads": ("credit", {"attention_experts": 4, "attention_form": "switchhead", "capacity_factor": 0.5}, {}),
     "own": ("topk", {"gate_form": "unit"}, {}),
+    "mixers": ("switch", {"mixers": "kimi_delta,mamba2+attention", "num_dense_layers": 1}, {}),
     "latent": ("switch", {"kv_rank": 4, "q_rank": 6, "head_width": 4}, {}),
     "tied": ("switch", {"tie_embeddings": True}, {}),
     "variants": (

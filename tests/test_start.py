@@ -245,6 +245,7 @@ def test_a_changed_missing_or_damaged_source_is_refused_by_name(store: Path, cha
         ({"activation": "geglu"}, "model.activation = 'geglu': start.run = 'switch-.*' was trained with 'swiglu'"),
         ({"rope_base": 500.0}, "model.rope_base = 500.0: start.run = .* was trained with 10000.0"),
         ({"num_heads": 1}, "model.num_heads = 1: start.run = .* was trained with 2"),
+        ({"mixers": "mamba2"}, "model.mixers = 'mamba2': start.run = .* was trained with 'attention'"),
         ({"kv_rank": 8}, "model.kv_rank = 8: start.run = .* was trained with 0"),
         ({"tie_embeddings": True}, "model.tie_embeddings = True: start.run = .* was trained with False"),
         ({"d_model": 32}, "start.run = .*: its embed.weight is of shape .*, here "),

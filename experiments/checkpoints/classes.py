@@ -102,6 +102,8 @@ def _refuse_model(config: RunConfig) -> None:
     wrong: dict[str, bool] = {
         "attention_experts": bool(model.attention_experts),
         "kv_rank": bool(model.kv_rank),
+        "mixers": model.mixers != "attention",
+        "attention_gate": model.attention_gate != "none",
         "num_free_experts": bool(model.num_free_experts),
         "d_latent": model.d_latent is not None,
         "expert_bias": model.expert_bias,
@@ -307,14 +309,14 @@ def _tensors(ours: Transformer, layer: Callable[[MoELayer], Iterator[tuple[str, 
 
 
 def _attention(block: Block) -> Iterator[tuple[str, Tensor]]:
-    attention = block.attention
-    assert isinstance(attention, Attention)
+    attention, norm = block.attention, block.attention_norm
+    assert isinstance(attention, Attention) and norm is not None
     queries = attention.out.weight.shape[1]
     keys = (len(attention.qkv.weight) - queries) // 2
     parts = torch.split(attention.qkv.weight, [queries, keys, keys])
     yield from ((f"self_attn.{name}_proj.weight", part) for name, part in zip("qkv", parts, strict=True))
     yield "self_attn.o_proj.weight", attention.out.weight
-    yield "input_layernorm.weight", block.attention_norm.weight
+    yield "input_layernorm.weight", norm.weight
     yield "post_attention_layernorm.weight", block.ffn_norm.weight
 
 

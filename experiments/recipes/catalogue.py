@@ -13,6 +13,10 @@ from rlroute.config import ModelConfig
 
 NOT_PUBLISHED = "not published"
 _SIGMOID = "topk:score=sigmoid,bias_rate=0.001"
+_FOURTH = "gated_delta,gated_delta,gated_delta,attention"
+_BEFORE_ATTENTION = 5 * "mamba2,mamba2,mamba2+attention," + 3 * "mamba2," + "mamba2+attention" + 4 * ",mamba2"
+_LATENTS = {"kv_rank": 512, "q_rank": 1536, "rope_width": 64}
+"""Of attention, as DeepSeek has them."""
 _ENCODER = "an encoder, and a decoder that attends to it: one decoder as deep stands in"
 
 
@@ -70,9 +74,10 @@ def _every(layers: int, dense: int) -> dict[str, int]:
     return {"moe_every": layers, "d_dense": dense}
 
 
-def _latents(q_rank: int = 1536) -> dict[str, int]:
-    """Return the latents of attention with heads of 128 channels, and 64 that turn, as DeepSeek has them."""
-    return {"kv_rank": 512, "q_rank": q_rank, "rope_width": 64}
+def _states(mixers: str, heads: int, key_heads: int, value: int = 128, gate: str = "sigmoid") -> dict[str, object]:
+    """Return mixers with states of 128 channels of keys, and the gate of attention beside them."""
+    shape = {"state_heads": heads, "state_key_heads": key_heads, "state_key_width": 128, "state_value_width": value}
+    return {"mixers": mixers, "attention_gate": gate, **shape}
 
 
 CATALOGUE: dict[str, Published] = {
@@ -165,13 +170,15 @@ CATALOGUE: dict[str, Published] = {
     ),
     "qwen3-next": Published(
         entry="topk",
-        model=_model(48, 2048, 16, 2, 256, shared_gate="sigmoid", **_experts(512, 10, 512, shared=1)),
+        model=_model(
+            48, 2048, 16, 2, 256, shared_gate="sigmoid", **_states(_FOURTH, 32, 16), **_experts(512, 10, 512, shared=1)
+        ),
         vocab_size=151_936,
         total="80",
         active="3",
         source="Qwen3-Next-80B-A3B, model card",
         balance=NOT_PUBLISHED,
-        differs="gated delta nets in three layers of four, gated attention in the others: plain attention stands in",
+        differs="queries and keys are normed and a quarter of their channels turns: none are, and all do",
     ),
     "deepseek-moe": Published(
         entry="topk:normalize=false,balance_weight=0.001",
@@ -186,7 +193,7 @@ CATALOGUE: dict[str, Published] = {
             "topk:normalize=false,route_scale=16,groups=8,groups_kept=3,group_score=max,"
             "balance_weight=0.003,device_balance_weight=0.05,communication_balance_weight=0.02"
         ),
-        model=_model(60, 5120, 128, 0, 128, devices=8, **_latents(), **_experts(160, 6, 1536, shared=2, dense=1)),
+        model=_model(60, 5120, 128, 0, 128, devices=8, **_LATENTS, **_experts(160, 6, 1536, shared=2, dense=1)),
         vocab_size=102_400,
         total="236",
         active="21",
@@ -194,7 +201,7 @@ CATALOGUE: dict[str, Published] = {
     ),
     "deepseek-v3": Published(
         entry=(f"{_SIGMOID},bias_until=0.966,sequence_balance_weight=0.0001,route_scale=2.5,groups=8,groups_kept=4"),
-        model=_model(61, 7168, 128, 0, 128, **_latents(), **_experts(256, 8, 2048, shared=1, dense=3)),
+        model=_model(61, 7168, 128, 0, 128, **_LATENTS, **_experts(256, 8, 2048, shared=1, dense=3)),
         vocab_size=129_280,
         total="671",
         active="37",
@@ -212,7 +219,7 @@ CATALOGUE: dict[str, Published] = {
     ),
     "kimi-k2": Published(
         entry=f"{_SIGMOID},route_scale=2.827",
-        model=_model(61, 7168, 64, 0, 128, **_latents(), **_experts(384, 8, 2048, shared=1, dense=1)),
+        model=_model(61, 7168, 64, 0, 128, **_LATENTS, **_experts(384, 8, 2048, shared=1, dense=1)),
         vocab_size=163_840,
         total="1040",
         active="32.6",
@@ -222,13 +229,21 @@ CATALOGUE: dict[str, Published] = {
     ),
     "kimi-k3": Published(
         entry="quantile:estimate=histogram",
-        model=_model(93, 7168, 96, 0, 128, d_latent=3584, **_experts(896, 16, 3072, shared=2, dense=1)),
+        model=_model(
+            *(93, 7168, 96, 0, 128),
+            d_latent=3584,
+            d_dense=33792,
+            **_LATENTS,
+            **_states(23 * f"{3 * 'kimi_delta,'}attention," + "attention", 96, 96),
+            **_experts(896, 16, 3072, shared=2, dense=1),
+        ),
         vocab_size=163_840,
         total="2780",
         active="104",
         source="Kimi K3, its configuration and technical report",
         balance="a bias by quantiles of each step",
-        differs="Kimi Delta Attention in 69 layers, latent attention in 24: heads of 128 channels stand in",
+        input_counts=False,
+        differs="no positions, an activation of its own, layers that attend to earlier ones: none of them is here",
     ),
     "olmoe": Published(
         entry="topk:normalize=false,balance_weight=0.01,z_weight=0.001",
@@ -284,7 +299,7 @@ CATALOGUE: dict[str, Published] = {
             0,
             128,
             copy_experts=256,
-            **_latents(),
+            **_LATENTS,
             **_every(2, 12288),
             **_experts(512, 12, 2048, shared=6),
         ),
@@ -309,12 +324,17 @@ CATALOGUE: dict[str, Published] = {
     ),
     "nemotron-h": Published(
         entry=f"{_SIGMOID},route_scale=2.5",
-        model=_model(23, 2688, 32, 2, 128, activation="relu_squared", **_experts(128, 6, 1856, shared=2)),
+        model=_model(
+            *(23, 2688, 32, 2, 128),
+            activation="relu_squared",
+            **_states(_BEFORE_ATTENTION, 64, 8, 64, gate="none"),
+            **_experts(128, 6, 1856, shared=2),
+        ),
         vocab_size=131_072,
         total="31.6",
         active="3.2",
         source="Nemotron 3 Nano 30B-A3B, technical report",
-        differs="23 Mamba-2 layers beside 6 of attention: attention before each of the 23 layers of experts stands in",
+        differs="no positions: rotary ones in attention",
         input_counts=False,
     ),
     "inkling": Published(
@@ -335,13 +355,14 @@ def tiny(published: Published) -> ModelConfig:
     """Return a model of the same make that trains on a CPU in minutes: 16 experts at most, of which at most 4 run; of
     width 64, with experts of which those that a router chooses are together 128 wide.
 
-    It has two layers, or as many more as it takes for some to have experts, or for all of an entry's routers to decide.
+    It has two layers, or as many more as it takes for some to have experts, for all of an entry's routers to decide, or
+    for every kind of block to be there.
     """
     model, dense = published.model, min(published.model.num_dense_layers, 1)
-    k = min(model.k, 4)
+    k, turns = min(model.k, 4), list(dict.fromkeys(model.mixers.split(",")))
     return replace(
         model,
-        num_layers=max(4 if "@" in published.entry else 2, dense + model.moe_every),
+        num_layers=max(4 if "@" in published.entry else 2, dense + model.moe_every, len(turns)),
         d_model=64,
         num_heads=4,
         num_kv_heads=2 if model.num_kv_heads else 0,
@@ -356,4 +377,9 @@ def tiny(published: Published) -> ModelConfig:
         kv_rank=32 if model.kv_rank else 0,
         q_rank=48 if model.q_rank else 0,
         rope_width=0,
+        mixers=",".join(turns),
+        state_heads=4 if model.state_heads else 0,
+        state_key_heads=2 if model.state_key_heads < model.state_heads else 0,
+        state_key_width=0,
+        state_value_width=0,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlroute.config import ModelConfig
 from rlroute.model.attention import Mixer, RoutedAttention
@@ -82,11 +82,10 @@ class Costs:
     """Parameters, and forward FLOPs by what they are spent on: what every token runs, and what each pair adds at its
     site.
 
-    Attention counts (S + 1) / 2 keys per token; norms and activations are left out; the embedding is a look-up, also
-    where its matrix is that of the logits too. A step
-    is charged three forwards of what trains, two of what is frozen where a gradient passes on its way to what trains
-    before it (of attention's scores, which have no weights, three), and one of the rest; of the routers, what they were
-    seen to run.
+    Attention counts (S + 1) / 2 keys per token, a mixer with a state what its chunks multiply; norms and activations
+    are left out; the embedding is a look-up, also where its matrix is that of the logits too. A step is charged three
+    forwards of what trains, two of what is frozen where a gradient passes on its way to what trains before it (of
+    attention's scores, which have no weights, three), and one of the rest; of the routers, what they were seen to run.
 
     Attributes:
         total_parameters, router_parameters: all of them, and those of routers; matrices that a greedy forward reads are
@@ -179,7 +178,7 @@ def costs(model: Transformer, config: ModelConfig, seq_len: int) -> Costs:
         router_parameters=router + buffers,
         fixed_parameters=fixed + sum(work.active_parameters for work in work_L),
         fixed_flops=2 * (fixed - norms - (0 if config.tie_embeddings else model.embed.weight.numel()))
-        + sum(block.attention.mixing_flops(seq_len) for block in model.blocks)
+        + sum(_mixing_flops(part, seq_len) for block in model.blocks for part in block.parts)
         + sum(work.greedy for work in work_L),
         pair_parameters_L=tuple(site.pair_parameters for site in routed),
         pair_flops_L=tuple(site.pair_flops(seq_len) for site in routed),
@@ -195,12 +194,8 @@ def _step(model: Transformer, work_L: Sequence[Work], seq_len: int) -> Step:
     """
     fixed, pairs_L, works = 0, list[int](), iter(work_L)
     passes = model.embed.weight.requires_grad
-    for part in (
-        *(part for block in model.blocks for part in (block.attention, block.moe or block.mlp)),
-        model.unembed,
-    ):
-        assert part is not None
-        mixing = part.mixing_flops(seq_len) if isinstance(part, Mixer | RoutedAttention) else 0
+    for part in (*(part for block in model.blocks for part in block.parts), model.unembed):
+        mixing = _mixing_flops(part, seq_len)
         routed = part.sites if isinstance(part, RoutedAttention | MoELayer) else ()
         for site in routed:
             work, learns = next(works), not site.router.frozen
@@ -217,6 +212,10 @@ def _step(model: Transformer, work_L: Sequence[Work], seq_len: int) -> Step:
             pairs_L.append(_charged(weights, site.pair_flops(seq_len) - weights, trains, passes))
         fixed += _charged(2 * sum(p.numel() for p in own), mixing, trains, passes)
     return Step(fixed, tuple(pairs_L))
+
+
+def _mixing_flops(part: nn.Module, seq_len: int) -> int:
+    return part.mixing_flops(seq_len) if isinstance(part, Mixer | RoutedAttention) else 0
 
 
 def _charged(weights: int, mixing: int, trains: bool, passes: bool) -> int:

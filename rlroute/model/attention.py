@@ -75,6 +75,18 @@ class Mixer(nn.Module, ABC):
         """
 
 
+def output_gate(config: ModelConfig, layer: int, seed: int, width: int) -> KeyedLinear | None:
+    """Return what weighs each channel of the output of all heads; None where nothing does."""
+    if config.attention_gate == "none":
+        return None
+    return KeyedLinear(config.d_model, width, config.d_model**-0.5, seed, f"layers.{layer}.attention.gate")
+
+
+def gated(y_BSI: Tensor, gate: KeyedLinear | None, x_BSD: Tensor) -> Tensor:
+    """Return the outputs of heads, weighed by what attention is given (Qiu et al. 2025, arXiv 2505.06708)."""
+    return y_BSI if gate is None else y_BSI * gate(x_BSD).sigmoid()
+
+
 class Attention(Mixer):
     """Causal self-attention with rotary positions (Su et al. 2021, arXiv 2104.09864)."""
 
@@ -87,6 +99,7 @@ class Attention(Mixer):
             width, inner + 2 * self.kv_heads * head, width**-0.5, seed, f"layers.{layer}.attention.qkv"
         )
         self.out = KeyedLinear(inner, width, std_out, seed, f"layers.{layer}.attention.out")
+        self.gate = output_gate(config, layer, seed, inner)
         self.rotary = Rotary(head, seq_len, config.rope_base)
 
     def mixing_flops(self, seq_len: int) -> int:
@@ -107,7 +120,7 @@ class Attention(Mixer):
         if shared < queries:
             k_BNSH, v_BNSH = (part.repeat_interleave(queries // shared, dim=1) for part in (k_BNSH, v_BNSH))
         y_BNSH = attend(q_BNSH, k_BNSH, v_BNSH, mask_BSS)
-        y_BSD: Tensor = self.out(y_BNSH.transpose(1, 2).flatten(2))
+        y_BSD: Tensor = self.out(gated(y_BNSH.transpose(1, 2).flatten(2), self.gate, x_BSD))
         return y_BSD
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlroute.config import ModelConfig
-from rlroute.model.attention import Mixer, Rotary, attend
+from rlroute.model.attention import Mixer, Rotary, attend, gated, output_gate
 from rlroute.model.linear import KeyedLinear
 
 
@@ -36,6 +36,7 @@ class LatentAttention(Mixer):
         self.kv_up = keyed("kv_up", config.kv_rank, made, config.kv_rank**-0.5)
         inner = self.num_heads * self.value
         self.out = keyed("out", inner, width, (2 * config.num_layers * inner) ** -0.5)
+        self.gate = output_gate(config, layer, seed, inner)
         self.rotary = Rotary(self.turning, seq_len, config.rope_base)
 
     def mixing_flops(self, seq_len: int) -> int:
@@ -46,7 +47,7 @@ class LatentAttention(Mixer):
         """Return the attention output, shape (B, S, D); ``mask_BSS`` says whom each position attends to."""
         q_BNSH, (k_BNSH, v_BNSH) = self._queries(x_BSD), self._keys_and_values(x_BSD)
         y_BNSH = attend(q_BNSH, k_BNSH, v_BNSH, mask_BSS)
-        y_BSD: Tensor = self.out(y_BNSH.transpose(1, 2).flatten(2))
+        y_BSD: Tensor = self.out(gated(y_BNSH.transpose(1, 2).flatten(2), self.gate, x_BSD))
         return y_BSD
 
     def _queries(self, x_BSD: Tensor) -> Tensor:

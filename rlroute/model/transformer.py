@@ -18,9 +18,11 @@ from rlroute.config import ModelConfig, RouterConfig
 from rlroute.decision import RoutingDecision
 from rlroute.model.attention import Attention, AttentionExperts, Mixer, RoutedAttention
 from rlroute.model.compiling import DenseParts
+from rlroute.model.delta import GatedDelta, KimiDelta
 from rlroute.model.head import chunked_cross_entropy
 from rlroute.model.latent import LatentAttention
 from rlroute.model.linear import KeyedLinear, TiedLinear
+from rlroute.model.mamba import Mamba2
 from rlroute.model.moe import HERE, DenseMLP, MoELayer, Placement, compute_dtype
 from rlroute.model.switchhead import HeadProjection, SwitchHead
 from rlroute.routing import WISHES, Router, RouterShape, RoutingContext, Site
@@ -52,13 +54,19 @@ class ModelShape:
 
 
 class Block(DenseParts):
-    """Pre-norm attention, then a pre-norm feed-forward layer; each with experts where a router is given."""
+    """Pre-norm attention, a mixer with a state in its place or before it, then a pre-norm feed-forward layer; attention
+    and that with experts where a router is given.
+    """
 
     def __init__(self, config: ModelConfig, shape: ModelShape, layer: int, routers: Mapping[Site, Router]) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model)
         router, own = routers.get(layer), [routers[s] for s in attention_sites(config, layer) if s in routers]
-        self.attention = _attention(config, shape, layer, own)
+        kinds = config.mixers_at(layer)
+        stateful, attends = kinds[0] != "attention", kinds[-1] == "attention"
+        self.mixer_norm = nn.RMSNorm(config.d_model) if stateful else None
+        self.mixer = make_mixer(kinds[0], config, shape.seq_len, layer, shape.seed) if stateful else None
+        self.attention_norm = nn.RMSNorm(config.d_model) if attends else None
+        self.attention = _attention(config, shape, layer, own) if attends else None
         self.ffn_norm = nn.RMSNorm(config.d_model)
         self.moe = (
             None if router is None else MoELayer(config, router, layer, shape.seed, shape.backend, shape.placement)
@@ -67,9 +75,14 @@ class Block(DenseParts):
         self.mlp = DenseMLP(config, layer, shape.seed, width) if router is None else None
 
     @property
+    def parts(self) -> list[Mixer | RoutedAttention | MoELayer | DenseMLP]:
+        """What the block adds to the residual stream, in its order."""
+        return [part for part in (self.mixer, self.attention, self.moe, self.mlp) if part is not None]
+
+    @property
     def routed_parts(self) -> list[RoutedAttention | MoELayer]:
         """The block's modules that have routed sites, in their order."""
-        return [part for part in (self.attention, self.moe) if isinstance(part, RoutedAttention | MoELayer)]
+        return [part for part in self.parts if isinstance(part, RoutedAttention | MoELayer)]
 
     def forward(
         self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
@@ -83,7 +96,7 @@ class Block(DenseParts):
         """
         mask = [] if mask_BSS is None else [mask_BSS]
         made: dict[Site, RoutingDecision] = {}
-        if isinstance(self.attention, RoutedAttention):
+        if isinstance(self.attention, RoutedAttention) and self.attention_norm is not None:
             y_BSD, made = self.attention(self.attention_norm(x_BSD), context, mask_BSS)
             x_BSD = x_BSD + y_BSD
             x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
@@ -98,22 +111,30 @@ class Block(DenseParts):
         return x_BSD + y_TD.view_as(x_BSD), made
 
     def attend(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after plain attention, and its normed rows, shape (T, D)."""
-        normed_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.attention(normed_BSD, mask_BSS)
+        """Return the residual stream after mixers without routers, and its normed rows, shape (T, D)."""
+        for norm, mixer in ((self.mixer_norm, self.mixer), (self.attention_norm, self.attention)):
+            if norm is not None and mixer is not None:
+                x_BSD = x_BSD + mixer(norm(x_BSD), mask_BSS)
         return x_BSD, self.ffn_norm(x_BSD).flatten(0, 1)
 
     def dense(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
-        """Return the residual stream after plain attention and a dense MLP."""
+        """Return the residual stream after mixers without routers and a dense MLP."""
         assert self.mlp is not None
         x_BSD, x_TD = self.attend(x_BSD, mask_BSS)
         y_TD: Tensor = self.mlp(x_TD)
         return x_BSD + y_TD.view_as(x_BSD)
 
 
-def make_mixer(config: ModelConfig, seq_len: int, layer: int, seed: int) -> Mixer:
-    """Return what mixes tokens in a block where nothing of that is routed."""
-    return (LatentAttention if config.kv_rank else Attention)(config, seq_len, layer, seed)
+def make_mixer(kind: str, config: ModelConfig, seq_len: int, layer: int, seed: int) -> Mixer:
+    """Return a mixer without routers, of a kind that :attr:`ModelConfig.mixers` names."""
+    attention = LatentAttention if config.kv_rank else Attention
+    kinds: dict[str, type[Attention | LatentAttention | GatedDelta | Mamba2]] = {
+        "attention": attention,
+        "gated_delta": GatedDelta,
+        "kimi_delta": KimiDelta,
+        "mamba2": Mamba2,
+    }
+    return kinds[kind](config, seq_len, layer, seed)
 
 
 def _attention(
@@ -122,7 +143,7 @@ def _attention(
     """Return a block's attention: without routers, or with those of its sites."""
     size = (config, shape.seq_len, layer, shape.seed)
     if not routers:
-        return make_mixer(*size)
+        return make_mixer("attention", *size)
     if config.attention_form == "switchhead":
         return SwitchHead(*size, routers, shape.backend)
     (router,) = routers

@@ -2,6 +2,7 @@
 refusals, and by part as it is expected to be, for plans.
 """
 
+from collections import Counter
 from dataclasses import astuple, dataclass
 
 import torch
@@ -10,6 +11,7 @@ from rlroute.config import ModelConfig, RunConfig
 from rlroute.errors import ConfigError
 from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.machine import memory
+from rlroute.model.scan import CHUNK
 from rlroute.model.transformer import make_mixer
 from rlroute.sites import attention_sites
 
@@ -35,16 +37,17 @@ def least_parameters(config: RunConfig, vocab_size: int, expert_shards: int = 1)
     inner = model.d_latent or width
     hidden = routed * shared
     hidden += dense * (model.d_dense or model.active_width) + (model.num_layers - dense - routed) * model.active_width
-    attention = 0 if model.attention_experts and routed else model.num_layers * mixer_parameters(model)
+    attention = 0 if model.attention_experts and routed else mixer_parameters(model)
     experts = routed * (model.num_experts // expert_shards) * model.d_expert * inner * matrices
     return (2 - model.tie_embeddings) * vocab_size * width + attention + hidden * width * matrices + experts
 
 
 def mixer_parameters(model: ModelConfig) -> int:
-    """Return the parameters of a block's attention without experts, but for those of norms."""
+    """Return the parameters of all mixers, in a model without experts of attention, but for vectors."""
+    found = Counter(kind for layer in range(model.num_layers) for kind in model.mixers_at(layer))
     with torch.device("meta"):
-        mixer = make_mixer(model, 1, 0, 0)
-    return sum(parameter.numel() for parameter in mixer.parameters() if parameter.dim() > 1)
+        made = {kind: make_mixer(kind, model, 1, 0, 0) for kind in found}
+    return sum(found[kind] * p.numel() for kind in found for p in made[kind].parameters() if p.dim() > 1)
 
 
 def least_bytes(config: RunConfig, vocab_size: int, expert_shards: int = 1) -> int:
@@ -161,7 +164,12 @@ def _kept_by_block(config: RunConfig, layer: int) -> int:
         mlp = own * dense
     scores = _kept_by_routers(config) if routed else 0
     wide = width * size if routed and compute < size else 0  # what the router reads
-    return 2 * _kept_by_norm(config) + _kept_by_attention(config, routed) + compute * mlp + scores + wide
+    kinds = model.mixers_at(layer)
+    mixers = sum(
+        _kept_by_attention(config, routed) if kind == "attention" else size * _numbers_of_scan(config, kind)
+        for kind in kinds
+    )
+    return (1 + len(kinds)) * _kept_by_norm(config) + mixers + compute * mlp + scores + wide
 
 
 def _kept_by_attention(config: RunConfig, routed: bool) -> int:
@@ -169,19 +177,30 @@ def _kept_by_attention(config: RunConfig, routed: bool) -> int:
     latents their norms, and on the CPU each head's weights of all keys, unless its values are as wide as its queries.
     """
     model, (_, compute) = config.model, _sizes(config)
-    inner, heads = model.attention_width, model.num_heads
+    inner, heads, gated = model.attention_width, model.num_heads, 3 * (model.attention_gate != "none")
     if model.kv_rank:
         plain, turning, value = model.latent_widths
         norms = _kept_by_norm(config, model.kv_rank) + _kept_by_norm(config, model.q_rank)
         weights = 4 * config.data.seq_len * (config.train.device == "cpu" and value != plain + turning)
-        return norms + heads * (weights + compute * (3 * plain + 2 * turning + 3 * value))
+        return norms + heads * (weights + compute * (3 * plain + 2 * turning + (3 + gated) * value))
     keys = inner * (model.num_kv_heads or heads) // heads
-    numbers = 2 * inner + 3 * keys + inner
+    numbers = (3 + gated) * inner + 3 * keys
     numbers += 2 * inner if keys < inner else 0  # keys and values of every head
     if routed and model.attention_experts:
         of_heads = 4 * inner + model.k * (2 * heads * model.d_model + 3 * inner)  # each pair's rows on both sides
         numbers = 10 * inner if model.attention_form == "moa" else of_heads
     return compute * numbers
+
+
+def _numbers_of_scan(config: RunConfig, kind: str) -> int:
+    """Return the numbers that a mixer with a state keeps of a row, counted off what autograd keeps: arrays of what is
+    convolved and of what heads read, scores within a chunk, and the state of each chunk.
+    """
+    heads, key_heads, key, value = config.model.state_shape
+    chunk = min(CHUNK, config.data.seq_len)
+    numbers = 12 * key_heads * key + heads * (4 * key + 14 * value + 2 * key * value // chunk + 3 * chunk)
+    more = {"gated_delta": 3 * chunk, "kimi_delta": 3 * chunk * key + 12 * key, "mamba2": 0}
+    return numbers + heads * more[kind]
 
 
 def _kept_by_routers(config: RunConfig) -> int:
