@@ -77,7 +77,7 @@ def test_it_is_deepseeks_with_the_same_weights(fields: dict[str, Any]) -> None:
         ({"value_width": 4}, "model.value_width = 4 does nothing without model.kv_rank"),
         ({"kv_rank": 4, "rope_width": 3}, "model.rope_width = 3: must be even"),
         ({"kv_rank": 4, "num_kv_heads": 1}, "model.num_kv_heads = 1 with model.kv_rank = 4: legal is 0"),
-        ({"kv_rank": 4, "attention_experts": 4}, "model.attention_experts = 4 with model.kv_rank = 4: legal is 0"),
+        ({"kv_rank": 4, "attention_experts": 4}, "model.kv_rank = 4 with model.attention_experts = 4: legal is 0"),
     ],
 )
 def test_what_does_not_combine_is_refused(fields: dict[str, Any], said: str) -> None:
