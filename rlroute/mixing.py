@@ -34,7 +34,6 @@ class Mixing(Heads):
     """
     value_width: Whole = 0
     """Channels of a head's values; 0: as many as of its keys that do not turn."""
-
     state_heads: Whole = 0
     """Heads of a mixer with a state; 0: num_heads."""
     state_key_heads: Whole = 0

@@ -84,7 +84,7 @@ class ExpertChoiceRouter(Router):
 def config_of(entry, **train):
     changed = {
         "capacity": {"capacity_factor": 1.0},
-        "shared": {"num_shared_experts": 1},
+        "shared": {"num_shared_experts": 1, "tie_embeddings": True, "kv_rank": 8, "mixers": "gated_delta+attention"},
         "free": {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "capacity_factor": 1.0},
         "topk:groups=0": {"devices": 4},
     }
