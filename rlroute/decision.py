@@ -86,6 +86,12 @@ class RoutingDecision:
                 f"max_pairs = {self.max_pairs!r}: legal are whole numbers from 0, known on the host, or None"
             )
 
+    @property
+    def most_pairs(self) -> int:
+        """How many pairs run at most, which the host knows: what engines set memory aside for."""
+        pairs = len(self.token_ids_R)
+        return pairs if self.max_pairs is None else min(self.max_pairs, pairs)
+
     @staticmethod
     def token_choice(
         ids_TK: Tensor,

@@ -233,11 +233,26 @@ MUTANTS = [
         ("experts of a token drop alike", "for row_T in rows), decision.expert_ids_R))", "for row_T in rows),))"),
     ),
     *faults(
-        "rlroute/kernels/composed.py",
+        "rlroute/kernels/form.py",
         "tests/test_layer_variants.py",
-        ("gates at the input weigh the output too", "gates_R = torch.ones_like(gates_R)", "pass"),
-        ("what is kept is not scaled", "* kept_RF / (1 - form.dropout)", "* kept_RF"),
-        ("biases of idle rows count", ".masked_fill(idle_R1, 0)", ""),
+        (
+            "gates at the input weigh the output's bias too",
+            "torch.ones_like(gates_R) if self.gate_at_input else gates_R",
+            "gates_R",
+        ),
+        ("what is kept is not scaled", "kept_NF.to(dtype) * self.scale", "kept_NF.to(dtype)"),
+    ),
+    *faults(
+        "rlroute/kernels/cpu.py",
+        "tests/test_kernels.py",
+        ("the gradient of a gate leaves its output's bias out", "dgates += (dout @", "dgates += 0 * (dout @"),
+        ("a clamp passes its gradient on", "dinner_CF.masked_fill_(gate_CF > CLAMP, 0)", "pass"),
+    ),
+    *faults(
+        "rlroute/kernels/operator.py",
+        "tests/test_operator.py",
+        ("a bound is no bound of shapes", "min(max_pairs, len(gates_R))", "len(gates_R)"),
+        ("what backward reads is kept at all times", "rows if save else 0", "rows"),
     ),
     *faults(
         "rlroute/model/capacity.py",
@@ -520,7 +535,7 @@ MUTANTS = [
     *faults(
         "rlroute/kernels/activations.py",
         "tests/test_transformer.py",
-        ("SwiGLU's gate is a plain sigmoid", "functional.silu(gate_NF)", "functional.sigmoid(gate_NF)"),
+        ("SwiGLU's gate is a plain sigmoid", "functional.silu(inner_NF)", "functional.sigmoid(inner_NF)"),
     ),
     *faults(
         "experiments/comparison/entries.py",

@@ -9,10 +9,20 @@ import torch
 
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.kernels import ExpertWeights, expert_mlp
-from rlroute.kernels.activations import ACTIVATIONS, COMPOSED, hidden_rows
+from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.routing import RoutingDecision
 from rlroute.training import loop
-from tests.test_kernels import CASES, NAMES, decision_collapsed, decision_token_choice, relative_error
+from tests.test_kernels import (
+    BIASES,
+    CASES,
+    FORMS,
+    NAMES,
+    besides,
+    decision_collapsed,
+    decision_token_choice,
+    differing,
+    relative_error,
+)
 from tests.test_waits import DATA, ENTRIES, MODEL, TRAIN
 
 pytestmark = [
@@ -33,7 +43,7 @@ def to_cuda(decision):
     return replace(decision, **{name: tensor.cuda() for name, tensor in tensors.items()})
 
 
-def run(decision, width, inner, backend, dtype, activation="swiglu"):
+def run(decision, width, inner, backend, dtype, activation="swiglu", form=""):
     """Return output and gradients on the card for inputs of order 1, which are the same numbers in every precision."""
     generator = torch.Generator().manual_seed(7)
 
@@ -47,10 +57,11 @@ def run(decision, width, inner, backend, dtype, activation="swiglu"):
         draw(experts, width, inner, scale=inner**-0.5),
     )
     gates_R = decision.gates_R.bfloat16().to("cuda", dtype).requires_grad_()
-    out_TD = expert_mlp(x_TD, replace(to_cuda(decision), gates_R=gates_R), weights, backend, activation)
-    upstream_TD = torch.randn(out_TD.shape, generator=generator).bfloat16().to("cuda", dtype)
-    gradients = torch.autograd.grad(out_TD, (x_TD, *weights, gates_R), upstream_TD)
-    return dict(zip(NAMES, (out_TD.detach(), *gradients), strict=True))
+    upstream_TD = torch.randn(x_TD.shape, generator=generator).bfloat16().to("cuda", dtype)
+    biases, how = besides(form, weights, gates_R, draw)
+    out_TD = expert_mlp(x_TD, replace(to_cuda(decision), gates_R=gates_R), weights, backend, activation, how)
+    gradients = torch.autograd.grad(out_TD, (x_TD, *weights, gates_R, *biases), upstream_TD)
+    return dict(zip(NAMES + BIASES[: len(biases)], (out_TD.detach(), *gradients), strict=True))
 
 
 @pytest.mark.parametrize("case", (CASES | LARGE).values(), ids=(CASES | LARGE).keys())
@@ -66,12 +77,14 @@ def test_card_equals_the_reference_and_itself(case, dtype):
         assert torch.equal(got[name], again[name]), name
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS + COMPOSED)
-def test_activations_on_the_card(activation):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_other_experts_on_the_card(activation, form):
     case = LARGE["odd sizes"]
-    want = run(*case, "reference", torch.float64, activation)
-    got = run(*case, "triton", torch.float32, activation)
-    assert {name: e for name in NAMES if (e := relative_error(got[name], want[name])) > 1e-5} == {}
+    want = run(*case, "reference", torch.float64, activation, form)
+    got, again = (run(*case, "triton", torch.float32, activation, form) for _ in range(2))
+    assert differing(got, want, 1e-5) == {}
+    assert all(torch.equal(got[name], again[name]) for name in want)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype

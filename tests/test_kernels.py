@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from rlroute.errors import ConfigError, DecisionError
-from rlroute.kernels import ExpertWeights, expert_mlp, resolve_backend
+from rlroute.kernels import ExpertWeights, Form, expert_mlp, resolve_backend
 from rlroute.kernels import cpu as cpu_engine
 from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
 from rlroute.routing import RoutingDecision
 from tests.conftest import capped
 
-NAMES = ("out_TD", "x_TD", "in_EHD", "out_EDF", "gates_R")
+NAMES, BIASES = ("out_TD", "x_TD", "in_EHD", "out_EDF", "gates_R"), ("in_bias_EH", "out_bias_ED")
+ALL_OF_IT = "biases, gates at the input, dropout"
+FORMS = ("", "biases", "gates at the input", "dropout", ALL_OF_IT)
+"""What experts have besides."""
 
 
 def decision_token_choice(tokens, experts, k, seed=0):
@@ -56,8 +59,12 @@ CASES = {
 }
 
 
-def run(decision, width, hidden, backend, dtype=torch.float64, activation="swiglu"):
-    """Return the output and every gradient, for fixed inputs of order 1."""
+def run(decision, width, hidden, backend, dtype=torch.float64, activation="swiglu", form=""):
+    """Return the output and every gradient, for fixed inputs of order 1.
+
+    Args:
+        form: what the experts have besides, of ``FORMS``.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
@@ -66,10 +73,23 @@ def run(decision, width, hidden, backend, dtype=torch.float64, activation="swigl
     x_TD, experts = draw(decision.num_tokens, width), decision.num_experts
     weights = ExpertWeights(draw(experts, hidden_rows(activation, hidden), width), draw(experts, width, hidden))
     gates_R = decision.gates_R.detach().clone().to(dtype).requires_grad_()
-    out_TD = expert_mlp(x_TD, replace(decision, gates_R=gates_R), weights, backend, activation)
-    upstream_TD = torch.randn(out_TD.shape, generator=generator, dtype=torch.float64).to(dtype)
-    gradients = torch.autograd.grad(out_TD, (x_TD, *weights, gates_R), upstream_TD)
-    return dict(zip(NAMES, (out_TD.detach(), *gradients), strict=True))
+    upstream_TD = torch.randn(x_TD.shape, generator=generator, dtype=torch.float64).to(dtype)
+    biases, how = besides(form, weights, gates_R, draw)
+    out_TD = expert_mlp(x_TD, replace(decision, gates_R=gates_R), weights, backend, activation, how)
+    gradients = torch.autograd.grad(out_TD, (x_TD, *weights, gates_R, *biases), upstream_TD)
+    return dict(zip(NAMES + BIASES[: len(biases)], (out_TD.detach(), *gradients), strict=True))
+
+
+def besides(form, weights, gates_R, draw):
+    """Return the biases of a form that is given by name, and the form."""
+    biases = [draw(*tensor.shape[:2]) for tensor in weights] if "biases" in form else []
+    keys_R = torch.arange(len(gates_R), device=gates_R.device) * 7919 if "dropout" in form else None
+    return biases, Form(*biases, gate_at_input="input" in form, dropout=0.3, keys_R=keys_R)
+
+
+def differing(got, want, tolerance):
+    """Return the errors of what differs, by name."""
+    return {name: e for name in want if (e := relative_error(got[name], want[name])) > tolerance}
 
 
 def relative_error(got, want):
@@ -93,12 +113,12 @@ def test_each_expert_and_each_row_is_right(case):
             assert relative_error(a, b) < 1e-12 or (a - b).abs().max() < 1e-14, f"{name}[{part}]"
 
 
-@pytest.mark.parametrize("name", ["fixed k", "variable k, some unused", "over capacity dropped"])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_cpu_engine_equals_the_reference_with_other_activations(name, activation):
-    want = run(*CASES[name], "reference", activation=activation)
-    got = run(*CASES[name], "cpu", activation=activation)
-    assert {name: e for name in NAMES if (e := relative_error(got[name], want[name])) > 1e-13} == {}
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("form", FORMS)
+def test_cpu_engine_equals_the_reference_with_other_experts(case, form):
+    for activation in ACTIVATIONS:
+        want, got = (run(*case, backend, activation=activation, form=form) for backend in ("reference", "cpu"))
+        assert differing(got, want, 1e-13) == {}, activation
 
 
 @pytest.mark.parametrize("counts", [[3], [0, 0], [512, 512, 1], [5000, 0, 7, 511, 513], [1] * 3000, [1024, 1024]])
@@ -119,13 +139,14 @@ def test_chunks_cover_every_row_once_and_cut_an_expert_where_its_neighbours_do_n
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_reruns_are_bit_equal(backend):
-    case = CASES["fixed k"]
-    first, second = run(*case, backend, torch.float32), run(*case, backend, torch.float32)
-    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+    for form in ("", ALL_OF_IT):
+        first, second = (run(*CASES["fixed k"], backend, torch.float32, form=form) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("form", ["", ALL_OF_IT])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_analytic_gradient_equals_finite_differences(activation):
+def test_analytic_gradient_equals_finite_differences(activation, form):
     decision = decision_token_choice(4, 3, 2)
     weights = [
         torch.randn(3, hidden_rows(activation, 2), 3, dtype=torch.float64, requires_grad=True),
@@ -133,11 +154,20 @@ def test_analytic_gradient_equals_finite_differences(activation):
     ]
     x_TD = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     gates_R = decision.gates_R.clone().requires_grad_()
+    biases, how = besides(form, weights, gates_R, lambda *s: torch.randn(s, dtype=torch.float64, requires_grad=True))
 
-    def function(x, w_in, w_out, gates):
-        return expert_mlp(x, replace(decision, gates_R=gates), ExpertWeights(w_in, w_out), "cpu", activation)
+    def function(x, w_in, w_out, gates, *biases):
+        made = replace(decision, gates_R=gates)
+        return expert_mlp(
+            x,
+            made,
+            ExpertWeights(w_in, w_out),
+            "cpu",
+            activation,
+            replace(how, **dict(zip(BIASES, biases, strict=False))),
+        )
 
-    assert torch.autograd.gradcheck(function, (x_TD, *weights, gates_R))
+    assert torch.autograd.gradcheck(function, (x_TD, *weights, gates_R, *biases))
 
 
 def test_gate_gradient_is_the_credit_of_its_pair():
@@ -175,12 +205,12 @@ def test_unused_and_dropped_pairs_touch_nothing():
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_cpu_engine_reads_nothing_that_it_did_not_write(case, monkeypatch):
     """Every uninitialised buffer starts as NaN."""
-    want = run(*case, "cpu")
+    want = [run(*case, "cpu", form=form) for form in ("", ALL_OF_IT)]
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    got = run(*case, "cpu")
-    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+    got = [run(*case, "cpu", form=form) for form in ("", ALL_OF_IT)]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(got, want, strict=True) for name in other)
 
 
 def test_without_gradients_the_output_is_the_same():
@@ -201,6 +231,12 @@ def test_a_token_does_not_depend_on_unrelated_ones():
     weights = ExpertWeights(torch.randn(6, 2 * hidden, width).double(), torch.randn(6, width, hidden).double())
     x_TD = torch.randn(37, width).double()
     assert torch.allclose(expert_mlp(x_TD, decision, weights)[:5], expert_mlp(x_TD[:5], alone, weights), atol=1e-12)
+
+
+def test_more_pairs_than_a_decision_says_are_refused():
+    decision, width, hidden = CASES["fixed k"]
+    with pytest.raises(DecisionError, match="74 pairs run: legal are 0 to 73, the decision's max_pairs"):
+        run(replace(decision, max_pairs=73), width, hidden, "cpu")
 
 
 BAD = {
@@ -233,7 +269,7 @@ def test_bad_input_is_named(breaks, named):
 
 def test_an_unknown_activation_is_named():
     decision = RoutingDecision.token_choice(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), 3)
-    with pytest.raises(ConfigError, match="'tanh': legal are 'swiglu', 'gelu', 'relu'"):
+    with pytest.raises(ConfigError, match="'tanh': legal are 'swiglu', 'gelu', 'relu', 'swiglu_clamped', 'geglu'"):
         expert_mlp(
             torch.randn(2, 4), decision, ExpertWeights(torch.randn(3, 6, 4), torch.randn(3, 4, 3)), "cpu", "tanh"
         )

@@ -1,7 +1,7 @@
 """The expert MLP that every router's tokens go through, its engines, and the primitives that it is made of."""
 
-from rlroute.kernels.composed import PLAIN, Form
 from rlroute.kernels.engines import ExpertWeights, choose_backend, expert_mlp, resolve_backend
+from rlroute.kernels.form import PLAIN, Form
 from rlroute.kernels.plan import Plan, make_plan
 from rlroute.kernels.primitives import combine, gather_linear, linear_combine, sum_rows
 

@@ -1,20 +1,20 @@
-"""The activations between an expert's two projections, in plain autograd; the engines have three of them in their
+"""The activations between an expert's two projections, in plain PyTorch; the Triton kernels have them in their
 epilogues.
+
+One is a curve of the hidden rows, or where it is gated a curve of their first half times their second half.
 
 Shape suffixes: N rows, F expert width, H hidden rows of an expert.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rlroute.errors import ConfigError
 
-ACTIVATIONS = ("swiglu", "gelu", "relu")
-"""Those of the fused engines."""
-COMPOSED = ("swiglu_clamped", "geglu", "relu_squared")
-"""Those that stand between the primitives only."""
 GATED = ("swiglu", "swiglu_clamped", "geglu")
 """Those of which a gate multiplies the other half."""
+ACTIVATIONS = ("swiglu", "gelu", "relu", "swiglu_clamped", "geglu", "relu_squared")
 CLAMP, SLOPE = 7.0, 1.702
 """Of ``swiglu_clamped``: where its inputs end, and how steep its sigmoid is."""
 
@@ -25,8 +25,8 @@ def hidden_rows(activation: str, width: int) -> int:
     Raises:
         ConfigError: there is no such activation.
     """
-    if activation not in ACTIVATIONS + COMPOSED:
-        raise ConfigError(f"activation {activation!r}: legal are {', '.join(map(repr, ACTIVATIONS + COMPOSED))}")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation {activation!r}: legal are {', '.join(map(repr, ACTIVATIONS))}")
     return 2 * width if activation in GATED else width
 
 
@@ -38,16 +38,43 @@ def activate(hidden_NH: Tensor, activation: str) -> Tensor:
     ``relu_squared`` is Primer's (So et al. 2021, arXiv 2109.08668). ``swiglu_clamped`` is GPT-OSS's (arXiv 2508.10925):
     the gate at most 7, up within 7 of 0; gate * sigmoid(1.702 gate) * (up + 1).
     """
-    if activation == "gelu":
-        return functional.gelu(hidden_NH)
-    if activation == "relu":
-        return functional.relu(hidden_NH)
-    if activation == "relu_squared":
-        return functional.relu(hidden_NH).square()
+    inner_NF, factor_NF = split(hidden_NH, activation)
+    curve_NF = curve(inner_NF, activation)
+    return curve_NF if factor_NF is None else curve_NF * factor_NF
+
+
+def split(hidden_NH: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """Return what the curve is of, and what multiplies it: None for 1."""
+    if activation not in GATED:
+        return hidden_NH, None
     gate_NF, up_NF = hidden_NH.chunk(2, dim=1)
-    if activation == "geglu":
-        return functional.gelu(gate_NF) * up_NF
     if activation == "swiglu_clamped":
-        gate_NF, up_NF = gate_NF.clamp(max=CLAMP), up_NF.clamp(-CLAMP, CLAMP)
-        return gate_NF * (SLOPE * gate_NF).sigmoid() * (up_NF + 1)
-    return functional.silu(gate_NF) * up_NF
+        return gate_NF.clamp(max=CLAMP), up_NF.clamp(-CLAMP, CLAMP) + 1
+    return gate_NF, up_NF
+
+
+def curve(inner_NF: Tensor, activation: str) -> Tensor:
+    """Return the curve's values."""
+    if activation == "swiglu":
+        return functional.silu(inner_NF)
+    if activation == "swiglu_clamped":
+        return inner_NF * (SLOPE * inner_NF).sigmoid()
+    if activation == "relu":
+        return functional.relu(inner_NF)
+    if activation == "relu_squared":
+        return functional.relu(inner_NF).square()
+    return functional.gelu(inner_NF)
+
+
+def curve_backward(dcurve_NF: Tensor, inner_NF: Tensor, activation: str, out_NF: Tensor) -> None:
+    """Write the gradient of what the curve is of into ``out_NF``."""
+    if activation == "swiglu":
+        torch.ops.aten.silu_backward.grad_input(dcurve_NF, inner_NF, grad_input=out_NF)
+    elif activation == "swiglu_clamped":  # a silu of another width
+        torch.ops.aten.silu_backward.grad_input(dcurve_NF, SLOPE * inner_NF, grad_input=out_NF)
+    elif activation == "relu":
+        torch.mul(dcurve_NF, inner_NF > 0, out=out_NF)
+    elif activation == "relu_squared":
+        torch.mul(dcurve_NF, 2 * functional.relu(inner_NF), out=out_NF)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dcurve_NF, inner_NF, grad_input=out_NF)

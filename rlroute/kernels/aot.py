@@ -7,9 +7,11 @@ they are fast.
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 """
 TMA_LOAD = "UTMALDG"
 """The tensor memory accelerator's load."""
+HEAD = """# What the pinned kernels cost
+
+Made by `make aot`, with triton {version}. Registers are per thread, spilled and shared are bytes; blocks of a
+multiprocessor are by registers and shared memory. *all*: with biases, gates at the input and dropout."""
+COLUMNS = "| kernel | registers | spilled | shared | blocks a multiprocessor | instructions |"
+ALL_OF_IT = " all"
+"""In a kernel's name: with biases, gates at the input and dropout."""
+OPTIONAL = ("bias", "gates", "kept")
+"""Arguments that are None where they are not there."""
 D, F = 2048, 768
 """The model and expert widths that lines of the table without their own are compiled for."""
 
@@ -69,8 +80,10 @@ class Compiled:
         return min(warps // self.tile.num_warps, room)
 
 
-def sources(entry: Entry, tma: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield (body and activation, kernel, types of the run-time arguments, constants) for each launch of the engine."""
+def sources(entry: Entry, tma: bool) -> Iterator[tuple[str, Tile, Any, dict[str, str], dict[str, Any]]]:
+    """Yield (body, activation and whether the expert has all that it may have besides; tile; kernel; types of the
+    run-time arguments; constants) for each launch of the engine.
+    """
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[entry.dtype]
     width, inner = entry.D or D, entry.F or F
     value, index = f"*{dtype}", "*i64"
@@ -81,29 +94,39 @@ def sources(entry: Entry, tma: bool) -> Iterator[tuple[str, Any, dict[str, str],
     def weights(tile: Tile, transposed: bool, parts: int = 1) -> str:
         return box(1, tile.BK, tile.BN) if transposed else box(parts, tile.BN, tile.BK)
 
-    plan = {"tokens": index, "starts": index, "tile_experts": index, "tile_rows": index}
-    for_gates = {"gates": "*fp32", "pairs": index}
+    plan = {"tokens": index, "pairs": index, "starts": index, "tile_experts": index, "tile_rows": index}
     tiles = entry.tiles
-    up = {"inputs": value, "hidden": value, "activated": value} | for_gates | plan
-    back = {name: value for name in ("doutputs", "hidden", "dhidden", "activated")} | for_gates | plan
+    up = {name: value for name in ("inputs", "hidden", "activated")} | plan | {"gates": "*fp32", "scale": "fp32"}
+    back = {name: value for name in ("doutputs", "hidden", "dhidden", "activated")} | plan
     back |= {"weights": weights(tiles.back, True), "dgate_parts": "*fp32", "num_rows": "i32"}
-    for activation in ACTIVATIONS:
-        constants: dict[str, Any] = {"F": inner, "K": width, "ACTIVATION": activation, "TMA": tma}
-        parts = hidden_rows(activation, 1)
+    back |= {"gates": "*fp32", "scale": "fp32"}
+    besides = {"bias": value, "kept": "*u8"}
+    for activation, all_of_it in product(ACTIVATIONS, (False, True)):
+        parts, name = hidden_rows(activation, 1), f"{activation}{ALL_OF_IT if all_of_it else ''}"
+        constants: dict[str, Any] = {"F": inner, "K": width, "ACTIVATION": activation, "PARTS": parts, "TMA": tma}
+        constants["GATE_AT_INPUT"] = all_of_it
+        more = besides if all_of_it else {}
         stacked = {"weights": weights(tiles.up, False, parts)}
-        yield f"up {activation}", kernels.expert_up, up | stacked, constants | {"SAVE_HIDDEN": True}
-        yield f"back {activation}", kernels.expert_down_backward, back, constants
-    for body, tile, size, transposed in (("down", tiles.down, inner, False), ("rows", tiles.rows, 2 * inner, True)):
-        types = {"inputs": box(tile.BM, tile.BK), "outputs": box(1, 1, tile.BM, tile.BN // 2)}
+        yield f"up {name}", tiles.up, kernels.expert_up, up | stacked | more, constants | {"SAVE_HIDDEN": True}
+        tile = tiles.back.fitting(activation, not all_of_it)
+        yield f"back {name}", tile, kernels.expert_down_backward, back | more, constants
+    biased = {"bias": value, "gates": "*fp32"}
+    for body, tile, size, transposed, more in (
+        ("down", tiles.down, inner, False, {}),
+        ("down" + ALL_OF_IT, tiles.down, inner, False, biased),
+        ("rows", tiles.rows, 2 * inner, True, {}),
+    ):
+        types = {"inputs": box(tile.BM, tile.BK), "outputs": box(1, 1, tile.BM, tile.BN // 2)} | more
         types |= {"weights": weights(tile, transposed), "tile_count": index} | plan
         shape = {"N": width, "K": size, "GATHER": False, "TRANSPOSED": transposed, "TMA": tma, "SORTED": tma}
-        yield body, kernels.rows_times_weights, types, shape
+        yield body, tile, kernels.rows_times_weights, types, shape
     sides = {"left": value, "right": value, "outputs": value, "tokens": index, "starts": index, "order": index}
     tile = tiles.weights
     left, right = {"left": box(1, 1, tile.BK, tile.BM)}, {"right": box(1, 1, tile.BK, tile.BN)}
     into = {"M": 2 * inner, "N": width, "GATHER_LEFT": False, "SORTED": tma}
-    yield "weights in", kernels.rows_times_rows, sides | left, into
-    yield "weights out", kernels.rows_times_rows, sides | right, into | {"M": width, "N": inner, "GATHER_LEFT": True}
+    yield "weights in", tile, kernels.rows_times_rows, sides | left, into
+    out_of = into | {"M": width, "N": inner, "GATHER_LEFT": True}
+    yield "weights out", tile, kernels.rows_times_rows, sides | right, out_of
 
 
 def compile_pinned(capability: int) -> Iterator[Compiled]:
@@ -111,16 +134,17 @@ def compile_pinned(capability: int) -> Iterator[Compiled]:
     chip = f"sm_{capability}"
     for entry in pinned():
         if entry.chip == chip:
-            for body, kernel, types, constants in sources(entry, chip in HAVE_TMA):
+            for body, tile, kernel, types, constants in sources(entry, chip in HAVE_TMA):
                 widths = f" D={entry.D} F={entry.F}" if entry.D else ""
                 name = f"{entry.dtype} from {entry.rows_from}{widths} {body}"
-                yield _compile(name, kernel, types, constants, getattr(entry.tiles, body.partition(" ")[0]), capability)
+                yield _compile(name, kernel, types, constants, tile, capability)
 
 
 def _compile(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: Tile, capability: int
 ) -> Compiled:
     constants = constants | {"UPCAST": False, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+    constants |= {name: None for name in OPTIONAL if name in kernel.arg_names and name not in types}
     signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
     aligned = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg, t in types.items() if t[0] == "*"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -163,20 +187,25 @@ def faults(one: Compiled, capability: int) -> list[str]:
     return [f"{one.name} {fault}" for fault, there in checks.items() if there]
 
 
-def main(capability: int) -> int:
-    """Print the table of all pinned kernels on a chip, then their faults; return how many there are."""
-    print(f"sm_{capability}, triton {triton.__version__}")
-    print(f"{'kernel':32} {'registers':>9} {'spilled':>8} {'shared':>8} {'blocks':>7}  instructions")
-    kernels = list(compile_pinned(capability))
-    for one in kernels:
-        counts = ", ".join(f"{word} {count}" for word, count in one.instructions.items() if count)
-        print(f"{one.name:32} {one.registers:9} {one.spilled:8} {one.shared:8} {one.blocks(capability):7}  {counts}")
-    wrong = [fault for one in kernels for fault in faults(one, capability)]
-    print("\n".join(wrong) or f"{len(kernels)} kernels, no fault")
+def row(one: Compiled, capability: int) -> str:
+    """Return a kernel's row of the table."""
+    counts = ", ".join(f"{word} {count}" for word, count in one.instructions.items() if count)
+    numbers = (one.registers, one.spilled, one.shared, one.blocks(capability))
+    return f"| {one.name} | {' | '.join(map(str, numbers))} | {counts} |"
+
+
+def main(*capabilities: int) -> int:
+    """Print the table of all pinned kernels on some chips, as Markdown; return how many faults they have."""
+    print(HEAD.format(version=triton.__version__))
+    wrong = []
+    for capability in capabilities:
+        print(f"\n## sm_{capability}\n\n{COLUMNS}\n|---|---:|---:|---:|---:|---|")
+        for one in compile_pinned(capability):
+            print(row(one, capability), flush=True)
+            wrong += [f"sm_{capability}: {fault}" for fault in faults(one, capability)]
+    print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
     return len(wrong)
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 90) > 0)
+    sys.exit(main(80, 90, 100) > 0)

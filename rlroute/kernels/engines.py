@@ -3,16 +3,12 @@
 Expert e maps a row x to W_out,e a(W_in,e x), or with biases to W_out,e a(W_in,e x + b_in,e) + b_out,e. The activation a
 is one of ``rlroute.kernels.activations``: SwiGLU by default, whose W_in holds gate rows above up rows.
 
-The fused engines run the plain expert; whatever they do not take is made of their primitives
-(``rlroute.kernels.composed``).
-
 Shape suffixes: T tokens, D model width, F expert width, H hidden rows of an expert (2F where it is gated), E experts, R
 routed pairs.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,9 +17,9 @@ from torch import Tensor
 from rlroute.decision import RoutingDecision
 from rlroute.errors import ConfigError, DecisionError
 from rlroute.extras import missing
-from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
-from rlroute.kernels.composed import PLAIN, Form, composed_mlp
-from rlroute.kernels.cpu import sorted_expert_mlp
+from rlroute.kernels import operator
+from rlroute.kernels.activations import hidden_rows
+from rlroute.kernels.form import PLAIN, Form
 from rlroute.kernels.reference import reference_expert_mlp
 
 ENGINES = ("cpu", "triton", "reference")
@@ -71,14 +67,6 @@ def resolve_backend(requested: str, device: str) -> str:
     return backend
 
 
-def _engine(backend: str) -> Callable[[Tensor, RoutingDecision, Tensor, Tensor, str], Tensor]:
-    if backend == "triton":
-        from rlroute.kernels.sparse import triton_expert_mlp  # triton is not there on every machine
-
-        return triton_expert_mlp
-    return sorted_expert_mlp if backend == "cpu" else reference_expert_mlp
-
-
 def expert_mlp(
     x_TD: Tensor,
     decision: RoutingDecision,
@@ -114,11 +102,9 @@ def expert_mlp(
     _check(x_TD, decision, weights, activation, form)
     if os.environ.get(CHECK_VALUES) == "1":
         check_values(decision)
-    if form.plain and activation in ACTIVATIONS:
-        return _engine(backend)(x_TD, decision, *weights, activation)
-    if backend == "triton" and x_TD.dtype == torch.float64:
-        raise DecisionError("x_TD is float64: the triton engine takes float32, bfloat16 and float16")
-    return composed_mlp(x_TD, decision, *weights, backend, activation, form)
+    if backend == "reference":
+        return reference_expert_mlp(x_TD, decision, *weights, activation, form)
+    return operator.run(x_TD, decision, *weights, backend, activation, form)
 
 
 def _check(x_TD: Tensor, decision: RoutingDecision, weights: ExpertWeights, activation: str, form: Form) -> None:

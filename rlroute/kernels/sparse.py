@@ -1,7 +1,9 @@
 """The Triton engine: launches the kernels of ``triton_kernels.py`` and gives them gradients.
 
-Saved for backward are the input, the pre-activations and the plan; the activation is computed again. The expert MLP
-composes the kernels of :mod:`rlroute.kernels.primitives` with the activation in their epilogues.
+Saved for backward are the input, the products that the activation reads, and the plan; the activation is computed
+again. The expert MLP composes the kernels of :mod:`rlroute.kernels.primitives` with what is between them in their
+epilogues. An output bias is a weight of one more column, which reads the gate: its gradient, and its part in the
+gate's, are products like any other.
 
 Shape suffixes: T tokens, D model width, F expert width, H hidden rows (2F where the activation is gated), E experts, R
 routed pairs (rows, sorted by expert), N output columns, K the summed dimension.
@@ -20,6 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlroute.decision import RoutingDecision
 from rlroute.errors import DecisionError
 from rlroute.kernels import triton_kernels as kernels
+from rlroute.kernels.activations import hidden_rows
+from rlroute.kernels.form import Form
 from rlroute.kernels.plan import Plan, make_plan
 from rlroute.kernels.tiles import INTERPRETER, Tile, chip_of, pick_tiles
 
@@ -32,20 +36,84 @@ INTERPRETED_PROGRAMS = 3
 """Of a kernel whose programs go from block to block: few, so that each has several."""
 
 
-def triton_expert_mlp(
-    x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor, activation: str
-) -> Tensor:
-    """Return out_TD as :func:`rlroute.kernels.expert_mlp` defines it.
+def forward(
+    x_TD: Tensor, decision: RoutingDecision, in_EHD: Tensor, out_EDF: Tensor, activation: str, form: Form, save: bool
+) -> tuple[Tensor, ...]:
+    """Run the pairs of a decision.
+
+    Returns:
+        out_TD, as :func:`rlroute.kernels.expert_mlp` defines it, and what :func:`backward` wants: the products that the
+        activation reads (of no columns unless ``save``), and the tensors of the plan.
 
     Raises:
         DecisionError: float64, which these kernels do not sum in.
     """
     if x_TD.dtype == torch.float64:
         raise DecisionError("x_TD is float64: the triton engine takes float32, bfloat16 and float16")
-    inputs = (x_TD, in_EHD, out_EDF, decision.gates_R.contiguous())
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    out_TD: Tensor = _ExpertMLP.apply(*inputs, make_plan(decision), activation, save)  # type: ignore[no-untyped-call]
-    return out_TD
+    plan, gates_R = make_plan(decision), decision.gates_R.contiguous()
+    launch = _Launcher(plan, x_TD, *out_EDF.shape[1:])
+    hidden_RH, act_RF = launch.expert_up(x_TD, in_EHD, gates_R, out_EDF.shape[2], activation, form, save)
+    y_RD = launch.rows_times_weights(
+        act_RF,
+        out_EDF,
+        gather=False,
+        transposed=False,
+        tile=launch.tiles.down,
+        bias=form.out_bias_ED,
+        gates_R=form.outer(gates_R),
+    )
+    order = (plan.pairs_R, plan.tokens_R, plan.starts_E, plan.rows_R, plan.first_T)
+    return launch.sum_rows(y_RD), hidden_RH, *order
+
+
+def backward(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    in_EHD: Tensor,
+    out_EDF: Tensor,
+    gates_R: Tensor,
+    activation: str,
+    form: Form,
+    kept: tuple[Tensor, ...],
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, of both projections, of the gates and of both biases; None for what is not wanted.
+
+    Args:
+        dout_TD: the gradient of what :func:`forward` returned.
+        x_TD, in_EHD, out_EDF, gates_R, activation, form: what it was given.
+        kept: what else it returned.
+        wanted: of which of the six a gradient is asked for.
+    """
+    hidden_RH, pairs_R, tokens_R, starts_E, rows_R, first_T = kept
+    plan = Plan(len(x_TD), len(in_EHD), pairs_R, tokens_R, starts_E, rows_R, first_T)
+    dout_TD, gates_R = dout_TD.contiguous(), gates_R.contiguous()
+    launch = _Launcher(plan, x_TD, *out_EDF.shape[1:])
+    dhidden_RH, act_RF, dgates_R = launch.expert_down_backward(dout_TD, out_EDF, gates_R, hidden_RH, activation, form)
+    # Each is made, and what only it needs given back, before the next.
+    dw_out_EDF = launch.rows_times_rows(dout_TD, act_RF, gather_left=True) if wanted[2] else None
+    del act_RF
+    din_bias_EH = dout_bias_ED = None
+    if wanted[4]:
+        din_bias_EH = launch.rows_times_rows(dhidden_RH, x_TD.new_ones(len(x_TD), 1), gather_left=False)[:, :, 0]
+    gates_R1 = gates_R[plan.pairs_R, None].to(x_TD.dtype)
+    if form.gate_at_input:
+        dhidden_RH *= gates_R1
+    if wanted[5]:
+        dout_bias_ED = launch.rows_times_rows(dout_TD, form.outer(gates_R1), gather_left=True)[:, :, 0]
+    if form.out_bias_ED is not None and wanted[3] and not form.gate_at_input:
+        bias_E1D = form.out_bias_ED[:, None]
+        dgates_R = dgates_R + launch.rows_times_weights(
+            dout_TD, bias_E1D, gather=True, transposed=False, tile=launch.tiles.rows, dtype=torch.float32
+        ).squeeze(1)
+    return (
+        launch.sum_of_products(dhidden_RH, in_EHD) if wanted[0] else None,
+        launch.rows_times_rows(dhidden_RH, x_TD, gather_left=False) if wanted[1] else None,
+        dw_out_EDF,
+        launch.to_pairs(dgates_R, gates_R) if wanted[3] else None,
+        din_bias_EH,
+        dout_bias_ED,
+    )
 
 
 def gather_linear(x_TK: Tensor, plan: Plan, weights_ENK: Tensor) -> Tensor:
@@ -120,10 +188,20 @@ class _Launcher:
         )
 
     def rows_times_weights(
-        self, inputs: Tensor, weights: Tensor, *, gather: bool, transposed: bool, tile: Tile
+        self,
+        inputs: Tensor,
+        weights: Tensor,
+        *,
+        gather: bool,
+        transposed: bool,
+        tile: Tile,
+        bias: Tensor | None = None,
+        gates_R: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
+        """Return each row, or its token's, times its expert's weights, and its gate times its expert's bias."""
         columns, summed = (weights.shape[2], weights.shape[1]) if transposed else (weights.shape[1], weights.shape[2])
-        outputs = self.new_rows(inputs, columns)
+        outputs = self.new_rows(inputs.new_empty(0, dtype=dtype), columns)
         experts_G, rows_G, count = self.plan.tiles(tile.BM)
         if len(experts_G) == 0:
             return outputs
@@ -135,7 +213,8 @@ class _Launcher:
             source = TensorDescriptor.from_tensor(inputs, [tile.BM, tile.BK])
             target = create_ragged_descriptor(outputs, [tile.BM, tile.BN // 2])
         kernels.rows_times_weights[(min(blocks, self._programs()) if by_descriptor else blocks,)](
-            source, described, target, self.plan.tokens_R, self.plan.starts_E, experts_G, rows_G, count,
+            source, described, target, bias, gates_R, self.plan.tokens_R, self.plan.pairs_R, self.plan.starts_E,
+            experts_G, rows_G, count,
             N=columns, K=summed, GATHER=gather, TRANSPOSED=transposed, TMA=described is not weights,
             SORTED=by_descriptor, UPCAST=self.upcast, **tile._asdict(),
         )  # fmt: skip
@@ -151,29 +230,50 @@ class _Launcher:
             return INTERPRETED_PROGRAMS
         return torch.cuda.get_device_properties(self.plan.starts_E.device).multi_processor_count
 
+    def _between(self, activation: str, form: Form, inner: int) -> dict[str, Any]:
+        """Return what the kernels on both sides of the activation are told of what is there."""
+        kept_RF = form.kept(self.plan.pairs_R, inner)
+        return {
+            "bias": form.in_bias_EH,
+            "kept": None if kept_RF is None else kept_RF.view(torch.uint8),
+            "scale": form.scale,
+            "F": inner,
+            "ACTIVATION": activation,
+            "PARTS": hidden_rows(activation, 1),
+            "GATE_AT_INPUT": form.gate_at_input,
+        }
+
     def expert_up(
-        self, x_TD: Tensor, in_EHD: Tensor, gates_R: Tensor, inner: int, activation: str, save: bool
+        self, x_TD: Tensor, in_EHD: Tensor, gates_R: Tensor, inner: int, activation: str, form: Form, save: bool
     ) -> tuple[Tensor, Tensor]:
-        hidden_RH = self.new_rows(x_TD, in_EHD.shape[1] if save else 0)
+        hidden_RH = self.new_rows(x_TD, in_EHD.shape[1]) if save else x_TD.new_empty(0, in_EHD.shape[1])
         act_RF = self.new_rows(x_TD, inner)
         described = self._weights(in_EHD, in_EHD.shape[1] // inner, False, self.tiles.up)
         self._over_tiles(
-            kernels.expert_up, self.tiles.up, inner, x_TD, described, gates_R, hidden_RH, act_RF,
-            F=inner, K=x_TD.shape[1], ACTIVATION=activation, SAVE_HIDDEN=save, TMA=described is not in_EHD,
+            kernels.expert_up, self.tiles.up, inner, x_TD, described,
+            gates=gates_R, hidden=hidden_RH, activated=act_RF, K=x_TD.shape[1], SAVE_HIDDEN=save,
+            TMA=described is not in_EHD, **self._between(activation, form, inner),
         )  # fmt: skip
         return hidden_RH, act_RF
 
     def expert_down_backward(
-        self, dout_TD: Tensor, out_EDF: Tensor, gates_R: Tensor, hidden_RH: Tensor, activation: str
+        self,
+        dout_TD: Tensor,
+        out_EDF: Tensor,
+        gates_R: Tensor,
+        hidden_RH: Tensor,
+        activation: str,
+        form: Form,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inner, tile = out_EDF.shape[2], self.tiles.back
+        inner, tile = out_EDF.shape[2], self.tiles.back.fitting(activation, form.plain)
         dhidden_RH, act_RF = torch.empty_like(hidden_RH), self.new_rows(dout_TD, inner)
         parts_CR = torch.empty(triton.cdiv(inner, tile.BN), self.rows, device=dout_TD.device)
         described = self._weights(out_EDF, 1, True, tile)
         self._over_tiles(
             kernels.expert_down_backward, tile, inner, dout_TD, described,
-            gates_R, hidden_RH, dhidden_RH, act_RF, parts_CR,
-            num_rows=self.rows, F=inner, K=dout_TD.shape[1], ACTIVATION=activation, TMA=described is not out_EDF,
+            gates=gates_R, hidden=hidden_RH, dhidden=dhidden_RH, activated=act_RF, dgate_parts=parts_CR,
+            num_rows=self.rows, K=dout_TD.shape[1], TMA=described is not out_EDF,
+            **self._between(activation, form, inner),
         )  # fmt: skip
         return dhidden_RH, act_RF, parts_CR.sum(0)
 
@@ -212,47 +312,6 @@ class _Launcher:
         pairs_R = torch.zeros_like(gates_R)
         pairs_R[self.plan.pairs_R] = torch.where(runs_R, values_R, 0.0).to(gates_R.dtype)
         return pairs_R
-
-
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        in_EHD: Tensor,
-        out_EDF: Tensor,
-        gates_R: Tensor,
-        plan: Plan,
-        activation: str,
-        save: bool,
-    ) -> Tensor:
-        launch = _Launcher(plan, x_TD, *out_EDF.shape[1:])
-        hidden_RH, act_RF = launch.expert_up(x_TD, in_EHD, gates_R, out_EDF.shape[2], activation, save)
-        y_RD = launch.rows_times_weights(act_RF, out_EDF, gather=False, transposed=False, tile=launch.tiles.down)
-        ctx.save_for_backward(x_TD, in_EHD, out_EDF, gates_R, hidden_RH)
-        ctx.launch, ctx.activation = launch, activation
-        return launch.sum_rows(y_RD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, in_EHD, out_EDF, gates_R, hidden_RH = ctx.saved_tensors
-        launch, dout_TD = ctx.launch, dout_TD.contiguous()
-        dhidden_RH, act_RF, dgates_R = launch.expert_down_backward(dout_TD, out_EDF, gates_R, hidden_RH, ctx.activation)
-        wanted = ctx.needs_input_grad
-        # Each is made, and what only it needs given back, before the next.
-        dout_EDF = launch.rows_times_rows(dout_TD, act_RF, gather_left=True) if wanted[2] else None
-        del act_RF
-        din_EHD = launch.rows_times_rows(dhidden_RH, x_TD, gather_left=False) if wanted[1] else None
-        return (
-            launch.sum_of_products(dhidden_RH, in_EHD) if wanted[0] else None,
-            din_EHD,
-            dout_EDF,
-            launch.to_pairs(dgates_R, gates_R) if wanted[3] else None,
-            None,
-            None,
-            None,
-        )
 
 
 class _GatherLinear(torch.autograd.Function):

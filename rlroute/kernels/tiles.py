@@ -23,6 +23,9 @@ BODIES = ("up", "down", "back", "rows", "weights")
 BUCKETS = (0, 64, 256, 1024)
 """Rows per expert from which a line may serve."""
 
+LEAN = ("swiglu", "gelu", "relu", "relu_squared")
+"""Activations whose epilogues, with nothing besides, fit under the caps of the table."""
+
 
 class Tile(NamedTuple):
     """Sizes and launch parameters of one kernel."""
@@ -34,6 +37,12 @@ class Tile(NamedTuple):
     num_stages: int
     maxnreg: int | None = None
     """Registers a thread may have: fewer let a second block onto the multiprocessor."""
+
+    def fitting(self, activation: str, plain: bool) -> Tile:
+        """Return what an epilogue of the activation is launched with: one that would not fit under the cap on
+        registers, without it.
+        """
+        return self if plain and activation in LEAN else self._replace(maxnreg=None)
 
 
 class Tiles(NamedTuple):

@@ -9,12 +9,17 @@ weights (``TMA``: ``weights`` is a descriptor of every expert's matrices) and ro
 they are descriptors too; one whose rows end with the expert's is *ragged*: what lies past the end reads as zeros and is
 not written). Elsewhere pointers do the same. Rows of tokens are gathered by pointer: Hopper's accelerator cannot.
 
+What an expert has besides (biases, the gate at its input, dropout) is a constant of a kernel, or a pointer that is None
+where it is not there: none of it costs anything then.
+
 Letters: rows are pairs sorted by expert (see ``plan.py``); M rows of a tile, N output columns, K the summed dimension.
 """
 
 import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged, to_ragged_indices
+
+from rlroute.kernels.triton_activations import activate, factor_of, hidden_of, kept_of, up_backward
 
 
 @triton.jit
@@ -97,27 +102,21 @@ def _gates(gates, pairs, rows, exists):
 
 
 @triton.jit
-def _activate(hidden, ACTIVATION: tl.constexpr):
-    """Return the activation of ``hidden`` (for swiglu, the factor of its gate half) and its derivative."""
-    if ACTIVATION == "relu":
-        value, slope = tl.maximum(hidden, 0.0), tl.where(hidden > 0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
-        below = 0.5 * (1 + tl.erf(hidden * 0.7071067811865476))
-        value, slope = hidden * below, below + hidden * tl.exp(-0.5 * hidden * hidden) * 0.3989422804014327
-    else:
-        s = tl.sigmoid(hidden)
-        value, slope = hidden * s, s * (1 + hidden * (1 - s))
-    return value, slope
+def _add_bias(acc, bias, gates, pairs, expert, rows, exists, column, N: tl.constexpr, BN: tl.constexpr):
+    """Add to each row its gate times its expert's bias."""
+    columns = column + tl.arange(0, BN)
+    of_expert = tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    return acc + _gates(gates, pairs, rows, exists) * of_expert[None, :]
 
 
 @triton.jit
 def rows_times_weights(
-    inputs, weights, outputs, tokens, starts, tile_experts, tile_rows, tile_count,
+    inputs, weights, outputs, bias, gates, tokens, pairs, starts, tile_experts, tile_rows, tile_count,
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
     SORTED: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """outputs[row] = inputs[row or its token] @ W_expert, W stored (N, K), or (K, N) if TRANSPOSED.
+    """outputs[row] = inputs[row or its token] @ W_expert + gate * bias, W stored (N, K), or (K, N) if TRANSPOSED.
 
     A program goes from one block to the next until none is left. By descriptor, the next block's loads begin while
     this one's result is stored; its rows past the expert's last are another's, and are not stored.
@@ -134,6 +133,9 @@ def rows_times_weights(
             for k in range(0, K, BK):
                 w = _weights(weights, expert, block * BN, k, 1, N, K, TRANSPOSED, TMA, BN, BK)
                 acc = _product(inputs.load([row, k]), w, acc, UPCAST)
+            if bias is not None:
+                lanes = tl.arange(0, BM)
+                acc = _add_bias(acc, bias, gates, pairs, expert, row + lanes, lanes < size, block * BN, N, BN)
             left, right = _halves(acc, BM, BN)  # whole, it would take the room of a stage
             most, end, first = to_ragged_indices(row, size, 0)  # the library's store_ragged cannot be interpreted
             outputs.store([most, end, first, block * BN], left.to(outputs.dtype).reshape(1, 1, BM, BN // 2))
@@ -143,6 +145,8 @@ def rows_times_weights(
             for k in range(0, K, BK):
                 w = _weights(weights, expert, block * BN, k, 1, N, K, TRANSPOSED, TMA, BN, BK)
                 acc = _product(_inputs(inputs, sources, exists, k, K, BK), w, acc, UPCAST)
+            if bias is not None:
+                acc = _add_bias(acc, bias, gates, pairs, expert, rows, exists, block * BN, N, BN)
             columns = block * BN + tl.arange(0, BN)
             there = exists[:, None] & (columns < N)[None, :]
             tl.store(outputs + rows[:, None] * N + columns[None, :], acc.to(outputs.dtype.element_ty), mask=there)
@@ -150,16 +154,16 @@ def rows_times_weights(
 
 @triton.jit
 def expert_up(
-    inputs, weights, gates, hidden, activated, tokens, pairs, starts, tile_experts, tile_rows,
-    F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_HIDDEN: tl.constexpr, TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
+    inputs, weights, bias, gates, kept, scale, hidden, activated, tokens, pairs, starts, tile_experts, tile_rows,
+    F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, GATE_AT_INPUT: tl.constexpr,
+    SAVE_HIDDEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """activated[row] = gate * activation(W x), x the row's token; hidden[row] = W x where backward needs it.
+    """activated[row] = gate * activation(W x + bias), x the row's token; hidden[row] = W x where backward needs it.
 
-    For swiglu W holds F gate rows above F up rows, and the activation is silu(W_gate x) * (W_up x).
+    For swiglu W holds F gate rows above F up rows, and the activation is silu(W_gate x) * (W_up x). GATE_AT_INPUT: the
+    gate multiplies W x, and not the activation.
     """
-    PARTS: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     blocks: tl.constexpr = (F + BN - 1) // BN
     tile, block = _place(tl.program_id(0), tl.num_programs(0) // blocks, blocks)
     expert, rows, exists, sources = _tile(tile, tile_experts, tile_rows, starts, tokens, True, BM)
@@ -177,44 +181,67 @@ def expert_up(
             tl.store(at, acc.to(hidden.dtype.element_ty), mask=there)
             if PARTS == 2:
                 tl.store(at + F, up.to(hidden.dtype.element_ty), mask=there)
-        act, _ = _activate(acc, ACTIVATION)
+        gate = _gates(gates, pairs, rows, exists) if GATE_AT_INPUT else 1.0
+        act, _ = activate(
+            hidden_of(acc, gate, bias, expert * (PARTS * F) + columns, columns < F, GATE_AT_INPUT), ACTIVATION
+        )
         if PARTS == 2:
-            act = act * up
-        act = (act * _gates(gates, pairs, rows, exists)).to(activated.dtype.element_ty)
+            up = hidden_of(up, gate, bias, expert * (PARTS * F) + F + columns, columns < F, GATE_AT_INPUT)
+            act = act * factor_of(up, ACTIVATION)
+        if kept is not None:
+            act = act * kept_of(kept, scale, rows, columns, there, F)
+        if not GATE_AT_INPUT:  # read here: sooner, it would take a register along
+            act = act * _gates(gates, pairs, rows, exists)
+        act = act.to(activated.dtype.element_ty)
         tl.store(activated + rows[:, None] * F + columns[None, :], act, mask=there)
 
 
 @triton.jit
 def _down_backward_columns(
-    dact, columns, rows, exists, gate, hidden, dhidden, activated, F: tl.constexpr, ACTIVATION: tl.constexpr
-):
+    dact, columns, expert, rows, exists, gate, operands,
+    F: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, GATE_AT_INPUT: tl.constexpr,
+):  # fmt: skip
     """Store the gradients and the activation of some columns of a tile; return their part of the gate's gradient."""
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
-    there = exists[:, None] & (columns < F)[None, :]
-    at = rows[:, None] * (2 * F if GATED else F) + columns[None, :]
+    bias, kept, scale, hidden, dhidden, activated = operands
+    inside = columns < F
+    there = exists[:, None] & inside[None, :]
+    at = rows[:, None] * (PARTS * F) + columns[None, :]
+    of_expert = expert * (PARTS * F) + columns
     dtype = dhidden.dtype.element_ty
-    value, slope = _activate(tl.load(hidden + at, mask=there, other=0.0).to(tl.float32), ACTIVATION)
-    dgated = dact * gate
-    if GATED:
-        up = tl.load(hidden + at + F, mask=there, other=0.0).to(tl.float32)
-        tl.store(dhidden + at + F, (dgated * value).to(dtype), mask=there)
-        slope, value = slope * up, value * up
+    product = tl.load(hidden + at, mask=there, other=0.0).to(tl.float32)
+    value, slope = activate(hidden_of(product, gate, bias, of_expert, inside, GATE_AT_INPUT), ACTIVATION)
+    if kept is not None:
+        dact = dact * kept_of(kept, scale, rows, columns, there, F)
+    dgated = dact if GATE_AT_INPUT else dact * gate
+    if PARTS == 2:
+        up_product = tl.load(hidden + at + F, mask=there, other=0.0).to(tl.float32)
+        up = hidden_of(up_product, gate, bias, of_expert + F, inside, GATE_AT_INPUT)
+        dup = up_backward(dgated * value, up, ACTIVATION)
+        tl.store(dhidden + at + F, dup.to(dtype), mask=there)
+        factor = factor_of(up, ACTIVATION)
+        slope, value = slope * factor, value * factor
     tl.store(dhidden + at, (dgated * slope).to(dtype), mask=there)
-    act = (gate * value).to(activated.dtype.element_ty)
-    tl.store(activated + rows[:, None] * F + columns[None, :], act, mask=there)
-    return tl.sum(dact * value, 1)
+    act = value if GATE_AT_INPUT else gate * value
+    if kept is not None:
+        act = act * kept_of(kept, scale, rows, columns, there, F)
+    tl.store(activated + rows[:, None] * F + columns[None, :], act.to(activated.dtype.element_ty), mask=there)
+    credit = dgated * slope * product if GATE_AT_INPUT else dact * value
+    if GATE_AT_INPUT and PARTS == 2:
+        credit += dup * up_product
+    return tl.sum(credit, 1)
 
 
 @triton.jit
 def expert_down_backward(
-    doutputs, weights, gates, hidden, dhidden, activated, dgate_parts, tokens, pairs, starts, tile_experts, tile_rows,
-    num_rows,
-    F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    doutputs, weights, bias, gates, kept, scale, hidden, dhidden, activated, dgate_parts, tokens, pairs, starts,
+    tile_experts, tile_rows, num_rows,
+    F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, GATE_AT_INPUT: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """da = W_down^T dout of the row's token; then the gradient of hidden, the gated activation again (dW_down needs
-    it), and the columns' part of the gate's gradient, <da, activation>: one row of parts per column block, summed
-    afterwards in a fixed order.
+    """da = W_down^T dout of the row's token; then the gradient of what the activation reads, the gated activation again
+    (dW_down needs it), and the columns' part of the gate's gradient, <da, activation> or, with gates at the input,
+    <dhidden, W x>: one row of parts per column block, summed afterwards in a fixed order.
 
     The epilogue takes a quarter of the columns at a time: on all of them at once it would not fit into the registers.
     """
@@ -227,17 +254,26 @@ def expert_down_backward(
             w = _weights(weights, expert, block * BN, k, 1, F, K, True, TMA, BN, BK)
             dact = _product(_inputs(doutputs, sources, exists, k, K, BK), w, dact, UPCAST)
         gate = _gates(gates, pairs, rows, exists)
+        operands = (bias, kept, scale, hidden, dhidden, activated)
         columns = block * BN + tl.arange(0, BN // 4)
         left, right = _halves(dact, BM, BN)
         one, two = _halves(left, BM, BN // 2)
         three, four = _halves(right, BM, BN // 2)
-        part = _down_backward_columns(one, columns, rows, exists, gate, hidden, dhidden, activated, F, ACTIVATION)
+        part = _down_backward_columns(
+            one, columns, expert, rows, exists, gate, operands, F, ACTIVATION, PARTS, GATE_AT_INPUT
+        )
         columns += BN // 4
-        part += _down_backward_columns(two, columns, rows, exists, gate, hidden, dhidden, activated, F, ACTIVATION)
+        part += _down_backward_columns(
+            two, columns, expert, rows, exists, gate, operands, F, ACTIVATION, PARTS, GATE_AT_INPUT
+        )
         columns += BN // 4
-        part += _down_backward_columns(three, columns, rows, exists, gate, hidden, dhidden, activated, F, ACTIVATION)
+        part += _down_backward_columns(
+            three, columns, expert, rows, exists, gate, operands, F, ACTIVATION, PARTS, GATE_AT_INPUT
+        )
         columns += BN // 4
-        part += _down_backward_columns(four, columns, rows, exists, gate, hidden, dhidden, activated, F, ACTIVATION)
+        part += _down_backward_columns(
+            four, columns, expert, rows, exists, gate, operands, F, ACTIVATION, PARTS, GATE_AT_INPUT
+        )
         tl.store(dgate_parts + block.to(tl.int64) * num_rows + rows, part, mask=exists)
 
 

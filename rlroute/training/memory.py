@@ -9,7 +9,7 @@ import torch
 
 from rlroute.config import ModelConfig, RunConfig
 from rlroute.errors import ConfigError
-from rlroute.kernels.activations import ACTIVATIONS, hidden_rows
+from rlroute.kernels.activations import hidden_rows
 from rlroute.machine import memory
 from rlroute.model.scan import CHUNK
 from rlroute.model.transformer import make_mixer
@@ -157,8 +157,6 @@ def _kept_by_block(config: RunConfig, layer: int) -> int:
     dense = model.active_width if layer in model.moe_layers else model.d_dense or model.active_width
     if routed:
         each = rows * model.d_expert
-        if _composed(config):
-            each = (own + 2) * model.d_expert + (1 + (model.gate_at == "input")) * (model.d_latent or width)
         mlp = model.k * each + 2 * (model.d_latent or 0) + own * model.num_shared_experts * model.d_expert
     else:
         mlp = own * dense
@@ -208,13 +206,6 @@ def _kept_by_routers(config: RunConfig) -> int:
     model = config.model
     experts = model.num_experts + model.attention_experts * len(attention_sites(model, 0))
     return SCORES * _sizes(config)[0] * experts
-
-
-def _composed(config: RunConfig) -> bool:
-    """Whether the experts are none that the fused engines take: all that is between their products is kept then."""
-    model = config.model
-    other = model.expert_bias or model.expert_dropout > 0 or model.gate_at == "input"
-    return other or model.activation not in ACTIVATIONS
 
 
 def _kept_by_norm(config: RunConfig, width: int | None = None) -> int:
