@@ -1,8 +1,8 @@
 """Published mixtures of experts: the router and the shape of each, what its authors print of it, and a tiny form.
 
 What a preset says is the model's and the router's; data, batch and learning rate are ours. Figures are in billions of
-parameters, to as many digits as their authors print. Where ours are further from them than one unit of the last digit,
-and than 1 %, ``differs`` says why: what our transformer cannot express, and what stands in its place.
+parameters, to as many digits as their authors print. Ours are within one unit of the last digit of them, or within
+1 %; ``differs`` says what our transformer cannot express, and what stands in its place.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Published:
         source: where they and the shape are from.
         balance: what balances its loads, where the entry does not say so.
         differs: what is not the same here, and so why figures differ.
+        rounded_to: what ``total`` is rounded to, where its digits do not tell.
+        beside: billions of parameters that ``total`` has in it of what is no transformer of tokens (an encoder of
+            images), by its published shapes.
         input_counts: whether the printed ``active`` has the embedding of the input in it, be it that of the logits too.
     """
 
@@ -43,6 +46,8 @@ class Published:
     source: str
     balance: str = ""
     differs: str = ""
+    rounded_to: float | None = None
+    beside: float = 0.0
     input_counts: bool = True
 
 
@@ -91,7 +96,8 @@ CATALOGUE: dict[str, Published] = {
         active="",
         source="MoE(2048E, 36L), arXiv 2006.16668",
         balance="its weight not published",
-        differs=f"{_ENCODER}; the printed figure is rounded",
+        differs=_ENCODER,
+        rounded_to=100,
     ),
     "switch": Published(
         entry="switch:balance_weight=0.01,jitter=0.01",
@@ -137,10 +143,9 @@ CATALOGUE: dict[str, Published] = {
         model=_model(64, 6144, 48, 8, 128, activation="geglu", tie_embeddings=True, **_experts(8, 2, 32768)),
         vocab_size=131_072,
         total="314",
-        active="79",
-        source="Grok-1, model card: 314B, a quarter of it active",
+        active="",
+        source="Grok-1, model card: 314B, about a quarter of it active",
         balance=NOT_PUBLISHED,
-        differs="the printed share of a quarter is rounded",
     ),
     "dbrx": Published(
         entry="topk:balance_weight=0.05",
@@ -209,23 +214,27 @@ CATALOGUE: dict[str, Published] = {
     ),
     "deepseek-v4": Published(
         entry="topk:score=sqrt_softplus,bias_rate=0.001,route_scale=1.5+hash_gated:route_scale=1.5@0-2",
-        model=_model(43, 4096, 64, **_experts(256, 6, 2048, shared=1)),
+        model=_model(43, 4096, 64, 1, 192, **_experts(256, 6, 2048, shared=1)),
         vocab_size=129_280,
         total="284",
         active="13",
         source="DeepSeek-V4-Flash, its public code and model card",
         balance="its rate not published",
-        differs="compressed and sparse attention, four residual streams: plain attention and one stand in",
+        differs=(
+            "compressed and sparse attention with projections of low rank, four residual streams: plain attention of "
+            "about as many parameters, and one stream, stand in"
+        ),
     ),
     "kimi-k2": Published(
         entry=f"{_SIGMOID},route_scale=2.827",
         model=_model(61, 7168, 64, 0, 128, **_LATENTS, **_experts(384, 8, 2048, shared=1, dense=1)),
         vocab_size=163_840,
-        total="1040",
-        active="32.6",
-        source="Kimi K2, arXiv 2507.20534",
+        total="1000",
+        active="32",
+        source="Kimi K2, arXiv 2507.20534: 1 trillion, 32 billion",
         balance="its rate not published",
-        differs="the printed total is more than the published shapes make",
+        differs="a table there has a total of 1.04 T, which is more than the published shapes make",
+        rounded_to=100,
     ),
     "kimi-k3": Published(
         entry="quantile:estimate=histogram",
@@ -271,7 +280,8 @@ CATALOGUE: dict[str, Published] = {
         active="17",
         source="Llama 4 Scout, model card",
         balance=NOT_PUBLISHED,
-        differs="the printed total has an encoder of images in it",
+        differs="the printed total has an encoder of images in it, of 0.87 B",
+        beside=0.87,
     ),
     "jetmoe": Published(
         entry="topk:order=choose_first,balance_weight=0.01,z_weight=0.001",
@@ -339,13 +349,16 @@ CATALOGUE: dict[str, Published] = {
     ),
     "inkling": Published(
         entry="joint_gates:route_scale=8",
-        model=_model(66, 6144, 64, 8, 128, **_experts(256, 6, 3072, shared=2, dense=2)),
+        model=_model(66, 6144, 64, 16, 128, **_experts(256, 6, 3072, shared=2)),
         vocab_size=201_024,
         total="975",
         active="41",
         source="Inkling, its public code and model card",
         balance="its rate not published",
-        differs="short convolutions, relative positions, encoders of images and sound: none of them is here",
+        differs=(
+            "short convolutions, relative positions, encoders of images and sound: none of them is here; 8 heads of "
+            "keys and values in 11 layers: 16 in all"
+        ),
     ),
 }
 """By name."""
