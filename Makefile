@@ -87,19 +87,20 @@ aot: $(INSTALLED)
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlroute.experiments.bench.soak $(SOAK)
 
-# What each torch release for Linux names as its triton. All else is as in the usual environment.
-TORCH_AND_TRITON := 2.11.0/3.6.0 2.13.0/3.7.1 2.14.1/3.8.0
+# What each torch release for Linux names as its triton, and a NumPy: Triton 3.6 cannot interpret with 2.4.
+# All else is as in the usual environment.
+TORCH_TRITON_NUMPY := 2.11.0/3.6.0/2.3.5 2.13.0/3.7.1/2.4.6 2.14.1/3.8.0/2.4.6
 
 versions:
-	for pair in $(TORCH_AND_TRITON); do \
-		torch=$${pair%/*}; triton=$${pair#*/}; home=.venv-versions/$$torch; \
+	for releases in $(TORCH_TRITON_NUMPY); do \
+		set -- $$(echo $$releases | tr / ' '); torch=$$1; triton=$$2; numpy=$$3; home=.venv-versions/$$torch; \
 		$(PYTHON) -m venv $$home && pip="$$home/bin/python -m pip install -qq --disable-pip-version-check" || exit 1; \
 		$$pip torch==$$torch && $$pip --no-deps triton==$$triton || exit 1; \
 		$$home/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 			o = p['optional-dependencies']; \
 			print(*[r for r in p['dependencies'] + sum(map(o.get, ('cli', 'ray', 'report', 'envs', 'hf', 'dev')), []) \
 			if not r.startswith(('torch', 'triton', 'rlroute'))], sep='\n')" > $$home/wanted.txt || exit 1; \
-		$$pip -r $$home/wanted.txt && $$pip --no-deps -e . || exit 1; \
+		$$pip -r $$home/wanted.txt numpy==$$numpy && $$pip --no-deps -e . || exit 1; \
 		$$home/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"; \
 		OMP_NUM_THREADS=1 $$home/bin/python -m pytest $(SPREAD) --fast || exit 1; \
 		OMP_NUM_THREADS=1 $$home/bin/python -m pytest $(SPREAD) tests/test_triton.py tests/test_engines.py || exit 1; \
