@@ -24,11 +24,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 compare: $(INSTALLED)
 	$(BIN)/rlroute compare
 
-# One thread: bits change with their number, and the tests compare bits. Three processes share
+# One thread: bits change with their number, and the tests compare bits. Four processes share
 # the tests of two cores, file by file, since the tests of a file share what it makes: some wait for others' processes.
 # What is compiled is kept, whatever the environment says: hundreds of commands start in the tests.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
+SPREAD := -n 4 --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(PYTEST) $(SPREAD)

@@ -103,10 +103,10 @@ def test_runs_are_listed_and_inspected_without_what_tables_and_reports_need(tmp_
         pytest.param("gymnasium", ("play", "CartPole-v1"), marks=pytest.mark.slow),
         pytest.param("gymnasium", ("bench", "envs", "--rounds", "2"), marks=pytest.mark.slow),
         ("ray", ("train", "hash", "--launcher", "ray")),
-        ("plotly", ("gradients", "hash")),
+        pytest.param("plotly", ("gradients", "hash"), marks=pytest.mark.slow),
         ("tyro", ("routers",)),
-        ("scipy", ("table",)),
-        ("wandb", ("train", "hash", "--wandb", "offline")),
+        pytest.param("scipy", ("table",), marks=pytest.mark.slow),
+        pytest.param("wandb", ("train", "hash", "--wandb", "offline"), marks=pytest.mark.slow),
     ],
 )
 def test_a_command_without_its_package_is_one_line(package, command, tmp_path):

@@ -117,6 +117,7 @@ def test_without_a_loopback_interface_ray_is_not_even_started(tmp_path):
     assert "does not reach itself at 127.0.0.2" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_cluster_that_is_not_there_costs_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray notes which cluster is there
