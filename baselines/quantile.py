@@ -31,8 +31,9 @@ from torch import Tensor
 
 from rlroute.balance import sequences
 from rlroute.config import RouterConfig
+from rlroute.errors import ConfigError
 from rlroute.gates import normalize_rows
-from rlroute.limits import BelowOne, Count, NonNegative, Positive, Share
+from rlroute.limits import BelowOne, Count, NonNegative, Positive, Share, refuse_idle
 from rlroute.quantiles import histogram, moving_quantile, quantile
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums
 
@@ -66,6 +67,15 @@ class QuantileRouter(Router):
         """Factor on all gates."""
         init_std: NonNegative = 0.02
         """Standard deviation of the initial score weights."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            plain = type(self)
+            refuse_idle(self, plain, self.name, {"moving_decay": "moving", "moving_bins": "moving"})
+            if self.estimate != "histogram" and self.bins != plain.bins:
+                raise ConfigError(
+                    f"quantile.bins = {self.bins} does nothing with estimate = {self.estimate!r}: legal is {plain.bins}"
+                )
 
     learns_from = frozenset({"gate", "load"})
     gate_meaning = "sigmoid, unbiased, normalised over the chosen for k > 1"

@@ -10,12 +10,11 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from rlroute.errors import ConfigError
 from rlroute.execution import Execution
-from rlroute.heads import Heads
 from rlroute.limits import (
     MOST_EXPERTS,
     MOST_SEQUENCES,
@@ -33,7 +32,7 @@ from rlroute.limits import (
     refuse_idle,
     refuse_product,
 )
-from rlroute.mixing import Mixing
+from rlroute.mixing import MIXING, Mixing
 from rlroute.router_config import RouterConfig as RouterConfig  # also for whoever wants configurations
 from rlroute.sites import HEAD_PARTS, attention_sites, place
 from rlroute.start import StartConfig as StartConfig
@@ -44,9 +43,7 @@ SCHEMA = 2
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
-NEWER = frozenset(
-    {"attention_form", "tie_embeddings"} | {f.name for f in fields(Mixing)} - {f.name for f in fields(Heads)}
-)
+NEWER = {"attention_form", "tie_embeddings"} | MIXING
 """Fields of ``model`` that its dictionary leaves out at their defaults: ids from before they were there stay."""
 
 _SITES = re.compile(r"(mlp|attention|value|output)?(?:(\d+)(?:-(\d+))?)?")

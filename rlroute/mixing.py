@@ -1,6 +1,6 @@
 """How a model's blocks mix the tokens of a sequence: part of its configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from rlroute.errors import ConfigError
@@ -103,3 +103,7 @@ class Mixing(Heads):
                     f"model.{name} = {getattr(self, name)!r} does nothing with model.mixers = {self.mixers!r}: "
                     f"legal is {getattr(Mixing, name)!r}"
                 )
+
+
+MIXING = frozenset(field.name for field in fields(Mixing)) - {field.name for field in fields(Heads)}
+"""The fields of :class:`Mixing` itself."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rlroute.errors import ConfigError
-from rlroute.model import Transformer
 from rlroute.model.accounting import is_expert
 from rlroute.model.attention import Attention, AttentionExperts, Rotary
 from rlroute.parallel.local import run_ranks
@@ -72,6 +71,17 @@ def by_hand(model: Any, x_BSD: Tensor, decision: RoutingDecision) -> Tensor:
     return torch.stack(rows).view_as(x_BSD)
 
 
+def assert_same_gradients(out_BSD: Tensor, want_BSD: Tensor, leaves: list[Tensor]) -> None:
+    """Two outputs have the same gradients, to 1e-10; what one does not depend on has 0."""
+    found, want = (
+        torch.autograd.grad((y_BSD * draw(*y_BSD.shape, seed=3)).sum(), leaves, retain_graph=True, allow_unused=True)
+        for y_BSD in (out_BSD, want_BSD)
+    )
+    for leaf, one, other in zip(leaves, found, want, strict=True):
+        zero = torch.zeros_like(leaf)
+        torch.testing.assert_close(zero if one is None else one, zero if other is None else other, rtol=0, atol=1e-10)
+
+
 @each_case
 def test_it_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str, Any]) -> None:
     model = model_of(fields, router)
@@ -80,17 +90,10 @@ def test_it_is_a_loop_over_pairs(fields: dict[str, Any], router: dict[str, Any])
     decision = made["0.attention"]
     want_BSD = by_hand(model, x_BSD, decision)
     torch.testing.assert_close(out_BSD, want_BSD, rtol=0, atol=1e-12)
-    leaves = [x_BSD, *site.parameters()]
-    found, want = (
-        torch.autograd.grad((y_BSD * draw(2, 6, 8, seed=3)).sum(), leaves, retain_graph=True, allow_unused=True)
-        for y_BSD in (out_BSD, want_BSD)
-    )
-    for leaf, one, other in zip(leaves, found, want, strict=True):
-        zero = torch.zeros_like(leaf)
-        torch.testing.assert_close(zero if one is None else one, zero if other is None else other, rtol=0, atol=1e-11)
+    assert_same_gradients(out_BSD, want_BSD, [x_BSD, *site.parameters()])
 
 
-def context_of(model: Transformer, sequences: int, length: int) -> Any:
+def context_of(model: Any, sequences: int, length: int) -> Any:
     """Return the context of a batch of that shape."""
     seen: list[Any] = []
     hook = model.routers[0].register_forward_hook(lambda router, inputs, decision: seen.append(inputs[1]))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from rlroute.kernels import ExpertWeights, Form, expert_mlp, operator
 from rlroute.routing import RoutingDecision
 from tests.conftest import draw
+from tests.test_compiling import counters
 from tests.test_engines import E, T, by_experts, limited, slots, tolerances
 
 SLOW = {"cpu": [], "triton": [pytest.mark.slow]}
@@ -75,7 +75,7 @@ IN_FULL = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.processe
 @pytest.mark.parametrize("compiler", ["aot_eager", IN_FULL])
 def test_a_compiled_region_holds_it_without_a_break(compiler: str) -> None:
     torch.compiler.reset()
-    counters.clear()
+    counters().clear()
     learning = [*leaves(False, True)[0], draw(T, 3).float().requires_grad_()]
     ids_TK = slots(0.5).expert_ids_R.view(T, 3)
     runs: list[Callable[..., Tensor]] = [region, torch.compile(region, fullgraph=True, backend=compiler)]
@@ -85,4 +85,4 @@ def test_a_compiled_region_holds_it_without_a_break(compiler: str) -> None:
         found.append([loss.detach(), *torch.autograd.grad(loss, learning)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters()["stats"]["unique_graphs"] == 1 and not counters()["graph_break"]

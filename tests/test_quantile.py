@@ -261,3 +261,13 @@ def test_sequences_are_more_even_the_larger_the_share() -> None:
         rows = router(x_TD, context).expert_ids_R.view(4, length * 2)
         worst.append(max(float(metrics.max_vio(torch.bincount(row, minlength=8))) for row in rows))
     assert worst[2] < worst[1] < worst[0] and worst[2] < 0.7
+
+
+@pytest.mark.parametrize(
+    "config", [{"moving_decay": 0.5}, {"moving_bins": 10}, {"bins": 10}, {"bins": 10, "estimate": "sequence"}]
+)
+def test_a_field_that_does_nothing_is_refused(config: dict[str, Any]) -> None:
+    name = next(iter(config))
+    plain = getattr(QuantileRouter.Config, name)
+    with pytest.raises(ConfigError, match=rf"quantile\.{name} = {config[name]} does nothing .*legal is {plain}"):
+        QuantileRouter.Config(**config)

@@ -42,6 +42,7 @@ from rlroute.training.prepare import check
 from rlroute.training.step import Device, backward_batch, make_context
 from tests.boards import board_of
 from tests.conftest import draw
+from tests.test_attention_experts import assert_same_gradients, context_of
 from tests.tiny import CPU64, DATA, TRAIN, make_batch, make_model, run_batch, run_tokens, shake, small_config
 from tests.toys import toy_model
 
@@ -91,15 +92,6 @@ def by_hand(attention: Any, x_BSD: Tensor, made: Mapping[Site, RoutingDecision])
     return out_TD.view_as(x_BSD)
 
 
-def context_of(model: Any, sequences: int, length: int) -> Any:
-    """Return the context of a batch of that shape."""
-    seen: list[Any] = []
-    hook = model.routers[0].register_forward_hook(lambda router, inputs, decision: seen.append(inputs[1]))
-    run_tokens(model, torch.zeros(sequences, length, dtype=torch.long))
-    hook.remove()
-    return seen[0]
-
-
 @pytest.mark.parametrize(("fields", "router"), CASES.values(), ids=CASES.keys())
 def test_it_is_a_loop_over_heads_and_experts(fields: dict[str, Any], router: dict[str, Any]) -> None:
     model = shake(toy_model(replace(CONFIG, **fields), **router))
@@ -108,14 +100,7 @@ def test_it_is_a_loop_over_heads_and_experts(fields: dict[str, Any], router: dic
     out_BSD, made = attention(x_BSD, context_of(model, 2, 5))
     want_BSD = by_hand(attention, x_BSD, made)
     torch.testing.assert_close(out_BSD, want_BSD, rtol=0, atol=1e-10)
-    leaves = [x_BSD, *attention.parameters()]
-    found, want = (
-        torch.autograd.grad((y_BSD * draw(2, 5, 12, seed=3)).sum(), leaves, retain_graph=True, allow_unused=True)
-        for y_BSD in (out_BSD, want_BSD)
-    )
-    for leaf, one, other in zip(leaves, found, want, strict=True):
-        zero = torch.zeros_like(leaf)
-        torch.testing.assert_close(zero if one is None else one, zero if other is None else other, rtol=0, atol=1e-10)
+    assert_same_gradients(out_BSD, want_BSD, [x_BSD, *attention.parameters()])
 
 
 def test_one_expert_of_gate_one_is_plain_attention() -> None:

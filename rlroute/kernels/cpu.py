@@ -55,9 +55,8 @@ def sort_pairs(decision: RoutingDecision) -> tuple[Tensor, Tensor]:
             f"and {decision.num_experts} for unused"
         )
     counts_E = torch.bincount(experts_R, minlength=decision.num_experts + 1)[:-1]
-    runs_N = torch.nonzero(experts_R < decision.num_experts).squeeze(
-        1
-    )  # unused slots, of which there may be many, are not sorted
+    # Unused slots, of which there may be many, are not sorted.
+    runs_N = torch.nonzero(experts_R < decision.num_experts).squeeze(1)
     if len(runs_N) > decision.most_pairs:
         raise DecisionError(f"{len(runs_N)} pairs run: legal are 0 to {decision.most_pairs}, the decision's max_pairs")
     order_N = torch.argsort(experts_R[runs_N], stable=True)  # stable: sums in a fixed order have fixed bits
@@ -132,9 +131,8 @@ def forward(
         if (factors_CF := form.factors(pairs_N[rows], act_CF.shape[1], act_CF.dtype)) is not None:
             act_CF *= factors_CF
         if not form.gate_at_input:
-            act_CF *= gates_N1[
-                rows
-            ]  # here already, the projection being linear: its outputs are then only to be added up
+            # Here already, the projection being linear: its outputs are then only to be added up.
+            act_CF *= gates_N1[rows]
         y_CD = x_CD  # its values are no longer needed
         of_pieces = (torch.split(tensor, sizes) for tensor in (act_CF, y_CD, outer_N1[rows]))
         for piece, act, y, outer in zip(pieces, *of_pieces, strict=True):
@@ -198,11 +196,7 @@ def backward(
             torch.mul(x_CD, gates_N1[rows], out=source_CD)
         else:
             source_CD = x_CD
-        dout_of, x_of, dhidden_of = (
-            torch.split(dout_CD, sizes),
-            torch.split(source_CD, sizes),
-            torch.split(dhidden_CH, sizes),
-        )
+        dout_of, x_of, dhidden_of = (torch.split(rows_CI, sizes) for rows_CI in (dout_CD, source_CD, dhidden_CH))
         for piece, dout, dact in zip(pieces, dout_of, torch.split(dact_CF, sizes), strict=True):
             torch.mm(dout, out_DF[piece.expert], out=dact)
         act_CF, dgates_N[rows] = _activate_backward(

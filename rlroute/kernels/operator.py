@@ -135,11 +135,15 @@ def _expert_mlp_backward_shapes(dout_TD: Tensor, *rest: Any) -> Gradients:
     return dx, din, dout, dgates, din_bias, dout_bias
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Made) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], made: Made) -> None:
+    ctx.save_for_backward(*inputs[:7], *made[1:])
+    ctx.how = inputs[12:16]
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Made) -> None:
     ctx.set_materialize_grads(False)  # of what only backward reads
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:7], *output[1:])
-    ctx.how = inputs[12:16]
+    _keep(ctx, inputs, output)
 
 
 def _differentiate(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -151,7 +155,7 @@ def _differentiate(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Tensor |
     return *found, *[None] * (len(ctx.needs_input_grad) - len(wanted))
 
 
-_expert_mlp.register_autograd(_differentiate, setup_context=_keep)
+_expert_mlp.register_autograd(_differentiate, setup_context=_set_up)
 
 
 class _Differentiated(torch.autograd.Function):
@@ -160,8 +164,7 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         made: Made = _expert_mlp(*inputs)
-        ctx.save_for_backward(*inputs[:7], *made[1:])
-        ctx.how = inputs[12:16]
+        _keep(ctx, inputs, made)
         return made[0]
 
     backward = staticmethod(_differentiate)

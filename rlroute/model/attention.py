@@ -1,7 +1,8 @@
 """Causal self-attention with rotary positions: plain, or with experts for its query and output projections.
 
 Shape suffixes: B sequences (routing samples included), S sequence length, T = B * S tokens, D model width, N heads, H
-head width, E experts, R routed pairs, P width of one expert's queries, Q places of (token, slot) pairs.
+head width, I channels of all heads, E experts, R routed pairs, P width of one expert's queries, Q places of (token,
+slot) pairs.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Rotary(nn.Module):
         cos_SH, sin_SH = self.cos_SH[:length].to(x_BNSH.dtype), self.sin_SH[:length].to(x_BNSH.dtype)
         a, b = x_BNSH.chunk(2, dim=-1)
         return torch.cat((a * cos_SH - b * sin_SH, a * sin_SH + b * cos_SH), dim=-1)
+
+
+def by_head(x_BSI: Tensor, heads: int) -> Tensor:
+    """Return channels by head, shape (B, N, S, I / N)."""
+    return x_BSI.view(*x_BSI.shape[:2], heads, -1).transpose(1, 2)
 
 
 def attend(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask_BSS: Tensor | None) -> Tensor:
@@ -108,14 +114,9 @@ class Attention(Mixer):
 
     def forward(self, x_BSD: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
         """Return the attention output, shape (B, S, D); ``mask_BSS`` says whom each position attends to."""
-        batch, length, _ = x_BSD.shape
         queries, shared = self.num_heads, self.kv_heads
-        qk_BNSH, v_BNSH = (
-            self.qkv(x_BSD)
-            .view(batch, length, queries + 2 * shared, -1)
-            .transpose(1, 2)
-            .split((queries + shared, shared), dim=1)
-        )
+        qkv_BNSH = by_head(self.qkv(x_BSD), queries + 2 * shared)
+        qk_BNSH, v_BNSH = torch.split(qkv_BNSH, [queries + shared, shared], dim=1)
         q_BNSH, k_BNSH = self.rotary(qk_BNSH).split((queries, shared), dim=1)
         if shared < queries:
             k_BNSH, v_BNSH = (part.repeat_interleave(queries // shared, dim=1) for part in (k_BNSH, v_BNSH))
@@ -124,17 +125,17 @@ class Attention(Mixer):
         return y_BSD
 
 
-class RoutedAttention(Recomputing):
+class RoutedAttention(Recomputing, ABC):
     """Attention of which some projections are experts: its sites decide, by what it is given, and then it runs."""
 
     @property
+    @abstractmethod
     def sites(self) -> Sequence[AttentionExperts | HeadProjection]:
         """Its routed sites, in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixing_flops(self, seq_len: int) -> int:
         """Forward FLOPs of a row's scores and values, whatever its route."""
-        raise NotImplementedError
 
     def forward(
         self, x_BSD: Tensor, context: RoutingContext, mask_BSS: Tensor | None = None
@@ -153,11 +154,11 @@ class RoutedAttention(Recomputing):
             made[shape.site] = decide(site.router, x_TD, here, site.config)
         return cast("tuple[Tensor, dict[Site, RoutingDecision]]", self.forgetting(self.run, x_BSD, made, mask_BSS))
 
+    @abstractmethod
     def run(
         self, x_BSD: Tensor, made: Mapping[Site, RoutingDecision], mask_BSS: Tensor | None = None
     ) -> tuple[Tensor, dict[Site, RoutingDecision]]:
         """Return the attention output of decisions, shape (B, S, D), and these with what their routers wish for."""
-        raise NotImplementedError
 
 
 class AttentionExperts(RoutedAttention):
@@ -236,7 +237,7 @@ class AttentionExperts(RoutedAttention):
         slot_R = places[pairs_R]
         q_QP = q_RP.new_zeros(batch * length * slots + 1, q_RP.shape[1]).index_copy(0, slot_R, q_RP)[:-1]
         q_BNSH = q_QP.view(batch, length, slots * self.num_heads, -1).transpose(1, 2)
-        kv_BNSH = self.kv(x_BSD).view(batch, length, 2 * self.num_heads, -1).transpose(1, 2)
+        kv_BNSH = by_head(self.kv(x_BSD), 2 * self.num_heads)
         k_BNSH, v_BNSH = (part_BNSH.repeat(1, slots, 1, 1) for part_BNSH in kv_BNSH.chunk(2, dim=1))
         y_BNSH = attend(self.rotary(q_BNSH), self.rotary(k_BNSH), v_BNSH, mask_BSS)
         y_QP = y_BNSH.transpose(1, 2).reshape(batch * length * slots, -1)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlroute.config import ModelConfig
-from rlroute.model.attention import Mixer
+from rlroute.model.attention import Mixer, by_head
 from rlroute.model.linear import KeyedLinear
-from rlroute.model.scan import Decay, ShortConvolution, by_head, everything, scan, scan_flops
+from rlroute.model.scan import Decay, ShortConvolution, everything, scan, scan_flops
 
 
 class GatedDelta(Mixer):

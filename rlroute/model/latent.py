@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlroute.config import ModelConfig
-from rlroute.model.attention import Mixer, Rotary, attend, gated, output_gate
+from rlroute.model.attention import Mixer, Rotary, attend, by_head, gated, output_gate
 from rlroute.model.linear import KeyedLinear
 
 
@@ -53,19 +53,17 @@ class LatentAttention(Mixer):
     def _queries(self, x_BSD: Tensor) -> Tensor:
         if self.q_down is not None and self.q_norm is not None:
             x_BSD = _wide_norm(self.q_norm, self.q_down(x_BSD))
-        plain_BNSH, turning_BNSH = torch.split(self._heads(self.q_up(x_BSD)), [self.plain, self.turning], -1)
+        plain_BNSH, turning_BNSH = torch.split(
+            by_head(self.q_up(x_BSD), self.num_heads), [self.plain, self.turning], -1
+        )
         return torch.cat((plain_BNSH, self.rotary(turning_BNSH)), -1)
 
     def _keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         latent_BSR, turning_BSH = torch.split(self.kv_down(x_BSD), [self.kv_up.in_features, self.turning], -1)
-        made_BNSH = self._heads(self.kv_up(_wide_norm(self.kv_norm, latent_BSR)))
+        made_BNSH = by_head(self.kv_up(_wide_norm(self.kv_norm, latent_BSR)), self.num_heads)
         plain_BNSH, v_BNSH = torch.split(made_BNSH, [self.plain, self.value], -1)
         shared_BNSH = self.rotary(turning_BSH[:, None]).expand(-1, self.num_heads, -1, -1)
         return torch.cat((plain_BNSH, shared_BNSH), -1), v_BNSH
-
-    def _heads(self, x_BSC: Tensor) -> Tensor:
-        """Return channels by head, shape (B, N, S, H)."""
-        return x_BSC.view(*x_BSC.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 def _wide_norm(norm: nn.RMSNorm, x_BSR: Tensor) -> Tensor:

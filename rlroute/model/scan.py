@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlroute import seeding
+from rlroute.model.attention import by_head
 
 CHUNK = 32
 """Positions of a chunk."""
@@ -146,11 +147,6 @@ class Decay(nn.Module):
         step_BSI = functional.softplus(x_BSI.to(self.bias_I.dtype) + self.bias_I)
         step_BNSG = by_head(step_BSI, len(self.log_rate_N))
         return step_BNSG, -self.log_rate_N.exp()[:, None, None] * step_BNSG
-
-
-def by_head(x_BSI: Tensor, heads: int) -> Tensor:
-    """Return channels by head, shape (B, N, S, I / N)."""
-    return x_BSI.view(*x_BSI.shape[:2], heads, -1).transpose(1, 2)
 
 
 def everything(x_BSI: Tensor) -> Tensor:

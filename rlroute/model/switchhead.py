@@ -16,7 +16,7 @@ from rlroute.config import ModelConfig
 from rlroute.decision import RoutingDecision
 from rlroute.kernels import combine, gather_linear, linear_combine, make_plan
 from rlroute.model import wishes
-from rlroute.model.attention import Rotary, RoutedAttention, attend
+from rlroute.model.attention import Rotary, RoutedAttention, attend, by_head
 from rlroute.model.linear import KeyedLinear
 from rlroute.model.moe import add_beside_pairs, compute_dtype
 from rlroute.routing import Router, Site
@@ -109,7 +109,7 @@ class SwitchHead(RoutedAttention):
         (batch, length, _), heads, made = x_BSD.shape, self.config.num_heads, dict(made)
         x_TD = x_BSD.flatten(0, 1).to(compute_dtype(x_BSD))
         v_NTH = _project(self.sites[:heads], [x_TD] * heads, made, x_TD)
-        q_BNSH, k_BNSH = self.rotary(self.qk(x_BSD).view(batch, length, 2 * heads, -1).transpose(1, 2)).chunk(2, dim=1)
+        q_BNSH, k_BNSH = self.rotary(by_head(self.qk(x_BSD), 2 * heads)).chunk(2, dim=1)
         y_BNSH = attend(q_BNSH, k_BNSH, v_NTH.view(heads, batch, length, -1).transpose(0, 1), mask_BSS)
         y_NTH = y_BNSH.to(x_TD.dtype).transpose(0, 1).flatten(1, 2)
         out_TD = _project(self.sites[heads:], y_NTH, made, x_TD).sum(0)

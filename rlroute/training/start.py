@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlroute.config import NEWER, ModelConfig, RunConfig, StartConfig
+from rlroute.config import ModelConfig, RunConfig, StartConfig
 from rlroute.errors import ConfigError
+from rlroute.mixing import MIXING
 from rlroute.model import Transformer
 from rlroute.model.accounting import is_expert, is_router
 from rlroute.model.upcycling import DENSE_IN, DENSE_OUT, group_scores, upcycled
@@ -25,7 +26,16 @@ from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import folder_name, own_checkpoints, read_manifest
 from rlroute.training.prepare import meta_model
 
-SAME = ("num_heads", "num_kv_heads", "head_width", "activation", "rope_base", *sorted(NEWER))
+SAME = (
+    "num_heads",
+    "num_kv_heads",
+    "head_width",
+    "activation",
+    "rope_base",
+    "attention_form",
+    "tie_embeddings",
+    *sorted(MIXING),
+)
 """The fields of ``model`` that change what the same weights compute, and that no shape tells."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = Mapping[str, Tensor]
