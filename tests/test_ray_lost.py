@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -16,11 +17,14 @@ from tests.mishaps import MISHAP, ended, spec_of, undisturbed
 pytestmark = pytest.mark.processes
 GOES_ON = "what ended is kept, and the same command goes on"
 RAYLET, GCS = "its raylet here at 127.0.0.2:", "its control store (GCS) at 127.0.0.2:"
+DEAF_SECONDS = 5
+"""How long a control store is deaf before it is killed; Ray's own call, made every two seconds, waits for a minute."""
 BLOWS = {
     ("raylet", signal.SIGKILL): RAYLET,
     ("raylet", signal.SIGTERM): RAYLET,
     ("GCS", signal.SIGKILL): GCS,
     ("GCS", signal.SIGTERM): GCS,
+    ("GCS", signal.SIGSTOP): GCS,
     ("Ray driver", signal.SIGKILL): "the process that drives it has ended, by signal SIGKILL",
     ("driver", signal.SIGTERM): "stopped",
     ("driver", signal.SIGHUP): "stopped",
@@ -68,6 +72,9 @@ def strike(victim, blow, process, family):
     else:
         (pid,) = filter(victims.VICTIMS[victim], family)
         os.kill(pid, blow)
+        if blow == signal.SIGSTOP:
+            time.sleep(DEAF_SECONDS)
+            os.kill(pid, signal.SIGKILL)
 
 
 def last_line(process):

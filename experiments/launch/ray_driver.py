@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -54,7 +55,7 @@ def main(descriptor: int) -> None:
     try:
         with session(how) as (tune, scratch):
             tell("ready")
-            threading.Thread(target=_look, args=(tell,), daemon=True).start()
+            _look(tell)
             run_trials(tune, jobs, routers, how, scratch, search, tell)
             over.set()
             tell("done")
@@ -76,20 +77,35 @@ def _end_with(pipe: Connection, over: threading.Event) -> None:
 
 
 def _look(tell: Line) -> None:
-    """Tell again and again that Ray is alive, and at last that it is lost."""
+    """Tell again and again that Ray is alive, and at last that it is lost.
+
+    Both looks are taken side by side: where the control store has just ended, Ray takes a minute to answer.
+    """
     import ray
 
     context = ray.get_runtime_context()
     node, places = context.get_node_id(), {"its control store (GCS)": context.gcs_address}
     (here,) = (there for there in ray.nodes() if there["NodeID"] == node)
     places["its raylet here"] = f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
-    seen = time.monotonic()
+
+    def nobody_listens() -> str | None:
+        return next((f"{what} at {at}: {why}" for what, at in places.items() if (why := unreachable(at))), None)
+
+    def given_up() -> str | None:
+        if not any(there["Alive"] for there in ray.nodes() if there["NodeID"] == node):
+            return nobody_listens() or "it has given up the node that this command runs on"
+        tell("alive")
+        return None
+
+    for look in (nobody_listens, given_up):
+        threading.Thread(target=_until_lost, args=(look, tell), daemon=True).start()
+
+
+def _until_lost(look: Callable[[], str | None], tell: Line) -> None:
+    """Tell that Ray is lost, as soon as a look has said so, and why, for long enough."""
+    seen, lost = time.monotonic(), None
     while time.monotonic() - seen < LOST_SECONDS:
         time.sleep(LOOK_SECONDS)
-        lost = next((f"{what} at {at}: {why}" for what, at in places.items() if (why := unreachable(at))), None)
-        if lost is None and not any(there["Alive"] for there in ray.nodes() if there["NodeID"] == node):
-            lost = "it has given up the node that this command runs on"
-        if lost is None:
+        if (lost := look()) is None:
             seen = time.monotonic()
-            tell("alive")
     tell("lost", lost)
