@@ -16,7 +16,8 @@ from tests.mishaps import MISHAP, ended, spec_of, undisturbed
 
 pytestmark = pytest.mark.processes
 GOES_ON = "what ended is kept, and the same command goes on"
-RAYLET, GCS = "its raylet here at 127.0.0.2:", "its control store (GCS) at 127.0.0.2:"
+NAMES = {"raylet": "its raylet here", "GCS": "its control store (GCS)"}
+RAYLET, GCS = (f"{name} at 127.0.0.2:" for name in NAMES.values())
 DEAF_SECONDS = 5
 """How long a control store is deaf before it is killed; Ray's own call, made every two seconds, waits for a minute."""
 BLOWS = {
@@ -59,6 +60,19 @@ def test_whatever_is_lost_ends_the_command_and_the_same_one_goes_on(blows, tmp_p
     assert "4 of 4 runs ended, 0 set aside" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before  # no run twice
     assert table(tmp_path / "runs").encode() == table(undisturbed(tmp_path)).encode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["GCS", "raylet"])
+def test_what_is_lost_while_ray_starts_ends_the_command_too(victim, tmp_path, marked):
+    """Nobody knows yet where it listens, and Ray waits for it for a minute."""
+    process = start(tmp_path, "sweep", spec_of(tmp_path, ("hash",), 12, 4))
+    until(lambda: any(map(victims.VICTIMS[victim], marked())) or ended(process))
+    strike(victim, signal.SIGKILL, process, marked())
+    line = last_line(process)
+    assert (
+        process.returncode == 2 and line.startswith(f"error: Ray was lost: {NAMES[victim]}") and line.endswith(GOES_ON)
+    )
 
 
 def in_the_middle(store):

@@ -68,6 +68,7 @@ COMMAND = (sys.executable, "-m", "rlroute", "sweep", "soak.toml", "--retries", "
 def main() -> None:
     """Run the soak, write its record, and exit with 1 if anything was lost."""
     asked, began = arguments(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends what it has started
     draw = random.Random(asked.seed)
     blows = drawn(draw, asked)
     scenes = []

@@ -1,8 +1,8 @@
 """The process that drives Ray: it trains what :mod:`rlroute.experiments.launch.supervisor` sends it, and tells it what
 happens.
 
-It ends when its supervisor does. From time to time it looks whether Ray is still there, whose own calls would wait for
-ever.
+It ends when its supervisor does, and tells it from time to time that Ray answers. Where Ray is gone its own calls wait
+for minutes, some of them without letting another thread run: whether it listens at all is for the supervisor to see.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rlroute.errors import RlrouteError
 from rlroute.experiments.launch.ray_session import session
-from rlroute.experiments.launch.reach import unreachable
+from rlroute.experiments.launch.reach import LOOK_SECONDS, LOST_SECONDS
 from rlroute.experiments.launch.trials import run_trials
 
-LOOK_SECONDS = 2.0
-LOST_SECONDS = 15.0
-"""How long Ray's processes may be out of reach before Ray counts as lost."""
 LEAVE_SECONDS = 20.0
 """How long Ray may take to stop, once nobody listens any more."""
 
@@ -54,8 +50,8 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_end_with, args=(pipe, over), daemon=True).start()
     try:
         with session(how) as (tune, scratch):
-            tell("ready")
-            _look(tell)
+            tell("ready", _places())
+            threading.Thread(target=_look, args=(tell,), daemon=True).start()
             run_trials(tune, jobs, routers, how, scratch, search, tell)
             over.set()
             tell("done")
@@ -76,36 +72,24 @@ def _end_with(pipe: Connection, over: threading.Event) -> None:
         os._exit(1)
 
 
-def _look(tell: Line) -> None:
-    """Tell again and again that Ray is alive, and at last that it is lost.
-
-    Both looks are taken side by side: where the control store has just ended, Ray takes a minute to answer.
-    """
+def _places() -> dict[str, str]:
+    """Return where Ray listens, by what does."""
     import ray
 
     context = ray.get_runtime_context()
-    node, places = context.get_node_id(), {"its control store (GCS)": context.gcs_address}
-    (here,) = (there for there in ray.nodes() if there["NodeID"] == node)
-    places["its raylet here"] = f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
-
-    def nobody_listens() -> str | None:
-        return next((f"{what} at {at}: {why}" for what, at in places.items() if (why := unreachable(at))), None)
-
-    def given_up() -> str | None:
-        if not any(there["Alive"] for there in ray.nodes() if there["NodeID"] == node):
-            return nobody_listens() or "it has given up the node that this command runs on"
-        tell("alive")
-        return None
-
-    for look in (nobody_listens, given_up):
-        threading.Thread(target=_until_lost, args=(look, tell), daemon=True).start()
+    (here,) = (there for there in ray.nodes() if there["NodeID"] == context.get_node_id())
+    raylet = f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
+    return {"its control store (GCS)": context.gcs_address, "its raylet here": raylet}
 
 
-def _until_lost(look: Callable[[], str | None], tell: Line) -> None:
-    """Tell that Ray is lost, as soon as a look has said so, and why, for long enough."""
-    seen, lost = time.monotonic(), None
+def _look(tell: Line) -> None:
+    """Tell again and again that Ray is alive, and at last that it has given up this node."""
+    import ray
+
+    node, seen = ray.get_runtime_context().get_node_id(), time.monotonic()
     while time.monotonic() - seen < LOST_SECONDS:
         time.sleep(LOOK_SECONDS)
-        if (lost := look()) is None:
+        if any(there["Alive"] for there in ray.nodes() if there["NodeID"] == node):
             seen = time.monotonic()
-    tell("lost", lost)
+            tell("alive")
+    tell("lost", "it has given up the node that this command runs on")

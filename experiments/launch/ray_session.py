@@ -96,7 +96,7 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
     killed.
 
     Raises:
-        ConfigError: the cluster cannot be reached, or has no room for a trial.
+        ConfigError: Ray has not started, the cluster cannot be reached, or has no room for a trial.
         MissingDependencyError: Ray is not installed.
     """
     before = os.environ.copy()
@@ -122,24 +122,22 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
 
 
 def _connect(ray: Any, how: Launch, scratch: Path) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if how.cluster is None:
         wanted = how.cpus * how.workers * (how.concurrency or 1)
-        ray.init(
-            address="local",
-            num_cpus=max(cores(), math.ceil(wanted)),
-            include_dashboard=False,
-            object_store_memory=80 * 2**20,
-            _temp_dir=str(scratch / "ray"),
+        options |= {
+            "num_cpus": max(cores(), math.ceil(wanted)),
+            "include_dashboard": False,
+            "object_store_memory": 80 * 2**20,
+            "_temp_dir": str(scratch / "ray"),
             # 127.0.0.1 is "this machine" to Ray, which then takes its address in the network.
-            _node_ip_address=LOOPBACK,
-            **quiet,
-        )
-        return
+            "_node_ip_address": LOOPBACK,
+        }
     try:
-        ray.init(address=how.cluster, **quiet)
+        ray.init(address=how.cluster or "local", **options)
     except Exception as error:  # also authentication errors, which are of classes of Ray's own
-        raise ConfigError(f"--address {how.cluster}: {' '.join(str(error).split())[:300]}") from error
+        begun = "Ray has not started" if how.cluster is None else f"--address {how.cluster}"
+        raise ConfigError(f"{begun}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _require_room(nodes: Sequence[dict[str, float]], how: Launch) -> None:

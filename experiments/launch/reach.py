@@ -5,15 +5,23 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 SECONDS = 5.0
+LOOK_SECONDS = 2.0
+LOST_SECONDS = 15.0
+"""How long Ray's processes may be out of reach before Ray counts as lost."""
 
 
 def unreachable(address: str, seconds: float = SECONDS) -> str | None:
     """Return why nothing is reached at ``HOST:PORT`` within so many seconds, None if something listens there."""
     host, _, port = address.rpartition(":")
     return _within(seconds, lambda: socket.create_connection((host.strip("[]"), int(port)), seconds).close())
+
+
+def out_of_reach(places: Mapping[str, str]) -> str | None:
+    """Return which of several addresses, by what listens there, is not reached, and why; None if all are."""
+    return next((f"{what} at {at}: {why}" for what, at in places.items() if (why := unreachable(at))), None)
 
 
 def deaf(host: str, seconds: float = SECONDS) -> str | None:

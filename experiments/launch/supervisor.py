@@ -14,23 +14,27 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
 from rlroute.experiments.launch.ray_session import LOOPBACK, remove_orphans
-from rlroute.experiments.launch.reach import deaf, unreachable
+from rlroute.experiments.launch.reach import LOOK_SECONDS, LOST_SECONDS, deaf, out_of_reach, unreachable
 
 START_SECONDS, JOIN_SECONDS = 600.0, 120.0
 """How long Ray may take to start, and a cluster to let this process in."""
 SILENCE_SECONDS = 50.0
 """How long nothing may be heard of a Ray that is there: it is asked every two seconds."""
 LEAVE_SECONDS = 30.0
+PARTS = {"gcs_server": "its control store (GCS)", "raylet": "its raylet here"}
+"""Processes of a Ray of our own, which last as long as the one that drives it."""
 DRIVER = """
 import json, sys
 sys.argv[0], sys.path[:] = json.loads(sys.argv[2])
@@ -93,9 +97,9 @@ def through_ray(
     with _driver(surroundings) as driver:
         with contextlib.suppress(BrokenPipeError):  # it has ended: what is heard next says how
             driver.pipe.send((plain, list(map(str, included())), how, search))
-        driver.hear(start, ConfigError(f"{late} within {start:.0f} s"))
+        _, places = driver.hear(start, ConfigError(f"{late} within {start:.0f} s"), {})
         silence = LostRayError(f"it has not answered for {SILENCE_SECONDS:.0f} s")
-        while (message := driver.hear(SILENCE_SECONDS, silence))[0] != "done":
+        while (message := driver.hear(SILENCE_SECONDS, silence, places))[0] != "done":
             if message[0] == "set aside":
                 reasons[message[1]] = message[2]
                 say(*message[1:])
@@ -143,6 +147,20 @@ def _driver(surroundings: dict[str, str]) -> Iterator[_Driver]:
                 remove_orphans()
 
 
+def _ended(driver: int) -> str | None:
+    """Return which part of the Ray that a process drives has ended: until Ray has started, nobody knows where it would
+    listen. There is no telling without /proc.
+    """
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            begun, _, rest = entry.read_text().rpartition(") ")
+            state, parent, *_ = rest.split()
+            name = begun.partition(" (")[2]
+            if state == "Z" and int(parent) == driver and name in PARTS:
+                return f"{PARTS[name]} has ended"
+    return None
+
+
 @dataclass(frozen=True)
 class _Driver:
     process: subprocess.Popen[bytes]
@@ -150,20 +168,25 @@ class _Driver:
     log: IO[bytes]
     """What Ray says on its own account."""
 
-    def hear(self, seconds: float, silence: RlrouteError) -> tuple[Any, ...]:
+    def hear(self, seconds: float, silence: RlrouteError, places: Mapping[str, str]) -> tuple[Any, ...]:
         """Return the next message: ready, alive, done, or what has happened to a run.
 
         Args:
             seconds: how long it may take.
             silence: the error if it takes longer.
+            places: where Ray listens, by what does.
 
         Raises:
             LostRayError: Ray is gone, or the process that drives it.
             RlrouteError: it refuses to work.
         """
-        if not self.pipe.poll(seconds):
-            self.process.kill()
-            raise silence
+        began = reached = time.monotonic()
+        while not self.pipe.poll(LOOK_SECONDS):
+            lost, now = out_of_reach(places) or _ended(self.process.pid), time.monotonic()
+            reached = reached if lost else now
+            if now - began > seconds or now - reached > LOST_SECONDS:
+                self.process.kill()  # its calls of Ray may never return
+                raise LostRayError(lost) if lost else silence
         try:
             message: tuple[Any, ...] = self.pipe.recv()
         except (EOFError, OSError) as error:
@@ -174,7 +197,7 @@ class _Driver:
             raise RuntimeError(f"the process that drives Ray failed:\n{message[1]}")
         if message[0] == "lost":
             self.process.kill()  # its calls of Ray may never return
-            raise LostRayError(message[1])
+            raise LostRayError(out_of_reach(places) or message[1])
         return message
 
     def _end(self) -> str:
