@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlroute.errors import RlrouteError
-from rlroute.experiments.launch.ray_session import session
+from rlroute.experiments.launch.ray_session import NotStartedError, session
 from rlroute.experiments.launch.reach import LOOK_SECONDS, LOST_SECONDS
 from rlroute.experiments.launch.trials import run_trials
 
@@ -55,6 +55,8 @@ def main(descriptor: int) -> None:
             run_trials(tune, jobs, routers, how, scratch, search, tell)
             over.set()
             tell("done")
+    except NotStartedError as error:
+        tell("lost", f"it has not started: {error}")
     except RlrouteError as error:
         tell("refused", error)
     except Exception:  # of Ray's, or a defect

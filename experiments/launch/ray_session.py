@@ -38,6 +38,10 @@ TOKEN = secrets.token_hex(32)
 WANT_OF_MEMORY = "for want of memory"
 
 
+class NotStartedError(Exception):
+    """A Ray of our own has not started, and why."""
+
+
 def require_installed() -> None:
     """Refuse to go on without Ray, without importing it.
 
@@ -96,8 +100,9 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
     killed.
 
     Raises:
-        ConfigError: Ray has not started, the cluster cannot be reached, or has no room for a trial.
+        ConfigError: the cluster cannot be reached, or has no room for a trial.
         MissingDependencyError: Ray is not installed.
+        NotStartedError: a Ray of our own has not started.
     """
     before = os.environ.copy()
     if how.cluster is None:  # whatever is set for another cluster
@@ -136,8 +141,10 @@ def _connect(ray: Any, how: Launch, scratch: Path) -> None:
     try:
         ray.init(address=how.cluster or "local", **options)
     except Exception as error:  # also authentication errors, which are of classes of Ray's own
-        begun = "Ray has not started" if how.cluster is None else f"--address {how.cluster}"
-        raise ConfigError(f"{begun}: {' '.join(str(error).split())[:300]}") from error
+        why = " ".join(str(error).split())[:300]
+        if how.cluster is None:
+            raise NotStartedError(why) from error
+        raise ConfigError(f"--address {how.cluster}: {why}") from error
 
 
 def _require_room(nodes: Sequence[dict[str, float]], how: Launch) -> None:
