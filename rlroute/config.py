@@ -43,7 +43,7 @@ SCHEMA = 2
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
-NEWER = {"attention_form", "tie_embeddings"} | MIXING
+NEWER = {"attention_form", "tie_embeddings", "init_scale"} | MIXING
 """Fields of ``model`` that its dictionary leaves out at their defaults: ids from before they were there stay."""
 
 _SITES = re.compile(r"(mlp|attention|value|output)?(?:(\d+)(?:-(\d+))?)?")
@@ -126,6 +126,10 @@ class ModelConfig(Mixing, LayerVariants):
     rope_base: Positive = 10_000.0
     tie_embeddings: bool = False
     """One matrix for both embeddings, of tokens and of logits (Press and Wolf 2017, arXiv 1608.05859)."""
+    init_scale: Positive = 1.0
+    """Variance of the initial weights over the usual one, 1 / inputs (Switch, arXiv 2101.03961, section 2.4: a tenth is
+    steadier). Embeddings and routers start as they do.
+    """
 
     @property
     def num_free_experts(self) -> int:

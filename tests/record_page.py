@@ -58,6 +58,7 @@ UNITS = {
     "s": ("seconds",),
     "tokens/s": ("tokens_per_second",),
     "nats/token": ("loss", "nats", "nats_C"),
+    "nats": ("nats_W",),
     "bits/byte": ("bits_per_byte", "floor_bits_per_byte"),
     "nats/token per unit of weight": ("grad_norm", "router_grad_norm"),
     "experts": ("dead_L", "num_experts", "num_shared_experts"),

@@ -57,7 +57,7 @@ def pairs_by_hand(decisions: list[Any]) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("rule", RULES)
 def test_pairs_and_tokens_without_any_are_those_of_the_decisions(rule: str, fields: dict[str, Any]) -> None:
     model, batch = toy_model(small_config(**fields), rule=rule), make_batch()
-    row = evaluate(model, [batch], torch.ones(V).numpy(), CPU64, seed=0, step=0, sampled=False)
+    row = evaluate(model, [batch], torch.ones(V).numpy(), CPU64, seed=0, step=0, final=False)
     result = backward_batch(model, batch, CPU64, seed=0, step=0, micro_batches=1)
     trained = numbers(result.per_token())
     for explore, found in ((False, row), (True, trained)):
@@ -98,7 +98,7 @@ def counted(config: ModelConfig, **router: Any) -> float:
 def test_booked_flops_are_those_that_run(rule: str, fields: dict[str, Any]) -> None:
     config = small_config(**fields)
     model = toy_model(config, rule=rule)
-    row = evaluate(model, [make_batch(3)], torch.ones(V).numpy(), CPU64, seed=0, step=0, sampled=False)
+    row = evaluate(model, [make_batch(3)], torch.ones(V).numpy(), CPU64, seed=0, step=0, final=False)
     booked = costs(model, config, 8).per_token(row["pairs_L"])["flops_per_token"]
     assert booked == pytest.approx(counted(config, rule=rule), abs=1)
 
@@ -109,7 +109,7 @@ def test_booked_flops_of_attention_experts_are_those_that_run(rule: str, fields:
     """Where every slot is used: an unused one is not booked, though its zeros go through the attention."""
     config = small_config(attention_experts=3, **fields)
     model = toy_model(config, rule=rule)
-    row = evaluate(model, [make_batch(3)], torch.ones(V).numpy(), CPU64, seed=0, step=0, sampled=False)
+    row = evaluate(model, [make_batch(3)], torch.ones(V).numpy(), CPU64, seed=0, step=0, final=False)
     booked = costs(model, config, 8).per_token(row["pairs_L"])["flops_per_token"]
     assert booked == pytest.approx(counted(config, rule=rule), abs=1)
 

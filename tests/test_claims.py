@@ -218,21 +218,42 @@ def test_regret_is_read_by_confidence() -> None:
 
 
 def test_a_part_is_a_sum_over_arms_or_a_measure_of_two() -> None:
-    runs = {"a": run_of([8, 5], training_flops=6.0), "b": run_of([8, 3], training_flops=2.0), "c": run_of([])}
-    assert values_of(MEASURES["bits"], {"a": 1, "b": -2}, runs) == (5 - 2 * 3, "")
-    assert values_of(MEASURES["bits"], {"a": 1, "c": -1}, runs) == (None, "c")
-    assert values_of(MEASURES["cost_ratio"], {"a": 1, "b": -1}, runs) == (3, "")
-    runs["d"] = run_of([8, 3])
-    assert values_of(MEASURES["cost_ratio"], {"a": 1, "d": -1}, runs) == (None, "a against d")
+    runs = {"a": [run_of([8, 5], training_flops=6.0)], "b": [run_of([8, 3], training_flops=2.0)], "c": [run_of([])]}
+    assert values_of(MEASURES["bits"], {"a": 1, "b": -2}, runs, 0) == (5 - 2 * 3, "")
+    assert values_of(MEASURES["bits"], {"a": 1, "c": -1}, runs, 0) == (None, "c")
+    assert values_of(MEASURES["cost_ratio"], {"a": 1, "b": -1}, runs, 0) == (3, "")
+    runs["d"] = [run_of([8, 3])]
+    assert values_of(MEASURES["cost_ratio"], {"a": 1, "d": -1}, runs, 0) == (None, "a against d")
     assert not math.isnan(load_swing(SimpleNamespace(loads=[])) or 0)  # type: ignore[arg-type]
+
+
+def test_a_spread_is_the_mean_distance_from_the_median_over_seeds() -> None:
+    wide, narrow = [5.0, 2.0, 9.0], [3.0, 3.5, 3.25]
+    runs = {"wide": [run_of([8, bits]) for bits in wide], "narrow": [run_of([8, bits]) for bits in narrow]}
+    of = {"narrow": 1.0, "wide": -1.0}
+    assert [values_of(MEASURES["spread"], of, runs, seed) for seed in range(3)] == [(0.25, ""), (-2.75, ""), (-4.0, "")]
+    runs["wide"][1] = run_of([])
+    assert [values_of(MEASURES["spread"], of, runs, seed) for seed in range(3)] == 3 * [(None, "wide")]
+
+
+def test_balance_is_gained_and_lost_between_windows_of_the_training() -> None:
+    even, uneven = [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]
+    rows = [(10, uneven), (200, even), (300, even), (600, uneven), (900, uneven), (1000, even)]
+    record: Any = SimpleNamespace(loads=[{"step": step, "load_LE": [load_E, even]} for step, load_E in rows])
+    assert MEASURES["gini_gained"].of(SimpleNamespace(record=record)) == pytest.approx(0.75 / 2)  # of one site of two
+    assert MEASURES["gini_lost"].of(SimpleNamespace(record=record)) == pytest.approx(0.75 / 4)
+    record.loads = record.loads[1:]
+    assert MEASURES["gini_gained"].of(SimpleNamespace(record=record)) is None, "nothing is known of the start"
 
 
 def test_what_a_run_shows_up_to_where_it_diverged_is_no_value() -> None:
     rows = [{"loss": loss, "grad_norm": 1.0} for loss in [7, 5, 6] + 40 * [5]]
-    ended, diverged = ({"s": sample(train=rows, summary={"final": final})} for final in ({"bits_per_byte": 5.0}, None))
+    ended, diverged = (
+        {"s": [sample(train=rows, summary={"final": final})]} for final in ({"bits_per_byte": 5.0}, None)
+    )
     for name, value in (("loss_rise", 1), ("spikes", 0)):
-        assert values_of(MEASURES[name], {"s": 1}, ended) == (value, "")
-        assert values_of(MEASURES[name], {"s": 1}, diverged) == (None, "s")
+        assert values_of(MEASURES[name], {"s": 1}, ended, 0) == (value, "")
+        assert values_of(MEASURES[name], {"s": 1}, diverged, 0) == (None, "s")
 
 
 def test_a_page_without_outcomes_names_every_claim() -> None:

@@ -83,9 +83,9 @@ def test_compiled_and_eager_agree(case):
     }
     assert graphs == one_for_all_layers[case]
     assert not counters()["graph_break"]
-    texts = [evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, sampled=False) for _ in range(2)]
+    texts = [evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, final=False) for _ in range(2)]
     set_compiled(model, False)
-    eager = evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, sampled=False)
+    eager = evaluate(model, [batch], torch.ones(V).numpy(), CPU, seed=0, step=0, final=False)
     assert texts[0] == texts[1] and math.isclose(texts[0]["loss"], eager["loss"], rel_tol=1e-5)
 
 

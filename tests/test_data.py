@@ -11,6 +11,7 @@ import os
 import sys
 import tracemalloc
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -165,12 +166,22 @@ def test_a_distribution_gives_its_sources_in_order(write_files, monkeypatch: pyt
     files = {f"rlroute_demo-1.5.dist-info/{name}": data for name, data in info.items()}
     root = write_files(files | {"demo/a.py": b"a = 1\r\n", "demo/b.py": b"\xff"})
     monkeypatch.syspath_prepend(root)
-    documents, found = package_documents("rlroute-demo")
+    documents, (found,) = package_documents("rlroute-demo")
     assert documents == [Document("demo/a.py", b"a = 1\r\n"), Document("demo/b.py", b"\xff")]
     assert found.version == "1.5"
     (root / "demo/b.py").unlink()
     with pytest.raises(DataError, match=r"b\.py' cannot be read"):
         package_documents("rlroute-demo")
+
+
+def test_several_distributions_are_one_corpus_in_the_order_that_is_given() -> None:
+    apart = {name: package_documents(name)[0] for name in ("rich", "tyro")}
+    for names in ("rich,tyro", "tyro,rich"):
+        documents, found = package_documents(names)
+        assert [one.metadata["Name"] for one in found] == names.split(",")
+        assert documents == [document for name in names.split(",") for document in apart[name]]
+    made = load_corpus("package:rich,tyro").provenance
+    assert made["distribution"] == "rich, tyro" and made["version"] == ", ".join(map(version, ("rich", "tyro")))
 
 
 def test_the_standard_library_is_a_corpus() -> None:
@@ -605,6 +616,8 @@ def test_shards_stay_on_disk(write_files) -> None:
         ("stdlib:os", r"'stdlib:os': unknown"),
         ("synth", r"'synth': unknown"),
         ("package:", r"no distribution '' is installed"),
+        ("package:rich,no-such-thing", r"'package:rich,no-such-thing': no distribution 'no-such-thing' is installed"),
+        ("package:rich,tyro,Rich", "'Rich' is named twice; legal is once"),
         ("package:no-such-thing", r"no distribution 'no-such-thing' is installed"),
         ("file:/no/such/*.txt", r"no file matches '/no/such/\*\.txt'"),
         ("bin:/no/such/*.bin,vocab=9,bytes_per_token=1", r"no file matches '/no/such/\*\.bin'"),

@@ -132,7 +132,7 @@ def test_nothing_in_a_run_lacks_a_deterministic_form(entry, shape):
             result = backward_batch(net, batch, CPU, seed=0, step=step, micro_batches=2, progress=step / 2)
             optimizer.step(step, step / 2)
             adapt(net.routers, result.sums_L, step / 2)
-        evaluate(net, batches, corpus.token_bytes_V, CPU, seed=0, step=2, sampled=True)
+        evaluate(net, batches, corpus.token_bytes_V, CPU, seed=0, step=2, final=True)
         if entry == ENTRIES[1] or shape == "plain":
             audit(net, costs, batches, 2, CPU, seed=0, step=1, progress=1.0)
     assert watch.seen and not watch.found

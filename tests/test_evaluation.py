@@ -6,6 +6,7 @@ Shape suffixes: B sequences, S sequence length, V vocabulary, E experts, L layer
 import math
 import weakref
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ def many_experts(router: str | None, **fields: Any) -> Transformer:
     return shake(make_model(router, small_config(num_experts=EXPERTS, **fields)))
 
 
-def results(model: Transformer, batches: list[Batch], sampled: bool = False) -> dict[str, Any]:
-    return evaluate(model, batches, BYTES_V, CPU64, sampled=sampled, progress=0.5, **KEY)
+def results(model: Transformer, batches: list[Batch], final: bool = False) -> dict[str, Any]:
+    return evaluate(model, batches, BYTES_V, CPU64, final=final, progress=0.5, **KEY)
 
 
 def run_all(
@@ -167,7 +168,7 @@ def test_the_sampled_policy_stands_beside_the_greedy_one(batches: list[Batch]) -
     model = many_experts("reinforce")
     greedy_nats, greedy_L = run_all(model, batches)
     sampled_nats, drawn_L = run_all(model, batches, explore=True)
-    row = results(model, batches, sampled=True)
+    row = results(model, batches, final=True)
     tokens = sum(batch.targets_BS.size for batch in batches)
     assert row["loss"] == pytest.approx(greedy_nats / tokens, rel=1e-9)
     assert row["sampled"]["loss"] == pytest.approx(sampled_nats / tokens, rel=1e-9)
@@ -181,7 +182,21 @@ def test_the_sampled_policy_stands_beside_the_greedy_one(batches: list[Batch]) -
             shares += [len({*a} & {*b}) / 2 for a, b in pairs]
         assert found == pytest.approx(mean(shares), rel=1e-9) and 0 < found < 1
     assert results(model, batches)["sampled"] is None
-    assert results(many_experts("hash"), BATCHES, sampled=True)["sampled"] is None, "nothing is drawn"
+    assert results(many_experts("hash"), BATCHES, final=True)["sampled"] is None, "nothing is drawn"
+
+
+@pytest.mark.parametrize("router", ["switch", "reinforce", None])
+def test_the_final_evaluation_has_the_greedy_loss_of_each_window(router: str | None) -> None:
+    model = many_experts(router)
+    row = results(model, UNEQUAL, final=True)
+    alone = [
+        replace(batch, **{name: getattr(batch, name)[i : i + 1] for name in ("tokens_BS", "targets_BS", "sequence_B")})
+        for batch in UNEQUAL
+        for i in range(len(batch.tokens_BS))
+    ]
+    wanted = [results(model, [window])["loss"] * window.targets_BS.size for window in alone]
+    assert row["nats_W"] == pytest.approx(wanted, abs=6e-5) and len(set(row["nats_W"])) == len(alone) > 3
+    assert "nats_W" not in results(model, UNEQUAL)
 
 
 @pytest.mark.parametrize("router", ["switch", "reinforce"])
@@ -201,7 +216,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(router: str, monkeypatc
     monkeypatch.setattr("rlroute.training.evaluate.forward", watched)
     for count in (4, 40):
         living.clear()
-        results(model, [make_batch(seed=seed) for seed in range(count)], sampled=True)
+        results(model, [make_batch(seed=seed) for seed in range(count)], final=True)
         passes = 2 if router == "reinforce" else 1
         assert len(living) == passes * count
         assert max(living[passes:]) <= max(living[: 2 * passes]) <= 2 * passes * (1 + 2 * 4)

@@ -166,7 +166,7 @@ def test_pairs_of_free_experts_count_as_demand_and_load_and_run_nothing() -> Non
         assert len(result.demand_L[index]) == 9 and int(result.demand_L[index].sum()) == 3 * 16
         assert int(result.pairs_L[index]) == int(real_TK.sum())
         assert int(result.without_L[index]) == int((~real_TK.any(1)).sum())
-    totals = _Totals(model)
+    totals = _Totals(model, 1)
     totals.add_decisions([decision.detach() for decision in seen])
     balance = totals.balance()
     assert torch.equal(balance["pairs_L"], result.per_token()["pairs_L"])

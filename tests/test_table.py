@@ -7,7 +7,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 import random
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -360,6 +362,33 @@ def test_an_entry_without_a_finished_run_stands_last() -> None:
     table = build_table(runs)
     assert table.rows[-1].label == "switch" and table.rows[-1].n == 0
     assert all(row.difference is None for row in table.rows) and "| diverged |" in to_markdown(table)
+
+
+def with_windows(run: RunRecord, nats: Sequence[float]) -> RunRecord:
+    """Return the run with the losses of its validation windows, of 100 bytes each."""
+    final = final_of(run) | {"nats_W": list(nats), "bits_per_byte": math.fsum(nats) / math.log(2) / 100 / len(nats)}
+    return changed(run, "summary.final", final)
+
+
+@pytest.mark.parametrize("windows", [4, 24])
+def test_another_sample_of_validation_tokens_would_move_a_difference_by_so_much(windows: int) -> None:
+    """The same in both seeds where seeds differ in the whole: half a t interval over windows."""
+    draw = random.Random(windows)
+    shared = [draw.gauss(400, 50) for _ in range(windows)]
+    moved = [draw.gauss(2, 1) for _ in range(windows)]
+    runs = []
+    for seed in range(2):
+        runs.append(with_windows(make_run("switch", seed), [nats + seed for nats in shared]))
+        own = [nats + more + seed for nats, more in zip(shared, moved, strict=True)]
+        runs.append(with_windows(make_run("hash", seed), own))
+    table = build_table(runs, "switch")
+    row, half = row_of(table, "hash"), t_interval(moved).half_width
+    assert half is not None and row.sample_noise == pytest.approx(half / math.log(2) / 100, rel=1e-9)
+    assert row_of(table, "switch").sample_noise is None
+    (note,) = [text for title, text in table.notes if title.startswith("Sample of validation tokens")]
+    assert note == f"hash ± {row.sample_noise:.4f}"
+    old = build_table([*runs[:2], make_run("switch", 1), *runs[3:]], "switch")
+    assert row_of(old, "hash").sample_noise is None, "a record does not say"
 
 
 def test_sampled_loss_of_a_stochastic_router_is_said() -> None:

@@ -141,7 +141,7 @@ def test_a_run_says_what_it_reaches_on_training_tokens_and_trains_no_otherwise(t
     load_weights(folders[seen], model, folders[seen].name)
     batches = eval_batches(corpus, num_tokens=128, batch_size=4, seq_len=16, part="train")
     device = Device("cpu", torch.float32)
-    by_hand = evaluate(model, batches, corpus.token_bytes_V, device, seed=0, step=12, progress=1.0, sampled=False)
+    by_hand = evaluate(model, batches, corpus.token_bytes_V, device, seed=0, step=12, progress=1.0, final=False)
     assert losses[-1] == {name: by_hand[name] for name in ("loss", "bits_per_byte")}
     one, other = (figures(folder) for folder in folders.values())
     for figure in (one, other):

@@ -299,6 +299,21 @@ def test_initial_weights_have_the_standard_deviations_that_the_names_promise() -
     assert not unseen
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_shared_experts": 1, "expert_bias": True, "attention_experts": 4},
+        {"tie_embeddings": True, "kv_rank": 4, "mixers": "mamba2+attention"},
+    ],
+)
+def test_the_variance_of_initial_weights_is_scaled_but_for_embeddings_and_routers(fields: dict[str, Any]) -> None:
+    usual, tenth = (make_model("switch", small_config(init_scale=scale, **fields)) for scale in (1.0, 0.1))
+    found = dict(tenth.named_parameters())
+    for name, parameter in usual.named_parameters():
+        scaled = parameter.dim() > 1 and not name.startswith("embed.") and ".router." not in name
+        torch.testing.assert_close(found[name], parameter * (0.1**0.5 if scaled else 1.0), rtol=1e-6, atol=0)
+
+
 def test_no_two_matrices_start_alike() -> None:
     model = make_model("switch", small_config(num_shared_experts=1))
     matrices = [p.detach() for p in model.parameters() if p.dim() > 1]

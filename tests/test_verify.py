@@ -153,6 +153,7 @@ LONE = {
     "loss": ("evals.loss", 1.5, "bits_per_byte"),
     "max_vio": ("evals.max_vio_L.0", 0.0, "max_vio_L/0"),
     "dead": ("evals.dead_L.0", 3, "dead_L/0"),
+    "a window's loss": ("evals.nats_W.0", 1.0, "nats_W sums"),
     "last chain": ("evals.chain", "0" * 64, "chain"),
     "k": ("config.config.model.k", 1, "config_hash"),
     "lr": ("config.config.train.lr", 0.5, "lr"),

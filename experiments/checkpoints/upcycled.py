@@ -65,5 +65,5 @@ def _dense(folder: Path) -> RunConfig:
 def _bits(model: Transformer, config: RunConfig, corpus: Corpus, seed: int) -> float:
     device = Device(config.train.device, DTYPES[config.train.dtype])
     batches, begins = validation_batches(config, corpus), {"seed": seed, "step": 0, "progress": 0.0}
-    row = evaluate(model, batches, corpus.token_bytes_V, device, **begins, sampled=False)  # type: ignore[arg-type]
+    row = evaluate(model, batches, corpus.token_bytes_V, device, **begins, final=False)  # type: ignore[arg-type]
     return float(row["bits_per_byte"])

@@ -61,7 +61,13 @@ CLAIMS = (
         statement="Balance rises, holds, and then relaxes over training.",
         source="arXiv 2604.04230 (2026)",
         anchor="an effective congestion of 14, then 36 to 39, then 9 (OLMoE's checkpoints)",
-        tier="gpu",
-        lacks="a checkpoint's effective congestion as a measure, and a training of thousands of steps that keeps them",
+        tier="long",
+        here="the Gini coefficient of the loads in training, in place of a fitted congestion; windows by the source's "
+        "phases: the first hundredth of the steps, from an eighth to a third of them, the last tenth",
+        arms={"switch": SWITCH},
+        parts=(
+            Part("loads become more even", "gini_gained", {"switch": 1.0}, above=0.0),
+            Part("and less so again", "gini_lost", {"switch": 1.0}, above=0.0),
+        ),
     ),
 )

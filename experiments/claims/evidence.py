@@ -58,7 +58,7 @@ def measure(claim: Claim, runs: Mapping[str, list[RunRecord]], store: Path) -> l
 def _measure(part: Part, claim: Claim, samples: Mapping[str, list[Sample]]) -> PartOutcome:
     by_seed, undefined = dict[str, float](), list[str]()
     for index, seed in enumerate(claim.seeds):
-        value, lacking = values_of(MEASURES[part.measure], part.of, {arm: samples[arm][index] for arm in part.of})
+        value, lacking = values_of(MEASURES[part.measure], part.of, samples, index)
         if value is None or not math.isfinite(value):
             undefined.append(f"{lacking}, seed {seed}")
         else:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+import torch
+
+from rlroute import metrics
 from rlroute.experiments.claims import probes
 from rlroute.experiments.claims.probes import Sample
 from rlroute.experiments.comparison.regrets import regret_of
@@ -21,6 +24,8 @@ WINDOW = 32
 """Steps before one, to whose median gradient norm it is held."""
 SPIKE = 3.0
 """A gradient norm of so many times that median is a spike."""
+START, MIDDLE, END = (0.0, 0.01), (0.125, 0.333), (0.9, 1.0)
+"""Windows of the steps."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Measure:
         of: the number; of a measure of two runs, of the first held against the second.
         runs: 1 or 2.
         timed: whether a clock is in it, so that another try gives another number.
+        spread: whether its value is how far the number lies from the median over an arm's seeds: the mean of that is
+            a spread that can be compared by t intervals (Brown and Forsythe 1974).
     """
 
     what: str
@@ -40,6 +47,7 @@ class Measure:
     of: Callable[..., float | None]
     runs: int = 1
     timed: bool = False
+    spread: bool = False
 
 
 def _of_record(of: Callable[[RunRecord], float | None]) -> Callable[[Sample], float | None]:
@@ -74,6 +82,26 @@ def load_swing(record: RunRecord) -> float | None:
         for loads in zip((row["load_LE"] for row in rows), (row["load_LE"] for row in rows[1:]), strict=False)
     ]
     return max(math.fsum(moved) / len(moved) for moved in zip(*moved_NL, strict=True))
+
+
+def gini_over(record: RunRecord, first: float, last: float) -> float | None:
+    """Return the Gini coefficient of the loads in training, the mean over sites and over the logged steps between two
+    shares of all steps.
+    """
+    steps = record.loads[-1]["step"] if record.loads else 0
+    rows = [row["load_LE"] for row in record.loads if first * steps <= row["step"] <= last * steps]
+    found = [float(metrics.gini(torch.tensor(load_E))) for load_LE in rows for load_E in load_LE]
+    return math.fsum(found) / len(found) if found else None
+
+
+def gini_change(one: tuple[float, float], other: tuple[float, float]) -> Callable[[RunRecord], float | None]:
+    """Return a measure of that coefficient in one window less that in another."""
+
+    def value(record: RunRecord) -> float | None:
+        mine, theirs = gini_over(record, *one), gini_over(record, *other)
+        return None if mine is None or theirs is None else mine - theirs
+
+    return value
 
 
 def loss_rise(record: RunRecord) -> float | None:
@@ -188,12 +216,28 @@ def cost_ratio(one: Sample, other: Sample) -> float | None:
 
 MEASURES: dict[str, Measure] = {
     "bits": Measure("validation loss", "bits per byte", _of_final(lambda final: final["bits_per_byte"])),
+    "spread": Measure(
+        "distance of the validation loss from the median over seeds",
+        "bits per byte",
+        _of_final(lambda final: final["bits_per_byte"]),
+        spread=True,
+    ),
     "max_vio": Measure("MaxVio over the validation set, worst site", "", _of_final(worst_vio)),
     "crowd": Measure("pairs of the two most loaded experts", "share", _of_final(crowd)),
     "load_swing": Measure(
         "pairs that change their expert from one step's loads to the next's, second half",
         "share",
         _of_record(load_swing),
+    ),
+    "gini_gained": Measure(
+        "Gini of the loads in the first hundredth of the steps less that from an eighth to a third",
+        "",
+        _of_record(gini_change(START, MIDDLE)),
+    ),
+    "gini_lost": Measure(
+        "Gini of the loads in the last tenth of the steps less that from an eighth to a third",
+        "",
+        _of_record(gini_change(END, MIDDLE)),
     ),
     "loss_rise": Measure("largest rise of the training loss over the least before", "nats", _of_record(loss_rise)),
     "spikes": Measure(
@@ -243,16 +287,34 @@ MEASURES: dict[str, Measure] = {
 """By name."""
 
 
-def values_of(measure: Measure, of: Mapping[str, float], samples: Mapping[str, Sample]) -> tuple[float | None, str]:
-    """Return a part's value for one seed, and of which arm it is not defined: none is of a run that diverged."""
-    if diverged := [name for name in of if samples[name].record.summary["final"] is None]:
+def values_of(
+    measure: Measure, of: Mapping[str, float], samples: Mapping[str, Sequence[Sample]], seed: int
+) -> tuple[float | None, str]:
+    """Return a part's value for one seed, and of which arm it is not defined: none is of a run that diverged.
+
+    Args:
+        measure: what is measured.
+        of: what each arm's value counts.
+        samples: each arm's runs, one a seed.
+        seed: the place of the seed among them.
+    """
+    mine = {name: samples[name][seed] for name in of}
+    if diverged := [name for name, sample in mine.items() if sample.record.summary["final"] is None]:
         return None, diverged[0]
     if measure.runs == 2:
-        value = measure.of(*(samples[name] for name in of))
+        value = measure.of(*mine.values())
         return value, " against ".join(of) if value is None else ""
     total = 0.0
     for name, weight in of.items():
-        if (value := measure.of(samples[name])) is None:
+        value = _spread(measure, samples[name], seed) if measure.spread else measure.of(mine[name])
+        if value is None:
             return None, name
         total += weight * value
     return total, ""
+
+
+def _spread(measure: Measure, samples: Sequence[Sample], seed: int) -> float | None:
+    """Return how far a run's number lies from the median of all runs, none where one of these has no number."""
+    found = [measure.of(sample) for sample in samples]
+    known = [value for value in found if value is not None]
+    return abs(known[seed] - median(known)) if len(known) == len(found) else None

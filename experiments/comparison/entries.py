@@ -86,7 +86,7 @@ class Entry:
     @property
     def finals(self) -> list[EvalRow]:
         """The last evaluations of the finished runs."""
-        return [final for run in self.finished if (final := run.summary["final"])]
+        return list(self.final_by_seed.values())
 
     @property
     def sites(self) -> list[int | str]:
@@ -94,9 +94,14 @@ class Entry:
         return [] if self.router == DENSE else site_keys(self.runs[0].config["config"]["model"])
 
     @property
+    def final_by_seed(self) -> dict[int, EvalRow]:
+        """The last evaluations of the finished runs."""
+        return {run.config["seed"]: final for run in self.finished if (final := run.summary["final"])}
+
+    @property
     def bits_by_seed(self) -> dict[int, float]:
         """Final validation bits per byte of the finished runs."""
-        return {run.config["seed"]: final["bits_per_byte"] for run in self.finished if (final := run.summary["final"])}
+        return {seed: final["bits_per_byte"] for seed, final in self.final_by_seed.items()}
 
 
 def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import sub
 
 import torch
 from torch import Tensor
@@ -62,6 +63,10 @@ class TableRow:
     diverged: int
     bits_per_byte: Interval | None
     difference: Interval | None
+    sample_noise: float | None
+    """How far another sample of as many validation tokens would move the difference, half a 95% interval; None in
+    records that do not have the loss of each window.
+    """
     verdict: Verdict | None
     """Of the difference; None of the reference."""
     p_holm: float | None
@@ -194,6 +199,7 @@ def _row(entry: Entry, base: Entry, adjusted: Mapping[str, float], margin: float
         diverged=len(entry.runs) - len(runs),
         bits_per_byte=t_interval(bits) if bits else None,
         difference=t_interval(diffs) if diffs else None,
+        sample_noise=None if entry is base else sample_noise(entry, base),
         verdict=None if entry is base else verdict(diffs, margin),
         p_holm=adjusted.get(entry.label),
         smallest_resolvable=smallest_resolvable(diffs),
@@ -243,6 +249,22 @@ def paired(entry: Entry, base: Entry) -> list[float]:
     return differences(*({seed: e.bits_by_seed[seed] for seed in both} for e in (entry, base)))
 
 
+def sample_noise(entry: Entry, base: Entry) -> float | None:
+    """Return how far another sample of as many validation windows would move the difference of two entries' losses, in
+    bits per byte: half the 95 % t interval of the windows' mean difference, each the mean over the seeds that both
+    finished. Intervals over seeds hold the windows fixed, and leave it out.
+    """
+    both = entry.final_by_seed.keys() & base.final_by_seed.keys()
+    pairs = [(entry.final_by_seed[seed], base.final_by_seed[seed]) for seed in sorted(both)]
+    if not pairs or not all("nats_W" in final for pair in pairs for final in pair):
+        return None
+    by_window = zip(*(map(sub, one["nats_W"], other["nats_W"]) for one, other in pairs), strict=True)
+    half = t_interval([math.fsum(window) / len(pairs) for window in by_window]).half_width
+    # All finals are of the same text: of as many bytes a window.
+    one = pairs[0][0]
+    return None if half is None else half * one["bits_per_byte"] * len(one["nats_W"]) / math.fsum(one["nats_W"])
+
+
 def _p_values(entries: Sequence[Entry], base: Entry) -> dict[str, float]:
     found = {entry.label: paired_p_value(paired(entry, base)) for entry in entries if entry is not base}
     return {label: p for label, p in found.items() if p is not None}
@@ -286,6 +308,12 @@ def _notes(
     yield "Tokens without an expert", "; ".join(_without(row) for row in rows if row.without_expert)
     yield "Settings", settings({row.label: row.settings for row in rows})
     yield "Verdicts", verdicts(base.label, margin) if len(rows) > 1 else ""
+    noise = ", ".join(f"{row.label} ± {row.sample_noise:.4f}" for row in rows if row.sample_noise is not None)
+    yield (
+        f"Sample of validation tokens (in no interval above: how far another one would move a difference to "
+        f"{base.label}, 95%)",
+        noise,
+    )
     holm_p = ", ".join(f"{row.label} {adjusted[row.label]:.3g}" for row in rows if row.label in adjusted)
     yield f"Holm-adjusted p (secondary; paired t-tests against {base.label})", holm_p
     yield "Starts from", "; ".join(starts(entries))

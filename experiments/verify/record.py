@@ -11,12 +11,14 @@ from rlroute.config import DENSE, RunConfig, content_hash, run_id
 from rlroute.experiments.verify.findings import Ledger
 from rlroute.schema import EvalRow, RunRecord, TrainRow
 from rlroute.sites import sites
+from rlroute.training.evaluate import NATS_DIGITS
 from rlroute.training.optimizer import learning_rate
 
 DEAD = 0.05
 """Of the fair share: what is below counts as dead."""
 DIGITS = 1e-6
 """Loads are recorded to so many."""
+NATS = 10**-NATS_DIGITS
 
 
 def check_names(run: RunRecord, ledger: Ledger) -> None:
@@ -130,11 +132,20 @@ def check_rows(run: RunRecord, config: RunConfig, ledger: Ledger) -> None:
         last = row["seconds"]
     for row in run.evals:
         _check_balance(row, ledger)
+        if "nats_W" in row:
+            _check_windows(row, config.data.seq_len, ledger)
     before = len(ledger.findings)
     for step in run.train:
         if before != len(ledger.findings):
             break  # a setting that is wrong is wrong in every row
         _check_settings(step, config, run.config["schema"], ledger)
+
+
+def _check_windows(row: EvalRow, seq_len: int, ledger: Ledger) -> None:
+    """The windows' losses add up to the loss of all."""
+    nats_W, field = row["nats_W"], f"eval row of step {row['step']}: nats_W sums"
+    wanted = row["loss"] * len(nats_W) * seq_len
+    ledger.near("metrics.jsonl", field, sum(nats_W), wanted, len(nats_W) * NATS + 1e-9 * wanted)
 
 
 def _check_balance(row: EvalRow, ledger: Ledger) -> None:

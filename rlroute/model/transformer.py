@@ -181,6 +181,8 @@ class Transformer(DenseParts):
             if config.tie_embeddings
             else KeyedLinear(config.d_model, shape.vocab_size, config.d_model**-0.5, shape.seed, "unembed")
         )
+        if config.init_scale != 1.0:
+            _rescale(self, config.init_scale)
 
     @property
     def blocks(self) -> list[Block]:
@@ -243,6 +245,15 @@ class Transformer(DenseParts):
         logits_TV = self.logits(x_BSD).flatten(0, 1)
         wide_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
         return functional.cross_entropy(wide_TV, targets_T, reduction="none")
+
+
+def _rescale(model: Transformer, scale: float) -> None:
+    """Multiply the variance of initial weights, but for embeddings and what is a router's."""
+    kept = {id(weights) for part in (model.embed, *model.routers) for weights in part.parameters()}
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() > 1 and id(weights) not in kept:
+                weights.mul_(scale**0.5)
 
 
 def tie(routers: Iterable[Router]) -> None:

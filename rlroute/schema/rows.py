@@ -1,6 +1,6 @@
 """metrics.jsonl and loads.jsonl: what was seen at a step.
 
-Shape suffixes: L routed sites, E experts.
+Shape suffixes: L routed sites, E experts, W validation windows.
 """
 
 from typing import Any, Literal, NotRequired
@@ -67,6 +67,10 @@ class EvalRow(TypedDict):
     """Each expert's share of the chosen pairs."""
     sampled: Sampled | None
     """The last evaluation of a stochastic router has this too."""
+    nats_W: NotRequired[list[Amount]]
+    """Nats of each validation window (data.seq_len tokens), in their order: the last evaluation has them; old records
+    do not say.
+    """
     training: NotRequired[Losses]
     """Of training tokens, evaluated in the same way, where the run does so."""
     chain: Digest

@@ -3,8 +3,8 @@ alone.
 
 A corpus is named by a spec string:
 
-- ``package:NAME``: Python sources of an installed distribution, without its tests. The default is ``package:sympy``,
-  16.5 MB that are the same on every machine and Python version.
+- ``package:NAME``, or ``package:NAME,NAME``: Python sources of installed distributions, without their tests. The
+  default is ``package:sympy``, 16.5 MB that are the same on every machine and Python version.
 - ``stdlib``: the sources of the interpreter's own library; they differ between Python versions.
 - ``synth:``, or ``synth:domains=8,vocab=64,length=256,documents=4000,order=1,seed=0`` (any of them): see
   :mod:`.synthetic`.
@@ -198,7 +198,8 @@ def _read(spec: str) -> tuple[list[Document], dict[str, str], Mixture | None]:
     scheme, colon, rest = spec.partition(":")
     if scheme == "package":
         documents, found = package_documents(rest)
-        return documents, {"distribution": found.metadata["Name"], "version": found.version}, None
+        names, versions = [one.metadata["Name"] for one in found], [one.version for one in found]
+        return documents, {"distribution": ", ".join(names), "version": ", ".join(versions)}, None
     if spec == "stdlib":
         version = {"distribution": platform.python_implementation(), "version": platform.python_version()}
         return stdlib_documents(), version, None

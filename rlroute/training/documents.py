@@ -30,23 +30,32 @@ class Document(NamedTuple):
     domain: int | None = None
 
 
-def package_documents(name: str) -> tuple[list[Document], Distribution]:
-    """Return the Python sources of an installed distribution, without its tests, in the order of their paths.
+def package_documents(names: str) -> tuple[list[Document], list[Distribution]]:
+    """Return the Python sources of installed distributions, whose names a comma parts, without their tests: one
+    distribution after the other, each in the order of its paths.
 
     Scripts that the installer put outside the package folder are left out, because it rewrites them.
 
     Raises:
-        DataError: no such distribution is installed, or no source of it is there.
+        DataError: no such distribution is installed, one is named twice, or a source of it is not there.
     """
-    try:
-        found = distribution(name)
-    except (PackageNotFoundError, ValueError) as error:  # ValueError: an empty name
-        raise DataError(
-            f"corpus 'package:{name}': no distribution {name!r} is installed; legal is any that is"
-        ) from error
+    found: dict[str, Distribution] = {}
+    for name in names.split(","):
+        try:
+            one = distribution(name)
+        except (PackageNotFoundError, ValueError) as error:  # ValueError: an empty name
+            raise DataError(
+                f"corpus 'package:{names}': no distribution {name!r} is installed; legal is any that is"
+            ) from error
+        if found.setdefault(one.metadata["Name"].lower(), one) is not one:
+            raise DataError(f"corpus 'package:{names}': {name!r} is named twice; legal is once")
+    return [document for one in found.values() for document in _sources(one)], list(found.values())
+
+
+def _sources(found: Distribution) -> list[Document]:
     paths = sorted({path for path in _recorded(found) if path.endswith(".py")})
     sources = [path for path in paths if ".." not in PurePosixPath(path).parts and not is_test(path)]
-    return [Document(path, _read(Path(str(found.locate_file(path))))) for path in sources], found
+    return [Document(path, _read(Path(str(found.locate_file(path))))) for path in sources]
 
 
 def _recorded(found: Distribution) -> list[str]:

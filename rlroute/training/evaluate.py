@@ -3,11 +3,12 @@
 The batches are micro-batches, so that rules that mix tokens see as many as in training; the ranks of a group take turns
 with them.
 
-Shape suffixes: T tokens, L routed sites, E experts, P parts of a sequence.
+Shape suffixes: T tokens, B sequences of a batch, W windows in all, L routed sites, E experts, P parts of a sequence.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from rlroute.training.group import ALONE, Group
 from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L, rounded
 from rlroute.transfer import numbers
 
+NATS_DIGITS = 4
+"""Digits behind the point of a window's loss, as records have them."""
 PARTS = 4
 """Into so many equal parts a sequence is cut, to say where in it pairs are dropped."""
 Decisions = Sequence[RoutingDecision]
@@ -37,12 +40,12 @@ def evaluate(
     *,
     seed: int,
     step: int,
-    sampled: bool,
+    final: bool,
     progress: float = 0.0,
     group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Return the greedy loss, bits per byte and balance over all batches, and the sampled policy's where asked and
-    meaningful.
+    """Return the greedy loss, bits per byte and balance over all batches; of the final evaluation also the loss of each
+    window, and the sampled policy's where there is one.
 
     Loads are counted over the whole of ``batches``, by site, before capacity drops; pairs per token after them, as they
     ran. Every mean is over tokens or pairs, so that a shorter batch weighs less. One batch's decisions are held at a
@@ -51,8 +54,9 @@ def evaluate(
     Schedules (a policy's temperature) stand at ``step`` and ``progress``; the sequence ids of evaluation batches keep
     their draws apart from training's.
     """
-    totals = _Totals(model)
-    modes = [False, True] if sampled and any(router.stochastic for router in model.routers) else [False]
+    ends = list(accumulate(len(batch.tokens_BS) for batch in batches))
+    totals = _Totals(model, ends[-1])
+    modes = [False, True] if final and any(router.stochastic for router in model.routers) else [False]
     for turn in range(-(-len(batches) // group.size)):
         index = turn * group.size + group.rank
         batch = batches[min(index, len(batches) - 1)]
@@ -63,13 +67,18 @@ def evaluate(
             made.append(decisions)
             if index < len(batches):  # else it ran for the sake of the others, whose pairs its experts take
                 totals.add_loss(explore, loss_MT, batch, token_bytes_V)
+                if not explore:
+                    totals.add_windows(loss_MT, batch, ends[index])
         if index < len(batches):
             totals.add_decisions(*made)
             totals.add_drops(made[0], context.position_T, batch.tokens_BS.shape[1])
     totals.add_up(group)
     drawn = totals.losses(True) | {"overlap_L": totals.overlaps()} if True in modes else None
     row: dict[str, Any]
-    row, scored_L = numbers((totals.losses(False) | totals.balance() | {"sampled": drawn}, totals.scored_L))
+    windows = {"nats_W": totals.nats_W} if final else {}
+    row, scored_L = numbers((totals.losses(False) | totals.balance() | {"sampled": drawn} | windows, totals.scored_L))
+    if final:
+        row["nats_W"] = [nats if nats is None else round(nats, NATS_DIGITS) for nats in row["nats_W"]]
     entropy_L = row["router_entropy_L"] if any(scored_L) else None
     return row | {"router_entropy_L": entropy_L, "load_LE": rounded(row["load_LE"])}
 
@@ -78,6 +87,7 @@ class _Totals:
     """What the batches add up to. It stays on the device until :func:`numbers` reads it.
 
     Attributes:
+        nats_W: of the greedy policy, by window.
         losses_23: of the greedy and of the sampled policy: nats, tokens and bytes of text.
         demand_L: the pairs that chose each expert, by site.
         sums_L7: what :func:`_sums` returns, by site.
@@ -85,8 +95,9 @@ class _Totals:
         overlap_L2: by site, drawn pairs that are greedy ones too, and drawn pairs.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, windows: int) -> None:
         device = model.embed.weight.device
+        self.nats_W = torch.zeros(windows, dtype=torch.float64, device=device)
         self.losses_23 = torch.zeros(2, 3, dtype=torch.float64, device=device)
         self.demand_L = [
             torch.zeros(router.shape.num_experts, dtype=torch.long, device=device) for router in model.routers
@@ -100,6 +111,11 @@ class _Totals:
         sums = (loss_MT.double().sum(), batch.targets_BS.size, text_bytes)
         for total, more in zip(self.losses_23[int(explore)], sums, strict=True):
             total += more
+
+    def add_windows(self, loss_MT: Tensor, batch: Batch, end: int) -> None:
+        """Take the greedy losses of a batch, the last of whose windows is number ``end`` of all."""
+        nats_B = loss_MT.double().view(batch.targets_BS.shape).sum(1)
+        self.nats_W[end - len(nats_B) : end] = nats_B
 
     def add_decisions(self, greedy: Decisions, drawn: Decisions | None = None) -> None:
         for site, decision in enumerate(greedy):
@@ -115,8 +131,8 @@ class _Totals:
 
     def add_up(self, group: Group) -> None:
         """Sum over the ranks of a group."""
-        counts = [*self.demand_L, self.drops_2P]
-        for tensors in ([self.losses_23[0]], [self.losses_23[1]], [*counts, self.sums_L7], [self.overlap_L2]):
+        alone = ([total] for total in (*self.losses_23, self.nats_W, self.overlap_L2))
+        for tensors in (*alone, [*self.demand_L, self.drops_2P, self.sums_L7]):
             group.add_up(tensors)  # apart: the order in which ranks are summed depends on what travels together
 
     def losses(self, explore: bool) -> dict[str, Tensor]:

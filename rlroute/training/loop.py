@@ -281,9 +281,9 @@ class _Run:
         self._look()
         start = time.perf_counter()
         with self.group.uncounted(), self._first("eval"):
-            row = self._losses(self.eval_batches, sampled=final)
+            row = self._losses(self.eval_batches, final=final)
             if self.train_batches:
-                seen = self._losses(self.train_batches, sampled=False)
+                seen = self._losses(self.train_batches, final=False)
                 row["training"] = {name: seen[name] for name in ("loss", "bits_per_byte")}
         self.progress.seconds["eval"] += time.perf_counter() - start
         if any(part["loss"] is None for part in (row, row["sampled"] or row, row.get("training", row))):
@@ -292,10 +292,10 @@ class _Run:
         self._append("metrics", row)
         return row
 
-    def _losses(self, batches: Sequence[Batch], sampled: bool) -> dict[str, Any]:
+    def _losses(self, batches: Sequence[Batch], final: bool) -> dict[str, Any]:
         keys: dict[str, Any] = {"seed": self.seed, "step": self.progress.step, "progress": self._budget_used()}
         bytes_V = self.corpus.token_bytes_V
-        return evaluate(self.model, batches, bytes_V, self.device, sampled=sampled, group=self.group, **keys)
+        return evaluate(self.model, batches, bytes_V, self.device, final=final, group=self.group, **keys)
 
     def _first(self, kind: str) -> AbstractContextManager[None]:
         """Return a context in which the decisions of this process's first step, or evaluation, are checked."""
