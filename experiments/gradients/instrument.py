@@ -36,6 +36,7 @@ MEASURED_STEP = 2**32
 """The measured micro-batch is the first sequence of this step: no training step gets there."""
 ESTIMATORS = (
     "reinforce:baseline=none",
+    "reinforce:baseline=batch",
     "reinforce:baseline=ema",
     "reinforce:discount=1",
     "reinforce:baseline=leave_one_out,discount=1",
