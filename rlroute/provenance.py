@@ -29,7 +29,7 @@ def environment(device: str, backend: str, threads: int) -> Environment:
         backend: the expert engine.
         threads: CPU threads that it computes with.
     """
-    commit, dirty = _of_this_process()[1]
+    commit, dirty = _commit()
     return Environment(
         rlroute=__version__,
         commit=commit,
@@ -56,10 +56,11 @@ def made_from(config: RunConfig, data: Mapping[str, Any]) -> MadeFrom:
         data: the provenance of its corpus (:class:`rlroute.training.data.Corpus`).
 
     Raises:
-        ConfigError, StoreError: a router, or a file that it reads, cannot be read.
+        ConfigError, StoreError: a router, or a file that it reads, cannot be read; or a file of code was changed since
+            this process loaded it.
     """
     return {
-        "core": _of_this_process()[0],
+        "core": core_sha256(),
         "routers": {name: router_code(name) for name in config.router_names},
         "reads": {
             f"{at}.{name}": sha for at, router in config.by_place.items() for name, sha in router.reads().items()
@@ -75,9 +76,9 @@ def utc_now() -> str:
 
 
 @cache
-def _of_this_process() -> tuple[str, tuple[str | None, bool | None]]:
-    """Return the SHA-256 of rlroute's core, which is loaded once, and its commit."""
-    return core_sha256(), commit_of()
+def _commit() -> tuple[str | None, bool | None]:
+    """Return the commit of rlroute, which is loaded once, and whether the code here differs from it."""
+    return commit_of()
 
 
 @cache

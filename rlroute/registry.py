@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from rlroute.errors import ConfigError, RlrouteError
 from rlroute.faults import explain, noted
 from rlroute.loading import Source, checked_path, file_of, load
 from rlroute.routing import Router, RouterShape
-from rlroute.sources import digest, router_files
+from rlroute.sources import digest, loaded, remember, router_files
 from rlroute.values import from_dict, needed_fields, refuse_unknown
 
 WINGS = ("rlroute.agents", "rlroute.baselines")
 GROUP = "rlroute.routers"
 INCLUDE = "RLROUTE_INCLUDE"
 """The environment variable that names router files from anywhere, as PATH does folders."""
+_remembered: set[type[Router]] = set()
 
 
 @cache
@@ -113,7 +114,11 @@ def router_class(name: str) -> type[Router]:
         raise ConfigError(
             f"unknown router {name!r}{hint}: legal are {', '.join(router_names())}, and those of --include FILE"
         )
-    return load(name, sources[name])
+    router = load(name, sources[name])
+    if router not in _remembered:  # its code may be changed before router_code is asked
+        remember(_code_files(name, router).values())
+        _remembered.add(router)
+    return router
 
 
 def router_file(name: str) -> str | None:
@@ -130,19 +135,30 @@ def router_code(name: str) -> dict[str, str]:
     it (:func:`rlroute.sources.router_files`); of another distribution its name and version.
 
     Raises:
-        ConfigError: there is no such router, or its file cannot be read.
+        ConfigError: there is no such router; or a file of its code cannot be read, or was changed since this process
+            loaded it.
     """
-    module, source = sys.modules[router_class(name).__module__], _sources().get(name)
-    shipped = None if source is None or isinstance(source, str | Path) else source.dist
-    listed = {str(file): Path(str(file.locate())) for file in shipped.files or ()} if shipped else {}
+    router = router_class(name)
     try:
-        files = {part: path.read_bytes() for part, path in router_files(module, listed).items()}
+        files = loaded(_code_files(name, router))
     except OSError as error:
         raise ConfigError(f"router {name!r}: {error.filename} cannot be read: {error.strerror}") from error
-    of_file = digest({name: files.pop(module.__name__)})
-    distribution = shipped.name if shipped else "none" if isinstance(source, Path) else "rlroute"
+    of_file, shipped = digest({name: files.pop(router.__module__)}), _distribution(name)
+    distribution = shipped.name if shipped else "none" if isinstance(_sources().get(name), Path) else "rlroute"
     code = {"sha256": of_file, "others_sha256": digest(files), "distribution": distribution}
     return code | ({"version": shipped.version} if shipped else {})
+
+
+def _code_files(name: str, router: type[Router]) -> dict[str, Path]:
+    shipped = _distribution(name)
+    listed = {str(file): Path(str(file.locate())) for file in shipped.files or ()} if shipped else {}
+    return router_files(sys.modules[router.__module__], listed)
+
+
+def _distribution(name: str) -> Distribution | None:
+    """Return the distribution whose entry point a router is, None where it is ours or a file from anywhere."""
+    source = _sources().get(name)
+    return None if source is None or isinstance(source, str | Path) else source.dist
 
 
 def make_router(config: RouterConfig, shape: RouterShape) -> Router:

@@ -1,18 +1,22 @@
-"""Which files a piece of code is made of, and one SHA-256 over them: rlroute's core; a router and its imports."""
+"""Which files a piece of code is made of, and one SHA-256 over them: rlroute's core; a router and its imports.
+
+Python loads a module once: of a file that changes afterwards, a process goes on with what it had.
+"""
 
 import ast
 import hashlib
 import site
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec
-from importlib.metadata import packages_distributions
 from importlib.util import find_spec, resolve_name
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
+
+from rlroute.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
 WINGS = ("agents", "baselines", "envs", "experiments")
@@ -20,6 +24,8 @@ TABLE = "kernels/tiles.json"
 """The one file of the core that is not Python and changes results."""
 CODE = frozenset({".py", ".so", ".pyd", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh"})
 """Endings of what is code in somebody else's package."""
+_first: dict[Path, bytes] = {}
+"""The SHA-256 of each file of code as this process first saw it."""
 
 
 def digest(contents: Mapping[str, bytes]) -> str:
@@ -28,6 +34,29 @@ def digest(contents: Mapping[str, bytes]) -> str:
     for name, content in sorted(contents.items()):
         sha.update(f"{name}:{len(content)};".encode() + content)
     return sha.hexdigest()
+
+
+def remember(paths: Iterable[Path]) -> None:
+    """Let :func:`loaded` know what files of code have while this process loads them."""
+    for path in paths:
+        if path not in _first:
+            with suppress(OSError):  # whoever needs it says so
+                _first[path] = hashlib.sha256(path.read_bytes()).digest()
+
+
+def loaded(files: Mapping[str, Path]) -> dict[str, bytes]:
+    """Return what files of code have, which is what this process has loaded of them.
+
+    Raises:
+        ConfigError: one was changed since: the code that runs is not the one that lies there.
+        OSError: one cannot be read.
+    """
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    for name, path in files.items():
+        sha = hashlib.sha256(contents[name]).digest()
+        if _first.setdefault(path, sha) != sha:
+            raise ConfigError(f"{path} was changed since this process loaded it: want a new process")
+    return contents
 
 
 def of_core(name: str) -> bool:
@@ -44,9 +73,13 @@ def core_files(package: Path = PACKAGE) -> dict[str, Path]:
     return {path.relative_to(package).as_posix(): path for path in paths if path.is_file()}
 
 
-def core_sha256(package: Path = PACKAGE) -> str:
-    """Return the SHA-256 over the core's files as they lie here."""
-    return digest({name: path.read_bytes() for name, path in core_files(package).items()})
+def core_sha256() -> str:
+    """Return the SHA-256 over the core's files.
+
+    Raises:
+        ConfigError: one was changed since this process loaded the core.
+    """
+    return digest(loaded(core_files()))
 
 
 def package_files(package: Path = PACKAGE) -> list[Path]:
@@ -59,8 +92,8 @@ def router_files(module: ModuleType, shipped: Mapping[str, Path]) -> dict[str, P
     """Return the files of a router's code but for rlroute's core, by names that are the same on every machine.
 
     These are its module; its whole package, and what its distribution ships, where it is not ours; and what these
-    import from rlroute's wings, from the same package, or from any place where no distributions are installed. Of
-    another distribution that it imports nothing is taken.
+    import from rlroute's wings, from the same package, or from any place where no distributions are installed, as are
+    the files of one that is installed as editable. Of any other distribution that it imports nothing is taken.
 
     Args:
         module: the module that defines the router.
@@ -114,19 +147,20 @@ def _is_followed(name: str, top: str) -> bool:
         return rest.partition(".")[0] in WINGS
     if first == top:
         return True
-    origin = None if first in _distributed() else _origin(first)
-    return origin is not None and _installed().isdisjoint(map(str, origin.parents))
+    spec = _spec(first)
+    places = (spec and spec.submodule_search_locations) or filter(None, [_origin(first)])
+    return not all(_is_installed(Path(place).parent) for place in places)
 
 
 @cache
-def _distributed() -> frozenset[str]:
-    """Return the names of the modules that some distribution brings, wherever it is installed."""
-    return frozenset(packages_distributions())
+def _is_installed(folder: Path) -> bool:
+    """Whether distributions are installed in a folder, or it is the standard library's."""
+    return not _installed().isdisjoint(map(str, (folder, *folder.parents))) or any(folder.glob("*.dist-info"))
 
 
 @cache
 def _installed() -> frozenset[str]:
-    """Return the folders of the standard library and of what is installed without saying of which distribution."""
+    """Return the folders of the standard library and of what Python itself finds installed."""
     paths = sysconfig.get_paths()
     return frozenset(
         {paths["purelib"], paths["platlib"], paths["stdlib"], *site.getsitepackages(), site.getusersitepackages()}
@@ -136,10 +170,13 @@ def _installed() -> frozenset[str]:
 def _spec(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
-    except (ImportError, AttributeError, ValueError):  # no module of that name can be imported
+    except Exception:  # there is none, or a package around it, which is imported for this, may fail in any way
         return None
 
 
 def _origin(name: str) -> Path | None:
     spec = _spec(name)
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+remember(core_files().values())  # most of the core is loaded after this module

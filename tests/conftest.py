@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
-from rlroute import loading, registry
+from rlroute import loading, registry, sources
 from rlroute.experiments.bench import victims
 from rlroute.experiments.launch import progress
 from rlroute.experiments.laws.steps import D, V, draw, make_context, make_feedback, make_shape, sums_of, terms_of
@@ -144,6 +144,15 @@ def capped(
     return drop_over_capacity(decision, capacity, decision.num_tokens, order=order)
 
 
+def forget(folder: Path) -> None:
+    """Know nothing of the code in a folder, as a new process does."""
+    for name, module in list(sys.modules.items()):
+        if str(folder) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+    for path in [path for path in sources._first if folder in path.parents]:
+        del sources._first[path]
+
+
 @pytest.fixture
 def routers(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Forget the router files that a test brings in."""
@@ -164,12 +173,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     registry._sources.cache_clear()
-    known = set(sys.modules)
     yield folder
     registry._sources.cache_clear()
-    for name in set(sys.modules) - known:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    forget(tmp_path)
 
 
 @pytest.fixture

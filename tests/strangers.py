@@ -105,5 +105,5 @@ def install(monkeypatch: Any, *names: str) -> None:
     known: dict[str, Any] = dict(registry._sources())
     for name in names:
         monkeypatch.setattr(STRANGERS[name].Config, "name", name)
-        known[name] = SimpleNamespace(name=name, value=name, load=lambda name=name: STRANGERS[name])
+        known[name] = SimpleNamespace(name=name, value=name, dist=None, load=lambda name=name: STRANGERS[name])
     monkeypatch.setattr(registry, "_sources", lambda: known)

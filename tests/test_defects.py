@@ -3,7 +3,6 @@ other runs go on.
 """
 
 import json
-import sys
 
 import pytest
 
@@ -12,7 +11,7 @@ from rlroute.faults import explain, place
 from rlroute.foreign import printable
 from rlroute.training import defects
 from tests.commands import TINY, ran, refused, rlroute, start
-from tests.conftest import HANG
+from tests.conftest import HANG, forget
 
 ROUTER = '''
 """Top-k that fails where it is told to.
@@ -212,7 +211,7 @@ def test_a_mended_router_leaves_no_traceback(faulty, tmp_path, monkeypatch):
     refused(rlroute(*command))
     folder, _ = failed_run(tmp_path / "runs")
     faulty.write_text(faulty.read_text().replace("    if error ==", "    return\n    if error =="))
-    del sys.modules["rlroute_included.faulty"]
+    forget(tmp_path)
     ran(*command)
     assert not (folder / "traceback.txt").exists() and not (folder / "failed.json").exists()
 

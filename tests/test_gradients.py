@@ -570,6 +570,7 @@ class Point:
     """An entry point of a class that is here already."""
 
     router: type[Router]
+    dist: None = None
 
     def load(self) -> type[Router]:
         return self.router

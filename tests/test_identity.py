@@ -5,18 +5,21 @@ Each change is made to a run that has ended and to one that has not, by hand in 
 Longer than most: everything a run is made from has its own change.
 """
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from rlroute import registry, sources
+from rlroute import baselines, registry, sources
 from rlroute.commit import commit_of, core_sha256_at
 from rlroute.config import RunConfig, content_hash, run_id
 from rlroute.errors import ComparisonError, ConfigError
@@ -31,7 +34,7 @@ from rlroute.training.documents import Document
 from rlroute.training.train_tokenizer import train_tokenizer
 from tests import ROOT
 from tests.commands import TINY, contents, ran, refused, rlroute, start
-from tests.conftest import HANG
+from tests.conftest import HANG, forget
 from tests.distributions import ROUTER, install
 from tests.policies import weights_of, write_policy
 from tests.runs import interrupted
@@ -201,6 +204,7 @@ def test_a_run_of_another_router_is_refused(what, left, site, tmp_path):
     if what in files:
         with (site / "acme" / files[what]).open("a") as file:
             file.write("# changed\n")
+        forget(site)
     else:
         (metadata,) = site.glob("*.dist-info/METADATA")
         metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 2.0"))
@@ -218,6 +222,7 @@ def test_a_router_that_is_mended_before_its_first_checkpoint_begins_anew(site, t
     refused(rlroute("train", entry, *options))
     module = site / "acme" / "fragile.py"
     module.write_text(module.read_text() + "# mended\n")
+    forget(site)
     said = refused(rlroute("train", entry, *options))
     assert "was made" not in said and "of trouble" in said
 
@@ -238,8 +243,6 @@ def test_the_code_of_a_router_is_its_package_and_what_it_imports(tmp_path, monke
     for name, text in write.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    import importlib
-
     module = importlib.import_module("zed.router")
     found = {
         path.name if path.name != "__init__.py" else f"{path.parent.name}/"
@@ -251,6 +254,27 @@ def test_the_code_of_a_router_is_its_package_and_what_it_imports(tmp_path, monke
     }
     for name in ("zed", "zed.router", "zed.near", "zhelp", "zdeep", "zdeep.inner"):
         sys.modules.pop(name, None)
+
+
+def test_a_helper_is_of_the_code_unless_it_lies_where_distributions_are_installed(tmp_path, monkeypatch):
+    write = {
+        "src/zed.py": "import z_editable, z_installed, z_space.inner, z_broken.inner\n",
+        "src/z_space/inner.py": "",
+        "src/z_broken/__init__.py": "1 / 0",
+        "work/z_editable.py": "",
+        "work/z_editable.egg-info/PKG-INFO": "Name: z_editable\n",  # which setuptools leaves there
+        "site/z_editable-1.0.dist-info/METADATA": "Name: z_editable\nVersion: 1.0\n",
+        "site/z_editable-1.0.dist-info/top_level.txt": "z_editable\n",
+        "site/z_installed.py": "",
+        "site/z_installed-1.0.dist-info/METADATA": "Name: z_installed\nVersion: 1.0\n",
+    }
+    for name, text in write.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        monkeypatch.syspath_prepend(tmp_path / name.partition("/")[0])
+    module = ModuleType("zed")
+    module.__file__ = str(tmp_path / "src" / "zed.py")
+    assert router_files(module, {}).keys() == {"zed", "z_editable", "z_space.inner", "z_broken"}
 
 
 def test_a_new_router_beside_ours_changes_none_of_them():
@@ -301,11 +325,121 @@ def test_a_replay_whose_source_changed_is_refused(what, left, site, tmp_path):
     else:
         with (site / "acme" / "fragile.py").open("a") as module:
             module.write("# changed\n")
+        forget(site)
     with pytest.raises(ConfigError, match="made from another file that its router reads"):
         loop.train(replay, 0, tmp_path / "runs")
 
 
+# --- code that changes while a process runs
+
+
+def of_a_file(tmp_path, site, monkeypatch):
+    file = tmp_path / "fragile.py"
+    file.write_text(ROUTER)
+    registry.include(file)
+    return file
+
+
+def of_an_entry_point(tmp_path, site, monkeypatch):
+    install(site)
+    return site / "acme" / "fragile.py"
+
+
+def of_a_wing(tmp_path, site, monkeypatch):
+    file = tmp_path / "fragile.py"
+    file.write_text(ROUTER)
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+    return file
+
+
+def helping(place):
+    """A module that such a router imports."""
+
+    def of_a_helper(tmp_path, site, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path / "lib")
+        helper = tmp_path / "lib" / "z_helper.py"
+        helper.parent.mkdir()
+        helper.write_text("SCALE = 1.0\n")
+        file = place(tmp_path, site, monkeypatch)
+        file.write_text(ROUTER.replace("import torch\n", "import torch\nfrom z_helper import SCALE\n", 1))
+        return helper
+
+    return of_a_helper
+
+
+PARTS = {
+    **{place.__name__: place for place in (of_a_file, of_an_entry_point, of_a_wing)},
+    **{f"helping_{place.__name__}": helping(place) for place in (of_a_file, of_an_entry_point, of_a_wing)},
+}
+
+
+@pytest.fixture(params=PARTS)
+def part(request, routers, site, tmp_path, monkeypatch):
+    """A file of the code of the router fragile, wherever that comes from."""
+    return PARTS[request.param](tmp_path, site, monkeypatch)
+
+
+def edit(file: Path) -> None:
+    file.write_text(file.read_text() + "# changed\n")
+
+
+def test_code_that_changed_under_a_process_makes_no_run(part, tmp_path):
+    """It would be trained by the old code, and say that it is of the new."""
+    store = tmp_path / "runs"
+    config = build_entry("fragile", *parts())
+    interrupted(config, store, 3)
+    before, kept = contents(store), part.read_text()
+    edit(part)
+    said = f"{part} was changed since this process loaded it: want a new process"
+    for seed in (0, 1):  # one goes on, one is new
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            loop.train(config, seed, store)
+    where = ("--store", store, "--out", tmp_path / "out", "--launcher", "local")
+    for command in (("compare", "fragile", "hash"), ("judge", "fragile")):
+        assert said in refused(rlroute(*command, *TINY, *where))
+    assert contents(store) == before
+    part.write_text(kept)
+    assert loop.train(config, 0, store)["status"] == "finished"
+
+
+def test_code_that_changed_before_the_first_run_is_known_as_well(part):
+    registry.router_class("fragile")
+    edit(part)
+    with pytest.raises(ConfigError, match="was changed since"):
+        registry.router_code("fragile")
+
+
+def test_a_helper_that_changed_is_known_to_a_router_that_is_loaded_later(routers, site, tmp_path, monkeypatch):
+    helper = helping(of_an_entry_point)(tmp_path, site, monkeypatch)
+    registry.router_class("fragile")
+    edit(helper)
+    later = tmp_path / "later.py"
+    later.write_text((site / "acme" / "fragile.py").read_text())
+    registry.include(later)
+    with pytest.raises(ConfigError, match=re.escape(f"{helper} was changed since")):
+        registry.router_code("later")
+
+
+@pytest.mark.processes
+def test_a_core_that_changed_under_a_process_is_refused(tmp_path):
+    """Also where the part that changed is loaded later."""
+    code = checkout(tmp_path / "code")
+    script = (
+        "from rlroute.sources import PACKAGE, core_sha256\n"
+        "core_sha256()\n"
+        "(PACKAGE / 'metrics.py').write_text('')\n"
+        "core_sha256()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 1 and f"{code / 'rlroute' / 'metrics.py'} was changed since this process" in done.stderr
+
+
 # --- the core
+
+
+def lying(package: Path) -> str:
+    """Return the SHA-256 of the core as it lies in a copy of the package."""
+    return sources.digest({name: path.read_bytes() for name, path in core_files(package).items()})
 
 
 def test_the_core_is_all_python_outside_the_wings_and_the_tile_table(tmp_path):
@@ -313,18 +447,18 @@ def test_the_core_is_all_python_outside_the_wings_and_the_tile_table(tmp_path):
     shutil.copytree(sources.PACKAGE, package, ignore=lambda folder, names: {*sources.WINGS, "__pycache__"} & set(names))
     names = set(core_files(package))
     assert {"training/loop.py", "routing.py", "kernels/tiles.json"} <= names
-    assert core_sha256(package) == core_sha256()
+    assert lying(package) == core_sha256()
     (package / "py.typed").write_text("x")
     (package / "agents").mkdir()
     (package / "agents" / "new.py").write_text("")
-    assert core_sha256(package) == core_sha256()
+    assert lying(package) == core_sha256()
     for name in ("kernels/tiles.json", "model/moe.py", "new.py", "kernels/new.py"):
         known = (package / name).read_text() if (package / name).exists() else None
         (package / name).write_text((known or "") + "\n")
-        assert core_sha256(package) != core_sha256(), name
+        assert lying(package) != core_sha256(), name
         (package / name).write_text(known) if known is not None else (package / name).unlink()
     (package / "errors.py").rename(package / "faults.py")
-    assert core_sha256(package) != core_sha256()
+    assert lying(package) != core_sha256()
 
 
 def checkout(folder: Path) -> Path:
@@ -529,7 +663,7 @@ def head(root: Path) -> str:
 
 def test_a_clean_checkout_is_its_commit(clone):
     assert commit_of(clone / "rlroute") == (head(clone), False)
-    assert core_sha256_at(head(clone), clone / "rlroute") == core_sha256(clone / "rlroute")
+    assert core_sha256_at(head(clone), clone / "rlroute") == lying(clone / "rlroute")
     for name in ("runs/x/config.json", "results/table.md", "experiments/results/new.json", "notes.txt", "tests/new.py"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text("x")
@@ -565,7 +699,7 @@ def test_a_wheel_in_somebody_elses_repository_has_no_commit(tmp_path):
     git(root, "add", "a.txt")
     git(root, "commit", "-qm", "theirs")
     assert commit_of(installed) == (None, None)
-    assert core_sha256_at(head(root), installed) != core_sha256(installed)
+    assert core_sha256_at(head(root), installed) != lying(installed)
 
 
 def test_no_repository_and_no_commit_yet_have_no_commit(tmp_path):
@@ -590,7 +724,7 @@ def test_what_the_environment_says_of_git_is_ignored(variable, clone, tmp_path, 
     }
     monkeypatch.setenv(variable, str(other / place[variable]))
     assert commit_of(clone / "rlroute") == (wanted, False)
-    assert core_sha256_at(wanted, clone / "rlroute") == core_sha256(clone / "rlroute")
+    assert core_sha256_at(wanted, clone / "rlroute") == lying(clone / "rlroute")
 
 
 @pytest.mark.parametrize("commit", ["--output=/tmp/x", "HEAD", "0" * 40, "", "zz"])

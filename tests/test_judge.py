@@ -25,7 +25,7 @@ from rlroute.seal import of_part
 from rlroute.training import loop
 from tests import ROOT
 from tests.commands import TINY, contents, ran, refused, rlroute, stamps, start
-from tests.conftest import HANG, make_shape
+from tests.conftest import HANG, forget, make_shape
 from tests.runs import figures
 from tests.test_include import SOURCE
 from tests.tiny import DATA, MODEL, TRAIN
@@ -140,6 +140,7 @@ def test_a_copy_of_the_reference_from_a_file_is_equivalent(tmp_path: Path, route
     assert plan["there_before"] == sorted([*there, next(iter(there))[:-1] + "3"]) and len(there) == 3
     assert "(3 there before)" in done.out
     twin.write_text(twin.read_text() + "\n# changed\n")
+    forget(tmp_path)
     with contextlib.chdir(tmp_path):
         assert "by another router twin" in refused(rlroute("judge", "./twin.py", *TINY, *LOCAL))
 
@@ -252,6 +253,7 @@ def test_a_candidate_whose_code_changed_before_its_first_run_ended_is_refused(tm
         judged(tmp_path / "runs", path, say=stop)
     assert len(registrations(tmp_path / "runs")) == 1 and not read_runs(tmp_path / "runs")
     path.write_text(SOURCE + "\n# changed\n")
+    forget(tmp_path)
     with pytest.raises(ConfigError, match=r"the candidate's code has changed \(routers/plain/sha256\)"):
         judged(tmp_path / "runs", path, say=stop)
 

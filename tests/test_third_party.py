@@ -13,7 +13,7 @@ from rlroute import registry
 from rlroute.config import RouterConfig
 from tests import ROOT
 from tests.commands import TINY, ran, refused, rlroute, rows, start
-from tests.conftest import HANG
+from tests.conftest import HANG, forget
 from tests.distributions import ROUTER, install
 from tests.tiny import STEPS
 
@@ -138,6 +138,7 @@ def test_a_run_of_changed_code_is_neither_handed_out_nor_continued_nor_pooled(si
     if what == "sha256":
         module = site / "acme" / "fragile.py"
         module.write_text(module.read_text() + "# another line\n")
+        forget(site)
     else:
         pytest.importorskip("importlib_metadata")  # Dash brings it, and with it entry points are of another class
         (metadata,) = site.glob("*.dist-info/METADATA")
