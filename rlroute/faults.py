@@ -36,10 +36,17 @@ def place(error: BaseException, files: Collection[str] = ()) -> str | None:
     """
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).exists():
         return f"{error.filename}, line {error.lineno}"
-    by_cause = [_frames(one) for one in _chain(error)]
-    inside = [[frame for frame in frames if frame.filename in files] for frames in by_cause]
-    frames = next(filter(None, [*inside, *by_cause]), None)
-    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else None
+    frame = innermost(error, files) or innermost(error)
+    return f"{frame.filename}, line {frame.lineno}" if frame else None
+
+
+def innermost(error: BaseException, files: Collection[str] | None = None) -> traceback.FrameSummary | None:
+    """Return the innermost frame that an error, or else what caused it, passed through: in one of ``files``, or of all.
+
+    None where it passed through none.
+    """
+    by_cause = ([frame for frame in _frames(one) if files is None or frame.filename in files] for one in _chain(error))
+    return next((frames[-1] for frames in by_cause if frames), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

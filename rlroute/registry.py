@@ -10,7 +10,8 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import Distribution, entry_points
@@ -27,8 +28,8 @@ from rlroute.config import (
     StartConfig,
     TrainConfig,
 )
-from rlroute.errors import ConfigError, RlrouteError
-from rlroute.faults import explain, noted
+from rlroute.errors import ConfigError, DefectError, RlrouteError
+from rlroute.faults import explain, innermost, noted
 from rlroute.loading import Source, checked_path, file_of, load
 from rlroute.routing import Router, RouterShape
 from rlroute.sources import digest, loaded, remember, router_files
@@ -169,6 +170,25 @@ def make_router(config: RouterConfig, shape: RouterShape) -> Router:
     """
     with noted(config.name, shape.site):
         return router_class(config.name)(config, shape)
+
+
+@contextmanager
+def naming_defects() -> Iterator[None]:
+    """Say a router's defect in one line, outside of runs, which keep the traceback. What passed through no router's
+    file is ours and stays as it is, for who mends it.
+
+    Raises:
+        DefectError: in place of an error that passed through a router's file; it names the router.
+    """
+    try:
+        yield
+    except RlrouteError:
+        raise
+    except Exception as error:
+        names = {str(file_of(source)): name for name, source in _sources().items()}
+        if (frame := innermost(error, names)) is None:
+            raise
+        raise DefectError(f"router {names[frame.filename]}: {explain(error, {frame.filename})}") from error
 
 
 def refusals(shapes: Sequence[RouterShape]) -> dict[str, str]:

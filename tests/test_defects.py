@@ -1,14 +1,18 @@
 """A defect in a router: its traceback is in the run's folder, its place in one line, it is not tried again, and the
-other runs go on.
+other runs go on. Outside of runs there is the line alone; a defect of our own has its traceback.
 """
 
 import json
+import pickle
 
 import pytest
 
 from rlroute.errors import DefectError, StoreError
+from rlroute.experiments.bench import plan
+from rlroute.experiments.play import ladder
 from rlroute.faults import explain, place
 from rlroute.foreign import printable
+from rlroute.registry import include
 from rlroute.training import defects
 from tests.commands import TINY, ran, refused, rlroute, start
 from tests.conftest import HANG, forget
@@ -82,8 +86,15 @@ class FaultyRouter(Router):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RouterConfig):
-        where: Literal["init", "forward", "evaluation", "objective", "backward", "observe", "adapt"] = "forward"
+        where: Literal[
+            "init", "forward", "evaluation", "objective", "backward", "observe", "adapt", "reads"
+        ] = "forward"
         error: str = "zero"
+
+        def reads(self):
+            if self.where == "reads":
+                fail(self.error)
+            return {}
 
     def __init__(self, config, shape):
         super().__init__(config, shape)
@@ -116,7 +127,7 @@ class FaultyRouter(Router):
         self.at("adapt")
 '''
 GROUP = ("--workers", "2", "--cpus", "0.5")
-PLACES = ("init", "forward", "evaluation", "objective", "backward", "observe", "adapt")
+PLACES = ("init", "forward", "evaluation", "objective", "backward", "observe", "adapt", "reads")
 SAID = {
     "key": "KeyError: 'expert 7'",
     "bare": "AssertionError (",
@@ -163,12 +174,73 @@ def test_it_is_named_with_its_place_and_the_others_go_on(where, error, faulty, t
     folder, reason = failed_run(tmp_path / "runs")
     assert printable(reason) in said and reason.startswith(SAID.get(error, "ZeroDivisionError: division by zero"))
     assert line_of(faulty, error) in reason
-    assert ("router faulty at site 0" in reason) == (where != "backward")
+    assert ("router faulty at site 0" in reason) == (where not in ("backward", "reads"))
     kept = (folder / "traceback.txt").read_text()
     assert "traceback.txt" in reason and kept.startswith("Traceback") and str(faulty) in kept
     tries = (tmp_path / "count").read_text().count("failed")
-    assert tries == (2 if where == "init" else 1), "once, and in __init__ when the driver checks the configuration"
+    assert tries == (2 if where in ("init", "reads") else 1), "once, and where the driver checks the configuration too"
     assert [path.parent.name[:5] for path in (tmp_path / "runs").glob("*/summary.json")] == ["hash-"]
+
+
+def test_the_run_that_would_start_from_another_says_it(faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran("train", "hash", *TINY)
+    (source,) = (tmp_path / "runs").iterdir()
+    how = (*TINY, "--launcher", "local", "--seeds", "1", "--no-tuned", "--from", source)
+    said = rlroute("compare", "faulty:where=init", "hash", "--include", faulty, *how).err
+    assert "hash starts from" in said and "1 of 2 runs failed" in said
+    _, reason = failed_run(tmp_path / "runs")
+    assert line_of(faulty, "zero") in reason
+
+
+def test_an_ended_run_is_not_handed_out_where_what_it_reads_cannot_be_said(faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ("train", "faulty:where=reads", "--include", faulty, *TINY)
+    whole = faulty.read_text()
+    faulty.write_text(whole.replace("            if self.where ==", "            if False and self.where =="))
+    ran(*command)
+    faulty.write_text(whole)
+    del sys.modules["rlroute_included.faulty"]
+    assert f"error: router faulty: ZeroDivisionError: division by zero ({line_of(faulty, 'zero')})" == refused(
+        rlroute(*command)
+    )
+
+
+OUTSIDE = {
+    "budget": ("compare", "faulty:where=init", "--budget", "flops", "--no-tuned", "--seeds", "1"),
+    "reference": ("compare", "faulty:where=init", "hash", "--reference", "faulty", "--budget", "flops", "--no-tuned"),
+    "ladder": ("ladder", "hash", "--against", "faulty:where=init", "--no-tuned"),
+    "judge": ("judge", "faulty:where=reads", "--against", "hash", "--no-tuned"),
+    "plan": ("plan", "faulty:where=init"),
+    "play": ("play", "TokenBandit-v0", "faulty:where=evaluation", "--episodes", "2"),
+    "gradients": ("gradients", "faulty:where=init"),
+}
+
+
+@pytest.mark.parametrize("command", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_outside_of_runs_there_is_one_line(command, faulty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = () if command[0] in ("play", "gradients") else TINY
+    said = refused(rlroute(*command, "--include", faulty, *settings))
+    assert said.startswith("error: router faulty: ZeroDivisionError: division by zero (")
+    assert line_of(faulty, "zero") in said
+    assert not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
+
+
+def test_it_is_named_across_processes_whatever_its_class(faulty):
+    include(faulty)
+    with pytest.raises(DefectError, match="router faulty: Unpicklable: one and two") as got:
+        ladder.train("faulty:error=pair", ladder.TASKS["uniform"], "own", 0, ladder.Ladder(steps=1))
+    assert line_of(faulty, "pair") in str(pickle.loads(pickle.dumps(got.value)))
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    def broken(*anything):
+        return 1 / 0
+
+    monkeypatch.setattr(plan, "planned_steps", broken)
+    with pytest.raises(ZeroDivisionError):
+        rlroute("plan", "hash", *TINY)
 
 
 @pytest.mark.slow

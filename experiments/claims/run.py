@@ -50,7 +50,7 @@ def run_claims(
         if claim.lacks:
             raise ConfigError(f"claim {claim.id} cannot be run: rlroute lacks {claim.lacks}")
     jobs = jobs_of(claims, command)
-    made = check_jobs(list(jobs.values()), how)
+    made = check_jobs(list(jobs.values()), how, registers=True)
     registered = {claim.id: _register(claim, made, how) for claim in claims}
     ids = {claim.id: jobs_of([claim]).keys() for claim in claims}
     shared = sum(map(len, ids.values())) - len(jobs)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from rlroute.errors import RlrouteError
 from rlroute.experiments.cli.folders import leaving_nothing
@@ -26,7 +27,7 @@ def main() -> None:
                 signal.signal(signum, _stop)
     with surviving():
         try:
-            with leaving_nothing():
+            with leaving_nothing(), _naming_defects():
                 _run()
         except RlrouteError as error:
             print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
@@ -40,6 +41,18 @@ def main() -> None:
         except KeyboardInterrupt as stop:
             print("stopped; what ended is kept, and the same command goes on", file=sys.stderr)
             sys.exit(128 + (stop.signum if isinstance(stop, _Stopped) else signal.SIGINT))
+
+
+@contextmanager
+def _naming_defects() -> Iterator[None]:
+    """As of the registry, where a command has imported it: without it there is no router, nor torch."""
+    try:
+        yield
+    except Exception:
+        if registry := sys.modules.get("rlroute.registry"):
+            with registry.naming_defects():
+                raise
+        raise
 
 
 class _Stopped(KeyboardInterrupt):

@@ -83,7 +83,7 @@ def judge(
     configs = [replace(c, start=start) for c in with_budget(configs, budget, configs[1], seconds)]
     at = looks(max_seeds)
     jobs = _jobs(configs, names, max_seeds, command)
-    made = check_jobs(jobs, how)
+    made = check_jobs(jobs, how, registers=True)
     before = [job.id for job in jobs if RunFolder(how.store, job.config, job.seed).ended]
     plan = make_plan(configs[0], configs[1], made, settings, margin, at, before)
     path = registration_file(how.store, configs[0], configs[1])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from rlroute.config import DataConfig, RunConfig
@@ -57,7 +57,7 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     print(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'} into {how.store}/; {_engines(jobs)}", file=sys.stderr)
 
     def say(run: str, reason: str) -> None:
-        with contextlib.suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
+        with suppress(StoreError):  # the disk may be what failed; the reason is returned in any case
             folders[run].set_aside(reason)
 
     with Monitor(jobs, how.store):
@@ -65,14 +65,21 @@ def run_jobs(jobs: Sequence[Job], how: Launch, search: Search | None = None) -> 
     return [folder.read() for folder in folders.values() if folder.ended], failed
 
 
-def check_jobs(jobs: Sequence[Job], how: Launch) -> dict[RunConfig, MadeFrom]:
+def check_jobs(jobs: Sequence[Job], how: Launch, *, registers: bool = False) -> dict[RunConfig, MadeFrom]:
     """Find out whether jobs can be trained, and what they are made from; nothing is written.
+
+    A defect in a router is left to its runs, which keep the traceback. One that hides what a run is made from which has
+    ended is raised: nothing runs that again.
+
+    Args:
+        jobs, how: as of :func:`run_jobs`.
+        registers: what they are made from is to be registered before they run, so that it has to be known of all.
 
     Raises:
         As :func:`run_jobs` does before any work.
     """
     from rlroute.provenance import made_from
-    from rlroute.training.prepare import check, refuse_changed
+    from rlroute.training.prepare import check, defects_left_to_the_run, refuse_changed
 
     how.check()
     ids = [job.id for job in jobs]
@@ -98,21 +105,29 @@ def check_jobs(jobs: Sequence[Job], how: Launch) -> dict[RunConfig, MadeFrom]:
         require_wandb()
     for line in dict.fromkeys(_starts(jobs, how, corpora)):
         print(line, file=sys.stderr)
-    made = {config: made_from(config, corpora[config.data].provenance) for config in seeds_of}
+    made = {}
+    ended = {job.config for job in jobs if folders[job.id].ended}
+    for config in seeds_of:
+        with nullcontext() if registers or config in ended else defects_left_to_the_run():
+            made[config] = made_from(config, corpora[config.data].provenance)
     for job in jobs:
-        refuse_changed(folders[job.id], made[job.config])
+        if job.config in made:
+            refuse_changed(folders[job.id], made[job.config])
     return made
 
 
-def _starts(jobs: Sequence[Job], how: Launch, corpora: Mapping[DataConfig, Corpus]) -> Iterator[str]:
+def _starts(jobs: Sequence[Job], how: Launch, corpora: Mapping[DataConfig, Corpus]) -> list[str]:
     """Find out whether runs can start from others, and say once for each start what these have nothing for."""
+    from rlroute.training.prepare import defects_left_to_the_run
     from rlroute.training.start import check_start
 
-    for config in dict.fromkeys(job.config for job in jobs):
-        if config.start is not None:
+    said = []
+    for config in dict.fromkeys(job.config for job in jobs if job.config.start is not None):
+        with defects_left_to_the_run():
             keyed = check_start(config, corpora[config.data], how.store)
             anew = f"; anew: {', '.join(keyed)}" if keyed else ""
-            yield f"{config.router_name} starts from {config.start}{anew}"
+            said.append(f"{config.router_name} starts from {config.start}{anew}")
+    return said
 
 
 def _engines(jobs: Sequence[Job]) -> str:

@@ -36,7 +36,7 @@ from rlroute.experiments.text import NOTHING, between, markdown
 from rlroute.kernels import gather_linear, make_plan
 from rlroute.learning import adapt, learn
 from rlroute.model.moe import add_beside_pairs, decide
-from rlroute.registry import make_router
+from rlroute.registry import make_router, naming_defects
 from rlroute.routing import Feedback, Router, RouterShape, RoutingContext, RoutingDecision
 from rlroute.transfer import defined
 
@@ -133,6 +133,7 @@ class _Layer:
         return (out_TW - y_TW).square().mean(1), decision
 
 
+@naming_defects()  # here: between processes an error loses its traceback, and may not even be picklable
 def train(entry: str, task: Clusters, form: Form, seed: int, how: Ladder) -> Outcome:
     """Train a router and its experts on the task and return what they reached."""
     torch.set_num_threads(1)
