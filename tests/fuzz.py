@@ -35,6 +35,8 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.envs.tables import SHAPES, load_table
 from rlroute.errors import RlrouteError
 from rlroute.experiments.bench.run import read_table
+from rlroute.experiments.checkpoints.folder import open_checkpoint
+from rlroute.experiments.checkpoints.imported import read_layer, write_layers
 from rlroute.experiments.claims.ledger import CLAIMS
 from rlroute.experiments.claims.outcomes import faults, read_outcomes
 from rlroute.experiments.claims.page import claims_grid, page
@@ -66,6 +68,7 @@ from tests.conftest import make_shape
 from tests.mutations import HOSTILE, TEXTS, change_bytes, change_json, change_value, change_words, several
 from tests.policies import DESCRIBED, weights_of, write_policy
 from tests.runs import interrupted
+from tests.small_checkpoints import BLOCKS, config_of, lay_checkpoint, tensors_of
 
 SECONDS = 30
 """A case that takes longer hangs."""
@@ -508,6 +511,29 @@ def checkpoint(folder: Path, random: Random) -> None:
     train(config, 0, folder)
 
 
+def imported(folder: Path, random: Random) -> None:
+    """A checkpoint of another library, whose configuration, tensors or bytes were changed, becomes layers of ours."""
+    kind = random.choice(list(BLOCKS))
+    weights = tensors_of(kind)
+    if random.random() < 0.5:
+        name = random.choice(list(weights))
+        weights[name] = random.choice(misshapen(weights[name]))
+    lay_checkpoint(folder, config_of(kind), {name: t for name, t in weights.items() if random.random() < 0.99})
+    path = folder / random.choice(("config.json", "config.json", "model.safetensors"))
+    if path.suffix == ".json":
+        path.write_bytes(_changed(path.read_bytes(), random))
+    elif random.random() < 0.5:
+        path.write_bytes(several(partial(change_bytes, random=random), path.read_bytes(), random))
+    for layer in write_layers(open_checkpoint(folder), folder):
+        read_layer(layer.path).layer()
+
+
+def misshapen(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return a tensor in other shapes and types; a file holds them."""
+    twice = [torch.cat([tensor, tensor], dim) for dim in range(tensor.dim())]
+    return [*twice, tensor.flatten(), tensor.sum(), tensor[None].clone(), tensor[:0], tensor.long(), tensor.double()]
+
+
 def corpus(folder: Path, random: Random) -> None:
     header = np.zeros(256, np.int32)
     header[:3] = 20240520, 1, 500
@@ -551,6 +577,7 @@ CASES: tuple[Case, ...] = (
     choices,
     trace,
     checkpoint,
+    imported,
     corpus,
     tokenizer,
 )

@@ -10,7 +10,7 @@ from tests.fuzz import READERS, Fault, run_case, search
 
 QUICK = {"record": 12, "compact": 12, "sweep": 40, "entry": 60, "values": 60, "bench": 20, "sb3": 25, "tokens": 25}
 QUICK |= {"registration": 30, "outcomes": 30, "choices": 25, "trace": 40, "command": 3, "checkpoint": 4}
-QUICK |= {"corpus": 4, "tokenizer": 3, "ladder": 40}
+QUICK |= {"corpus": 4, "tokenizer": 3, "ladder": 40, "imported": 100}
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -5,6 +5,9 @@ Shape suffixes: B sequences, S sequence length, D model width.
 """
 
 import json
+import re
+from copy import deepcopy
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlroute.errors import RlrouteError, StoreError
+from rlroute.errors import ConfigError, RlrouteError, StoreError
 from rlroute.experiments.checkpoints.blocks import FORMATS
 from rlroute.experiments.checkpoints.folder import DEFAULTS, open_checkpoint, together
-from rlroute.experiments.checkpoints.imported import read_layer, write_layers
+from rlroute.experiments.checkpoints.imported import Layer, read_layer, write_layers
 from tests.commands import ran, refused, rlroute
+from tests.fuzz import misshapen
+from tests.mutations import places
+from tests.small_checkpoints import BLOCKS, config_of, lay_checkpoint, tensors_of
 from tests.test_blocks import CASES, assert_same, outputs, published
 
 pytestmark = pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
@@ -106,13 +112,6 @@ def test_what_published_configurations_leave_out_is_what_transformers_takes() ->
             assert value == ({n: getattr(theirs, n) for n in value} if isinstance(value, dict) else theirs)
 
 
-def written(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> Path:
-    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    if tensors:
-        save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
 MIXTRAL = {"model_type": "mixtral", "num_experts_per_tok": 2, "hidden_act": "silu"}
 HERE = "model.layers.0.block_sparse_moe"
 GATE = {f"{HERE}.gate.weight": torch.ones(2, 4)}
@@ -142,11 +141,77 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(
     config: Any, tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RlrouteError, match=message):
-        write_layers(open_checkpoint(written(tmp_path, config, tensors)), tmp_path)
+        write_layers(open_checkpoint(lay_checkpoint(tmp_path, config, tensors)), tmp_path)
+
+
+def layers_of(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> list[Layer]:
+    return write_layers(open_checkpoint(lay_checkpoint(folder, config, tensors)), folder)
+
+
+def test_every_format_has_a_small_checkpoint(tmp_path: Path) -> None:
+    assert BLOCKS.keys() == FORMATS.keys()
+    for kind in BLOCKS:
+        (layer,) = layers_of(tmp_path, config_of(kind), tensors_of(kind))
+        assert layer.place == BLOCKS[kind][0]
+        layer.path.unlink()
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_weight_of_another_shape_or_type_is_refused(kind: str, tmp_path: Path) -> None:
+    weights = tensors_of(kind)
+    for name, tensor in weights.items():
+        for changed in misshapen(tensor):
+            if not (changed.shape == tensor.shape and changed.is_floating_point()):
+                with pytest.raises(ConfigError, match=rf"^{re.escape(BLOCKS[kind][0])}: "):
+                    layers_of(tmp_path, config_of(kind), weights | {name: changed})
+
+
+NO_FIELDS: tuple[Any, ...] = ([], {"a": {}})
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_field_that_is_a_list_or_an_object_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    for *above, name in places(config_of(kind)):
+        for value in NO_FIELDS:
+            config = deepcopy(config_of(kind))
+            fields = reduce(dict.__getitem__, above, config)
+            if not isinstance(fields[name], type(value)):  # an object in an object's place is read
+                fields[name] = value
+                with pytest.raises(ConfigError, match=f"{name} (=|is) a {type(value).__name__}[:,]"):
+                    layers_of(tmp_path, config, tensors_of(kind))
+
+
+FFN = {"moe_top_k": 2, "moe_num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": "2"}, "num_experts_per_tok = '2': it should be a valid integer"),
+        ("mixtral", {"num_experts_per_tok": 5}, "router topk: k = 5: legal are 1 to num_experts = 4"),
+        ("mixtral", {"hidden_act": None}, "hidden_act = None: it should be a valid string"),
+        ("olmoe", {"norm_topk_prob": 1}, "norm_topk_prob = 1: it should be a valid boolean"),
+        ("switch_transformers", {"num_experts": "8"}, "num_experts = '8': it should be a valid integer"),
+        ("switch_transformers", {"num_experts": None}, "num_experts = None: it should be a valid integer"),
+        ("switch_transformers", {"num_experts": 10**9}, "num_experts = 1000000000: it should be less than or equal to"),
+        ("deepseek_v2", {"n_group": None}, "n_group = None: it should be a valid integer"),
+        ("deepseek_v3", {"routed_scaling_factor": "2,k=1"}, "routed_scaling_factor = '2,k=1': it should be a valid n"),
+        ("deepseek_v3", {"routed_scaling_factor": -1.0}, "route_scale = -1.0: legal are numbers above 0"),
+        ("dbrx", {"ffn_config": "none"}, "ffn_config = 'none': it should be a valid dictionary"),
+        ("dbrx", {"ffn_config": FFN | {"moe_num_experts": "4"}}, "moe_num_experts = '4': it should be a valid integer"),
+        ("dbrx", {"ffn_config": FFN | {"moe_num_experts": 5}}, "the weights do not fit together: "),
+        ("dbrx", {"ffn_config": FFN | {"ffn_act_fn": "silu"}}, "ffn_act_fn = 'silu': it should be a valid dictionary"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(
+    kind: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        layers_of(tmp_path, config_of(kind) | change, tensors_of(kind))
 
 
 def test_damaged_files_and_an_index_that_leads_elsewhere_are_refused(tmp_path: Path) -> None:
-    folder = written(tmp_path, MIXTRAL, GATE | UP | DOWN)
+    folder = lay_checkpoint(tmp_path, MIXTRAL, GATE | UP | DOWN)
     (layer,) = write_layers(open_checkpoint(folder), folder)
     assert read_layer(layer.path).entry == "topk"
     layer.path.unlink()
@@ -165,7 +230,7 @@ def test_damaged_files_and_an_index_that_leads_elsewhere_are_refused(tmp_path: P
 
 def test_layers_keep_the_checkpoint_s_precision_under_the_names_of_every_exported_mixture(tmp_path: Path) -> None:
     tensors = {name: t.bfloat16() for name, t in (GATE | UP | DOWN).items()}
-    (layer,) = write_layers(open_checkpoint(written(tmp_path, MIXTRAL, tensors)), tmp_path)
+    (layer,) = write_layers(open_checkpoint(lay_checkpoint(tmp_path, MIXTRAL, tensors)), tmp_path)
     stored = load_file(layer.path)
     names = {"router.scores.weight", "experts.gate", "experts.up", "experts.down"}
     assert {f"layers.0.{name}" for name in names} == stored.keys()

@@ -187,6 +187,19 @@ def test_bad_parquet_files_are_named_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_every_error_of_pyarrow_s_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "x.parquet", text=TEXTS)
+    pa = pytest.importorskip("pyarrow")
+    for kind in pa.ArrowException.__subclasses__():
+
+        def fail(path: Path, kind: type[Exception] = kind) -> None:
+            raise kind("two\nlines")
+
+        monkeypatch.setattr("pyarrow.parquet.ParquetFile", fail)
+        with pytest.raises(DataError, match=r"x\.parquet' cannot be read: '?two"):
+            load_corpus(f"parquet:{path}")
+
+
 def test_without_pyarrow_a_line_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from rlroute.arrays import MOST, naming
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.checkpoints.blocks import FORMATS, Block, read_block
+from rlroute.experiments.checkpoints.blocks import FORMATS, Block, Config, read_block
 from rlroute.foreign import clipped, parse_json, read_bytes, reading, shown
 
-PLACES = dict.fromkeys(FORMATS, r"model\.layers\.\d+\.mlp") | {
-    "dbrx": r"transformer\.blocks\.\d+\.ffn",
-    "mixtral": r"model\.layers\.\d+\.block_sparse_moe",
-    "switch_transformers": r"(?:en|de)coder\.block\.\d+\.layer\.\d+\.mlp",
+PLACES = dict.fromkeys(FORMATS, r"model\.layers\.\d{1,5}\.mlp") | {
+    "dbrx": r"transformer\.blocks\.\d{1,5}\.ffn",
+    "mixtral": r"model\.layers\.\d{1,5}\.block_sparse_moe",
+    "switch_transformers": r"(?:en|de)coder\.block\.\d{1,5}\.layer\.\d{1,5}\.mlp",
 }
 """Where a model has its MLPs, of which those with a router are blocks."""
 ROUTERS = ("gate.weight", "router.weight", "router.layer.weight", "router.classifier.weight")
@@ -38,26 +38,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dbrx": {"ffn_config": {"moe_normalize_expert_weights": 1.0, "ffn_act_fn": {"name": "silu"}}},
 }
 """What transformers takes where the published ``config.json`` of a format says nothing."""
-
-
-class _Config:
-    """What a ``config.json`` says, by attribute.
-
-    Raises:
-        ConfigError: it does not say it.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self._where = values, where
-
-    def __getattr__(self, name: str) -> Any:
-        value = self[name]
-        return _Config(value, f"{self._where}, {name}") if isinstance(value, dict) else value
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._values:
-            raise ConfigError(f"{self._where} does not say {name!r}")
-        return self._values[name]
 
 
 @dataclass(frozen=True)
@@ -71,7 +51,7 @@ class Checkpoint:
     """
 
     kind: str
-    config: _Config
+    config: Config
     files: dict[str, Path]
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
@@ -106,7 +86,7 @@ def together(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     of shape (E, 2F, D) and ``down_proj`` of shape (E, D, F).
 
     Raises:
-        ConfigError: an expert lacks one, or they are not of one shape.
+        ConfigError: an expert lacks one, or they are not of one shape and type.
     """
     matrices: dict[int, dict[str, Tensor]] = {}
     others = dict[str, Tensor]()
@@ -121,6 +101,8 @@ def together(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for expert, roles in enumerate(experts):
         if lacking := sorted({"gate", "up", "down"} - roles.keys()):
             raise ConfigError(f"expert {expert} of {len(experts)} has no {lacking[0]} projection")
+    if len(types := {matrix.dtype for roles in experts for matrix in roles.values()}) > 1:
+        raise ConfigError(f"its experts are not of one type: {', '.join(sorted(map(str, types)))}")
     try:
         gate_up_EHD = torch.stack([torch.cat([roles["gate"], roles["up"]]) for roles in experts])
         down_EDF = torch.stack([roles["down"] for roles in experts])
@@ -139,9 +121,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     values = _json(folder / "config.json")
     kind = values.get("model_type")
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise ConfigError(f"{folder / 'config.json'}: model_type is {shown(kind)}, legal are {', '.join(FORMATS)}")
-    config = _Config(_over(DEFAULTS.get(kind, {}), values), str(folder / "config.json"))
     files = sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]
     index = folder / "model.safetensors.index.json"
     if path.is_dir() and index.exists():
@@ -151,6 +132,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = sorted({folder / name for name in named.values()})
     if not files:
         raise StoreError(f"{path} holds no .safetensors")
+    config = _over(DEFAULTS.get(kind, {}), values)
     return Checkpoint(kind, config, {name: file for file in files for name in _names(file)})
 
 
@@ -177,10 +159,11 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _over(plain: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _over(plain: Any, values: Any) -> Any:
     """Return values over defaults, objects within likewise."""
-    inner = {name: _over(plain[name], value) for name, value in values.items() if isinstance(plain.get(name), dict)}
-    return {**plain, **values, **inner}
+    if not isinstance(plain, dict) or not isinstance(values, dict):
+        return values
+    return plain | {name: _over(plain.get(name), value) for name, value in values.items()}
 
 
 def _by_numbers(place: str) -> tuple[bool, list[int]]:

@@ -30,15 +30,15 @@ def parquet_documents(pattern: str, column: str = COLUMN) -> list[Document]:
     what = f"corpus {f'parquet:{pattern}'!r}"
     found = find_files("parquet", pattern)
     try:
-        import pyarrow.parquet as reader
+        import pyarrow.parquet
     except ImportError as error:
         raise missing(what, "pyarrow") from error
-    return [document for file in found for document in _rows(reader, what, file, column)]
+    return [document for file in found for document in _rows(pyarrow, what, file, column)]
 
 
-def _rows(reader: Any, what: str, found: Found, column: str) -> Iterator[Document]:
+def _rows(pyarrow: Any, what: str, found: Found, column: str) -> Iterator[Document]:
     try:
-        with reader.ParquetFile(found.path) as file:
+        with pyarrow.parquet.ParquetFile(found.path) as file:
             names = file.schema_arrow.names
             if column not in names:
                 legal = ", ".join(map(repr, names))
@@ -47,7 +47,7 @@ def _rows(reader: Any, what: str, found: Found, column: str) -> Iterator[Documen
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for row, text in enumerate(texts):
                 yield Document(f"{found.name}/{row}", _encoded(what, found, column, text))
-    except (OSError, ValueError) as error:  # as pyarrow's own errors are
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # some of pyarrow's are of its own base alone
         if isinstance(error, DataError):
             raise
         raise DataError(f"{what}: {str(found.path)!r} cannot be read: {' '.join(str(error).split())}") from error
