@@ -200,7 +200,7 @@ def test_an_ended_run_is_not_handed_out_where_what_it_reads_cannot_be_said(fault
     faulty.write_text(whole.replace("            if self.where ==", "            if False and self.where =="))
     ran(*command)
     faulty.write_text(whole)
-    del sys.modules["rlroute_included.faulty"]
+    forget(tmp_path)
     assert f"error: router faulty: ZeroDivisionError: division by zero ({line_of(faulty, 'zero')})" == refused(
         rlroute(*command)
     )
