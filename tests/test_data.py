@@ -296,6 +296,42 @@ def test_a_file_of_several_names_is_one_document(tree: Path) -> None:
     assert len(train | valid) == 40
 
 
+def hard_links(files: Path, other: Path) -> None:
+    other.mkdir(parents=True)
+    for file in files.iterdir():
+        (other / f"copy_{file.name}").hardlink_to(file)
+
+
+def soft_links(files: Path, other: Path) -> None:
+    other.mkdir(parents=True)
+    for file in files.iterdir():
+        (other / f"copy_{file.name}").symlink_to(file)
+
+
+def linked_folder(files: Path, other: Path) -> None:
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.symlink_to(files)
+
+
+@pytest.mark.parametrize("link", [hard_links, soft_links, linked_folder])
+@pytest.mark.parametrize("held", ["valid", "test"])
+@pytest.mark.parametrize(("lie", "others"), [("{}", ["train/x"]), ("train/x", ["{}"]), ("blobs", ["a/train", "{}"])])
+def test_what_one_name_holds_out_is_held_out_under_all(
+    write_files, link, held: str, lie: str, others: list[str]
+) -> None:
+    own = {f"train/{i}.txt": b"own%d" % i for i in range(40)}
+    shared = {f"{lie.format(held)}/s{i}.txt": b"shared%d" % i for i in range(3)}
+    root = write_files(own | shared)
+    for other in others:
+        link(root / lie.format(held), root / other.format(held))
+    corpus = load_corpus(f"file:{root}/**/*.txt")
+    train, valid = texts(root, corpus)
+    if held == "valid":
+        assert (train, valid) == (set(own.values()), set(shared.values())) and not corpus.notes
+    else:
+        assert train | valid == set(own.values()) and "3 named test are left out: 'test/" in corpus.notes[0]
+
+
 def test_a_folder_is_reached_through_a_link(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/link").symlink_to(tree)
@@ -383,6 +419,21 @@ def test_names_that_are_not_utf8(tree: Path) -> None:
         ("train_test_split.txt", None),
         ("latest.txt", None),
         ("devices/trainer/values.txt", None),
+        ("evaluation/0.txt", "valid"),
+        ("development.txt", "valid"),
+        ("wiki.heldout", "valid"),
+        ("held_out/0.txt", "valid"),
+        ("c4-held-out.txt", "valid"),
+        ("holdout", "valid"),
+        ("validate.jsonl", "valid"),
+        ("wikiValid.txt", "valid"),
+        ("WikiTEST.txt", "test"),
+        ("valset", "valid"),
+        ("DevSet/0.txt", "valid"),
+        ("testset/0.txt", "test"),
+        ("trainset/valid.txt", "train"),
+        ("trainTestSplit.txt", None),
+        ("dataset/out/helder.txt", None),
     ],
 )
 def test_a_part_is_a_word_of_a_folder_or_file(name: str, part: str | None) -> None:

@@ -9,7 +9,9 @@ import heapq
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,8 +19,12 @@ from rlroute.errors import DataError
 
 Part = Literal["train", "valid", "test"]
 _PARTS: dict[str, Part] = {"train": "train", "training": "train"}
-_PARTS |= dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "valid")
+_PARTS |= dict.fromkeys(("val", "valid", "validate", "validation", "dev", "development"), "valid")
+_PARTS |= dict.fromkeys(("eval", "evaluation", "heldout", "holdout"), "valid")
 _PARTS |= dict.fromkeys(("test", "tests", "testing"), "test")
+_WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_STRICTNESS: dict[Part | None, int] = {"test": 0, "valid": 1, "train": 2, None: 2}
+"""Of a file that is in several parts by its names: it is in the first, for what one name holds out is held out."""
 _MAGIC = re.compile(r"[*?\[]")
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 SHOWN = 5
@@ -34,7 +40,8 @@ class Found(NamedTuple):
     @property
     def part(self) -> Part | None:
         """What the first folder, or the file, says that is named like a part: a word among others, as in
-        ``wiki.valid.tokens`` or ``dev_0``. None where none is, or several at once.
+        ``wiki.valid.tokens``, ``dev_0`` or ``wikiValid``, two in one (``held-out``), or one before "set" (``testset``).
+        None where none is, or several at once.
         """
         return part_of(self.name)
 
@@ -42,7 +49,9 @@ class Found(NamedTuple):
 def part_of(name: str) -> Part | None:
     """Return the part that a posix path is named after (:attr:`Found.part`)."""
     for piece in name.split("/"):
-        said = {_PARTS[word] for word in re.findall("[a-z]+", piece.lower()) if word in _PARTS}
+        words = [word.lower() for word in _WORD.findall(piece)]
+        pairs = map("".join, pairwise(words))
+        said = {_PARTS[word] for word in (word.removesuffix("set") for word in (*words, *pairs)) if word in _PARTS}
         if len(said) == 1:
             return said.pop()
     return None
@@ -52,18 +61,23 @@ def find_files(scheme: str, pattern: str) -> list[Found]:
     """Return the regular files that a glob (``**`` included) matches, sorted by name.
 
     What exists by a name is taken by it, though the name looks like a glob. Hidden files need a pattern with a dot, and
-    links that lead nowhere are no files. Of several ways to one file (links, hard links) the one with the fewest links
-    names it, then the shortest.
+    links that lead nowhere are no files. Of several ways to one file (links, hard links) one that says test names it,
+    then one that says validation, then the one with the fewest links, then the shortest.
 
     Raises:
         DataError: nothing matches, or something that is neither file nor folder; or a folder cannot be read.
     """
     what = f"corpus {f'{scheme}:{pattern}'!r}"
-    paths = [Path(found) for found in _expand(what, pattern)] if _can_name_a_file(pattern) else []
-    if not paths:
+    ways = _expand(what, pattern) if _can_name_a_file(pattern) else []
+    if not ways:
         raise DataError(f"{what}: no file matches {pattern!r}; legal is a glob that matches at least one")
+    parts = {found.path: found.part for found in _named([path for paths in ways for path in paths])}
+    return sorted(_named([min(paths, key=lambda path: _STRICTNESS[parts[path]]) for paths in ways]))
+
+
+def _named(paths: Sequence[Path]) -> list[Found]:
     root = os.path.commonpath([path.parent for path in paths])
-    return sorted(Found(path.relative_to(root).as_posix(), path) for path in paths)
+    return [Found(path.relative_to(root).as_posix(), path) for path in paths]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -79,28 +93,32 @@ def _can_name_a_file(pattern: str) -> bool:
         return False
 
 
-def _expand(what: str, pattern: str) -> Iterable[str]:
-    """Return one path of each file, the cheapest ways first (Dijkstra's rule over folders and what is left to match).
+def _expand(what: str, pattern: str) -> list[list[Path]]:
+    """Return the paths of each file, the cheapest ways first (Dijkstra's rule over folders and what is left to match).
 
-    A folder is entered once for each rest of the pattern, so that links in a circle end.
+    A folder is entered once for each rest of the pattern, so that links in a circle end; and for the parts that the
+    names on the way say in turn, so that it has every part that a link to it says.
     """
-    queue = [(0, 0, "/" if pattern.startswith("/") else "", _pieces(pattern))]
-    entered, files = set(), {}
+    queue: list[tuple[int, int, str, tuple[str, ...], tuple[Part, ...]]]
+    queue = [(0, 0, "/" if pattern.startswith("/") else "", _pieces(pattern), ())]
+    entered, files = set(), defaultdict(list)
     while queue:
-        links, depth, here, pieces = heapq.heappop(queue)
+        links, depth, here, pieces, said = heapq.heappop(queue)
         status = _status(what, here)
-        if status is None or (status.st_dev, status.st_ino, len(pieces)) in entered:
+        if status is None or (status.st_dev, status.st_ino, len(pieces), said) in entered:
             continue
-        entered.add((status.st_dev, status.st_ino, len(pieces)))
+        entered.add((status.st_dev, status.st_ino, len(pieces), said))
         if pieces and stat.S_ISDIR(status.st_mode):
             for child, rest in _children(what, here, pieces):
-                linked = child != here and os.path.islink(child)
-                heapq.heappush(queue, (links + linked, depth + (child != here), child, rest))
+                down = child != here
+                part = part_of(os.path.basename(child)) if down and _MAGIC.search(pieces[0]) else None
+                then = said if part is None or part in said else (*said, part)
+                heapq.heappush(queue, (links + (down and os.path.islink(child)), depth + down, child, rest, then))
         elif stat.S_ISREG(status.st_mode) and not pieces:
-            files[status.st_dev, status.st_ino] = here
+            files[status.st_dev, status.st_ino].append(Path(here))
         elif not pieces and not stat.S_ISDIR(status.st_mode):
             raise DataError(f"{what} matches {here!r}, which is no regular file; legal are files")
-    return files.values()
+    return list(files.values())
 
 
 def _pieces(pattern: str) -> tuple[str, ...]:
