@@ -172,7 +172,7 @@ def test_a_ray_of_our_own_has_a_loopback_address_alone():
 
 
 def test_what_a_ray_of_our_own_writes_is_for_nobody_else():
-    (folder,) = Path(ray_session._temporary_folder()).glob(f"{ray_session.SCRATCH}{os.getpid()}-*")
+    (folder,) = Path(ray_session.temporary_folder()).glob(f"{ray_session.SCRATCH}{os.getpid()}-*")
     assert folder.stat().st_mode & 0o777 == 0o700 and any((folder / "ray").iterdir())
 
 

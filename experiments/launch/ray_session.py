@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlroute.errors import ConfigError
+from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
 from rlroute.machine import cores
@@ -103,13 +103,14 @@ def session(how: Launch) -> Iterator[tuple[Any, Path]]:
         ConfigError: the cluster cannot be reached, or has no room for a trial.
         MissingDependencyError: Ray is not installed.
         NotStartedError: a Ray of our own has not started.
+        StoreError: there is no place for the private folder.
     """
     before = os.environ.copy()
     if how.cluster is None:  # whatever is set for another cluster
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     ray, tune = require()
     remove_orphans()
-    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=_temporary_folder()))
+    scratch = _private_folder()
     try:
         (scratch / "host").write_text(_host())
         _connect(ray, how, scratch)
@@ -167,11 +168,28 @@ def _require_room(nodes: Sequence[dict[str, float]], how: Launch) -> None:
         )
 
 
-def _temporary_folder() -> str:
+def _private_folder() -> Path:
+    folder = temporary_folder()
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=folder))
+    except OSError as error:
+        raise StoreError(
+            f"Ray's files cannot lie in {folder}: {error.strerror}; want a TMPDIR that can be written, of at most "
+            f"{LONGEST_TEMPORARY} characters, for they are sockets"
+        ) from error
+
+
+def temporary_folder() -> str:
     """Return where private folders lie: the usual place, or /tmp where that has too long a name for the sockets that
     Ray puts inside.
+
+    Raises:
+        StoreError: there is none.
     """
-    usual = tempfile.gettempdir()
+    try:
+        usual = tempfile.gettempdir()
+    except OSError as error:
+        raise StoreError(f"no temporary folder: {error.strerror}") from error
     return usual if len(usual) <= LONGEST_TEMPORARY else "/tmp"
 
 
@@ -186,7 +204,7 @@ def _host() -> str:
 
 def remove_orphans() -> None:
     """Remove the private folders of processes of this host that were killed."""
-    for folder in Path(_temporary_folder()).glob(f"{SCRATCH}[0-9]*-*"):
+    for folder in Path(temporary_folder()).glob(f"{SCRATCH}[0-9]*-*"):
         owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
         with contextlib.suppress(OSError):
             mine = folder.stat().st_uid == os.getuid() and (folder / "host").read_text() == _host() != ""

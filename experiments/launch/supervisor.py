@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from rlroute.errors import ConfigError, RlrouteError
 from rlroute.experiments.launch.jobs import Job, Launch, Search
-from rlroute.experiments.launch.ray_session import LOOPBACK, remove_orphans
+from rlroute.experiments.launch.ray_session import LOOPBACK, remove_orphans, temporary_folder
 from rlroute.experiments.launch.reach import LOOK_SECONDS, LOST_SECONDS, deaf, out_of_reach, unreachable
 
 START_SECONDS, JOIN_SECONDS = 600.0, 120.0
@@ -55,7 +55,9 @@ def require_reach(how: Launch) -> None:
 
     Raises:
         ConfigError: nothing answers at the cluster's address, or where a Ray of our own would listen.
+        StoreError: there is no folder for temporary files.
     """
+    temporary_folder()
     if how.cluster is None:
         if why := deaf(LOOPBACK):
             raise ConfigError(
