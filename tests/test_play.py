@@ -36,7 +36,7 @@ def test_every_agent_that_learns_from_reward_passes_nine_tenths_of_the_oracle(na
 
 
 def test_what_learns_from_gates_or_not_at_all_is_evaluated_and_says_so():
-    switch, hashed, _, sampled = play("TokenBandit-v0", ("switch", "hash", "credit"), 16, 0, QUICK)
+    switch, hashed, _, sampled = play("TokenBandit-v0", ("switch", "hash", "credit"), 16, 0, Learning())
     for result in (switch, hashed):
         assert "untaught" in result.name and result.score < 0.2
     assert sampled.name == "credit (sampled)" and abs(sampled.score) < 0.1
@@ -173,7 +173,7 @@ def test_variable_k_and_expert_choice_play_where_they_can(monkeypatch):
     install(monkeypatch, "threshold_like", "expert_choice_like")
     how = Learning(updates=2, copies=4, rollout=2)
     several, *_ = play("TokenBandit-v0", ("threshold_like:threshold=0.01,noise=0.0",), 8, 0, how)
-    batch, *_ = play("TokenBandits-v0", ("expert_choice_like",), 8, 0, how)
+    batch, *_ = play("TokenBandits-v0", ("expert_choice_like",), 8, 0, Learning())
     assert math.isfinite(several.score) and math.isfinite(batch.score)
     with pytest.raises(ConfigError, match="'expert_choice_like' decides over a batch"):
         play("TokenBandit-v0", ("expert_choice_like",), 8, 0, how)
@@ -198,11 +198,18 @@ def test_gates_change_nothing_so_their_credit_is_there_and_0(monkeypatch):
 
 
 def test_reference_policies_are_played_when_nobody_is_named():
-    results = play("TokenBandit-v0", (), 16, 0, QUICK)
+    results = play("TokenBandit-v0", (), 16, 0, Learning())
     assert [r.name for r in results] == ["uniform", "fixed", "bayes", "oracle"]
     assert abs(results[-1].regret) < 0.01 < results[0].regret
     table = to_markdown("TokenBandit-v0", results)
     assert table.index("oracle") < table.index("uniform") and not math.isnan(results[0].half_width)
+
+
+@pytest.mark.parametrize("field", ["updates", "copies", "rollout", "lr"])
+def test_a_way_of_learning_where_nobody_learns_is_refused_by_name(field):
+    how = replace(Learning(), **{field: 7})
+    with pytest.raises(ConfigError, match=rf"--{field} 7(\.0)? does not apply: none of these policies learns here"):
+        play("TokenBandit-v0", ("uniform", "switch"), 4, 0, how)
 
 
 def test_what_cannot_play_is_refused_by_name(monkeypatch):

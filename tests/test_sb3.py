@@ -1,8 +1,10 @@
 """A policy saved by Stable-Baselines3 routes as it acted, stays as it is, and is part of the run's identity."""
 
+import base64
 import io
 import json
 import os
+import pickle
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from rlroute.model.accounting import costs
 from rlroute.registry import default_names, router_names, run_config
 from rlroute.training.loop import train
 from rlroute.training.prepare import build_model
-from tests.commands import rlroute
+from tests.commands import ran, refused, rlroute
 from tests.conftest import draw, make_context, make_shape
 from tests.fuzz import tensors
 from tests.policies import DESCRIBED, policy_file, weights_of, write_policy
@@ -185,5 +187,21 @@ def test_it_plays_without_stable_baselines():
     from rlroute.experiments.play.games import play
     from rlroute.experiments.play.player import Learning
 
-    greedy, sampled = play("TokenBandit-v0", (f"sb3:policy={policy_file(16, 8)}",), 4, 0, Learning(updates=1))
-    assert "untaught" in greedy.name and "(sampled)" in sampled.name
+    path = policy_file(16, 8)
+    for name in (f"sb3:policy={path}", f"sb3:{path}"):
+        greedy, sampled = play("TokenBandit-v0", (name,), 4, 0, Learning())
+        assert "untaught" in greedy.name and "(sampled)" in sampled.name
+
+
+def test_what_a_zip_could_run_is_not_run_where_it_plays(tmp_path, monkeypatch):
+    """A pickle in place of the weights, or among what ``load`` of Stable-Baselines3 unpickles."""
+    pytest.importorskip("gymnasium")
+    monkeypatch.chdir(tmp_path)
+    write_policy(tmp_path / "ppo-bad.zip", {"action_net.weight": Foreign()})
+    said = refused(rlroute("play", "TokenBandit-v0", "sb3:ppo-bad.zip"))
+    assert "sb3.policy = 'ppo-bad.zip' is no policy that Stable-Baselines3 saved" in said
+    pickled = {":type:": "x", ":serialized:": base64.b64encode(pickle.dumps(Foreign())).decode()}
+    write_policy(tmp_path / "ppo-a,b.zip", weights_of(16, 8), DESCRIBED | {"lr_schedule": pickled})
+    assert "sb3:ppo-a,b.zip (greedy" in ran("play", "TokenBandit-v0", "sb3:ppo-a,b.zip", "--episodes", 2)
+    assert "cannot be read: No such file" in refused(rlroute("play", "TokenBandit-v0", "sb3:nothing.zip"))
+    assert sorted(os.listdir(tmp_path)) == ["ppo-a,b.zip", "ppo-bad.zip"]

@@ -34,8 +34,8 @@ def play(
     Args:
         environment: TokenBandit-v0, TokenBanditHard-v0, TokenBandits-v0 or Dispatch-v0; or CartPole-v1, on which
             REINFORCE shows on three seeds that it is right (it takes one router and none of the options).
-        policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE; all reference
-            policies if none are given.
+        policies: reference policies, routers (`router:field=value,...`; they learn first) or sb3:FILE (a policy of
+            Stable-Baselines3, as the router `sb3` reads it); all reference policies if none are given.
         table: the tokens of a bandit, from `rlroute export-tokens`; synthetic clusters without one.
         episodes: episodes per policy.
         seed: of episodes, initial weights and draws.

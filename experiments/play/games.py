@@ -1,28 +1,29 @@
 """``rlroute play``: a router, a reference policy or a saved Stable-Baselines3 policy in an environment, with its score
-and regret.
+and regret. Such a policy plays as the router ``sb3``, which reads it without running anything in it.
 
 Shape suffix: C copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import gymnasium
 
-from rlroute.config import DENSE, DataConfig, ModelConfig, TrainConfig
+from rlroute.agents.sb3 import Sb3Router
+from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, TrainConfig
 from rlroute.envs import IDS
 from rlroute.envs.references import Policy, reference_policies, score_interval
 from rlroute.envs.references import play as play_episode
 from rlroute.envs.vector import RoutingVectorEnv
-from rlroute.errors import ConfigError, StoreError
+from rlroute.errors import ConfigError
 from rlroute.experiments.play.player import Learning, RouterPlayer, Spec
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.text import markdown, plus_minus
-from rlroute.extras import missing
+from rlroute.limits import option
 from rlroute.registry import router_names
 
 SB3 = "sb3:"
@@ -52,27 +53,31 @@ def play(
 
     Args:
         environment: an id, with or without ``rlroute/``.
-        names: reference policies, router entries, or ``sb3:FILE`` (``sb3:policy=FILE`` is the router); all reference
-            policies if there are none.
+        names: reference policies, router entries, or ``sb3:FILE`` for ``sb3:policy=FILE``, which may hold a comma; all
+            reference policies if there are none.
         episodes: as many copies play one episode each.
         seed: of the episodes; training uses others.
         how: how routers learn.
         table: the tokens of a bandit; synthetic clusters without one.
 
     Raises:
-        ConfigError: an unknown environment or policy, or a router that cannot play there; before any work, unless it is
-            only what it learns that makes it leave a token without an expert where there is no action for that.
+        ConfigError: an unknown environment or policy, a router that cannot play there, or a way of learning where
+            nobody learns; before any work, unless it is only what it learns that makes a router leave a token without
+            an expert where there is no action for that.
     """
     if episodes < 2:
         raise ConfigError(f"episodes = {episodes}: want 2 or more, an interval needs them")
     make = partial(_make, environment, table)
     envs = make(episodes)
     references = reference_policies(envs, seed)
-    played = []
+    played, learn = dict[str, Callable[[], Policy]](), False
     for name in names or tuple(references):
-        played += list(_policies(name, make, references, seed, how).items())
+        policies, learns = _policies(name, make, references, seed, how)
+        played, learn = played | policies, learn or learns
+    if not learn:
+        _refuse_learning(how)
     results = []
-    for name, prepare in played:
+    for name, prepare in played.items():
         rewards_C = play_episode(envs, prepare(), seed=10**6 + seed)
         score, half_width = score_interval(envs, rewards_C)
         uniform, oracle = envs.world.anchors()
@@ -93,26 +98,26 @@ def _make(environment: str, table: Path | None, copies: int) -> RoutingVectorEnv
     return envs
 
 
+def _refuse_learning(how: Learning) -> None:
+    for name, value in vars(how).items():
+        if value != getattr(Learning(), name):
+            raise ConfigError(f"{option(name)} {value} does not apply: none of these policies learns here")
+
+
 def _policies(
     name: str,
     make: Callable[[int], RoutingVectorEnv],
     references: dict[str, Policy],
     seed: int,
     how: Learning,
-) -> dict[str, Callable[[], Policy]]:
-    """Return what a name means: functions that make the policy ready, by the name of its result."""
+) -> tuple[dict[str, Callable[[], Policy]], bool]:
+    """Return what a name means: functions that make the policy ready, by the name of its result; and whether it
+    learns.
+    """
     if name in references:
-        return {name: lambda: references[name]}
-    if name.startswith(SB3) and not name.startswith("sb3:policy="):
-        policy = _stable_baselines(Path(name.removeprefix(SB3)), make(1))
-        return {name: lambda: policy}
-    entry = name.partition(":")[0]
-    if entry == DENSE or entry not in router_names():
-        raise ConfigError(f"policy {name!r}: legal are {', '.join(references)}, sb3:FILE, {', '.join(router_names())}")
-    config = build_entry(name, DataConfig(), ModelConfig(), TrainConfig()).router
-    assert config is not None
+        return {name: lambda: references[name]}, False
     training = make(how.copies)
-    player, taught = RouterPlayer(config, Spec.of(training), seed), list[bool]()
+    player, taught = RouterPlayer(_config(name, references), Spec.of(training), seed), list[bool]()
     if not player.spec.batched:
         for explore in (False, True):  # an episode shows whether tokens stay without an expert, which has no action
             play_episode(training, player.policy(explore=explore), seed)
@@ -126,26 +131,19 @@ def _policies(
     untaught = "" if player.learns else ", untaught: it learns through gates or not at all"
     greedy = {f"{name} (greedy{untaught})": lambda: prepare(False)}
     sampled = {f"{name} (sampled)": lambda: prepare(True)} if player.router.stochastic else {}
-    return greedy | sampled
+    return greedy | sampled, player.learns
 
 
-def _stable_baselines(path: Path, envs: RoutingVectorEnv) -> Policy:
-    """Load a saved policy of Stable-Baselines3: its algorithm's name starts the file's, as in ``ppo-bandit.zip``."""
-    try:
-        import stable_baselines3
-    except ImportError as error:
-        raise missing("sb3:FILE", "stable_baselines3") from error
-    algorithm = path.name.partition("-")[0].upper()
-    if not hasattr(stable_baselines3, algorithm):
-        raise ConfigError(f"policy {path}: want the algorithm's name, a hyphen and more, as in ppo-bandit.zip")
-    if not path.exists():
-        raise StoreError(f"{path} is not there")
-    model = getattr(stable_baselines3, algorithm).load(path)
-    for what in ("observation_space", "action_space"):
-        saved, wanted = getattr(model, what), getattr(envs, f"single_{what}")
-        if saved != wanted:
-            raise ConfigError(f"policy {path} was trained with {what} {saved}: this environment has {wanted}")
-    return lambda observations, infos: model.predict(observations, deterministic=True)[0]
+def _config(name: str, references: Iterable[str]) -> RouterConfig:
+    """Return the configuration of the router that a name means."""
+    if name.startswith(SB3) and not name.startswith(f"{SB3}policy="):
+        return Sb3Router.Config(policy=name.removeprefix(SB3))
+    entry = name.partition(":")[0]
+    if entry == DENSE or entry not in router_names():
+        raise ConfigError(f"policy {name!r}: legal are {', '.join(references)}, sb3:FILE, {', '.join(router_names())}")
+    config = build_entry(name, DataConfig(), ModelConfig(), TrainConfig()).router
+    assert config is not None
+    return config
 
 
 def to_markdown(environment: str, results: list[Result]) -> str:
