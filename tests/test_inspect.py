@@ -224,7 +224,9 @@ def test_inspect_drops_shows_what_the_batch_changes(store, tmp_path):
     [
         (("a", "b", "switch"), "inspect a b switch: want [drops] RUN"),
         (("other", "switch"), "inspect other switch: want [drops] RUN"),
-        (("switch", "--capacity", "1"), "--capacity applies to inspect drops RUN alone"),
+        (("switch", "--capacity", "1"), "--capacity does not apply to inspect RUN, which takes --tokens"),
+        (("switch", "--orders", "9"), "--orders 9 does not apply to inspect RUN"),
+        (("drops", "switch", "--worth-tokens", "9"), "--worth-tokens 9 does not apply to inspect drops"),
         (("switch", "--out", "x.png"), "legal are names that end in .html, .json"),
         (("nothing",), "holds no ended run whose id starts with 'nothing'"),
         (("drops", "switch", "--capacity", "0"), "--capacity = 0.0: legal are numbers above 0"),

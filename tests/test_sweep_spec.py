@@ -192,3 +192,11 @@ def test_a_corpus_has_the_tokenizer_that_the_command_line_would_take(tmp_path):
     for said, wanted in (("", ["bpe", "bytes"]), ('[base]\n"data.tokenizer" = "bytes"\n', ["bytes", "bytes"])):
         jobs = spec(tmp_path, f'entries = ["hash"]\n{said}{grid}').jobs("command")
         assert [job.config.data.tokenizer for job in jobs] == wanted
+
+
+@pytest.mark.parametrize(("name", "value"), [("out", "x"), ("reference", "hash"), ("margin", 0.5)])
+def test_a_search_takes_no_option_of_the_table_that_it_does_not_make(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.toml").write_text("entries = ['hash', 'switch']\n[asha]\ngrace = 10\nreduction = 2\n")
+    said = refused(rlroute("sweep", "some.toml", f"--{name}", value))
+    assert f"--{name} {value} does not apply to a search" in said and len(list(tmp_path.iterdir())) == 1

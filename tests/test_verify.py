@@ -19,7 +19,7 @@ from rlroute.experiments.verify.store import verify
 from rlroute.reading import read_runs
 from rlroute.records import write_compact
 from tests import ROOT
-from tests.commands import TINY, contents, ran, rlroute
+from tests.commands import TINY, contents, ran, refused, rlroute
 from tests.test_identity import checkout, git, head
 from tests.test_include import SOURCE
 
@@ -399,6 +399,11 @@ def test_a_renamed_router_is_named(kept, store):
 
 
 @pytest.mark.slow
+def test_weights_that_a_compact_file_does_not_hold_are_not_evaluated_in_silence(trained):
+    said = refused(rlroute("verify", trained / "all.jsonl", "--evaluate"))
+    assert "--evaluate does not apply to" in said and "a compact file holds no weights" in said
+
+
 def test_an_edited_compact_file_is_named_too(trained, tmp_path):
     lines = [json.loads(line) for line in (trained / "all.jsonl").read_text().splitlines()]
     for name, (path, value, field) in LONE.items():

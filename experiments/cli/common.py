@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -240,6 +240,18 @@ def refuse_others(what: str, takes: str, given: object, default: object) -> None
             raise ConfigError(f"{option(name)}{said} does not apply to {what}, which takes {takes}")
 
 
+def refuse_several(command: str, launch: Launch) -> None:
+    """Refuse, of a command that trains one run, what says how several are, or what a process of its own would take.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if launch.concurrency is not None:
+        raise ConfigError(f"--concurrency {launch.concurrency}: {command} trains one run")
+    if not launch.uses_ray(1):
+        replace(launch, launcher="local").check()
+
+
 def command_line() -> str:
     return shlex.join(["rlroute", *sys.argv[1:]])
 
@@ -260,9 +272,11 @@ def recipe(preset: str | None, shared: Shared, tuned: bool) -> tuple[Recipe, str
     preset.
 
     Raises:
-        ConfigError: no preset is called that.
+        ConfigError: no preset is called that, or tuned settings are asked for beside it.
     """
     size = with_preset(preset, shared)
+    if preset is not None and tuned and "tuned" in said():
+        raise ConfigError("--tuned does not apply to a preset, for which nothing is tuned")
     parts: Recipe = {
         "data": size.data,
         "model": size.model,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import RUNS, command_line, one_run
+from rlroute.experiments.cli.common import RUNS, command_line, one_run, refuse_others
 from rlroute.experiments.cli.folders import check_ending, make_folder
 from rlroute.experiments.cli.output import show_grid
 from rlroute.foreign import printable
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlroute.experiments.terminal import Grid
 
 DROPS = "drops"
+WORTH_TOKENS, ORDERS = 2048, 5
 SHOWN = (".html", ".json")
 CAPACITIES = (1.0, 1.25, 2.0)
 """Factors that are tried where neither the user nor the run names one."""
@@ -31,9 +32,9 @@ def inspect(
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[drops] RUN")],
     store: Path = RUNS,
     tokens: Count = 8192,
-    worth_tokens: Whole = 2048,
+    worth_tokens: Whole = WORTH_TOKENS,
     capacity: tuple[Positive, ...] = (),
-    orders: Annotated[int, Between(2, 1000)] = 5,
+    orders: Annotated[int, Between(2, 1000)] = ORDERS,
     out: tuple[Path, ...] = (),
     json: bool = False,
 ) -> None:
@@ -47,13 +48,19 @@ def inspect(
         what: the run's id or the start of it; before it `drops`, if that is wanted.
         store: the run store.
         tokens: about how many validation tokens are looked at.
-        worth_tokens: on so many of them experts are masked, one after the other; 0: they are not.
+        worth_tokens: not of `drops`: on so many of them experts are masked, one after the other; 0: they are not.
         capacity: of `drops`: capacity factors, beside dropless; by default the run's own, or 1, 1.25 and 2.
         orders: of `drops`: so often are the same sequences put into batches.
         out: files to write, by the ends of their names: .html is a page, .json all figures.
         json: print all figures as JSON, and no table.
     """
-    drops = _check(what, capacity, out)
+    drops = _check(what, out)
+    if drops:
+        takes = "--tokens, --capacity, --orders, --out and --json"
+        refuse_others(f"inspect {DROPS}", takes, {"worth_tokens": worth_tokens}, {"worth_tokens": WORTH_TOKENS})
+    else:
+        given, plain = {"capacity": capacity, "orders": orders}, {"capacity": (), "orders": ORDERS}
+        refuse_others("inspect RUN", "--tokens, --worth-tokens, --out and --json", given, plain)
     from rlroute.experiments.checkpoints.trained import open_routed
     from rlroute.records import write_atomically
 
@@ -79,7 +86,7 @@ class Shown(NamedTuple):
     tables: Callable[[], None]
 
 
-def _check(what: tuple[str, ...], capacity: tuple[float, ...], out: tuple[Path, ...]) -> bool:
+def _check(what: tuple[str, ...], out: tuple[Path, ...]) -> bool:
     """Refuse words and files that cannot be, before the work; return whether drops are wanted.
 
     Raises:
@@ -89,8 +96,6 @@ def _check(what: tuple[str, ...], capacity: tuple[float, ...], out: tuple[Path, 
     drops = len(what) == 2 and what[0] == DROPS
     if len(what) != 1 and not drops:
         raise ConfigError(f"inspect {' '.join(what)}: want [{DROPS}] RUN")
-    if capacity and not drops:
-        raise ConfigError(f"--capacity applies to inspect {DROPS} RUN alone")
     for path in out:
         check_ending(path, SHOWN, "--out ")
     return drops

@@ -106,6 +106,7 @@ def table(
             for bit on the same kind of CPU, the final bits per byte within 1 % elsewhere.
         seed: which runs these are.
     """
+    _refuse_seed(seed, rerun)
     if check or write or rerun:
         given = {"reference": reference, "margin": margin, "csv": csv, "timings": timings, "only": only}
         plain = {"reference": None, "margin": MARGIN, "csv": False, "timings": True, "only": ()}
@@ -123,6 +124,11 @@ def table(
         return
     _say_left_out(left_out)
     print(to_csv(built, timings=timings))
+
+
+def _refuse_seed(seed: int, rerun: int) -> None:
+    if seed and not rerun:
+        raise ConfigError(f"--seed {seed} wants --rerun N: it says which runs are trained once more")
 
 
 def _of_page(page: Path, check: bool, write: bool, rerun: int, seed: int) -> None:
@@ -185,6 +191,9 @@ def verify(
         evaluate: stored weights are evaluated once more as well.
         sources: the store of the runs from whose weights others start; the store itself by default.
     """
+    _refuse_seed(seed, rerun)
+    if evaluate and store.is_file():
+        raise ConfigError(f"--evaluate does not apply to {store}: a compact file holds no weights")
     from rlroute.experiments.verify.store import verify as verified
 
     findings = verified(store, reruns=rerun, draw=seed, evaluate=evaluate, sources=sources)

@@ -22,6 +22,7 @@ from rlroute.experiments.cli.common import (
     publish,
     recipe,
     refuse_others,
+    refuse_several,
     said,
     score,
 )
@@ -62,8 +63,7 @@ def train(
     """
     from rlroute.experiments.recipes.presets import build_comparison
 
-    if launch.concurrency is not None:
-        raise ConfigError(f"--concurrency {launch.concurrency}: train trains one run")
+    refuse_several("train", launch)
     parts, own = recipe(preset, shared, tuned)
     if not (entry := entry or own):
         raise ConfigError("rlroute train wants an ENTRY: a router (rlroute routers), or dense")
@@ -197,6 +197,9 @@ def sweep(
     how = read.launch(launch, said())
     search = read.search(read.jobs(command_line()))
     if search is not None:
+        given: dict[str, object] = {"out": out, "reference": reference, "margin": margin}
+        plain = {"out": None, "reference": None, "margin": MARGIN}
+        refuse_others("a search", "no option of a table, for it makes none", given, plain)
         how = sweeping.apart(how, read.name)
     jobs = read.jobs(command_line(), start.find(how.store))
     out = out or Path("results") / read.name

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlroute.config import TrainConfig
-from rlroute.errors import ConfigError
-from rlroute.experiments.cli.common import LAUNCH, From, command_line, run_folder, said
+from rlroute.experiments.cli.common import LAUNCH, From, command_line, refuse_several, run_folder, said
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.training import train_one
 from rlroute.experiments.launch.jobs import Job, Launch
@@ -51,8 +50,7 @@ def upcycle(
     from rlroute.experiments.recipes.presets import build_comparison
     from rlroute.records import RunFolder
 
-    if launch.concurrency is not None:
-        raise ConfigError(f"--concurrency {launch.concurrency}: upcycle trains one run")
+    refuse_several("upcycle", launch)
     train.check()
     name_broken(router)
     data, model = mixture_of(run_folder(run, launch.store), experts, k, pieces)
