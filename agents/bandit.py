@@ -5,6 +5,9 @@ LinUCB (Li et al. 2010, arXiv 1003.0146) and linear Thompson sampling (Agrawal a
 forgetting, because experts and hidden states move while they are being learned about. No gradient reaches the router: a
 posterior moves once per step.
 
+Thompson sampling draws for each token anew, as if it were a round of its own: two tokens of a step share no drawn
+weights, but the posterior, which moves between steps.
+
 The models see a fixed random projection of the hidden state and a constant. With k > 1 every chosen expert of a token
 is credited with the token's reward.
 

@@ -4,6 +4,9 @@ Noisy top-k gating, Shazeer et al. 2017 (arXiv 1701.06538).
 
 Both weight matrices start at zero as in the paper: at first the noise alone chooses, and loads start balanced.
 
+The deviation of the noise is softplus(x W_noise) alone, as in the paper: the ``noise_epsilon`` of 1e-2 that
+implementations add to it (tensor2tensor and what follows it) is not there.
+
 For k = 1 the gate is the expert's share of the softmax over all: over the chosen one alone it would be a constant.
 """
 

@@ -61,6 +61,7 @@ def two_digits(value: float) -> str:
 
 def si(value: float) -> str:
     """Return three digits and a unit prefix."""
+    value = float(f"{value:.3g}")  # 999.9 is 1 k
     power = min(max(int(math.log10(abs(value))) // 3, 0), 5) if value else 0
     return f"{value / 1000**power:.3g}{' ' * (power > 0)}{'kMGTP'[power - 1] if power else ''}"
 

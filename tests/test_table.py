@@ -244,6 +244,23 @@ def test_without_timings_a_rerun_at_another_speed_gives_the_same_text() -> None:
     assert "tokens/s" not in to_markdown(before, timings=False)
 
 
+def test_a_speed_has_no_more_digits_than_others_like_it_and_full_precision_in_the_csv() -> None:
+    table = build_table(make_runs())
+    assert "| 12.3 k |" in to_markdown(table) and "12,34" not in to_markdown(table)
+    assert str(row_of(table, "hash").tokens_per_second) in to_csv(table)
+
+
+def test_the_note_of_commits_has_each_once_and_says_what_was_not_committed() -> None:
+    runs = make_runs()
+    dirty = changed(changed(runs[0], "environment.commit", "beef" * 10), "environment.dirty", True)
+    other = changed(runs[1], "environment.commit", "feed" * 10)
+    mixed = [dirty, other, changed(runs[2], "environment.commit", None), *runs[3:]]
+    release = f"none, release {runs[2].environment['rlroute']}"
+    said = ["beef" * 10 + " with uncommitted changes", "c0ffee" * 6, "feed" * 10, release]
+    assert dict(build_table(mixed).notes)["Commit"] == ", ".join(said)
+    assert dict(build_table(runs).notes)["Commit"] == "c0ffee" * 6
+
+
 def test_markdown_is_one_table_with_marks_and_notes() -> None:
     text = to_markdown(build_table([*make_runs(), *(make_run("expert_choice", s) for s in range(3))]))
     lines = [line for line in text.splitlines() if line.startswith("|")]

@@ -42,6 +42,7 @@ def test_digits():
     assert plus_minus(0.5, 0.25, 2, "+") == "+0.50 ± 0.25" and with_ends(1, 0.5, 2) == "1.00 (0.50 to 2.00)"
     assert [si(value) for value in (0, 12, 1234, 2.5e6, 3e15)] == ["0", "12", "1.23 k", "2.5 M", "3 P"]
     assert [si(value) for value in (-114, -2500, 0.4)] == ["-114", "-2.5 k", "0.4"]
+    assert [si(value) for value in (999.4, 999.9, 999_900, 23_211.4)] == ["999", "1 k", "1 M", "23.2 k"]
     assert [short(value) for value in (2.0, 0.5, 0.333)] == ["2", "0.5", "0.33"]
     assert [three_digits(value) for value in (0.01234, 99.96, 12345.6)] == ["0.0123", "100", "12,346"]
     assert [two_digits(value) for value in (0.0123, 12345.6, 1.26e-5)] == ["0.012", "12,346", "1e-05"]

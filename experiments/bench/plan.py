@@ -173,5 +173,5 @@ def _times(plan: Plan, speed: float | None) -> Mapping[str, str]:
     names = ("tokens/s", "hours", "tokens in an hour", "tokens in a day")
     if speed is None:
         return dict.fromkeys(names, NOTHING)
-    values = (f"{speed:,.0f}", f"{plan.tokens / speed / HOUR:,.2f}", si(speed * HOUR), si(speed * DAY))
+    values = (si(speed), f"{plan.tokens / speed / HOUR:,.2f}", si(speed * HOUR), si(speed * DAY))
     return dict(zip(names, values, strict=True))

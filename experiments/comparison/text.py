@@ -63,7 +63,7 @@ def columns(table: Table, timings: bool = True, balance: bool = False) -> dict[s
         "regret": lambda row: of_interval(row.regret),
         "better routes": lambda row: NOTHING if row.better_routes is None else f"{row.better_routes:.0%}",
         "pairs/token": lambda row: NOTHING if row.pairs_per_token is None else f"{row.pairs_per_token:.2f}",
-        "tokens/s": lambda row: NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        "tokens/s": lambda row: NOTHING if row.tokens_per_second is None else si(row.tokens_per_second),
         "parameters active / total": lambda row: f"{si(row.active_parameters)} / {si(row.total_parameters)}",
         "FLOPs/token": lambda row: si(row.flops_per_token),
         "training-only FLOPs/token": lambda row: si(row.training_only_flops_per_token),

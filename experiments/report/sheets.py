@@ -90,7 +90,7 @@ def _progress(group: Group, others: Sequence[Seen]) -> tuple[Cell, ...]:
         Cell(f"{share:.0%}", share),
         _number(_mean([row["bits_per_byte"] for row in evals]), ".4f"),
         _number(_mean([worst_vio(row) for row in evals]), ".2f"),
-        _number(_mean([run.tokens_per_second for run in group.runs]), ",.0f"),
+        _speed(_mean([run.tokens_per_second for run in group.runs])),
         Cell(duration(longest) if longest is not None else "", longest),
         _alarms(group.runs),
     )
@@ -131,7 +131,7 @@ def _run(run: Seen, label: str, entry: str) -> tuple[Cell, ...]:
         Cell(f"{last['step'] if last else 0:,}{steps}", last["step"] if last else 0),
         _number(final and final["bits_per_byte"], ".4f"),
         _number(worst_vio(final) if final else None, ".2f"),
-        _number(run.tokens_per_second, ",.0f"),
+        _speed(run.tokens_per_second),
         _alarms([run]),
         Cell(begun[:16].replace("T", " ") or NOTHING),
         Cell(label, entry=entry),
@@ -151,6 +151,10 @@ def _alarms(runs: Sequence[Seen]) -> Cell:
 
 def _number(value: Number, form: str) -> Cell:
     return Cell(NOTHING if value is None else format(value, form), value)
+
+
+def _speed(value: Number) -> Cell:
+    return Cell(NOTHING if value is None else si(value), value)
 
 
 def _mean(values: Sequence[Number]) -> Number:

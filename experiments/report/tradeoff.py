@@ -10,7 +10,7 @@ from rlroute.config import DENSE
 from rlroute.experiments.comparison.entries import Entry
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.report.style import GREY, Style, faint, new_figure
-from rlroute.experiments.text import of_interval
+from rlroute.experiments.text import of_interval, si
 from rlroute.reading import worst_vio
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _draw_points(
     )
     name = escape(row.label)
     said = f"MaxVio {row.max_vio:.3f}<br>" if row.max_vio is not None else ""
-    said += f"{row.tokens_per_second:,.0f} tokens/s<br>" if row.tokens_per_second is not None else ""
+    said += f"{si(row.tokens_per_second)} tokens/s<br>" if row.tokens_per_second is not None else ""
     figure.add_scatter(
         x=[x],
         y=[row.bits_per_byte.mean],
