@@ -6,12 +6,16 @@ import json
 import pickle
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from rlroute.errors import DefectError, StoreError
 from rlroute.experiments.bench import plan
 from rlroute.experiments.play import ladder
 from rlroute.faults import explain, place
 from rlroute.foreign import printable
+from rlroute.parallel import mesh
+from rlroute.parallel.workers import _follows_a_loss
 from rlroute.registry import include
 from rlroute.training import defects
 from tests.commands import TINY, ran, refused, rlroute, start
@@ -75,6 +79,8 @@ def fail(error, sure=False):
         raise ValueError("\\udcff")  # surrogate
     if error == "syntax":
         eval("1 +")  # syntax
+    if error == "peer":
+        raise RuntimeError("Connection closed by gloo: Timed out")  # peer
     if error == "torch":
         torch.zeros(2) @ torch.zeros(3)  # torch
     return 1 / 0  # zero
@@ -139,6 +145,7 @@ SAID = {
     "stop": "StopIteration",
     "surrogate": "ValueError: ",
     "syntax": "SyntaxError: ",
+    "peer": "RuntimeError: Connection closed by gloo",
     "torch": "RuntimeError: ",
 }
 
@@ -252,8 +259,9 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
         pytest.param((), "pair", marks=pytest.mark.slow),
         pytest.param(("--workers", "2", "--cpus", "0.5"), "zero", marks=pytest.mark.slow),
         pytest.param(("--workers", "2", "--cpus", "0.5"), "pair", marks=pytest.mark.slow),
+        pytest.param(("--workers", "2", "--cpus", "0.5"), "peer", marks=pytest.mark.slow),
     ],
-    ids=["tune, zero", "tune, pair", "workers, zero", "workers, pair"],
+    ids=["tune, zero", "tune, pair", "workers, zero", "workers, pair", "workers, peer"],
 )
 def test_it_is_named_where_other_processes_train(how, error, faulty, tmp_path):
     """Whatever its class: a worker's error crosses processes."""
@@ -317,6 +325,22 @@ def test_what_is_no_defect_passes(error, tmp_path):
     with pytest.raises(type(error)) as got, defects.Defects(config(), tmp_path, lambda e: "another" not in str(e)):
         raise error
     assert got.value is error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "lost"),
+    [
+        (mesh.__file__, "Connection closed by peer", True),
+        (dist.distributed_c10d.__file__, "[gloo] Timed out", True),
+        (mesh.__file__, "tensors of other shapes", False),
+        (torch.nn.functional.__file__, "Connection closed by peer", False),
+        (__file__, "[gloo] Timed out", False),
+    ],
+)
+def test_a_lost_worker_is_told_by_what_was_raised_where_workers_exchange_something(file, text, lost):
+    with pytest.raises(RuntimeError) as got:
+        exec(compile(f"raise RuntimeError({text!r})", file, "exec"))
+    assert _follows_a_loss(got.value) == lost
 
 
 def test_a_line_stays_a_line():

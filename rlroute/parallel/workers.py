@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,6 +43,8 @@ elsewhere.
 """
 SETTLING_SECONDS = 5.0
 """How long the other workers may take to say what happened to them, once one has failed."""
+EXCHANGES = (Path(__file__).parent, Path(dist.__file__).parent)
+"""Folders of the code through which workers exchange something."""
 _GET_ADDRESS = 0x8915  # Linux: SIOCGIFADDR
 
 
@@ -135,7 +138,7 @@ def _loss(ranks: list[Any]) -> str:
         try:
             ray.get(rank)
         except ray.exceptions.RayTaskError as error:
-            if not _follows_a_loss(error.cause):
+            if not _tells_of_a_loss(error.cause):
                 raise error.cause from None
             lost.append(str(error.cause))
         except ray.exceptions.OutOfMemoryError:  # pages long
@@ -146,7 +149,17 @@ def _loss(ranks: list[Any]) -> str:
 
 
 def _follows_a_loss(error: BaseException) -> bool:
-    """Whether an error tells of another worker: its connection closed or it did not answer."""
+    """Whether an error comes of another worker's loss: it tells of one, and was raised where workers exchange
+    something, for a router may say anything.
+    """
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return _tells_of_a_loss(error) and any(Path(frames[-1]).is_relative_to(place) for place in EXCHANGES)
+
+
+def _tells_of_a_loss(error: BaseException) -> bool:
+    """Whether an error tells of another worker: its connection closed or it did not answer. Of one that comes from a
+    worker nothing but what it tells is left, and a router's is a DefectError by then.
+    """
     return isinstance(error, WorkerError | dist.DistError) or (
         type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "Connection", "Timed out", "NCCL"))
     )
