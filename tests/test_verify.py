@@ -271,7 +271,7 @@ def test_bits_and_loss_changed_together_are_found_by_the_weights_and_by_training
         return 0.9 * value
 
     edit = Edit(run_of(store)).set("evals.bits_per_byte", better).set("evals.loss", better)
-    edit.write()
+    edit.set("evals.nats_W", lambda nats: list(map(better, nats))).write()
     assert named(store, "metrics.jsonl: SHA-256")
     edit.seal_anew()
     assert found(store) == []
