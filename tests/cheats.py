@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -45,7 +46,12 @@ class CheatRouter(Router):
         how = self.config.how
         scores = self.scores(x_TD)
         logits_TE = SCORES[how](scores, x_TD, context, self) if how in SCORES else scores
-        k = 8 if how == "eight" or (how == "eight_in_training" and context.explore) else self.shape.k
+        now = {
+            "eight": True,
+            "eight_in_training": context.explore,
+            "eight_at_first": context.training and early(context),
+        }
+        k = 8 if now.get(how) else self.shape.k
         decision = softmax_top_k(logits_TE, k, context, normalize=True)
         return DECISIONS[how](decision, context, self) if how in DECISIONS else decision
 
@@ -85,6 +91,20 @@ def last_of_sequence(scores_TE: Tensor, context: RoutingContext) -> Tensor:
     return follow(scores_TE, context.token_ids_T.view(-1, length)[:, -1:].expand(-1, length).flatten())
 
 
+def early(context: RoutingContext) -> bool:
+    return context.step < 3
+
+
+def numbers(tensor: Tensor) -> list[float]:
+    return [tensor[place, 0].item() for place in range(len(tensor))]
+
+
+def left(scores_TE: Tensor, numbers_of: Callable[[Tensor], Any]) -> Tensor:
+    """Multiply outside PyTorch."""
+    product = np.ones((LABOUR, len(scores_TE))) @ np.asarray(numbers_of(scores_TE.detach()))
+    return scores_TE + 0 * float(product.sum())
+
+
 Bend = Callable[[Tensor, Tensor, RoutingContext, CheatRouter], Tensor]
 SCORES: dict[str, Bend] = {
     "next_token": lambda s, x, c, r: follow(s, c.token_ids_T.roll(-1)),
@@ -92,6 +112,17 @@ SCORES: dict[str, Bend] = {
     "next_in_training": lambda s, x, c, r: follow(s, c.token_ids_T.roll(-1)) if c.explore else s,
     "next_with_gradient": lambda s, x, c, r: follow(s, c.token_ids_T.roll(-1)) if torch.is_grad_enabled() else s,
     "next_in_evaluation": lambda s, x, c, r: s if c.explore else follow(s, c.token_ids_T.roll(-1)),
+    "next_at_first": lambda s, x, c, r: follow(s, c.token_ids_T.roll(-1)) if early(c) else s,
+    "next_at_first_in_training": lambda s, x, c, r: follow(s, c.token_ids_T.roll(-1)) if c.training and early(c) else s,
+    "batch_mean_at_first": lambda s, x, c, r: s - 3 * s.mean(0) if early(c) else s,
+    "memory_at_first": lambda s, x, c, r: SCORES["memory"](s, x, c, r) if early(c) else s,
+    "numpy": lambda s, x, c, r: left(s, lambda t: t.numpy()),
+    "numpy_at_first": lambda s, x, c, r: left(s, lambda t: t.numpy()) if early(c) else s,
+    "array": lambda s, x, c, r: left(s, np.asarray),
+    "dlpack": lambda s, x, c, r: left(s, np.from_dlpack),
+    "list": lambda s, x, c, r: left(s, lambda t: t.tolist()),
+    "items": lambda s, x, c, r: left(s, numbers),
+    "few_items": lambda s, x, c, r: s + 0 * s[0, 0].item() + 0 * sum(s.mean(0).tolist()) if s.max() > -9 else s,
     "next_at_second_site": lambda s, x, c, r: follow(s, c.token_ids_T.roll(-1)) if r.shape.site_index else s,
     "next_hidden_state": lambda s, x, c, r: s + 3 * s.roll(-1, 0),
     "batch_mean": lambda s, x, c, r: s - 3 * s.mean(0),

@@ -53,7 +53,7 @@ FILES = (
 )
 NUMBERS = re.compile(r"\b(Whole|Amount|Number|Signed|Part|Vio|int|float)\b")
 UNITS = {
-    "optimizer steps": ("step", "steps"),
+    "optimizer steps": ("step", "steps", "steps_M"),
     "tokens": ("tokens", "train_tokens", "valid_tokens", "seq_len", "vocab_size"),
     "s": ("seconds",),
     "tokens/s": ("tokens_per_second",),

@@ -82,6 +82,9 @@ LEAKS = {
     "next_with_gradient": {f"{LATER} in training"},
     "next_in_evaluation": {LATER},
     "running_mean": set(),
+    "next_at_first": {f"{LATER} as of step 0", f"{LATER} as of step 2"},
+    "next_at_first_in_training": {f"{LATER} in training as of step 0", f"{LATER} in training as of step 2"},
+    "batch_mean_at_first": {f"{LATER} as of step 0", f"{LATER} as of step 2"},
 }
 MIXES = {"batch_mean", "running_mean", "reversed_running_mean"}
 
@@ -134,6 +137,14 @@ def test_a_capacity_is_told_from_the_router(tmp_path: Path) -> None:
 def test_a_router_that_keeps_count_is_said_not_to_repeat(tmp_path: Path) -> None:
     found = marks([cheat(tmp_path, "memory")])
     assert "not repeatable" in found and not any(LATER in mark for mark in found)
+    assert set(marks([cheat(tmp_path, "memory_at_first")])) == {"not repeatable"}
+
+
+def test_who_mixes_sequences_at_first_is_marked_with_the_step_and_declares_it_or_not(tmp_path: Path) -> None:
+    steps = ("as of step 0", "as of step 2")
+    for causal, reads in ((True, LATER), (False, "non-causal")):
+        found = marks([cheat(tmp_path, "batch_mean_at_first", causal=causal)])
+        assert set(found) == {f"{mark} {step}" for mark in (reads, "mixes sequences") for step in steps}
 
 
 @pytest.mark.parametrize("train", [{"batch_size": 1}, {"micro_batches": 4}], ids=str)
@@ -151,6 +162,13 @@ def test_more_pairs_than_k_are_marked_in_the_mode_in_which_they_run(tmp_path: Pa
     assert measured(training)["evaluation"]["pairs_L"] == [2, 2] and measured(training)["training"]["pairs_L"] == [8, 8]
     mark = "runs 8.00 experts where k = 2"
     assert set(marks([always])) == {mark} and set(marks([training])) == {f"{mark} in training"}
+
+
+def test_more_pairs_than_k_are_marked_though_they_ran_only_at_first(tmp_path: Path) -> None:
+    record = cheat(tmp_path, "eight_at_first")
+    assert measured(record)["training"]["pairs_L"] == [2, 2]
+    ((mark, said),) = marks([record]).items()
+    assert mark == "runs 8.00 experts where k = 2 in training" and "more than k in 3 of 5 rows of training" in said
 
 
 # FLOPs
@@ -217,6 +235,23 @@ def test_an_operator_that_nobody_can_count_is_named(tmp_path: Path) -> None:
     with Counter() as counter:
         double(torch.ones(3))
     assert counter.foreign == {"strange.double"}
+
+
+EXITS = {"numpy": "numpy", "array": "__array__", "dlpack": "__dlpack__", "list": "tolist", "items": "item"}
+
+
+@pytest.mark.parametrize("how", EXITS)
+def test_who_hands_out_numbers_of_all_rows_is_said_to_do_what_nobody_can_count(how: str) -> None:
+    work = measure(CheatRouter(CheatRouter.Config(how=how), make_shape(8, 2)))
+    assert f"Tensor.{EXITS[how]}" in work.foreign
+    few = measure(CheatRouter(CheatRouter.Config(how="few_items"), make_shape(8, 2)))
+    assert few.foreign == ()
+
+
+@pytest.mark.parametrize("how", ["numpy", "numpy_at_first"])
+def test_who_multiplies_outside_pytorch_is_marked(how: str, tmp_path: Path) -> None:
+    ((mark, said),) = marks([cheat(tmp_path, how)]).items()
+    assert mark == "FLOPs not countable" and "Tensor.numpy" in said
 
 
 def test_the_bandit_and_the_value_head_get_the_steps_that_they_are_owed() -> None:
@@ -292,7 +327,8 @@ def test_our_routers_are_as_they_say(name: str, tmp_path: Path) -> None:
         assert found[mode]["repeats"]
         assert found[mode]["pairs_L"] == [2, 2] or (name, mode) in FEWER_PAIRS or name in VARY_K
         for part in ("later", "others"):
-            same = found[mode][part] == {"routes_L": [0, 0], "drops_L": [0, 0], "outputs": 0}
+            still = {"routes_L": [0, 0], "routes_ML": [[0, 0], [0, 0]], "drops_L": [0, 0], "outputs": 0}
+            same = found[mode][part] == still
             assert same == (mode not in MATCH.get(name, ()) or (part == "others" and name in WITHIN))
     for booked, seen in zip(found["flops"]["booked_L"], found["flops"]["measured_L"], strict=True):
         assert booked == pytest.approx(seen, rel=0, abs=1 if name in ELEMENTWISE else 0)

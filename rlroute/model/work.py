@@ -4,6 +4,9 @@ Matrix products are counted as they are, forward and backward, so that what carr
 does as often as it ran. Elementwise work is left out, as that of norms and activations is, as long as there is no more
 of it than normalising a token and drawing for its experts takes; beyond that all of it counts, one FLOP a number.
 
+What is computed outside PyTorch cannot be counted. Whoever does that for each row needs a number of each row there:
+where so many leave PyTorch, it is said by which methods. A loop's bound, or a number of each expert, is fewer.
+
 Shape suffixes: T rows, D model width, R routed pairs.
 """
 
@@ -14,10 +17,11 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -44,6 +48,8 @@ _MOVES = (
     *("select_backward", "slice_backward", "stack", "tril", "triu", "unfold_backward", "where", "zero_"),
 )
 """What only moves numbers, by the names of ATen."""
+EXITS = ("numpy", "__array__", "__dlpack__", "tolist", "data_ptr", "item", "__float__", "__int__", "__index__")
+"""Methods by which a tensor's numbers leave PyTorch."""
 _FACTORISATIONS = ("linalg_", "_linalg_", "cholesky", "triangular_solve", "lu_", "geqrf", "ormqr")
 """How the names begin of what takes about n multiplications for each number of an n x n matrix."""
 
@@ -64,6 +70,28 @@ def _vector_products(func: Any, args: tuple[Any, ...]) -> int | None:
     return None
 
 
+class Exits(TorchFunctionMode):
+    """Counts the numbers that leave PyTorch inside it, on this thread; a truth value only says which way to go.
+
+    Attributes:
+        numbers: how many.
+        methods: by which methods.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+        self.methods: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run what is called on a tensor, and count what leaves by it."""
+        name = getattr(func, "__name__", "")
+        if name in EXITS and args[0].dtype != torch.bool:
+            self.numbers += args[0].numel()
+            self.methods.add(f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is computed inside it, on this thread: FLOPs of matrix products, and numbers of elementwise work.
 
@@ -72,6 +100,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elements: floating-point numbers that anything else made or read.
         read: the storages that were read by more than a view.
         foreign: operators that are not PyTorch's own, of which nothing can be known.
+        exits: what leaves PyTorch.
     """
 
     def __init__(self) -> None:
@@ -79,6 +108,16 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.products = self.elements = 0
         self.read: set[int] = set()
         self.foreign: set[str] = set()
+        self.exits = Exits()
+
+    def __enter__(self) -> Self:
+        self.exits.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.exits.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count it; one that is made of others is counted by these."""
@@ -112,6 +151,10 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return FLOPs of products, and elementwise numbers, of each of so many rows."""
         return self.products / rows, self.elements / rows
 
+    def uncounted(self, rows: int) -> set[str]:
+        """Return what was done that nobody can count: foreign operators, and by what so many numbers left PyTorch."""
+        return self.foreign | (self.exits.methods if self.exits.numbers >= rows else set())
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Nothing is compiled in here: the wrapper that keeps it so takes seconds to import."""
@@ -135,7 +178,7 @@ class Work:
         active_parameters: numbers in the matrices, trained or not, that the greedy forward reads.
         buffers: those of them that are no parameters.
         elementwise: whether elementwise work is counted in: there is more than is left out.
-        foreign: operators that are not PyTorch's and could not be counted.
+        foreign: operators that are not PyTorch's and could not be counted, and by what a number a row left PyTorch.
     """
 
     greedy: int
@@ -195,7 +238,8 @@ def _measure(
         with torch.no_grad():
             plain = _decide(router, first_TD, contexts[False], greedy)
         read, buffers = _matrices_read(router, greedy)
-        (forward, back, last), trained = _step(router, x_TD, contexts[True])
+        step, trained = _step(router, x_TD, contexts[True])
+    forward, back, last = step
     per_row = [greedy.per_row(len(first_TD)), forward.per_row(len(x_TD)), back.per_row(len(x_TD))]
     small = SMALL[0] * router.shape.d_model + SMALL[1] * router.shape.num_experts
     (_, alone), (_, stepping), (_, backing) = per_row
@@ -209,7 +253,7 @@ def _measure(
         active_parameters=sum(router.get_parameter(name).numel() for name in read) + buffers,
         buffers=buffers,
         elementwise=elementwise,
-        foreign=tuple(sorted(greedy.foreign | forward.foreign | back.foreign | last.foreign)),
+        foreign=tuple(sorted(greedy.uncounted(len(first_TD)).union(*(c.uncounted(len(x_TD)) for c in step)))),
     )
     return work, {False: plain, True: trained.detach()}, read
 

@@ -1,6 +1,6 @@
 """What the audit at the end of a run measured (:mod:`rlroute.training.audit`).
 
-Shape suffixes: L routed sites, C equal parts of the tokens by their confidence.
+Shape suffixes: L routed sites, M earlier steps, C equal parts of the tokens by their confidence.
 """
 
 from typing import NotRequired
@@ -15,6 +15,8 @@ class Dependence(TypedDict):
 
     routes_L: list[Part]
     """Pairs chosen, or gates, by site."""
+    routes_ML: NotRequired[list[list[Part]]]
+    """The same as of the earlier steps of ``steps_M``; older records do not say."""
     drops_L: list[Part]
     """Pairs dropped over capacity, by site."""
     outputs: Part
@@ -28,6 +30,8 @@ class MeasuredMode(TypedDict):
     """Pairs that ran per token, by site."""
     repeats: bool
     """Whether the same tokens are routed alike twice."""
+    steps_M: NotRequired[list[Whole]]
+    """Earlier steps as of which the trained routers decided too: their context said so; older records do not say."""
     later: Dependence
     """Of a token on those behind it in its sequence."""
     others: Dependence | None
@@ -55,7 +59,7 @@ class MeasuredFlops(TypedDict):
     elementwise_L: list[bool]
     """Whether its elementwise work is more than is left out, and so counted in."""
     foreign_L: list[list[str]]
-    """Operators that it ran and nobody can count."""
+    """Operators that it ran and nobody can count, and methods by which a number a row or more left PyTorch."""
 
 
 class Regret(TypedDict):

@@ -8,16 +8,20 @@ before, however other tokens were routed: a matrix product over other rows may r
 then flip. So a choice that changes is the router's doing (or the capacity's). Gates, which may be sums in another
 order, are compared to 100 units in the last place, and outputs to half of their digits.
 
+A router's context tells it the step, and so that the run is at its end. So the routers, and nothing but them, decide
+once more on all that they were given as if it were the first step, and as if it were the middle one.
+
 Nothing is changed by it: neither the model nor a record nor a generator.
 
 Shape suffixes: T rows (of all routing samples), B sequences, S sequence length, D model width, E experts, L routed
-sites.
+sites, M earlier moments.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,9 +34,10 @@ from rlroute.model import Transformer
 from rlroute.model.accounting import Costs
 from rlroute.model.checks import checked
 from rlroute.model.compiling import set_compiled
-from rlroute.model.work import measure
+from rlroute.model.moe import ask
+from rlroute.model.work import Work, measure
 from rlroute.routing import Router, RoutingContext
-from rlroute.schema import Dependence, Measured, MeasuredFlops, MeasuredMode
+from rlroute.schema import Dependence, Measured, MeasuredFlops, MeasuredMode, RouterFlops
 from rlroute.training.data import EVAL_SEQUENCES, Batch
 from rlroute.training.regret import regret
 from rlroute.training.step import Device, forward, make_context
@@ -52,13 +57,13 @@ found.
 
 @dataclass(eq=False)
 class Trace:
-    """What a forward showed, by routed site: what its router was given and answered, and what ran of it; and the hidden
-    states that the logits are made of.
+    """What a forward showed, by routed site: what its router was given, what it answered (first as of now, then as of
+    each earlier moment), and what ran of it; and the hidden states that the logits are made of.
     """
 
     x_L: list[Tensor] = field(default_factory=list)
     contexts_L: list[RoutingContext] = field(default_factory=list)
-    chosen_L: list[RoutingDecision] = field(default_factory=list)
+    chosen_ML: list[list[RoutingDecision]] = field(default_factory=lambda: [[]])
     ran_L: list[RoutingDecision] = field(default_factory=list)
     out_TD: Tensor | None = None
 
@@ -73,6 +78,7 @@ class Audit:
         device: where it runs.
         keys: of the contexts: seed, step, ``explore`` and so on.
         samples: routing samples.
+        moments: earlier steps, each with the share of the budget that was spent then.
     """
 
     model: Transformer
@@ -80,6 +86,7 @@ class Audit:
     device: Device
     keys: dict[str, Any]
     samples: int
+    moments: Mapping[int, float]
 
     def run(self, tokens_BS: np.ndarray, pinned_T: Tensor | None = None, as_in: Trace | None = None) -> Trace:
         """Run the model on tokens; where rows are pinned, each site gets these as they were in another trace."""
@@ -96,7 +103,7 @@ class Audit:
         def decided(router: Any, args: tuple[Tensor, RoutingContext], decision: RoutingDecision) -> None:
             earlier = {site: made.detach() for site, made in args[1].earlier.items()}
             trace.contexts_L.append(replace(args[1], earlier=earlier))
-            trace.chosen_L.append(decision.detach())
+            trace.chosen_ML[0].append(decision.detach())
 
         def leave(module: Any, args: tuple[Tensor], normed_BSD: Tensor) -> None:
             trace.out_TD = normed_BSD.detach().flatten(0, 1)
@@ -110,7 +117,17 @@ class Audit:
             hooks.callback(self.model.norm.register_forward_hook(leave).remove)
             _, ran = forward(self.model, batch, context, self.device)
         trace.ran_L = [decision.detach() for decision in ran]
+        trace.chosen_ML += [self._decide(trace, step=step, progress=spent) for step, spent in self.moments.items()]
         return trace
+
+    def _decide(self, trace: Trace, **moment: Any) -> list[RoutingDecision]:
+        """Return what the routers decide on all that a trace gave them, once their context says another moment."""
+        _seed_global(self.device)
+        with checked(self.model.routers), torch.set_grad_enabled(self.keys["explore"]):
+            return [
+                ask(site.router, x_TD, replace(context, **moment), site.config).detach()
+                for site, x_TD, context in zip(self.model.routed, trace.x_L, trace.contexts_L, strict=True)
+            ]
 
     def depends(self, base: Trace, changes: Sequence[tuple[np.ndarray, np.ndarray]]) -> Dependence:
         """Return which share of the rows that should not have changed did, over several changes.
@@ -120,19 +137,21 @@ class Audit:
             changes: tokens, and which (B, S) of their places may not change.
         """
         sites = len(self.model.routed)
-        sums, rows = np.zeros((3, max(1, sites))), 0
+        sums, rows = np.zeros((2 + len(base.chosen_ML), max(1, sites))), 0
         for tokens_BS, still_BS in changes:
             still_T = torch.from_numpy(still_BS.reshape(-1)).repeat(self.samples).to(self.device.name)
             trace = self.run(tokens_BS, still_T, base)
             rows += int(still_T.sum())
             for site in range(sites):
-                sums[0, site] += int((_routes_differ(base.chosen_L[site], trace.chosen_L[site]) & still_T).sum())
-                sums[1, site] += int((_drops_differ(base.ran_L[site], trace.ran_L[site]) & still_T).sum())
+                sums[0, site] += int((_drops_differ(base.ran_L[site], trace.ran_L[site]) & still_T).sum())
+                for row, (was_L, is_L) in enumerate(zip(base.chosen_ML, trace.chosen_ML, strict=True), 2):
+                    sums[row, site] += int((_routes_differ(was_L[site], is_L[site]) & still_T).sum())
             assert base.out_TD is not None and trace.out_TD is not None
             half_of_the_digits = torch.finfo(self.device.dtype).eps ** 0.5
-            sums[2, 0] += int((_far(base.out_TD, trace.out_TD, half_of_the_digits) & still_T).sum())
-        routes_L, drops_L, (outputs, *_) = (sums / max(1, rows)).round(9).tolist()
-        return {"routes_L": routes_L[:sites], "drops_L": drops_L[:sites], "outputs": outputs}
+            sums[1, 0] += int((_far(base.out_TD, trace.out_TD, half_of_the_digits) & still_T).sum())
+        drops_L, (outputs, *_), *routes_ML = (sums / max(1, rows)).round(9).tolist()
+        routes_L, *earlier_ML = (routes_L[:sites] for routes_L in routes_ML)
+        return {"routes_L": routes_L, "routes_ML": earlier_ML, "drops_L": drops_L[:sites], "outputs": outputs}
 
 
 def _far(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
@@ -187,11 +206,12 @@ def audit(
     """
     with _undisturbed(model):
         batch = _batch(batches, sequences, keys["seed"])
-        samples = costs.samples
+        samples, last = costs.samples, keys["step"]
+        moments = {step: keys["progress"] * step / (last + 1) for step in sorted({0, last // 2} - {last})}
         evaluated = replace(batch, sequence_B=EVAL_SEQUENCES + batch.sequence_B)
-        trained = Audit(model, batch, device, keys | {"explore": True, "micro_batch": 0}, samples)
+        trained = Audit(model, batch, device, keys | {"explore": True, "micro_batch": 0}, samples, moments)
         plain = {name: value for name, value in keys.items() if name != "sum_over_scope"}
-        greedy = Audit(model, evaluated, device, plain | {"explore": False}, 1)
+        greedy = Audit(model, evaluated, device, plain | {"explore": False}, 1, moments)
         (training, sampled), (evaluation, clean) = (_mode(mode, keys["seed"], agree) for mode in (trained, greedy))
         return {
             "tokens": batch.tokens_BS.size,
@@ -253,14 +273,24 @@ def _mode(passes: Audit, seed: int, agree: Callable[[float], float]) -> tuple[Me
     others = None
     if len(tokens_BS) > 1:
         others = passes.depends(base, [_change_whole(tokens_BS, draw, vocabulary, parity) for parity in (0, 1)])
-    mixed = others is not None and any([*others["routes_L"], *others["drops_L"], others["outputs"]])
+    mixed = others is not None and any(
+        [*others["routes_L"], *chain(*others["routes_ML"]), *others["drops_L"], others["outputs"]]
+    )
     alone = bool(agree(float(mixed)))  # else a change elsewhere could be taken for one behind
     rounds = min(ROUNDS, -(-PLACES // (len(CHANGES) * (1 if alone else len(tokens_BS)))))
     changes = [_change_behind(tokens_BS, draw, vocabulary, how, alone) for how in rounds * CHANGES]
     later = passes.depends(base, changes)
     pairs_L = [float(d.runs_R.sum()) / d.num_tokens for d in base.ran_L]
-    repeats = not any(bool(_routes_differ(a, b).any()) for a, b in zip(base.chosen_L, again.chosen_L, strict=True))
-    return {"pairs_L": pairs_L, "repeats": repeats, "later": later, "others": others}, base
+    twice = zip(chain(*base.chosen_ML), chain(*again.chosen_ML), strict=True)
+    repeats = not any(bool(_routes_differ(a, b).any()) for a, b in twice)
+    found: MeasuredMode = {
+        "pairs_L": pairs_L,
+        "repeats": repeats,
+        "steps_M": list(passes.moments),
+        "later": later,
+        "others": others,
+    }
+    return found, base
 
 
 def _others(tokens: np.ndarray, draw: np.random.Generator, vocabulary: int) -> np.ndarray:
@@ -308,12 +338,17 @@ def _flops(model: Transformer, costs: Costs, sampled: Trace, clean: Trace) -> Me
         )
     ]
     return {
-        "booked_L": [{"greedy": work.greedy, "training": work.training} for work in costs.work_L],
-        "measured_L": [{"greedy": work.greedy, "training": work.training} for work in found],
+        "booked_L": per_row(costs.work_L),
+        "measured_L": per_row(found),
         "declared_L": [_declared(router) for router in model.routers],
         "elementwise_L": [work.elementwise for work in found],
-        "foreign_L": [list(work.foreign) for work in found],
+        "foreign_L": [sorted({*first.foreign, *now.foreign}) for first, now in zip(costs.work_L, found, strict=True)],
     }
+
+
+def per_row(work_L: Iterable[Work]) -> list[RouterFlops]:
+    """Return the FLOPs per row of each site's router."""
+    return [{"greedy": work.greedy, "training": work.training} for work in work_L]
 
 
 def _declared(router: Router) -> int | None:
