@@ -102,6 +102,7 @@ def test_runs_of_other_fingerprints_are_named(folder):
 def test_what_is_sealed_anew_is_found_by_training_again(folder):
     for edit in (Edit(run_of(folder / "runs", name, seed)) for name in ("switch", "hash") for seed in (0, 1)):
         edit.set("evals.loss", lambda loss: loss * 1.001).set("evals.bits_per_byte", lambda bits: bits * 1.001)
+        edit.set("evals.nats_W", lambda nats_W: [nats * 1.001 for nats in nats_W])
         edit.seal_anew().write()
     ran("table", folder / "docs" / "page.md", "--write")
     assert found(folder) == []

@@ -179,6 +179,11 @@ LONE = {
     "seconds": ("summary.seconds.train", 1e-3, "seconds"),
     "budget": ("summary.budget.amount", 7, "budget/amount"),
     "gate": ("summary.gate.meaning", "something else", "gate/meaning"),
+    "audit": ("summary.measured", None, "measured"),
+    "audited pairs": ("summary.measured.evaluation.pairs_L.0", 8, "measured/evaluation/pairs_L/0"),
+    "audited pairs in training": ("summary.measured.training.pairs_L.0", 1, "measured/training/pairs_L/0"),
+    "who says that it is causal": ("summary.measured.causal_L.0", False, "measured/causal_L/0"),
+    "booked FLOPs": ("summary.measured.flops.booked_L.0.training", 7, "measured/flops/booked_L/0/training"),
     "signals": ("summary.learns_from", ["reward"], "learns_from"),
     "corpus": ("summary.data.sha256", "0" * 64, "data/sha256"),
     "corpus size": ("summary.data.train_tokens", 7, "data/train_tokens"),
@@ -398,12 +403,12 @@ def test_a_renamed_router_is_named(kept, store):
     assert [line for line in lines if "made_from/routers" in line or "config/router" in line], lines
 
 
-@pytest.mark.slow
 def test_weights_that_a_compact_file_does_not_hold_are_not_evaluated_in_silence(trained):
     said = refused(rlroute("verify", trained / "all.jsonl", "--evaluate"))
     assert "--evaluate does not apply to" in said and "a compact file holds no weights" in said
 
 
+@pytest.mark.slow
 def test_an_edited_compact_file_is_named_too(trained, tmp_path):
     lines = [json.loads(line) for line in (trained / "all.jsonl").read_text().splitlines()]
     for name, (path, value, field) in LONE.items():
@@ -415,8 +420,8 @@ def test_an_edited_compact_file_is_named_too(trained, tmp_path):
         line_of = lines[edited.index(target)]
         target = target[part]
         for key in names:
-            target = target[key]
-        target[last] = value
+            target = target[int(key) if isinstance(target, list) else key]
+        target[int(last) if isinstance(target, list) else last] = value
         (tmp_path / "edited.jsonl").write_text("".join(json.dumps(line) + "\n" for line in edited))
         try:
             assert named(tmp_path / "edited.jsonl", field), name

@@ -13,7 +13,7 @@ from rlroute.kernels import choose_backend
 from rlroute.model import Transformer
 from rlroute.model.accounting import Costs, costs, fingerprints
 from rlroute.schema import RunRecord
-from rlroute.training.audit import claims
+from rlroute.training.audit import claims, per_row
 from rlroute.training.data import tokens_sha256
 from rlroute.training.prepare import planned_steps
 from rlroute.values import differing
@@ -103,6 +103,10 @@ def check_model(run: RunRecord, config: RunConfig, model: Transformer, ledger: L
     said = claims(model.routers, config.model.gate_form) if run.config["schema"] > 1 else {}
     for field, value in said.items():
         ledger.same("summary.json", field, run.summary.get(field), value, "as the routers say")
+    if (measured := run.summary.get("measured")) is not None:
+        causal_L = [router.causal for router in model.routers]
+        ledger.same("summary.json", "measured/causal_L", measured["causal_L"], causal_L, "as the routers say")
+        ledger.same("summary.json", "measured/flops/booked_L", measured["flops"]["booked_L"], per_row(counted.work_L))
     _check_costs(run, config, counted, ledger)
 
 

@@ -86,6 +86,25 @@ def check_summary(run: RunRecord, config: RunConfig, ledger: Ledger) -> None:
     if final is not None:
         ledger.same("summary.json", "seconds/train", summary["seconds"]["train"], final["seconds"], "as the last row")
     _check_speed(run, ledger)
+    if run.config["schema"] > 1:
+        _check_audit(run, config, ledger)
+
+
+def _check_audit(run: RunRecord, config: RunConfig, ledger: Ledger) -> None:
+    """A finished run was audited. Where all rows say that as many pairs ran of each token, the audit found as many."""
+    measured, status = run.summary.get("measured"), run.summary["status"]
+    wanted = status == "finished"
+    ledger.same("summary.json", "measured", measured is not None, wanted, f"there, of a {status} run")
+    if measured is None or config.model.capacity_factor is not None or config.model.round_to:
+        return
+    evals, train = ([row["pairs_L"] for row in rows if "pairs_L" in row] for rows in (run.evals, run.train))
+    for mode, found_L, rows in (
+        ("evaluation", measured["evaluation"]["pairs_L"], evals),
+        ("training", measured["training"]["pairs_L"], train),
+    ):
+        for site, (found, *ran) in enumerate(zip(found_L, *rows, strict=False)):
+            if len(set(ran)) == 1 and ran[0] % 1 == 0:
+                ledger.same("summary.json", f"measured/{mode}/pairs_L/{site}", found, ran[0], "as all rows say")
 
 
 def _check_status(run: RunRecord, planned: float, ledger: Ledger) -> None:
