@@ -1,6 +1,7 @@
 """The soak does what its seed says, kills nobody but its own, and takes no unforeseen end for a good one."""
 
 import contextlib
+import json
 import os
 import random
 import subprocess
@@ -47,6 +48,17 @@ def test_ends_that_a_kill_does_not_bring_about_are_none_of_the_soaks():
     ):
         with pytest.raises(SystemExit, match="the sweep failed"):
             soak.ending(code, said)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_sweep_is_killed_and_ends_with_the_table_of_one_that_was_left_alone(monkeypatch, tmp_path, capsys):
+    kills = ("--kills", "2", "--victims", "driver,trial", "--signals", "TERM", "--steps", "300")
+    monkeypatch.setattr(sys, "argv", ["soak", *kills, "--out", str(tmp_path / "soak.json")])
+    with pytest.raises(SystemExit, match="0"):
+        soak.main()
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert result["passed"] and result["kills"] == 2 and json.loads(capsys.readouterr().out)["passed"]
 
 
 @contextlib.contextmanager

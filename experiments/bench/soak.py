@@ -62,7 +62,8 @@ SCENES = {"driver": "runs", "trial": "runs", "raylet": "runs", "GCS": "runs", "g
 """In which sweep there is such a victim: of runs, of groups of workers, or on a cluster of two nodes."""
 FATAL = ("driver", "raylet", "GCS")
 """Without whom the command ends; with the others a run goes on."""
-COMMAND = (sys.executable, "-m", "rlroute", "sweep", "soak.toml", "--retries", "100")
+COMMAND = (sys.executable, "-m", "rlroute", "sweep", "soak.toml")
+PATIENT = ("--retries", "100")
 
 
 def main() -> None:
@@ -134,9 +135,11 @@ def play(name: str, blows: list[tuple[str, str]], draw: random.Random, steps: in
         (calm / "soak.toml").write_text((killed / "soak.toml").read_text())
         alone = () if groups else ("--launcher", "local")
         quiet = subprocess.run([*COMMAND, *alone], cwd=calm, capture_output=True, text=True)
+        if quiet.returncode:
+            sys.exit(f"the undisturbed sweep failed with {quiet.returncode}: {quiet.stderr}")
         tables = [_table(part / "runs") for part in (killed, calm)]
         runs = [len(read_runs(part / "runs")) for part in (killed, calm)]
-    equal = tables[0] == tables[1] and quiet.returncode == 0
+    equal = tables[0] == tables[1]
     hung = any(kill["seconds_to_go_on"] > HANG_SECONDS for kill in scene.kills)
     return {
         "scene": name,
@@ -196,11 +199,10 @@ class Scene:
         """Give the command; note how it has ended, which must be in one of the ways that are foreseen."""
         self.starts += 1
         where = ("--address", self.cluster.address) if self.cluster else ()
+        command = [*COMMAND, *PATIENT, *where]
         with (self.folder / "driver.log").open("w+") as log:
             mine = os.environ | {MARK: self.mark}
-            driver = subprocess.Popen(
-                [*COMMAND, *where], cwd=self.folder, env=mine, stdout=subprocess.DEVNULL, stderr=log
-            )
+            driver = subprocess.Popen(command, cwd=self.folder, env=mine, stdout=subprocess.DEVNULL, stderr=log)
             try:
                 yield driver
             finally:
