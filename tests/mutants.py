@@ -354,7 +354,12 @@ MUTANTS = [
         ("drops are not compared", "return torch.ne(*dropped).any(1)", "return torch.ne(*dropped).any(1) & False"),
         ("later tokens stay", "np.where(changes_BS, new_BS, tokens_BS)", "np.where(changes_BS, tokens_BS, tokens_BS)"),
         ("a change elsewhere is taken for one behind", "bool(agree(float(mixed)))", "bool(agree(0.0))"),
-        ("training is measured without gradients", 'set_grad_enabled(self.keys["explore"])', "set_grad_enabled(False)"),
+        (
+            "training is measured without gradients",
+            'as hooks, checked(self.model.routers), torch.set_grad_enabled(self.keys["explore"])',
+            "as hooks, checked(self.model.routers), torch.set_grad_enabled(False)",
+        ),
+        ("routers are asked as of the end alone", "replace(context, **moment)", "context"),
     ),
     *faults(
         "rlroute/model/accounting.py",

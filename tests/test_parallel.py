@@ -59,6 +59,8 @@ VARIANTS = [
     "dense",
 ]
 STEPS = 6
+APART = 1e-9
+"""How far sums in another order come apart in so many steps, on any instruction set: figures are about 10."""
 
 
 class ExpertChoiceRouter(Router):
@@ -159,9 +161,9 @@ def assert_equal_to(alone, workers, expert_parallel, chunks):
     for index, (entry, expected) in enumerate(alone.items()):
         mine = [rank[index] for rank in ranks]
         for rank in mine:
-            assert (rank["figures"] - expected["figures"]).abs().max() < 1e-10, entry
+            assert (rank["figures"] - expected["figures"]).abs().max() < APART, entry
             for name, value in expected["state"].items():
-                torch.testing.assert_close(rank["state"][name], value, rtol=0, atol=1e-10, msg=f"{entry} {name}")
+                torch.testing.assert_close(rank["state"][name], value, rtol=0, atol=APART, msg=f"{entry} {name}")
         chosen = torch.cat([rank["chosen"] for rank in mine], dim=1)
         assert torch.equal(chosen, expected["chosen"]), entry
 
