@@ -105,7 +105,7 @@ TOY = Grid(
     (
         Axis(("train.lr",), (1.0, 2.0, 3.0)),
         Axis(("router.kind",), ("a", "b")),
-        Axis(("router.x", "router.y"), (0, 5, 9)),
+        Axis(("router.x", "router.y"), (1, 5, 9)),
     ),
 )
 
@@ -135,7 +135,9 @@ def test_an_optimum_at_the_edge_of_a_grid_is_said_and_words_have_no_edge():
     scores, _ = walk(TOY, bowl)
     assert edges(TOY, best(TOY, scores)) == ["train.lr"]
     assert edges(TOY, TOY.start) == []
-    assert edges(TOY, {"train": {"lr": 2.0}, "router": {"kind": "a", "x": 0, "y": 0}}) == ["router.x"]
+    assert edges(TOY, {"train": {"lr": 2.0}, "router": {"kind": "a", "x": 1, "y": 1}}) == ["router.x"]
+    off = Grid({"router": {"x": 0.0}}, (Axis(("router.x",), (0.0, 1.0)),))
+    assert edges(off, off.start) == [], "nothing lies below 0"
 
 
 def test_trials_that_diverge_come_last_and_where_all_do_the_start_stays():

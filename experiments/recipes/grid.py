@@ -61,9 +61,9 @@ def best(grid: Grid, scores: Scores) -> Overrides:
 def edges(grid: Grid, point: Overrides) -> list[str]:
     """Return the fields of which a point has the least or the largest value that was tried: the optimum may lie beyond.
 
-    A field whose values are words has no edge.
+    A field whose values are words has no edge, and beyond 0 lies nothing: these are weights, rates and factors.
     """
-    ends = [(axis, value) for axis in grid.axes for value in (axis.values[0], axis.values[-1])]
+    ends = [(axis, value) for axis in grid.axes for value in (axis.values[0], axis.values[-1]) if value != 0]
     return [
         axis.fields[0] for axis, value in ends if not isinstance(value, str) and _moved(point, axis, value) == point
     ]
