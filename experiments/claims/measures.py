@@ -288,7 +288,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def values_of(
-    measure: Measure, of: Mapping[str, float], samples: Mapping[str, Sequence[Sample]], seed: int
+    measure: Measure, of: Mapping[str, float], samples: Mapping[str, Sequence[Sample]], index: int
 ) -> tuple[float | None, str]:
     """Return a part's value for one seed, and of which arm it is not defined: none is of a run that diverged.
 
@@ -296,9 +296,9 @@ def values_of(
         measure: what is measured.
         of: what each arm's value counts.
         samples: each arm's runs, one a seed.
-        seed: the place of the seed among them.
+        index: of the seed among them.
     """
-    mine = {name: samples[name][seed] for name in of}
+    mine = {name: samples[name][index] for name in of}
     if diverged := [name for name, sample in mine.items() if sample.record.summary["final"] is None]:
         return None, diverged[0]
     if measure.runs == 2:
@@ -306,15 +306,15 @@ def values_of(
         return value, " against ".join(of) if value is None else ""
     total = 0.0
     for name, weight in of.items():
-        value = _spread(measure, samples[name], seed) if measure.spread else measure.of(mine[name])
+        value = _spread(measure, samples[name], index) if measure.spread else measure.of(mine[name])
         if value is None:
             return None, name
         total += weight * value
     return total, ""
 
 
-def _spread(measure: Measure, samples: Sequence[Sample], seed: int) -> float | None:
+def _spread(measure: Measure, samples: Sequence[Sample], index: int) -> float | None:
     """Return how far a run's number lies from the median of all runs, none where one of these has no number."""
     found = [measure.of(sample) for sample in samples]
     known = [value for value in found if value is not None]
-    return abs(known[seed] - median(known)) if len(known) == len(found) else None
+    return abs(known[index] - median(known)) if len(known) == len(found) else None
