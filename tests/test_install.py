@@ -159,7 +159,6 @@ def refuses_in_one_line(done: subprocess.CompletedProcess[str], *named: str) -> 
         assert name in done.stderr
 
 
-@pytest.mark.slow
 def test_core_alone_trains_and_its_command_names_what_is_missing(installed) -> None:
     core = installed()
     code = (
@@ -176,7 +175,6 @@ def test_core_alone_trains_and_its_command_names_what_is_missing(installed) -> N
     refuses_in_one_line(core.rlroute("train switch"), "tyro")
 
 
-@pytest.mark.slow
 def test_cli_alone_trains_compares_and_prints(installed) -> None:
     cli = installed("cli")
     assert cli.rlroute("--version").stdout.startswith("rlroute ")
@@ -197,9 +195,9 @@ def test_cli_alone_trains_compares_and_prints(installed) -> None:
         ("ray", "import ray.tune"),
         ("report", "from rlroute.experiments.report.page import render"),
         ("dashboard", "from rlroute.experiments.dashboard.app import make_app"),
-        pytest.param("triton", "import rlroute.kernels.triton_kernels", marks=pytest.mark.slow),
+        ("triton", "import rlroute.kernels.triton_kernels"),
         ("parquet", PARQUET),
-        pytest.param("hf", BLOCK, marks=pytest.mark.slow),
+        ("hf", BLOCK),
     ],
 )
 def test_extra_alone_imports_what_it_is_for(installed, extra: str, code: str) -> None:
@@ -221,7 +219,6 @@ def test_environments_alone_play_and_load_no_torch(installed) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.slow
 def test_cli_and_envs_play(installed) -> None:
     played = installed("cli", "envs").rlroute("play TokenBandit-v0 uniform --episodes 4")
     assert played.returncode == 0 and "uniform" in played.stdout, played.stderr

@@ -176,6 +176,7 @@ def test_the_committed_tuning_is_what_the_grid_gives():
         again, _ = walk(grid, lambda trial, entry=entry: scores[entry][key(trial)])
         assert again == scores[entry]
         assert TUNED[entry] == best(grid, again)
+        assert edges(grid, TUNED[entry]) == [], f"{entry}: better settings may lie beyond"
 
 
 def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(monkeypatch, tmp_path, capsys):

@@ -49,10 +49,11 @@ GRID: dict[str, Grid] = {
         _scales(0.3, 1.0, 3.0),
     ),
     "noisy_topk": _learned(
-        {"importance_weight": 0.01, "load_weight": 0.01},
+        {"importance_weight": 0.001, "load_weight": 0.001},
         _FEW_RATES,
-        Axis(("router.importance_weight", "router.load_weight"), (0.001, 0.003, 0.01, 0.03)),
-        _scales(0.3, 1.0, 3.0),
+        Axis(("router.importance_weight", "router.load_weight"), (0.0, 0.0003, 0.001, 0.003)),
+        _scales(1.0, 3.0, 10.0),
+        scale=3.0,
     ),
     "bias_balanced": _learned(
         {"update_rate": 0.01},
@@ -61,10 +62,10 @@ GRID: dict[str, Grid] = {
         _scales(0.3, 1.0, 3.0),
     ),
     "reinforce": _learned(
-        {"baseline": "batch", "balance_weight": 2.0, "policy_weight": 0.5},
-        _FEW_RATES,
+        {"baseline": "batch", "balance_weight": 8.0, "policy_weight": 0.5},
+        Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2)),
         Axis(("router.baseline",), ("batch", "ema")),
-        Axis(("router.balance_weight",), (0.5, 2.0, 8.0)),
+        Axis(("router.balance_weight",), (0.5, 2.0, 8.0, 32.0)),
         _scales(3.0, 10.0, 30.0),
         scale=10.0,
     ),
