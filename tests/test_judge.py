@@ -17,7 +17,7 @@ from rlroute.experiments.comparison.judgement import EXACT, SAME, Judgement
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.recipes.presets import build_pair
-from rlroute.experiments.recipes.tuned import TUNED
+from rlroute.experiments.recipes.tuned import tuned_settings
 from rlroute.experiments.verdicts import intervals, looks, shares, verdict
 from rlroute.reading import read_runs
 from rlroute.registry import default_names, router_class
@@ -135,7 +135,10 @@ def test_a_copy_of_the_reference_from_a_file_is_equivalent(tmp_path: Path, route
     found = json.loads((tmp_path / "results" / "judgement.json").read_text())
     assert found["equivalent"] and found["direction"] is None and found["n"] == 3 and found["effect"] == 0
     plan = found["registration"]["plan"]
-    assert plan["candidate"]["settings"] == "those of switch" and plan["reference"]["settings"] == "tuned"
+    assert (
+        plan["candidate"]["settings"] == "those of switch"
+        and plan["reference"]["settings"] == "tuned at 500 steps of 8"
+    )
     there = [run for run in found["runs"] if run.startswith("switch")]
     assert plan["there_before"] == sorted([*there, next(iter(there))[:-1] + "3"]) and len(there) == 3
     assert "(3 there before)" in done.out
@@ -309,15 +312,15 @@ def test_an_untuned_candidate_gets_the_settings_of_the_reference(tmp_path: Path,
     from rlroute.registry import include
 
     include(tmp_path / "twin.py")
-    rest = (DATA, MODEL, TRAIN)
+    rest, at = (DATA, MODEL, TRAIN), "tuned at 500 steps of 8"
     (twin, switch), _ = build_pair("twin", "switch", *rest, tuned=True)
     plain, theirs = twin.to_dict(), switch.to_dict()
     assert plain["router"] | {"name": "switch"} == theirs["router"] and plain["train"] == theirs["train"]
     own = {"balance_weight": 0.5}
     (varied, _), settings = build_pair("twin:balance_weight=0.5", "switch", *rest, tuned=True)
-    assert varied.to_dict()["router"] == plain["router"] | own and settings == ["those of switch", "tuned"]
+    assert varied.to_dict()["router"] == plain["router"] | own and settings == ["those of switch", at]
     (tuned, _), settings = build_pair("hash", "switch", *rest, tuned=True)
-    assert tuned.train.lr == TUNED["hash"]["train"]["lr"] and settings == ["tuned", "tuned"]
+    assert tuned.train.lr == tuned_settings("hash", TRAIN)["train"]["lr"] and settings == [at, at]
     (untuned, other), settings = build_pair("twin", "switch", *rest, tuned=False)
     assert untuned.train == other.train == TRAIN and settings == ["default", "default"]
     with pytest.raises(ConfigError, match="lr"):

@@ -10,23 +10,29 @@ import pytest
 from rlroute.baselines.switch import SwitchRouter
 from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
+from rlroute.experiments.cli.common import Shared
 from rlroute.experiments.cli.training import tune as tune_command
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.recipes.grid import Axis, Grid, best, edges, key, unscored
-from rlroute.experiments.recipes.presets import all_entries, build_comparison, default_entries, fitting_entries
+from rlroute.experiments.recipes.presets import DEFAULT, all_entries, build_comparison, fitting_entries
 from rlroute.experiments.recipes.tuned import (
     GRID,
     TUNED,
     TUNING,
     TUNING_SEEDS,
+    Length,
     Tuning,
     grid_entry,
     read_tuning,
+    settings_of,
+    tuned_settings,
     tuning_of,
 )
 from rlroute.registry import run_config
 
 DATA = DataConfig(spec="synth:vocab=64,documents=64,length=128", seq_len=16, eval_tokens=64)
+USUAL = Length.of(TrainConfig())
+FOUND = TUNED[USUAL]
 MODEL = ModelConfig(d_model=16, num_heads=2, num_experts=8, d_expert=8, num_layers=3, attention_experts=4)
 
 
@@ -44,7 +50,7 @@ def plain(entry: str, lr: float = TrainConfig().lr) -> RunConfig:
     [
         ("hash", "hash:table=random"),
         ("switch", "switch:z_weight=0.0,jitter=0"),
-        ("switch", f"switch:balance_weight={TUNED['switch']['router']['balance_weight']}"),
+        ("switch", f"switch:balance_weight={FOUND['switch']['router']['balance_weight']}"),
         ("hash", "hash:entropy_weight=0,table=random"),
     ],
 )
@@ -55,7 +61,7 @@ def test_entries_that_resolve_to_one_router_get_the_same_settings(one, other):
 
 def test_a_variant_keeps_the_settings_that_it_does_not_contradict():
     variant, own = tuned("switch:z_weight=0.001"), tuned("switch")
-    assert variant.router.balance_weight == own.router.balance_weight == TUNED["switch"]["router"]["balance_weight"]
+    assert variant.router.balance_weight == own.router.balance_weight == FOUND["switch"]["router"]["balance_weight"]
     assert (variant.router.z_weight, variant.train) == (0.001, own.train)
     said = tuned("switch:balance_weight=0.5")
     assert (said.router.balance_weight, said.train) == (0.5, own.train)
@@ -71,13 +77,13 @@ def test_no_tuning_changes_nothing():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        *((tuned(entry), Tuning(entry, True)) for entry in TUNED),
-        (tuned("hash:table=random"), Tuning("hash", True)),
-        (tuned("switch:z_weight=0.001"), Tuning("switch", False)),
-        (tuned("switch+hash@0"), Tuning("switch", False)),
-        (tuned("switch:balance_weight=0.5"), Tuning(None, False)),
-        (plain("hash", lr=5e-3), Tuning(None, False)),
-        (tuned("credit"), Tuning(None, False)),
+        *((tuned(entry), Tuning(entry, True, USUAL)) for entry in FOUND),
+        (tuned("hash:table=random"), Tuning("hash", True, USUAL)),
+        (tuned("switch:z_weight=0.001"), Tuning("switch", False, USUAL)),
+        (tuned("switch+hash@0"), Tuning("switch", False, USUAL)),
+        (tuned("switch:balance_weight=0.5"), Tuning(None)),
+        (plain("hash", lr=5e-3), Tuning(None)),
+        (tuned("credit"), Tuning(None)),
     ],
 )
 def test_a_run_says_whose_tuned_settings_it_has(config, said):
@@ -86,8 +92,8 @@ def test_a_run_says_whose_tuned_settings_it_has(config, said):
 
 def test_records_that_are_older_than_a_field_are_as_tuned_as_they_were():
     config = tuned("switch").to_dict()
-    config["router"] = {"name": "switch"} | TUNED["switch"]["router"]
-    assert tuning_of(config) == Tuning("switch", True)
+    config["router"] = {"name": "switch"} | FOUND["switch"]["router"]
+    assert tuning_of(config) == Tuning("switch", True, USUAL)
 
 
 def test_the_grid_is_found_by_what_an_entry_resolves_to():
@@ -148,8 +154,8 @@ def test_trials_that_diverge_come_last_and_where_all_do_the_start_stays():
 
 
 def test_every_entry_of_the_default_comparison_has_the_same_number_of_trials():
-    assert default_entries() == list(GRID)
-    assert {"reinforce", "noisy_topk", "hash", "bias_balanced", "switch", "unbalanced", "dense"} == set(GRID)
+    assert {"reinforce", "noisy_topk", "hash", "bias_balanced", "switch", "unbalanced", "dense"} == set(DEFAULT)
+    assert set(DEFAULT) <= set(GRID)
     assert {grid.trials for grid in GRID.values()} == {10}
     assert len(TUNING_SEEDS) == 3 and not {0, 1, 2, 3, 4, 5, 6, 7} & set(TUNING_SEEDS)
 
@@ -166,17 +172,41 @@ def test_every_point_of_the_grid_is_legal_and_bracketed(entry):
     assert all(list(axis.values) == sorted(axis.values) for axis in grid.axes if axis not in words)
 
 
-def test_the_committed_tuning_is_what_the_grid_gives():
-    stored = json.loads(TUNING.read_text())
-    if not stored["trials"]:
-        pytest.xfail("TUNED is the grids' starts: run `rlroute tune --out experiments/recipes/tuning.json` and commit")
-    assert (stored["seeds"], stored["steps"]) == (list(TUNING_SEEDS), TrainConfig().steps)
-    scores = read_tuning()
-    for entry, grid in GRID.items():
-        again, _ = walk(grid, lambda trial, entry=entry: scores[entry][key(trial)])
-        assert again == scores[entry]
-        assert TUNED[entry] == best(grid, again)
-        assert edges(grid, TUNED[entry]) == [], f"{entry}: better settings may lie beyond"
+@pytest.mark.parametrize("path", sorted(TUNING.glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_tuning_is_what_the_grid_gives(path):
+    stored = json.loads(path.read_text())
+    seeds, length = stored["seeds"], Length.of(stored)
+    assert seeds and seeds == list(TUNING_SEEDS)[: len(seeds)]
+    assert length != USUAL or (len(seeds) == 3 and set(DEFAULT) <= set(TUNED[length]))
+    for entry, scores in read_tuning()[length].items():
+        again, _ = walk(GRID[entry], lambda trial, scores=scores: scores[key(trial)])
+        assert again == scores
+        assert TUNED[length][entry] == best(GRID[entry], again)
+        assert edges(GRID[entry], TUNED[length][entry]) == [], f"{entry}: better settings may lie beyond"
+
+
+def test_a_run_takes_what_was_found_for_the_nearest_length_and_says_so(monkeypatch):
+    def at(lr):
+        return {"train": {"lr": lr, "router_lr_scale": 1.0}, "router": {"balance_weight": 0.01}}
+
+    short, long = Length(500, 8), Length(2000, 16)
+    found = {short: {"switch": at(1e-3), "hash": {"train": {"lr": 5e-3}}}, long: {"switch": at(4e-3)}}
+    monkeypatch.setattr("rlroute.experiments.recipes.tuned.TUNED", found)
+
+    def trained(entry, steps, batch_size):
+        train = TrainConfig(steps=steps, batch_size=batch_size)
+        (config,) = build_comparison([entry], DATA, MODEL, train, tuned=True)
+        return config.train.lr, settings_of(config.to_dict())
+
+    assert trained("switch", 500, 8) == (1e-3, "tuned")
+    assert trained("switch", 400, 8) == (1e-3, "tuned at 500 steps of 8")
+    assert trained("switch", 9600, 16) == (4e-3, "tuned at 2,000 steps of 16")
+    assert trained("switch", 4000, 8) == (4e-3, "tuned at 2,000 steps of 16"), "as many sequences"
+    assert trained("switch:z_weight=0.1", 2000, 16) == (4e-3, "tuned for switch")
+    assert trained("switch:z_weight=0.1", 100, 8) == (1e-3, "tuned for switch at 500 steps of 8")
+    assert trained("hash", 2000, 16) == (5e-3, "tuned at 500 steps of 8"), "never tuned for that length"
+    assert trained("dense", 500, 8)[1] == "grid start"
+    assert tuned_settings("dense", TrainConfig()) == GRID["dense"].start
 
 
 def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(monkeypatch, tmp_path, capsys):
@@ -215,8 +245,17 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
     largest = GRID["dense"].axes[0].values[-1]
     assert f"dense: {{'train': {{'lr': {largest}}}}}" in said.out
     assert "dense: train.lr is at the edge of its grid" in said.err
-    monkeypatch.setattr("rlroute.experiments.recipes.tuned.TUNING", tmp_path / "t.json")
-    assert best(GRID["dense"], read_tuning(tmp_path / "t.json")["dense"])["train"]["lr"] == largest
+    (tmp_path / "else.json").unlink()
+    assert best(GRID["dense"], read_tuning(tmp_path)[USUAL]["dense"])["train"]["lr"] == largest
+    made.clear()
+    one_seed = Shared(data=DATA, model=MODEL, train=TrainConfig(steps=7, batch_size=4))
+    tune_command(("dense",), tmp_path / "one.json", seeds=1, shared=one_seed)
+    assert {(job.seed, job.config.data.spec, job.config.model.d_model, job.config.train.steps) for job in made} == {
+        (TUNING_SEEDS[0], DATA.spec, 16, 7)
+    }
+    stored = json.loads((tmp_path / "one.json").read_text())
+    assert (stored["seeds"], stored["steps"], stored["batch_size"]) == ([TUNING_SEEDS[0]], 7, 4)
+    assert list(read_tuning(tmp_path)) == [Length(7, 4), USUAL]
 
 
 # Routers by sites
@@ -241,7 +280,7 @@ def test_an_entry_says_which_router_decides_where():
 
 def test_routers_of_sites_have_their_own_tuned_settings():
     config = tuned("hash+switch@mlp")
-    assert config.train.lr == TUNED["hash"]["train"]["lr"]
+    assert config.train.lr == FOUND["hash"]["train"]["lr"]
     assert config.others[0].router == tuned("switch").router
 
 
@@ -273,7 +312,7 @@ def test_malformed_sites_are_refused_by_name(entry, message):
 
 def test_named_all_is_every_router_with_the_dense_model_and_the_control():
     assert {"dense", "hash:table=position", "uniform", "credit", *GRID} <= set(all_entries())
-    assert set(default_entries()) < set(all_entries())
+    assert set(DEFAULT) < set(all_entries())
 
 
 def test_a_router_that_refuses_the_shapes_is_left_out_in_one_line(monkeypatch, capsys):

@@ -22,8 +22,7 @@ from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
-from rlroute.experiments.recipes import tuned
-from rlroute.experiments.recipes.tuned import TUNED, TUNING_SEEDS
+from rlroute.experiments.recipes.tuned import TUNING_SEEDS, tuned_settings
 from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.schema import EvalRow, RunRecord
 
@@ -699,9 +698,10 @@ def test_routers_of_sites_are_in_the_label() -> None:
 
 
 def test_rows_say_at_what_settings_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned, "RUN", frozenset(TUNED))
     default = TrainConfig().lr
-    router, rates = TUNED["switch"]["router"], {f"train__{n}": v for n, v in TUNED["switch"]["train"].items()}
+    found = tuned_settings("switch", TrainConfig())
+    length = {"train__steps": TrainConfig().steps, "train__batch_size": TrainConfig().batch_size}
+    router, rates = found["router"], length | {f"train__{n}": v for n, v in found["train"].items()}
     runs = [make_run("switch", s, router, **rates) for s in range(2)]
     runs += [make_run("switch", s, router | {"z_weight": 0.1}, **rates) for s in range(2)]
     runs += [make_run("bandit", s, train__lr=default) for s in range(2)]
@@ -719,8 +719,6 @@ def test_rows_say_at_what_settings_they_stand(monkeypatch: pytest.MonkeyPatch) -
     }
     assert {row.label for row in table.rows if row.tuned} == {"switch (z_weight=None)", "switch (z_weight=0.1)"}
     said = dict(table.notes)["Settings"]
-    monkeypatch.setattr(tuned, "RUN", frozenset())
-    assert {row.settings for row in build_table(runs[:4]).rows} == {"grid start"}
     assert "tuned: switch (z_weight=None) (" in said and "tuned for: switch (z_weight=0.1) (" in said
     assert "default: bandit (never tuned" in said and "| tuned for switch |" in to_markdown(table)
 

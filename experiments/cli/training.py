@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rlroute.config import Budget, TrainConfig
+from rlroute.config import Budget
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import (
     FROM,
@@ -102,8 +102,8 @@ def compare(
     start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
-    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the entries that
-    have been tuned, with a preset that of the preset.
+    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are seven that have
+    been tuned, with a preset that of the preset.
 
     Args:
         entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`; `all`:
@@ -219,28 +219,32 @@ def sweep(
 def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
+    seeds: Literal[1, 2, 3] = 3,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = TUNING,
     start: Annotated[From, tyro.conf.arg(name="")] = FROM,
-    train: Annotated[TrainConfig, tyro.conf.arg()] = TrainConfig(),  # noqa: B008 (frozen)
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
     """Run the committed grid of ENTRIES (default: all that have one) on the tuning seeds; print each one's best trial.
 
     Args:
         entries: routers or `dense`, as named in the grid.
-        out: all trials, as JSON, in a new file or in place of the same entries' before; `compare` reads
-            experiments/recipes/tuning.json.
+        out: all trials, as JSON, in a new file or in place of the same entries' before; `compare` reads those of the
+            folder experiments/recipes/tuning.
+        seeds: how many of the tuning seeds each trial is trained with.
     """
     from rlroute.experiments.comparison import tune as tuning
     from rlroute.experiments.recipes.grid import edges
     from rlroute.experiments.recipes.presets import fitting_entries
-    from rlroute.experiments.recipes.tuned import GRID
+    from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS
 
     name_broken(*entries)
-    entries = tuning.named(entries or fitting_entries(tuple(GRID), SHARED.data, SHARED.model), train, said("train"))
+    base = tuning.Base(**vars(shared))
+    entries = tuning.named(entries or fitting_entries(tuple(GRID), base.data, base.model), base, said("train"))
     tuning.refuse_lost(out, entries)
     make_folder(out.parent)
-    trials = tuning.tune(entries, train, launch, command_line(), start.find(launch.store))
-    tuning.write_trials(trials, train, out, command_line())
+    chosen = TUNING_SEEDS[:seeds]
+    trials = tuning.tune(entries, base, launch, command_line(), start.find(launch.store), chosen)
+    tuning.write_trials(trials, base.train, out, command_line(), chosen)
     for entry, found in tuning.best_trials(trials).items():
         print(f"{entry}: {found}")
         for field in edges(GRID[entry], found):

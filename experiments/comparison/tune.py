@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import best, key, unscored
 from rlroute.experiments.recipes.presets import refuse_overwritten
-from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, grid_entry
+from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, Length, grid_entry
 from rlroute.foreign import parse_json, read_bytes, why
 from rlroute.records import write_json
 from rlroute.schema import RunRecord
@@ -40,41 +40,60 @@ class Trial(NamedTuple):
     runs: list[str]
 
 
-def named(entries: Sequence[str], train: TrainConfig, said: Collection[str] = ()) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What all trials share."""
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+
+    def at(self, entry: str, point: Overrides) -> RunConfig:
+        """Return an entry's configuration at a point of its grid."""
+        return build_entry(entry, self.data, self.model, self.train, lambda router: point)
+
+
+def named(entries: Sequence[str], base: Base, said: Collection[str] = ()) -> tuple[str, ...]:
     """Return the entries of the grid that are named, each once.
 
     Args:
         entries: what to tune.
-        train: what all trials share.
+        base: what all trials share.
         said: fields of ``train`` that were set on purpose, beyond those that differ from their defaults.
 
     Raises:
-        ConfigError: an entry has no grid, ``train`` a value that cannot be, or one that every trial would overwrite.
+        ConfigError: an entry has no grid, ``base`` a value that cannot be, or one that every trial would overwrite.
     """
     found = tuple(dict.fromkeys(map(grid_entry, entries)))
     for entry in found:
-        refuse_overwritten(train, said, GRID[entry].start, f"each trial of the grid of {entry} sets it")
-        _trial(entry, {}, train)  # what cannot be trained is found here
+        refuse_overwritten(base.train, said, GRID[entry].start, f"each trial of the grid of {entry} sets it")
+        base.at(entry, {})  # what cannot be trained is found here
     return found
 
 
 def tune(
-    entries: Sequence[str], train: TrainConfig, how: Launch, command: str, start: StartConfig | None = None
+    entries: Sequence[str],
+    base: Base,
+    how: Launch,
+    command: str,
+    start: StartConfig | None = None,
+    seeds: Sequence[int] = TUNING_SEEDS,
 ) -> list[Trial]:
     """Walk the grid of each entry, one of `named`, and return all trials, in the order in which they ran.
 
     Args:
-        entries, train, how, command: what is trained, and how.
+        entries, base, how, command: what is trained, and how.
         start: the weights from which all trials start, if they are another run's.
+        seeds: of each trial.
     """
     trials: list[Trial] = []
     while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
-        configs = [replace(_trial(entry, point, train), start=start) for entry, point in following]
-        jobs = [together([Job(config, seed, command) for seed in TUNING_SEEDS]) for config in configs]
+        configs = [replace(base.at(entry, point), start=start) for entry, point in following]
+        jobs = [together([Job(config, seed, command) for seed in seeds]) for config in configs]
         records = run_all(list(chain.from_iterable(jobs)), how)
         found = {record.id: record for record in records}
         for (entry, point), config in zip(following, configs, strict=True):
-            trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in TUNING_SEEDS]))
+            trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in seeds]))
     return trials
 
 
@@ -94,10 +113,6 @@ def refuse_lost(path: Path, entries: Collection[str]) -> None:
         raise ConfigError(f"--out {path} holds trials of {', '.join(lost)}: name these too, or another file")
 
 
-def _trial(entry: str, point: Overrides, train: TrainConfig) -> RunConfig:
-    return build_entry(entry, DataConfig(), ModelConfig(), train, lambda router: point)
-
-
 def _scored(entry: str, point: Overrides, records: Iterable[RunRecord]) -> Trial:
     by_seed = {}
     for record in records:
@@ -114,11 +129,14 @@ def scores(trials: Sequence[Trial], entry: str) -> dict[str, float | None]:
 
 
 def best_trials(trials: Sequence[Trial]) -> dict[str, Overrides]:
-    """Return each entry's best point: what ``TUNED`` holds once the trials are stored."""
+    """Return each entry's best point: what runs of that length are given once the trials are stored."""
     return {entry: best(GRID[entry], scores(trials, entry)) for entry in dict.fromkeys(t.entry for t in trials)}
 
 
-def write_trials(trials: Sequence[Trial], train: TrainConfig, path: Path, command: str) -> None:
-    """Write all trials with the command that ran them."""
+def write_trials(
+    trials: Sequence[Trial], train: TrainConfig, path: Path, command: str, seeds: Sequence[int] = TUNING_SEEDS
+) -> None:
+    """Write all trials with the command that ran them, their seeds, and the length of the runs."""
     rows = [trial._asdict() for trial in trials]
-    write_json(path, {"command": command, "seeds": list(TUNING_SEEDS), "steps": train.steps, "trials": rows})
+    length = Length.of(train)._asdict()
+    write_json(path, {"command": command, "seeds": list(seeds), **length, "trials": rows})

@@ -10,7 +10,7 @@ from functools import partial
 from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_entry, split_sites
-from rlroute.experiments.recipes.tuned import GRID, settings_of, tuned_settings
+from rlroute.experiments.recipes.tuned import settings_of, tuned_settings
 from rlroute.registry import default_names, refusals, router_class
 from rlroute.routing import RouterShape
 from rlroute.training.data import corpus_of
@@ -20,9 +20,8 @@ ALL = "all"
 """In place of entries: every one that there is."""
 
 
-def default_entries() -> list[str]:
-    """Return the entries of the default comparison: those that have a tuning grid."""
-    return list(GRID)
+DEFAULT = ("dense", "hash", "unbalanced", "switch", "noisy_topk", "bias_balanced", "reinforce")
+"""The entries of the default comparison, each with a grid."""
 
 
 def all_entries() -> list[str]:
@@ -75,8 +74,8 @@ def build_comparison(
     entries = list(entries)
     for entry in entries:
         why = f"the tuned recipe sets it for {entry}; --no-tuned takes yours for all"
-        refuse_overwritten(train, said, tuned_settings(split_sites(entry)[0]), why)
-    return [build_entry(entry, data, model, train, tuned_settings) for entry in entries]
+        refuse_overwritten(train, said, tuned_settings(split_sites(entry)[0], train), why)
+    return [build_entry(entry, data, model, train, partial(tuned_settings, train=train)) for entry in entries]
 
 
 def build_pair(
@@ -103,7 +102,7 @@ def build_pair(
         ConfigError: as :func:`build_comparison` does.
     """
     first = split_sites(candidate)[0]
-    lent = _lent(first, split_sites(reference)[0]) if tuned and not tuned_settings(first) else {}
+    lent = _lent(first, split_sites(reference)[0], train) if tuned and not tuned_settings(first, train) else {}
     (theirs,) = build_comparison([reference], data, model, train, tuned=tuned, said=said)
     refuse_overwritten(train, said, lent, f"it is lent {candidate} by {reference}; --no-tuned takes yours for both")
     if lent:
@@ -113,11 +112,11 @@ def build_pair(
     return [mine, theirs], [settings_of(config.to_dict()) for config in (mine, theirs)]
 
 
-def _lent(router: str, reference: str) -> Overrides:
+def _lent(router: str, reference: str, train: TrainConfig) -> Overrides:
     """Return the tuned settings of another router as far as a router takes them: terms that read what its decisions do
     not carry are left out.
     """
-    cls, lent = router_class(parse_entry(router)[0]), tuned_settings(reference)
+    cls, lent = router_class(parse_entry(router)[0]), tuned_settings(reference, train)
     terms = RouterConfig().term_weights
     known = {field.name for field in fields(cls.Config) if field.name not in terms or cls.carries(field.name)}
     return lent and lent | {"router": {n: v for n, v in lent.get("router", {}).items() if n in known}}

@@ -1,13 +1,15 @@
 """What the entries of the default comparison were tuned to, and the grids that they were tuned on.
 
-``TUNED`` is read from ``tuning.json`` beside this file, which ``rlroute tune`` writes: the best trial of each entry, by
-the mean over seeds that no table uses, at the steps of the default comparison. Every entry had the same number of
-trials. An entry is found by what it resolves to, however it is written.
+``TUNED`` is read from the folder ``tuning`` beside this file, whose files ``rlroute tune`` writes: the best trial of
+each entry, by the mean over seeds that no table uses, for runs of one length. A run takes those of the length nearest
+to its own. At one length every entry had the same number of trials. An entry is found by what it resolves to, however
+it is written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -23,7 +25,7 @@ from rlroute.registry import router_class
 TUNING_SEEDS = (1000, 1001, 1002)
 TUNABLE = ("lr", "router_lr_scale")
 """The fields of ``train`` that may be tuned for an entry."""
-TUNING = Path(__file__).with_name("tuning.json")
+TUNING = Path(__file__).with_name("tuning")
 
 _RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2))
 _FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2))
@@ -69,34 +71,68 @@ GRID: dict[str, Grid] = {
         _scales(3.0, 10.0, 30.0),
         scale=10.0,
     ),
+    "quantile": _learned(
+        {"ema_decay": 0.5},
+        _FEW_RATES,
+        Axis(("router.ema_decay",), (0.0, 0.5, 0.9)),
+        _scales(0.3, 1.0, 3.0, 10.0),
+    ),
+    "frozen": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
 }
-"""For each entry of the default comparison, in its order."""
+"""By entry: those of the default comparison, and two more of the table at three lengths (docs/lengths.md)."""
 
 
-def read_tuning(path: Path = TUNING) -> dict[str, dict[str, float | None]]:
-    """Return the scores of the trials that are stored, by entry and :func:`.grid.key`."""
-    scores: dict[str, dict[str, float | None]] = {entry: {} for entry in GRID}
-    for row in json.loads(path.read_text())["trials"]:
-        scores.setdefault(row["entry"], {})[key(row["overrides"])] = row["bits_per_byte"]
+class Length(NamedTuple):
+    """How much a run is trained."""
+
+    steps: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, train: TrainConfig | Mapping[str, Any]) -> Length:
+        """Return that of a training configuration, which may be plain."""
+        plain = train if isinstance(train, Mapping) else vars(train)
+        return cls(plain["steps"], plain["batch_size"])
+
+    def distance(self, other: Length) -> float:
+        """Return how far apart two are, by the logarithms of their sequences, and then of their steps."""
+        sequences = math.log(self.steps * self.batch_size / (other.steps * other.batch_size))
+        return abs(sequences) + 1e-6 * abs(math.log(self.steps / other.steps))
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps of {self.batch_size}"
+
+
+def read_tuning(folder: Path = TUNING) -> dict[Length, dict[str, dict[str, float | None]]]:
+    """Return the scores of the trials that are stored, by length, entry and :func:`.grid.key`."""
+    scores: dict[Length, dict[str, dict[str, float | None]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        stored = json.loads(path.read_text())
+        found = scores.setdefault(Length.of(stored), {})
+        for row in stored["trials"]:
+            found.setdefault(row["entry"], {})[key(row["overrides"])] = row["bits_per_byte"]
     return scores
 
 
-TUNED: dict[str, Overrides] = {entry: best(GRID[entry], scores) for entry, scores in read_tuning().items()}
-"""Where the grid of an entry has not been run yet, its start."""
-RUN = frozenset(entry for entry, scores in read_tuning().items() if scores)
-"""The entries whose grid has been run."""
+TUNED: dict[Length, dict[str, Overrides]] = {
+    length: {entry: best(GRID[entry], found) for entry, found in scores.items()}
+    for length, scores in read_tuning().items()
+}
+"""Of the entries whose grid has been run for runs of that length."""
 
 
 class Tuning(NamedTuple):
     """At whose tuned settings a run is trained.
 
     Attributes:
-        entry: the entry of ``TUNED``; None where the run is untuned.
+        entry: the entry of ``GRID``; None where the run is untuned.
         own: whether the run is that entry, and no variant of it.
+        length: for which its grid was run; None where it was not, and these are its start.
     """
 
     entry: str | None
-    own: bool
+    own: bool = False
+    length: Length | None = None
 
 
 def grid_entry(entry: str) -> str:
@@ -112,37 +148,43 @@ def grid_entry(entry: str) -> str:
     raise ConfigError(f"no tuning grid for {entry!r}: legal are {', '.join(GRID)}")
 
 
-def tuned_settings(entry: str) -> Overrides:
-    """Return what an entry of one router, or the entry that it is a variant of, was tuned to; of a replay the learning
-    rates of the recorded run.
+def tuned_settings(entry: str, train: TrainConfig) -> Overrides:
+    """Return what an entry of one router, or the entry that it is a variant of, was tuned to for runs of about that
+    length; of a replay the learning rates of the recorded run.
     """
     router = router_of(entry)
     if isinstance(router, ReplayRouter.Config):
         recorded, _ = router.recorded()
         return {"train": {name: getattr(recorded.train, name) for name in TUNABLE}}
     nearest = _nearest(_plain(entry))
-    return {} if nearest is None else TUNED[nearest]
+    return {} if nearest is None else _found(nearest, Length.of(train))[1]
 
 
 def tuning_of(config: Mapping[str, Any]) -> Tuning:
     """Return at whose tuned settings a run's plain configuration stands."""
     nearest = _nearest(config["router"])
-    if nearest is None or not all(values.items() <= config[part].items() for part, values in TUNED[nearest].items()):
-        return Tuning(None, False)
-    tuned = _plain(nearest) | TUNED[nearest].get("router", {})
-    return Tuning(nearest, tuned | config["router"] == tuned and not config.get("others") and not config.get("start"))
+    if nearest is None:
+        return Tuning(None)
+    length, settings = _found(nearest, Length.of(config["train"]))
+    if not all(values.items() <= config[part].items() for part, values in settings.items()):
+        return Tuning(None)
+    plain = _plain(nearest) | settings.get("router", {})
+    own = plain | config["router"] == plain and not config.get("others") and not config.get("start")
+    return Tuning(nearest, own, length)
 
 
 def settings_of(config: Mapping[str, Any]) -> str:
-    """Return at what settings a run's plain configuration stands: ``tuned``, ``tuned for ENTRY``, of which it is a
-    variant, ``grid start``, where that entry's grid has not been run, ``default``, ``other``, which is anything else,
-    or ``unknown``, where a router is not here.
+    """Return at what settings a run's plain configuration stands: ``tuned``, or ``tuned for ENTRY``, of which it is a
+    variant, each followed by ``at STEPS steps of BATCH`` where that is not its own length; ``grid start``, where that
+    entry's grid has not been run; ``default``; ``other``, which is anything else; or ``unknown``, where a router is not
+    here.
     """
     tuning = tuning_of(config)
-    if tuning.entry is not None and tuning.entry not in RUN:
+    if tuning.entry is not None and tuning.length is None:
         return "grid start"
     if tuning.entry is not None:
-        return "tuned" if tuning.own else f"tuned for {tuning.entry}"
+        at = "" if tuning.length == Length.of(config["train"]) else f" at {tuning.length}"
+        return ("tuned" if tuning.own else f"tuned for {tuning.entry}") + at
     try:
         defaults = [(router, _defaults(router["name"])) for router in (config["router"], *config.get("others", ()))]
     except ConfigError:
@@ -168,7 +210,18 @@ def _plain(entry: str) -> dict[str, Any]:
 
 
 def _nearest(router: Mapping[str, Any]) -> str | None:
-    """Return the tuned entry that a router is a variant of: of those whose every word holds for it, the longest."""
-    said = {entry: parse_entry(entry) for entry in TUNED}
+    """Return the entry of the grids that a router is a variant of: of those whose every word holds for it, the
+    longest.
+    """
+    said = {entry: parse_entry(entry) for entry in GRID}
     fitting = [e for e, (name, fields) in said.items() if name == router["name"] and fields.items() <= router.items()]
     return max(fitting, key=lambda entry: len(said[entry][1]), default=None)
+
+
+def _found(entry: str, length: Length) -> tuple[Length | None, Overrides]:
+    """Return for which length an entry was tuned, the nearest to one, and what was found; its grid's start where
+    for none.
+    """
+    lengths = [known for known, tuned in TUNED.items() if entry in tuned]
+    nearest = min(lengths, key=length.distance, default=None)
+    return nearest, GRID[entry].start if nearest is None else TUNED[nearest][entry]
