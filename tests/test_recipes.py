@@ -175,7 +175,7 @@ def test_every_point_of_the_grid_is_legal_and_bracketed(entry):
 @pytest.mark.parametrize("path", sorted(TUNING.glob("*.json")), ids=lambda path: path.stem)
 def test_the_committed_tuning_is_what_the_grid_gives(path):
     stored = json.loads(path.read_text())
-    seeds, length = stored["seeds"], Length.of(stored)
+    seeds, length = stored["seeds"], Length.of(stored["train"])
     assert seeds and seeds == list(TUNING_SEEDS)[: len(seeds)]
     assert length != USUAL or (len(seeds) == 3 and set(DEFAULT) <= set(TUNED[length]))
     for entry, scores in read_tuning()[length].items():
@@ -234,10 +234,12 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
         assert row["bits_per_byte"] == pytest.approx(2 + (lr - 1) ** 2)
         assert row["by_seed"] == {str(s): pytest.approx(2 + (lr - 1) ** 2 + (s - 1001) / 8) for s in TUNING_SEEDS}
     tune_command(("dense", "switch"), tmp_path / "t.json")  # the same entries' trials take their place
-    with pytest.raises(ConfigError, match=r"t\.json holds trials of dense: name these too, or another file"):
-        tune_command(("switch",), tmp_path / "t.json")
+    tune_command(("switch",), tmp_path / "t.json")  # and those of others stay
     again = json.loads((tmp_path / "t.json").read_text())["trials"]
     assert sorted(again, key=str) == sorted(stored["trials"], key=str)
+    shorter = Shared(train=TrainConfig(steps=7))
+    with pytest.raises(ConfigError, match=r"t\.json holds trials with train\.steps = 500, not 7: name another file"):
+        tune_command(("switch",), tmp_path / "t.json", shared=shorter)
     (tmp_path / "else.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"else\.json is there, and holds no trials"):
         tune_command(("switch",), tmp_path / "else.json")
@@ -254,7 +256,7 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
         (TUNING_SEEDS[0], DATA.spec, 16, 7)
     }
     stored = json.loads((tmp_path / "one.json").read_text())
-    assert (stored["seeds"], stored["steps"], stored["batch_size"]) == ([TUNING_SEEDS[0]], 7, 4)
+    assert stored["seeds"] == [TUNING_SEEDS[0]] and stored["data"]["spec"] == DATA.spec
     assert list(read_tuning(tmp_path)) == [Length(7, 4), USUAL]
 
 

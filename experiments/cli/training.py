@@ -228,8 +228,8 @@ def tune(
 
     Args:
         entries: routers or `dense`, as named in the grid.
-        out: all trials, as JSON, in a new file or in place of the same entries' before; `compare` reads those of the
-            folder experiments/recipes/tuning.
+        out: all trials, as JSON, in a new file, or beside those of other entries and in place of the same entries'
+            before; `compare` reads those of the folder experiments/recipes/tuning.
         seeds: how many of the tuning seeds each trial is trained with.
     """
     from rlroute.experiments.comparison import tune as tuning
@@ -238,13 +238,12 @@ def tune(
     from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS
 
     name_broken(*entries)
-    base = tuning.Base(**vars(shared))
+    base = tuning.Base(**vars(shared), seeds=TUNING_SEEDS[:seeds])
     entries = tuning.named(entries or fitting_entries(tuple(GRID), base.data, base.model), base, said("train"))
-    tuning.refuse_lost(out, entries)
+    kept = tuning.others(out, entries, base)
     make_folder(out.parent)
-    chosen = TUNING_SEEDS[:seeds]
-    trials = tuning.tune(entries, base, launch, command_line(), start.find(launch.store), chosen)
-    tuning.write_trials(trials, base.train, out, command_line(), chosen)
+    trials = tuning.tune(entries, base, launch, command_line(), start.find(launch.store))
+    tuning.write_trials(trials, base, out, kept)
     for entry, found in tuning.best_trials(trials).items():
         print(f"{entry}: {found}")
         for field in edges(GRID[entry], found):

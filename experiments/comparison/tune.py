@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
 from rlroute.errors import ConfigError
@@ -16,10 +17,11 @@ from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import best, key, unscored
 from rlroute.experiments.recipes.presets import refuse_overwritten
-from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS, Length, grid_entry
+from rlroute.experiments.recipes.tuned import GRID, TUNABLE, TUNING_SEEDS, grid_entry
 from rlroute.foreign import parse_json, read_bytes, why
 from rlroute.records import write_json
 from rlroute.schema import RunRecord
+from rlroute.values import differing
 
 
 class Trial(NamedTuple):
@@ -31,6 +33,7 @@ class Trial(NamedTuple):
         bits_per_byte: mean final validation loss over the tuning seeds; None where a run diverged.
         by_seed: the same of each seed.
         runs: their ids.
+        command: that ran it.
     """
 
     entry: str
@@ -38,6 +41,7 @@ class Trial(NamedTuple):
     bits_per_byte: float | None
     by_seed: dict[int, float | None]
     runs: list[str]
+    command: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +51,18 @@ class Base:
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    seeds: tuple[int, ...] = TUNING_SEEDS
 
     def at(self, entry: str, point: Overrides) -> RunConfig:
         """Return an entry's configuration at a point of its grid."""
         return build_entry(entry, self.data, self.model, self.train, lambda router: point)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a file of trials says of them all."""
+        said = asdict(self)
+        for field in TUNABLE:
+            del said["train"][field]
+        return said | {"seeds": list(self.seeds)}
 
 
 def named(entries: Sequence[str], base: Base, said: Collection[str] = ()) -> tuple[str, ...]:
@@ -77,50 +89,53 @@ def tune(
     how: Launch,
     command: str,
     start: StartConfig | None = None,
-    seeds: Sequence[int] = TUNING_SEEDS,
 ) -> list[Trial]:
     """Walk the grid of each entry, one of `named`, and return all trials, in the order in which they ran.
 
     Args:
         entries, base, how, command: what is trained, and how.
         start: the weights from which all trials start, if they are another run's.
-        seeds: of each trial.
     """
     trials: list[Trial] = []
     while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
         configs = [replace(base.at(entry, point), start=start) for entry, point in following]
-        jobs = [together([Job(config, seed, command) for seed in seeds]) for config in configs]
+        jobs = [together([Job(config, seed, command) for seed in base.seeds]) for config in configs]
         records = run_all(list(chain.from_iterable(jobs)), how)
         found = {record.id: record for record in records}
         for (entry, point), config in zip(following, configs, strict=True):
-            trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in seeds]))
+            trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in base.seeds], command))
     return trials
 
 
-def refuse_lost(path: Path, entries: Collection[str]) -> None:
-    """Refuse to write trials over those of other entries.
+def others(path: Path, entries: Collection[str], base: Base) -> list[dict[str, Any]]:
+    """Return the trials of other entries that a file holds, beside which these may stand.
 
     Raises:
-        ConfigError: a file holds some, or is none that :func:`write_trials` wrote.
+        ConfigError: it is none that :func:`write_trials` wrote, or its trials have another base.
     """
     if not os.path.lexists(path):
-        return
+        return []
     try:
-        there = {row["entry"] for row in parse_json(read_bytes(path))["trials"]}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        stored = parse_json(read_bytes(path))
+        rows, theirs = stored.pop("trials"), stored
+        kept = [row for row in rows if row["entry"] not in entries]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"--out {path} is there, and holds no trials: {why(error)}") from error
-    if lost := sorted(there - set(entries)):
-        raise ConfigError(f"--out {path} holds trials of {', '.join(lost)}: name these too, or another file")
+    for field, his, mine in differing(theirs, parse_json(json.dumps(base.to_dict()))) if kept else ():
+        raise ConfigError(
+            f"--out {path} holds trials with {field.replace('/', '.')} = {his!r}, not {mine!r}: name another file"
+        )
+    return kept
 
 
-def _scored(entry: str, point: Overrides, records: Iterable[RunRecord]) -> Trial:
+def _scored(entry: str, point: Overrides, records: Iterable[RunRecord], command: str) -> Trial:
     by_seed = {}
     for record in records:
         final = record.summary["final"]
         by_seed[record.config["seed"]] = final["bits_per_byte"] if final else None
     found = [score for score in by_seed.values() if score is not None]
     mean = sum(found) / len(found) if len(found) == len(by_seed) else None
-    return Trial(entry, point, mean, by_seed, [record.id for record in records])
+    return Trial(entry, point, mean, by_seed, [record.id for record in records], command)
 
 
 def scores(trials: Sequence[Trial], entry: str) -> dict[str, float | None]:
@@ -133,10 +148,6 @@ def best_trials(trials: Sequence[Trial]) -> dict[str, Overrides]:
     return {entry: best(GRID[entry], scores(trials, entry)) for entry in dict.fromkeys(t.entry for t in trials)}
 
 
-def write_trials(
-    trials: Sequence[Trial], train: TrainConfig, path: Path, command: str, seeds: Sequence[int] = TUNING_SEEDS
-) -> None:
-    """Write all trials with the command that ran them, their seeds, and the length of the runs."""
-    rows = [trial._asdict() for trial in trials]
-    length = Length.of(train)._asdict()
-    write_json(path, {"command": command, "seeds": list(seeds), **length, "trials": rows})
+def write_trials(trials: Sequence[Trial], base: Base, path: Path, kept: Sequence[dict[str, Any]] = ()) -> None:
+    """Write all trials, behind those of :func:`others`, and what they have in common."""
+    write_json(path, base.to_dict() | {"trials": [*kept, *(trial._asdict() for trial in trials)]})

@@ -108,7 +108,7 @@ def read_tuning(folder: Path = TUNING) -> dict[Length, dict[str, dict[str, float
     scores: dict[Length, dict[str, dict[str, float | None]]] = {}
     for path in sorted(folder.glob("*.json")):
         stored = json.loads(path.read_text())
-        found = scores.setdefault(Length.of(stored), {})
+        found = scores.setdefault(Length.of(stored["train"]), {})
         for row in stored["trials"]:
             found.setdefault(row["entry"], {})[key(row["overrides"])] = row["bits_per_byte"]
     return scores
