@@ -40,6 +40,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from rlroute.experiments.checkpoints.blocks import read_block
 config = transformers.MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=4)
 block = MixtralSparseMoeBlock(config)
+for weight in block.parameters():
+    torch.nn.init.normal_(weight)  # theirs are whatever the memory held
 layer = read_block("mixtral", config, block.state_dict()).layer()
 assert torch.equal(layer.experts.out_EDF, block.experts.down_proj)
 """
