@@ -121,7 +121,9 @@ def read_part(folder: Path, name: str) -> Row | None:
     """
     refuse_link(folder)
     path = folder / f"{name}.json"
-    return read_json(path, _FILES[name]) if path.exists() else None
+    if not path.exists():
+        return None
+    return cast(Row, read_described(folder)) if name == "config" else read_json(path, _FILES[name])
 
 
 def failure(folder: Path) -> str | None:

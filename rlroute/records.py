@@ -7,6 +7,7 @@ from there. A *compact* file holds many ended runs, one JSON object a line, for 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -67,8 +68,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         StoreError: the folder cannot be written; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)  # of a process that was killed, whose number this one has got
         try:
             with os.fdopen(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:

@@ -395,6 +395,31 @@ def test_trials_have_a_store_of_their_own_whose_table_says_what_it_is(tmp_path, 
     assert {row[0] for row in cells(ran("runs", "tuning"))} == {"hash (train.lr=0.004)", "hash (train.lr=0.008)"}
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("tune", "hash"), "--out"),
+        (("export",), None),
+        (("export-tokens", "hash"), None),
+        (("export-clusters", "hash"), None),
+        (("report",), "--out"),
+        (("inspect", "hash"), "--out"),
+        (("trace", "hash"), "--out"),
+        (("bench", "sweep"), "--out"),
+        (("bench", "scale"), "--out"),
+        (("bench", "kernels", "--shapes", "8,8,8,2,1"), "--out"),
+    ],
+    ids=lambda words: "-".join(words[:2]) if isinstance(words, tuple) else "",
+)
+def test_a_file_to_be_written_that_is_a_folder_is_refused_before_any_work(words, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "there.npy", "there.npz", "there.json"):
+        Path(name).mkdir(exist_ok=True)
+        said = refused(rlroute(*words, *filter(None, (option, name))))
+        assert name in said
+    assert {path.name for path in tmp_path.iterdir()} == {"there.npy", "there.npz", "there.json"}
+
+
 def test_every_command_calls_the_store_store():
     for command in ("runs", "table", "report"):
         said = ran(command, "--help")

@@ -5,6 +5,7 @@ address, and answers only who may ask.
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.report import views
 from rlroute.experiments.report.board import FIRST, Board, Seen, make_lots
 from rlroute.experiments.report.choice import ALL, Choice
+from rlroute.experiments.report.runs import list_runs, to_grid
 from rlroute.experiments.report.sheet import Cell, Sheet
 from rlroute.experiments.report.tradeoff import pareto
 from rlroute.experiments.report.views import PAGES, RUN_PAGE, VIEWS
@@ -170,6 +172,29 @@ def test_damage_is_named_and_the_others_are_shown(store: Path, tmp_path: Path) -
     board = Board(runs=make_lots(seen.values())[0].runs, others=tuple(r for r in seen.values() if not r.config))
     sheet = VIEWS["runs"].draw(board, Choice())
     assert isinstance(sheet, Sheet) and {row[0].text for row in sheet.rows} == set(seen)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.pop("router"),
+        lambda config: config["router"].pop("name"),
+        lambda config: config.update(train="quickly"),
+        lambda config: config.update(model=[]),
+        lambda config: config["train"].update(steps="many"),
+    ],
+)
+def test_an_unfinished_run_whose_configuration_is_damaged_is_named(store: Path, change: Callable[[Any], Any]) -> None:
+    folder = lay(store, make_run("switch"), steps=100)
+    described = json.loads((folder / "config.json").read_text())
+    change(described["config"])
+    (folder / "config.json").write_text(json.dumps(described))
+    (seen,) = Followed(store).look()
+    (listed,) = list_runs(store)
+    assert (
+        (seen.state, listed.state) == ("damaged", "damaged") and "config" in seen.reason and "config" in listed.reason
+    )
+    assert "damaged" in str(to_grid([listed]).lines)
 
 
 def test_runs_that_are_gone_are_forgotten_and_a_store_may_come_later(store: Path) -> None:

@@ -187,14 +187,11 @@ class Slowdown(TypedDict):
     measured: Ratio
 
 
-class Held(TypedDict):
-    """One shape, predicted from the rates of another."""
-
-    flops: Amount
-    bandwidth: Amount
-    of: str
-    share: Figures
-    slowdown: Slowdown
+Held = TypedDict(
+    "Held",
+    {"from": str, "flops": Amount, "bandwidth": Amount, "of": str, "share": Figures, "slowdown": Slowdown},
+)
+"""One shape, predicted from the rates of another."""
 
 
 class Check(TypedDict):

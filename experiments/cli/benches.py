@@ -10,7 +10,7 @@ import tyro
 
 from rlroute.experiments import RESULTS
 from rlroute.experiments.cli.common import Shared, command_line, said, with_preset
-from rlroute.experiments.cli.folders import make_folder
+from rlroute.experiments.cli.folders import make_way
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
 from rlroute.limits import Between, Positive, check_fields
@@ -149,7 +149,7 @@ class Sweep:
         """Measure, and print the figures."""
         from rlroute.experiments.bench.sweep import bench_sweep
 
-        make_folder(self.out.parent)
+        make_way(self.out)
         print(bench_sweep(self.out, command_line()))
 
 

@@ -24,6 +24,18 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def make_way(file: Path) -> None:
+    """Make the folder of a file that a command will write, before its work.
+
+    Raises:
+        ConfigError: there is a folder of that name.
+        StoreError: the folder cannot be made.
+    """
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder: want a file")
+    make_folder(file.parent)
+
+
 def check_ending(path: Path, legal: Sequence[str], option: str = "") -> None:
     """Refuse a file whose name does not end as those that can be written.
 

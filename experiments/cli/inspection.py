@@ -10,7 +10,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import RUNS, command_line, one_run, refuse_others
-from rlroute.experiments.cli.folders import check_ending, make_folder
+from rlroute.experiments.cli.folders import check_ending, make_way
 from rlroute.experiments.cli.output import show_grid
 from rlroute.foreign import printable
 from rlroute.limits import Between, Count, Positive, Whole
@@ -64,9 +64,9 @@ def inspect(
     from rlroute.experiments.checkpoints.trained import open_routed
     from rlroute.records import write_atomically
 
-    run = open_routed(one_run(store, what[-1]), store)
     for path in out:
-        make_folder(path.parent)
+        make_way(path)
+    run = open_routed(one_run(store, what[-1]), store)
     shown = _drops(run, tokens, capacity, orders) if drops else _inside(run, tokens, worth_tokens)
     for path in out:
         write_atomically(path, (shown.html if path.suffix == ".html" else shown.json)())

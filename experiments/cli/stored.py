@@ -14,7 +14,7 @@ import tyro
 
 from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.cli.common import RUNS, Store, one_run, refuse_others, select
-from rlroute.experiments.cli.folders import check_ending, make_folder
+from rlroute.experiments.cli.folders import check_ending, make_way
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.verdicts import MARGIN
@@ -170,6 +170,7 @@ def report(
     from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
 
+    make_way(out)
     records, left_out = select(store, only)
     known, found = read_ladder(store), read_results(results)
     write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found, ladder=known)
@@ -228,6 +229,7 @@ def export(
         raise ConfigError("--form applies to --weights alone")
     from rlroute.records import write_compact
 
+    make_way(out)
     records, left_out = select(store, only)
     write_compact(records, out)
     _say_left_out(left_out)
@@ -253,7 +255,7 @@ def _export_weights(out: Path, store: Path, only: tuple[str, ...], run: str, for
         made = export_class(trained)
         files, what = {out / name: data for name, data in made.files.items()}, made.config["architectures"][0]
     for path, data in files.items():
-        make_folder(path.parent)
+        make_way(path)
         with replacing(path) as file:
             file.write(data)
     print(f"{trained.id}, step {trained.last_step}: {what} in {out}")
@@ -277,8 +279,8 @@ def export_tokens(
     from rlroute.experiments.play.token_table import token_table
     from rlroute.records import storing
 
+    make_way(out)
     record = one_run(store, run)
-    make_folder(out.parent)
     table = token_table(record, store, tokens)
     with storing(out):
         table.save(out)
@@ -317,11 +319,11 @@ def export_clusters(
     from rlroute.records import replacing
 
     check_ending(out, [".npy"])
+    make_way(out)
     trained = open_run(one_run(store, run), store)
     experts, k = experts or trained.config.model.num_experts, k or trained.config.model.k
     if k > experts:
         raise ConfigError(f"--k {k}: legal are 1 to --experts {experts}")
-    make_folder(out.parent)
     embed_VD, counts_V = trained.model.embed.weight.detach().float().numpy(), trained.corpus.token_counts_V
     table_VLK = cluster_table(embed_VD, counts_V, experts, k, form, seed)
     with replacing(out) as file:

@@ -9,7 +9,7 @@ import tyro
 
 from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import RUNS, command_line
-from rlroute.experiments.cli.folders import check_ending, make_folder
+from rlroute.experiments.cli.folders import check_ending, make_way
 from rlroute.experiments.cli.output import show_grid
 from rlroute.foreign import printable
 from rlroute.limits import Experts
@@ -48,13 +48,14 @@ def trace(
     from rlroute.experiments.traces.reading import open_trace
     from rlroute.experiments.traces.write import write
 
+    for path in out:
+        make_way(path)
     traces = [open_trace(word, store) for word in (trace, other) if word]
     measured = [measure(one, experts) for one in traces]
     if experts is not None and all(loads.stated for loads in measured):
         raise ConfigError(f"--experts {experts} does not apply: {trace} says itself how many there are")
     found = flips(*traces) if other else None
     for path in out:
-        make_folder(path.parent)
         if path.suffix in WRITTEN:
             write(traces[0], path)
         else:

@@ -26,7 +26,7 @@ from rlroute.experiments.cli.common import (
     said,
     score,
 )
-from rlroute.experiments.cli.folders import make_folder
+from rlroute.experiments.cli.folders import make_way
 from rlroute.experiments.cli.games import compare_clusters
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show
@@ -241,7 +241,7 @@ def tune(
     base = tuning.Base(**vars(shared), seeds=TUNING_SEEDS[:seeds])
     entries = tuning.named(entries or fitting_entries(tuple(GRID), base.data, base.model), base, said("train"))
     kept = tuning.others(out, entries, base)
-    make_folder(out.parent)
+    make_way(out)
     trials = tuning.tune(entries, base, launch, command_line(), start.find(launch.store))
     tuning.write_trials(trials, base, out, kept)
     for entry, found in tuning.best_trials(trials).items():
