@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from rlroute.errors import ConfigError
@@ -43,12 +43,15 @@ SCHEMA = 2
 DENSE = "dense"
 DEFAULT_CORPUS = "package:sympy"
 
-NEWER = {"attention_form", "tie_embeddings", "init_scale"} | MIXING
-"""Fields of ``model`` that its dictionary leaves out at their defaults: ids from before they were there stay."""
+NEWER = {"attention_form", "tie_embeddings", "init_scale", "order"} | MIXING
+"""Fields of ``model`` and ``data`` that their dictionaries leave out at their defaults: ids from before they were there
+stay.
+"""
 
 _SITES = re.compile(r"(mlp|attention|value|output)?(?:(\d+)(?:-(\d+))?)?")
 
 Budget = Literal["tokens", "flops", "time"]
+Order = Literal["random", "epochs"]
 Parts = Literal["all", "non-moe", "moe", "attention", "router"]
 """Which parameters train. moe: those of routed sites, routers among them; non-moe: all others; attention: those of
 attention and other mixers but for routers, if they have any; router: those of routers alone (ST-MoE, arXiv 2202.08906,
@@ -69,6 +72,10 @@ class DataConfig:
     """Fixed validation tokens, the same for every run."""
     train_tokens: Count | None = None
     """So many of the training tokens alone: whole documents, the last one cut; fewer are among more. None: all."""
+    order: Order = "random"
+    """Of training windows. random: uniform over all offsets, so that some tokens come again before others have come;
+    epochs: windows that do not overlap, each once before any comes again, shuffled and cut anew each time.
+    """
     packed: bool = False
     """Attention stays within a document, which the last id opens."""
 
@@ -332,7 +339,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries; :func:`rlroute.registry.run_config` is the inverse."""
-        parts = {"data": asdict(self.data), "model": _model_dict(self.model), "train": asdict(self.train)}
+        parts = {name: _part_dict(getattr(self, name)) for name in ("data", "model", "train")}
         router = {"name": DENSE} if self.router is None else _router_dict(self.router)
         others = {"others": [{"sites": other.sites} | _router_dict(other.router) for other in self.others]}
         start = {} if self.start is None else {"start": asdict(self.start)}
@@ -373,9 +380,9 @@ def _want(name: str, value: Any, kind: Any) -> None:
         raise ConfigError(f"{name} = {value!r}: want {getattr(kind, '__name__', kind)}")
 
 
-def _model_dict(model: ModelConfig) -> dict[str, Any]:
-    plain = {name: getattr(ModelConfig, name) for name in NEWER}
-    return {name: value for name, value in asdict(model).items() if name not in plain or value != plain[name]}
+def _part_dict(part: DataConfig | ModelConfig | TrainConfig) -> dict[str, Any]:
+    plain = {f.name: f.default for f in fields(part) if f.name in NEWER}
+    return {name: value for name, value in asdict(part).items() if name not in plain or value != plain[name]}
 
 
 def _router_dict(router: RouterConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 import tracemalloc
+import typing
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,17 +20,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlroute.config import DataConfig, RunConfig
+from rlroute.config import DataConfig, Order, RunConfig
 from rlroute.errors import ConfigError, DataError
 from rlroute.training import shards
 from rlroute.training.data import EVAL_SEQUENCES, Corpus, _cut_options, eval_batches, load_corpus, sample_batch
 from rlroute.training.documents import Document, is_test, package_documents, split_documents
 from rlroute.training.files import find_files, listed, part_of
+from rlroute.training.prepare import Cut
 from rlroute.training.synthetic import Mixture
 
 SYMPY_SHA256 = "4d6b5fb36310e3b8a40efa0032d6f1e65bf60da172e6ad74122637af81ac7a6d"
 SYNTH_SHA256 = "fafe781105df5f3f4d7e874c74e9837631873265f126c125b975b3181757f5ed"
 BOS = 256
+ORDERS: tuple[Order, ...] = typing.get_args(Order)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,9 @@ def write_files(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
 # Batches
 
 
-def test_a_batch_depends_on_seed_and_step_alone(synth: Corpus) -> None:
-    cut = {"batch_size": 4, "seq_len": 32}
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_batch_depends_on_seed_and_step_alone(synth: Corpus, order: Order) -> None:
+    cut: Cut = {"batch_size": 4, "seq_len": 32, "order": order}
     first = sample_batch(synth, seed=3, step=7, **cut)
     sample_batch(synth, seed=3, step=8, **cut)
     assert sample_batch(synth, seed=3, step=7, **cut).digest() == first.digest()
@@ -73,11 +77,12 @@ def test_a_batch_depends_on_seed_and_step_alone(synth: Corpus) -> None:
     assert len({first.digest(), *others}) == 3
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_a_row_is_what_its_sequence_id_says(synth: Corpus, batch_size: int) -> None:
-    whole = sample_batch(synth, seed=0, step=5, batch_size=8, seq_len=16)
+def test_a_row_is_what_its_sequence_id_says(synth: Corpus, batch_size: int, order: Order) -> None:
+    whole = sample_batch(synth, seed=0, step=5, batch_size=8, seq_len=16, order=order)
     steps = range(40 // batch_size, 48 // batch_size)
-    parts = [sample_batch(synth, seed=0, step=step, batch_size=batch_size, seq_len=16) for step in steps]
+    parts = [sample_batch(synth, seed=0, step=step, batch_size=batch_size, seq_len=16, order=order) for step in steps]
     for name in ("tokens_BS", "targets_BS", "sequence_B", "domains_BS"):
         np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
     assert whole.sequence_B.tolist() == list(range(40, 48))
@@ -97,6 +102,29 @@ def test_windows_are_uniform_over_all_start_offsets() -> None:
     assert np.abs(counts - 1000).max() < 4.5 * np.sqrt(1000)
 
 
+def test_epochs_show_every_window_once_before_any_again_in_another_order_and_cut() -> None:
+    corpus, windows = corpus_of(np.arange(1003)), (1003 - 7) // 7
+    rows = sample_batch(corpus, seed=2, step=0, batch_size=3 * windows, seq_len=7, order="epochs").tokens_BS
+    np.testing.assert_array_equal(np.diff(rows), 1)
+    epochs = rows.reshape(3, windows, 7)
+    for epoch in epochs:
+        assert len(np.unique(epoch)) == epoch.size, "no token twice"
+        assert len({int(row[0]) % 7 for row in epoch}) == 1
+        assert np.abs(np.diff(epoch[:, 0])).max() > 100, "not in the order of the text"
+    assert len({epoch.tobytes() for epoch in epochs}) == 3
+    other = sample_batch(corpus, seed=3, step=0, batch_size=windows, seq_len=7, order="epochs").tokens_BS
+    assert not np.array_equal(other, epochs[0])
+    seen = {start for step in range(60) for start in first_starts(corpus, step)}
+    assert min(seen) == 0 and max(seen) > 1003 - 7 - 1 - 7, "from the first token to the last whole window"
+
+
+def first_starts(corpus: Corpus, seed: int) -> list[int]:
+    windows = (1003 - 7) // 7
+    return (
+        sample_batch(corpus, seed=seed, step=0, batch_size=windows, seq_len=7, order="epochs").tokens_BS[:, 0].tolist()
+    )
+
+
 def test_every_part_of_a_batch_is_in_its_digest(synth: Corpus) -> None:
     batch = sample_batch(synth, seed=0, step=0, batch_size=2, seq_len=8)
     changed = [
@@ -111,6 +139,9 @@ def test_the_shortest_training_stream_is_one_window() -> None:
     assert sample_batch(corpus, seed=0, step=0, batch_size=1, seq_len=8).tokens_BS.tolist() == [list(range(8))]
     with pytest.raises(DataError, match=r"'file:x' is too short: 9 training tokens, seq_len = 9 needs 10"):
         sample_batch(corpus, seed=0, step=0, batch_size=1, seq_len=9)
+    sample_batch(corpus_of(np.arange(16)), seed=0, step=0, batch_size=9, seq_len=8, order="epochs")
+    with pytest.raises(DataError, match=r"'file:x' is too short: 9 training tokens, seq_len = 8 needs 16"):
+        sample_batch(corpus, seed=0, step=0, batch_size=1, seq_len=8, order="epochs")
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(64, 65), (64, 200), (50, 97), (1, 9)])

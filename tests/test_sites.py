@@ -68,7 +68,10 @@ def test_a_configuration_comes_back_from_json_and_names_its_run() -> None:
     hashes = {c.content_hash() for c in (config, plain, config_of(("0-1", "hash")), config_of(("0-2", "hash")))}
     assert len(hashes) == 4, "which router sits where is part of a run's identity"
     assert "others" not in plain.to_dict(), "a run of one router keeps its name"
-    assert not NEWER & plain.to_dict()["model"].keys(), "and one without what models could not be then"
+    parts = plain.to_dict()
+    assert not NEWER & (parts["model"].keys() | parts["data"].keys()), "and one without what runs could not be then"
+    later = replace(plain, data=replace(plain.data, order="epochs"))
+    assert run_config(later.to_dict()) == later and later.content_hash() not in hashes
     tied = replace(plain, model=replace(plain.model, tie_embeddings=True))
     assert run_config(tied.to_dict()) == tied and tied.content_hash() not in hashes
 

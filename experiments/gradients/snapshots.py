@@ -14,7 +14,7 @@ from rlroute.model import Transformer
 from rlroute.routing import Router
 from rlroute.training.data import Corpus, sample_batch
 from rlroute.training.optimizer import Optimizer
-from rlroute.training.prepare import build_model
+from rlroute.training.prepare import Cut, build_model, cut
 from rlroute.training.step import Device, backward_batch, make_context
 
 CPU = Device("cpu", torch.float32)
@@ -30,7 +30,7 @@ class Training:
 
     def after(self, steps: int) -> Transformer:
         """Return the model after so many steps, no fewer than before; it is trained on afterwards."""
-        size = {"batch_size": self.config.train.batch_size, "seq_len": self.config.data.seq_len}
+        size = cut(self.config)
         while self.done < steps:
             step, progress = self.done, self.done / self.config.train.steps
             batch = sample_batch(self.corpus, seed=self.seed, step=step, **size)
@@ -48,7 +48,7 @@ def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, 
     policy stay.
     """
     model = copy.deepcopy(model)
-    size = {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+    size = cut(config)
     heads = _heads(model, corpus, seed, step, size)
     if not heads and all(type(router).adapt is Router.adapt for router in model.routers):
         return model
@@ -64,7 +64,7 @@ def warmed_up(model: Transformer, config: RunConfig, corpus: Corpus, seed: int, 
     return model
 
 
-def _heads(model: Transformer, corpus: Corpus, seed: int, step: int, size: dict[str, int]) -> list[Tensor]:
+def _heads(model: Transformer, corpus: Corpus, seed: int, step: int, size: Cut) -> list[Tensor]:
     """Return the routers' parameters that no decision depends on: value heads."""
     batch = sample_batch(corpus, seed=seed, step=step, **size)
     context = make_context(batch, CPU, seed=seed, step=step, explore=True)

@@ -26,12 +26,12 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
-from rlroute.config import DataConfig
+from rlroute.config import DataConfig, Order
 from rlroute.errors import DataError
 from rlroute.limits import MOST_SEQUENCES
 from rlroute.seeding import derive_key
@@ -300,21 +300,41 @@ def _options(spec: str, pairs: Sequence[str], legal: Mapping[str, Callable[[str]
     return values
 
 
-def sample_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> Batch:
-    """Return the training batch of a step: windows uniform over all start offsets, a pure function of (corpus, seed,
-    step).
+def sample_batch(
+    corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int, order: Order = "random"
+) -> Batch:
+    """Return the training batch of a step: a pure function of (corpus, seed, step) and of how it is cut.
 
     A row's offset depends on (seed, its global sequence id) alone, so a resumed run, a micro-batch and a data-parallel
     rank see the same rows, and there is no sampler state to save.
 
+    Args:
+        corpus: what is read.
+        seed, step: of the run.
+        batch_size, seq_len: the batch's shape.
+        order: of the windows: see :class:`rlroute.config.DataConfig`.
+
     Raises:
-        DataError: the training stream is shorter than ``seq_len + 1``.
+        DataError: the training stream is shorter than ``seq_len + 1``; of epochs, than twice ``seq_len``.
     """
-    starts = len(corpus.train) - seq_len
-    if starts < 1:
-        raise _too_short(corpus, f"{len(corpus.train)} training tokens, seq_len = {seq_len} needs {seq_len + 1}")
-    sequence_B = np.arange(step * batch_size, (step + 1) * batch_size)
-    return _windows(corpus.train, corpus.train_domains, _offsets(seed, sequence_B) % starts, sequence_B, seq_len)
+    need = seq_len + 1 if order == "random" else 2 * seq_len
+    if len(corpus.train) < need:
+        raise _too_short(corpus, f"{len(corpus.train)} training tokens, seq_len = {seq_len} needs {need}")
+    starts, sequence_B = len(corpus.train) - seq_len, np.arange(step * batch_size, (step + 1) * batch_size)
+    if order == "random":
+        offset_B = _offsets(seed, sequence_B) % starts
+    else:
+        windows = starts // seq_len
+        epochs = [_shuffled(seed, int(epoch), windows, seq_len) for epoch in sequence_B // windows]
+        offset_B = np.array([offset_W[at] for offset_W, at in zip(epochs, sequence_B % windows, strict=True)])
+    return _windows(corpus.train, corpus.train_domains, offset_B, sequence_B, seq_len)
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, epoch: int, windows: int, seq_len: int) -> np.ndarray:
+    """Return the offsets of an epoch's windows, in their order: cut from one of ``seq_len`` places on."""
+    words = np.asarray(np.random.Philox(key=derive_key("epoch", seed, epoch) % 2**64).random_raw(1 + windows))
+    return words[1:].argsort(kind="stable") * seq_len + int(words[0]) % seq_len
 
 
 def _offsets(seed: int, sequence_B: np.ndarray) -> np.ndarray:
@@ -363,11 +383,11 @@ def next_link(chain: str, batch: Batch) -> str:
     return hashlib.sha256(bytes.fromhex(chain) + batch.digest()).hexdigest()
 
 
-def batch_chain(corpus: Corpus, seed: int, batch_size: int, seq_len: int) -> Iterator[str]:
+def batch_chain(corpus: Corpus, seed: int, batch_size: int, seq_len: int, order: Order = "random") -> Iterator[str]:
     """Yield the hash chain of training after each step, without end; windows are cut for many steps at once."""
     chain, steps = "", max(1, _TOKENS // (batch_size * seq_len))
     for block in itertools.count():
-        many = sample_batch(corpus, seed=seed, step=block, batch_size=steps * batch_size, seq_len=seq_len)
+        many = sample_batch(corpus, seed=seed, step=block, batch_size=steps * batch_size, seq_len=seq_len, order=order)
         for start in range(0, steps * batch_size, batch_size):
             rows = slice(start, start + batch_size)
             batch = Batch(many.tokens_BS[rows], many.targets_BS[rows], many.sequence_B[rows], None)

@@ -8,11 +8,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from rlroute.config import DataConfig, RunConfig
+from rlroute.config import DataConfig, Order, RunConfig
 from rlroute.errors import ConfigError, DataError, RlrouteError
 from rlroute.kernels import choose_backend, resolve_backend
 from rlroute.machine import keep_freed_memory
@@ -243,9 +243,17 @@ def check_shards(config: RunConfig, expert_shards: int) -> None:
         raise ConfigError(f"train.recompute = True with {expert_shards} expert shards: legal is False, or one shard")
 
 
-def cut(config: RunConfig) -> dict[str, int]:
-    """Return the size of a step's batch, as arguments of :func:`~rlroute.training.data.sample_batch`."""
-    return {"batch_size": config.train.batch_size, "seq_len": config.data.seq_len}
+class Cut(TypedDict):
+    """How a step's batch is cut."""
+
+    batch_size: int
+    seq_len: int
+    order: Order
+
+
+def cut(config: RunConfig) -> Cut:
+    """Return how a step's batch is cut, as arguments of :func:`~rlroute.training.data.sample_batch`."""
+    return Cut(batch_size=config.train.batch_size, seq_len=config.data.seq_len, order=config.data.order)
 
 
 def validation_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
@@ -269,7 +277,7 @@ def training_batches(config: RunConfig, corpus: Corpus) -> list[Batch]:
 
 
 def _micro_batch(config: RunConfig) -> dict[str, Any]:
-    return cut(config) | {"batch_size": config.train.batch_size // config.train.micro_batches}
+    return {"batch_size": config.train.batch_size // config.train.micro_batches, "seq_len": config.data.seq_len}
 
 
 def planned_steps(config: RunConfig, costs: Costs, spent: int = 0, done: int = 0) -> int:
