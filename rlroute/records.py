@@ -66,11 +66,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Write a file bit by bit; it takes the place of what was there once the block has ended well.
 
     Raises:
-        StoreError: the folder cannot be written; what was there before stays.
+        StoreError: the folder cannot be written, or what is there is no file; it stays.
     """
     with storing(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if path.exists() and not path.is_file():  # a device would give way to the file
+            raise OSError(errno.EINVAL, "it is there, and no regular file")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)  # of a process that was killed, whose number this one has got
         try:

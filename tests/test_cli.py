@@ -411,13 +411,19 @@ def test_trials_have_a_store_of_their_own_whose_table_says_what_it_is(tmp_path, 
     ],
     ids=lambda words: "-".join(words[:2]) if isinstance(words, tuple) else "",
 )
-def test_a_file_to_be_written_that_is_a_folder_is_refused_before_any_work(words, option, tmp_path, monkeypatch):
+def test_what_is_no_file_does_not_give_way_to_one_and_is_refused_before_any_work(words, option, tmp_path, monkeypatch):
+    """A folder, or a pipe, which a device would fare like."""
     monkeypatch.chdir(tmp_path)
-    for name in (".", "there.npy", "there.npz", "there.json"):
-        Path(name).mkdir(exist_ok=True)
-        said = refused(rlroute(*words, *filter(None, (option, name))))
-        assert name in said
-    assert {path.name for path in tmp_path.iterdir()} == {"there.npy", "there.npz", "there.json"}
+    ends = (".npy", ".npz", ".json")
+    for end in ends:
+        Path(f"there{end}").mkdir()
+        os.mkfifo(f"pipe{end}")
+        Path(f"link{end}").symlink_to(f"pipe{end}")
+    names = [".", *(kind + end for end in ends for kind in ("there", "pipe", "link"))]
+    for name in names:
+        assert name in refused(rlroute(*words, *filter(None, (option, name))))
+    assert {path.name for path in tmp_path.iterdir()} == set(names) - {"."}
+    assert all(Path(f"pipe{end}").is_fifo() and Path(f"link{end}").is_symlink() for end in ends)
 
 
 def test_every_command_calls_the_store_store():

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from rlroute.config import DataConfig, Order, RunConfig
 from rlroute.errors import ConfigError, DataError
 from rlroute.training import shards
-from rlroute.training.data import EVAL_SEQUENCES, Corpus, _cut_options, eval_batches, load_corpus, sample_batch
+from rlroute.training.batches import EVAL_SEQUENCES, eval_batches, sample_batch
+from rlroute.training.data import Corpus, _cut_options, load_corpus
 from rlroute.training.documents import Document, is_test, package_documents, split_documents
 from rlroute.training.files import find_files, listed, part_of
 from rlroute.training.prepare import Cut

@@ -22,7 +22,8 @@ from rlroute.reading import read_run
 from rlroute.registry import default_names
 from rlroute.training import loop
 from rlroute.training.audit import audit
-from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.batches import sample_batch
+from rlroute.training.data import load_corpus
 from rlroute.training.determinism import WORKSPACE, deterministic
 from rlroute.training.evaluate import evaluate
 from rlroute.training.optimizer import Optimizer

@@ -14,7 +14,7 @@ import pytest
 
 from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.evaluate import evaluate
 from rlroute.training.step import forward
 from tests.tiny import CPU64, make_batch, make_model, run_batch, shake, small_config

@@ -46,7 +46,8 @@ from rlroute.policies import perturb
 from rlroute.registry import default_names, router_class
 from rlroute.routing import Feedback, LinearScores, Router, RouterShape, RoutingContext, RoutingDecision, Sums, Term
 from rlroute.sampling import plackett_luce_log_prob, top_k
-from rlroute.training.data import Batch, load_corpus
+from rlroute.training.batches import Batch
+from rlroute.training.data import load_corpus
 from tests import ROOT
 from tests.commands import rlroute
 

@@ -14,6 +14,7 @@ from rlroute import metrics
 from rlroute.baselines import hash as hash_layers
 from rlroute.baselines.hash import HashRouter, previous_token
 from rlroute.baselines.hash_gated import HashGatedRouter
+from rlroute.baselines.token_scores import TokenScoresRouter
 from rlroute.errors import ConfigError
 from rlroute.routing import Router, RoutingDecision
 from rlroute.values import from_dict
@@ -178,3 +179,30 @@ def test_both_routers_have_every_table(router: type[Router], table: str) -> None
     ids_TK, _ = in_columns(decide(make(router, table=table)))
     assert all(len(set(row)) == 2 for row in ids_TK.tolist())
     assert torch.equal(ids_TK, in_columns(decide(make(HashRouter, table=table)))[0])
+
+
+# token_scores
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_scores_of_ids_are_a_table_and_with_the_hidden_state_its_sum_with_those(k: int) -> None:
+    table = make(TokenScoresRouter, k=k, init_std=0.5, shape={"vocab_size": 11})
+    both = make(TokenScoresRouter, k=k, init_std=0.5, hidden=True, shape={"vocab_size": 11})
+    assert table.scores is None and both.scores is not None and torch.equal(table.table_VE, both.table_VE)
+    ids_T, x_TD = make_context(12).token_ids_T, draw(12, D)
+    for router, wanted_TE in ((table, table.table_VE[ids_T]), (both, table.table_VE[ids_T] + both.scores(x_TD))):
+        decision = decide(router)
+        ids_TK, gates_TK = in_columns(decision)
+        assert decision.logits_TE is not None and torch.allclose(decision.logits_TE, wanted_TE)
+        assert torch.equal(ids_TK, wanted_TE.topk(k).indices)
+        probs_TK = wanted_TE.softmax(1).gather(1, ids_TK)
+        assert torch.allclose(gates_TK, probs_TK / (probs_TK.sum(1, keepdim=True) if k > 1 else 1))
+
+
+def test_only_rows_of_ids_that_came_learn() -> None:
+    router, context = make(TokenScoresRouter, shape={"vocab_size": 40}), make_context(12)
+    decision = router(draw(12, D), context)
+    (decision.gates_R**2).sum().backward()
+    assert router.table_VE.grad is not None
+    moved_V = router.table_VE.grad.any(1)
+    assert moved_V.any() and set(moved_V.nonzero().flatten().tolist()) <= set(context.token_ids_T.tolist())

@@ -12,8 +12,9 @@ from rlroute.experiments.recipes.entries import build_entry
 from rlroute.model.accounting import fingerprint, is_router
 from rlroute.reading import read_run
 from rlroute.training import loop
+from rlroute.training.batches import sample_batch
 from rlroute.training.checkpoint import load_checkpoint, save_checkpoint
-from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.data import load_corpus
 from rlroute.training.memory import expected_memory
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import build_model, cut

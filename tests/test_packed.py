@@ -19,7 +19,7 @@ from rlroute.model.recompute import set_recompute
 from rlroute.model.transformer import within_documents
 from rlroute.reading import read_run
 from rlroute.training import loop
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.step import backward_batch
 from tests.tiny import CPU64, DATA, MODEL, TRAIN, V, make_model, run_tokens, shake, small_config
 

@@ -34,7 +34,8 @@ from rlroute.registry import default_names
 from rlroute.routing import LinearScores, Router, RoutingDecision
 from rlroute.schema import untimed
 from rlroute.training import checkpoint, loop, manifest, prepare
-from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.batches import sample_batch
+from rlroute.training.data import load_corpus
 from rlroute.training.group import ALONE
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, backward_batch

@@ -13,7 +13,7 @@ from rlroute.errors import ConfigError, DataError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.reading import read_run
 from rlroute.training import loop
-from rlroute.training.data import Batch, sample_batch
+from rlroute.training.batches import Batch, sample_batch
 from rlroute.training.prefetch import Batches
 from tests.runs import interrupted
 from tests.tiny import DATA, MODEL, STEPS, TRAIN

@@ -14,7 +14,8 @@ import pytest
 
 from rlroute.errors import DataError, MissingDependencyError, StoreError
 from rlroute.training import write_shards as writing
-from rlroute.training.data import Corpus, batch_chain, load_corpus
+from rlroute.training.batches import batch_chain
+from rlroute.training.data import Corpus, load_corpus
 from rlroute.training.write_shards import SAID, write_shards
 from tests.commands import refused, rlroute
 

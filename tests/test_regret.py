@@ -20,7 +20,7 @@ from rlroute.records import RunFolder
 from rlroute.registry import router_class
 from rlroute.routing import Router, RoutingContext, RoutingDecision
 from rlroute.training import audit, loop, regret
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.regret import Search, all_sets
 from rlroute.training.routes import Routes
 from rlroute.training.step import forward, make_context

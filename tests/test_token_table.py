@@ -16,8 +16,9 @@ from rlroute.experiments.play.token_table import token_table
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.reading import read_runs
 from rlroute.routing import RoutingDecision
+from rlroute.training.batches import eval_batches
 from rlroute.training.checkpoint import load_weights
-from rlroute.training.data import eval_batches, load_corpus
+from rlroute.training.data import load_corpus
 from rlroute.training.loop import train
 from rlroute.training.prepare import build_model
 from rlroute.training.step import Device, forward, make_context

@@ -16,8 +16,9 @@ from rlroute.errors import ConfigError, DataError
 from rlroute.experiments.recipes.entries import build_entry
 from rlroute.experiments.verify.store import verify
 from rlroute.reading import read_run
+from rlroute.training.batches import eval_batches
 from rlroute.training.checkpoint import load_weights
-from rlroute.training.data import Corpus, corpus_of, eval_batches, load_corpus
+from rlroute.training.data import Corpus, corpus_of, load_corpus
 from rlroute.training.documents import Document, cut
 from rlroute.training.evaluate import evaluate
 from rlroute.training.loop import train

@@ -23,7 +23,8 @@ from rlroute.records import RunFolder, write_compact
 from rlroute.registry import default_names, router_class, run_config
 from rlroute.routing import Feedback, Router
 from rlroute.training import loop, prepare
-from rlroute.training.data import load_corpus, next_link, sample_batch
+from rlroute.training.batches import next_link, sample_batch
+from rlroute.training.data import load_corpus
 from rlroute.training.optimizer import Optimizer, learning_rate
 from rlroute.training.step import Device, backward_batch, forward, make_context
 from tests import tiny

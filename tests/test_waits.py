@@ -31,7 +31,8 @@ from rlroute.kernels import make_plan
 from rlroute.registry import default_names
 from rlroute.routing import RoutingDecision
 from rlroute.training import audit, loop
-from rlroute.training.data import load_corpus, next_link, sample_batch
+from rlroute.training.batches import next_link, sample_batch
+from rlroute.training.data import load_corpus
 from rlroute.training.step import backward_batch
 from tests.conftest import draw
 

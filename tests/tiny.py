@@ -14,7 +14,7 @@ from rlroute.config import DataConfig, ModelConfig, TrainConfig
 from rlroute.model import ModelShape, Transformer
 from rlroute.registry import router_class
 from rlroute.routing import RouterShape, RoutingDecision
-from rlroute.training.data import EVAL_SEQUENCES, Batch
+from rlroute.training.batches import EVAL_SEQUENCES, Batch
 from rlroute.training.step import Device, make_context
 
 V = 11

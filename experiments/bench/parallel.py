@@ -29,7 +29,7 @@ from rlroute.model import ModelShape, Transformer
 from rlroute.parallel.local import run_ranks
 from rlroute.parallel.mesh import Mesh
 from rlroute.routing import Router, RouterShape, RoutingContext, RoutingDecision
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.group import ALONE, Group
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.step import Device, backward_batch

@@ -33,7 +33,8 @@ from rlroute.experiments.text import NOTHING, markdown, si, with_ends
 from rlroute.learning import adapt
 from rlroute.model.accounting import costs
 from rlroute.model.compiling import set_compiled
-from rlroute.training.data import Corpus, corpus_of, next_link, sample_batch
+from rlroute.training.batches import next_link, sample_batch
+from rlroute.training.data import Corpus, corpus_of
 from rlroute.training.determinism import deterministic
 from rlroute.training.loop import DTYPES
 from rlroute.training.optimizer import Optimizer

@@ -13,8 +13,9 @@ from rlroute.provenance import made_from
 from rlroute.records import RunFolder
 from rlroute.registry import run_config
 from rlroute.schema import RunRecord
+from rlroute.training.batches import Batch, eval_batches
 from rlroute.training.checkpoint import load_weights
-from rlroute.training.data import Batch, Corpus, corpus_of, eval_batches
+from rlroute.training.data import Corpus, corpus_of
 from rlroute.training.loop import DTYPES
 from rlroute.training.manifest import own_checkpoints
 from rlroute.training.prepare import build_model, refuse_changed

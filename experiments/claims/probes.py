@@ -23,7 +23,7 @@ from rlroute.experiments.inspection.probe import loss_T, passes, run_probe
 from rlroute.experiments.inspection.worth import masked_loss
 from rlroute.routing import RoutingDecision, Site
 from rlroute.schema import RunRecord
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 
 PREFIX = 8
 """Every so many tokens a sequence is cut off."""

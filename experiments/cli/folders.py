@@ -28,11 +28,11 @@ def make_way(file: Path) -> None:
     """Make the folder of a file that a command will write, before its work.
 
     Raises:
-        ConfigError: there is a folder of that name.
+        ConfigError: what is there of that name is a folder, a device or the like.
         StoreError: the folder cannot be made.
     """
-    if file.is_dir():
-        raise ConfigError(f"{file} is a folder: want a file")
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"{file} is {'a folder' if file.is_dir() else 'no regular file'}: want a file")
     make_folder(file.parent)
 
 

@@ -29,7 +29,8 @@ from rlroute.limits import Between, Experts, Layers, Positive, Size, Whole, chec
 from rlroute.registry import default_names, refusals, router_names
 from rlroute.routing import Site
 from rlroute.sites import sites
-from rlroute.training.data import load_corpus, sample_batch
+from rlroute.training.batches import sample_batch
+from rlroute.training.data import load_corpus
 from rlroute.training.prepare import meta_model, shapes
 
 MEASURED_STEP = 2**32

@@ -36,7 +36,7 @@ from rlroute.experiments.gradients.steering import (
 from rlroute.model import Transformer
 from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Term
 from rlroute.sampling import plackett_luce_log_prob, top_k
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.step import Device, forward, make_context
 
 DEVICE = Device("cpu", torch.float64)

@@ -12,7 +12,8 @@ from rlroute.experiments.gradients.steering import weights
 from rlroute.learning import adapt
 from rlroute.model import Transformer
 from rlroute.routing import Router
-from rlroute.training.data import Corpus, sample_batch
+from rlroute.training.batches import sample_batch
+from rlroute.training.data import Corpus
 from rlroute.training.optimizer import Optimizer
 from rlroute.training.prepare import Cut, build_model, cut
 from rlroute.training.step import Device, backward_batch, make_context

@@ -22,7 +22,7 @@ from rlroute import metrics, seeding
 from rlroute.errors import ConfigError
 from rlroute.experiments.inspection.measures import choices_of
 from rlroute.model import Transformer
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.step import Device, make_context
 
 PARTS = 8

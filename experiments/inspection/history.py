@@ -20,7 +20,7 @@ from rlroute.experiments.inspection.probe import run_probe
 from rlroute.model import Transformer
 from rlroute.routing import Site
 from rlroute.sites import families
-from rlroute.training.data import Batch, sample_batch
+from rlroute.training.batches import Batch, sample_batch
 from rlroute.training.prepare import cut
 from rlroute.training.step import split
 

@@ -16,7 +16,7 @@ from rlroute import metrics
 from rlroute.experiments.inspection.measures import choices_of
 from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision, Site
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.step import Device, forward, make_context
 
 

@@ -12,7 +12,7 @@ from rlroute.experiments.inspection.probe import loss_T
 from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.model import Transformer
 from rlroute.routing import Site
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.step import Device
 
 

@@ -27,7 +27,7 @@ from rlroute.model import Transformer
 from rlroute.model.transformer import Block
 from rlroute.routing import RoutingDecision
 from rlroute.schema import RunRecord
-from rlroute.training.data import Batch, eval_batches
+from rlroute.training.batches import Batch, eval_batches
 from rlroute.training.step import Device, make_context
 
 

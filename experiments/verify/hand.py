@@ -17,7 +17,8 @@ from rlroute.errors import ConfigError
 from rlroute.model import Transformer
 from rlroute.provenance import made_from
 from rlroute.schema import MadeFrom
-from rlroute.training.data import Batch, Corpus, batch_chain, corpus_of
+from rlroute.training.batches import Batch, batch_chain
+from rlroute.training.data import Corpus, corpus_of
 from rlroute.training.prepare import build_model, cut, training_batches, validation_batches
 from rlroute.training.start import take_start
 

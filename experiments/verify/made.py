@@ -14,7 +14,7 @@ from rlroute.model import Transformer
 from rlroute.model.accounting import Costs, costs, fingerprints
 from rlroute.schema import RunRecord
 from rlroute.training.audit import claims, per_row
-from rlroute.training.data import tokens_sha256
+from rlroute.training.batches import tokens_sha256
 from rlroute.training.prepare import planned_steps
 from rlroute.values import differing
 

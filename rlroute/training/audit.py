@@ -38,7 +38,7 @@ from rlroute.model.moe import ask
 from rlroute.model.work import Work, measure
 from rlroute.routing import Router, RoutingContext
 from rlroute.schema import Dependence, Measured, MeasuredFlops, MeasuredMode, RouterFlops
-from rlroute.training.data import EVAL_SEQUENCES, Batch
+from rlroute.training.batches import EVAL_SEQUENCES, Batch
 from rlroute.training.regret import regret
 from rlroute.training.step import Device, forward, make_context
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlroute import metrics
 from rlroute.model import Transformer
 from rlroute.routing import RoutingDecision
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.group import ALONE, Group
 from rlroute.training.step import Device, forward, load_fractions, make_context, max_vio_L, rounded
 from rlroute.transfer import numbers

@@ -28,8 +28,9 @@ from rlroute.schema import Asked, MadeFrom, Measured, Summary
 from rlroute.sink import OFF, Mode, Sink, open_sink, warn
 from rlroute.training.ahead import Ahead, Diverged
 from rlroute.training.audit import audit, claims
+from rlroute.training.batches import Batch, next_link, sample_batch, tokens_sha256
 from rlroute.training.checkpoint import end_checkpoints, load_checkpoint, save_checkpoint
-from rlroute.training.data import Batch, Corpus, corpus_of, next_link, sample_batch, tokens_sha256
+from rlroute.training.data import Corpus, corpus_of
 from rlroute.training.determinism import deterministic
 from rlroute.training.evaluate import evaluate
 from rlroute.training.group import ALONE, Group

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from rlroute.errors import DataError
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 
 
 class Batches:

@@ -28,7 +28,8 @@ from rlroute.registry import make_router
 from rlroute.routing import Router, RouterShape
 from rlroute.schema import MadeFrom
 from rlroute.sites import families, sites
-from rlroute.training.data import Batch, Corpus, corpus_of, eval_batches, sample_batch
+from rlroute.training.batches import Batch, eval_batches, sample_batch
+from rlroute.training.data import Corpus, corpus_of
 from rlroute.training.determinism import check_workspace
 from rlroute.training.group import ALONE, Group
 from rlroute.training.manifest import own_checkpoints
@@ -252,7 +253,7 @@ class Cut(TypedDict):
 
 
 def cut(config: RunConfig) -> Cut:
-    """Return how a step's batch is cut, as arguments of :func:`~rlroute.training.data.sample_batch`."""
+    """Return how a step's batch is cut, as arguments of :func:`~rlroute.training.batches.sample_batch`."""
     return Cut(batch_size=config.train.batch_size, seq_len=config.data.seq_len, order=config.data.order)
 
 

@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from rlroute.model import Transformer
 from rlroute.schema import Regret
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.routes import Routes, Unforced
 from rlroute.training.step import Device
 from rlroute.transfer import numbers

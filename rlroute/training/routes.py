@@ -21,7 +21,7 @@ from rlroute.faults import explain
 from rlroute.model import Transformer
 from rlroute.model.moe import MoELayer, apply_gate_form, ask
 from rlroute.routing import RoutingContext
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.step import Device, forward, make_context
 
 BESIDE = ("self_T", "shared_gates_TS", "fill_TD")

@@ -16,7 +16,7 @@ from rlroute import metrics
 from rlroute.learning import learn
 from rlroute.model import Transformer
 from rlroute.routing import Feedback, RoutingContext, RoutingDecision, Site
-from rlroute.training.data import Batch
+from rlroute.training.batches import Batch
 from rlroute.training.group import ALONE, Group
 from rlroute.transfer import put
 
