@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,10 +59,11 @@ class Base:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a file of trials says of them all."""
-        said = asdict(self)
+        parts = RunConfig(data=self.data, model=self.model, train=self.train).to_dict()
+        del parts["router"]
         for field in TUNABLE:
-            del said["train"][field]
-        return said | {"seeds": list(self.seeds)}
+            del parts["train"][field]
+        return parts | {"seeds": list(self.seeds)}
 
 
 def named(entries: Sequence[str], base: Base, said: Collection[str] = ()) -> tuple[str, ...]:
