@@ -41,13 +41,23 @@ class TokenScoresRouter(Router):
     def __init__(self, config: Config, shape: RouterShape) -> None:
         super().__init__(config, shape)
         self.gate_meaning = softmax_meaning(normalize=True, k=shape.k)
-        self.table_VE = nn.Parameter(torch.empty(shape.vocab_size, shape.num_experts))
-        shape.init(self.table_VE, "table", config.init_std)
-        self.scores = LinearScores(shape, "scores", config.init_std) if config.hidden else None
+        self.scores = Scores(config, shape)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         """Take the k most probable experts."""
-        logits_TE = functional.embedding(context.token_ids_T, self.table_VE).to(x_TD.dtype)
-        if self.scores is not None:
-            logits_TE = logits_TE + self.scores(x_TD)
-        return softmax_top_k(logits_TE, self.shape.k, context, normalize=True)
+        return softmax_top_k(self.scores(x_TD, context.token_ids_T), self.shape.k, context, normalize=True)
+
+
+class Scores(nn.Module):
+    """Of token ids, and of hidden states where that is said."""
+
+    def __init__(self, config: TokenScoresRouter.Config, shape: RouterShape) -> None:
+        super().__init__()
+        self.table_VE = nn.Parameter(torch.empty(shape.vocab_size, shape.num_experts))
+        shape.init(self.table_VE, "table", config.init_std)
+        self.of_hidden = LinearScores(shape, "scores", config.init_std) if config.hidden else None
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
+        """Return logits of shape (T, E)."""
+        logits_TE = functional.embedding(ids_T, self.table_VE).to(x_TD.dtype)
+        return logits_TE if self.of_hidden is None else logits_TE + self.of_hidden(x_TD)

@@ -188,9 +188,9 @@ def test_both_routers_have_every_table(router: type[Router], table: str) -> None
 def test_scores_of_ids_are_a_table_and_with_the_hidden_state_its_sum_with_those(k: int) -> None:
     table = make(TokenScoresRouter, k=k, init_std=0.5, shape={"vocab_size": 11})
     both = make(TokenScoresRouter, k=k, init_std=0.5, hidden=True, shape={"vocab_size": 11})
-    assert table.scores is None and both.scores is not None and torch.equal(table.table_VE, both.table_VE)
-    ids_T, x_TD = make_context(12).token_ids_T, draw(12, D)
-    for router, wanted_TE in ((table, table.table_VE[ids_T]), (both, table.table_VE[ids_T] + both.scores(x_TD))):
+    assert table.scores.of_hidden is None and both.scores.of_hidden is not None
+    table_TE, hidden_TE = table.scores.table_VE[make_context(12).token_ids_T], both.scores.of_hidden(draw(12, D))
+    for router, wanted_TE in ((table, table_TE), (both, table_TE + hidden_TE)):
         decision = decide(router)
         ids_TK, gates_TK = in_columns(decision)
         assert decision.logits_TE is not None and torch.allclose(decision.logits_TE, wanted_TE)
@@ -203,6 +203,6 @@ def test_only_rows_of_ids_that_came_learn() -> None:
     router, context = make(TokenScoresRouter, shape={"vocab_size": 40}), make_context(12)
     decision = router(draw(12, D), context)
     (decision.gates_R**2).sum().backward()
-    assert router.table_VE.grad is not None
-    moved_V = router.table_VE.grad.any(1)
+    assert router.scores.table_VE.grad is not None
+    moved_V = router.scores.table_VE.grad.any(1)
     assert moved_V.any() and set(moved_V.nonzero().flatten().tolist()) <= set(context.token_ids_T.tolist())
