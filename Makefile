@@ -99,7 +99,7 @@ versions:
 		$$pip torch==$$torch && $$pip --no-deps triton==$$triton || exit 1; \
 		$$home/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 			o = p['optional-dependencies']; \
-			print(*[r for r in p['dependencies'] + sum(map(o.get, ('cli', 'ray', 'report', 'envs', 'hf', 'dev')), []) \
+			print(*[r for r in p['dependencies'] + sum(map(o.get, ('cli', 'ray', 'report', 'dashboard', 'envs', 'hf', 'dev')), []) \
 			if not r.startswith(('torch', 'triton', 'rlroute'))], sep='\n')" > $$home/wanted.txt || exit 1; \
 		$$pip -r $$home/wanted.txt numpy==$$numpy && $$pip --no-deps -e . || exit 1; \
 		$$home/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"; \

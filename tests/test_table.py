@@ -704,9 +704,9 @@ def test_rows_say_at_what_settings_they_stand(monkeypatch: pytest.MonkeyPatch) -
     router, rates = found["router"], length | {f"train__{n}": v for n, v in found["train"].items()}
     runs = [make_run("switch", s, router, **rates) for s in range(2)]
     runs += [make_run("switch", s, router | {"z_weight": 0.1}, **rates) for s in range(2)]
-    runs += [make_run("bandit", s, train__lr=default) for s in range(2)]
-    runs += [make_run("credit", s, {"balance_weight": 9.0}, train__lr=default) for s in range(2)]
-    runs += [make_run(router, s, train__lr=0.5) for s in range(2) for router in ("actor_critic", "nobodys")]
+    runs += [make_run("bandit", s, train__lr=default, **length) for s in range(2)]
+    runs += [make_run("credit", s, {"balance_weight": 9.0}, train__lr=default, **length) for s in range(2)]
+    runs += [make_run(router, s, train__lr=0.5, **length) for s in range(2) for router in ("actor_critic", "nobodys")]
     table = build_table(runs)
     settings = {row.label: row.settings for row in table.rows}
     assert settings == {
