@@ -46,7 +46,7 @@ def test_ends_that_a_kill_does_not_bring_about_are_none_of_the_soaks():
         (130, ""),
         (-6, "C++"),
     ):
-        with pytest.raises(SystemExit, match="the sweep failed"):
+        with pytest.raises(soak.Failed, match="the sweep failed"):
             soak.ending(code, said)
 
 

@@ -700,7 +700,7 @@ def test_routers_of_sites_are_in_the_label() -> None:
 def test_rows_say_at_what_settings_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     default = TrainConfig().lr
     found = tuned_settings("switch", TrainConfig())
-    length = {"train__steps": TrainConfig().steps, "train__batch_size": TrainConfig().batch_size}
+    length: dict[str, Any] = {"train__steps": TrainConfig().steps, "train__batch_size": TrainConfig().batch_size}
     router, rates = found["router"], length | {f"train__{n}": v for n, v in found["train"].items()}
     runs = [make_run("switch", s, router, **rates) for s in range(2)]
     runs += [make_run("switch", s, router | {"z_weight": 0.1}, **rates) for s in range(2)]

@@ -106,13 +106,13 @@ def strike(blow, store, *victims):
     return struck
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("moment", ["metrics.jsonl", "*checkpoint-*"])
-def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, which, undisturbed, tmp_path):
+@pytest.mark.parametrize("blow", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["metrics.jsonl", pytest.param("*checkpoint-*", marks=pytest.mark.slow)])
+def test_a_worker_killed_in_a_step_or_in_a_checkpoint_changes_no_figure(moment, which, blow, undisturbed, tmp_path):
     """A checkpoint is most often not whole by then, and at the latest some steps old."""
     config = config_of(steps=60)
-    killed = strike(signal.SIGKILL, tmp_path, (which, moment))
+    killed = strike(blow, tmp_path, (which, moment))
     grouped(tmp_path, config)
     assert killed
     assert figures(tmp_path / config.run_id(0)) == undisturbed

@@ -66,6 +66,10 @@ COMMAND = (sys.executable, "-m", "rlroute", "sweep", "soak.toml")
 PATIENT = ("--retries", "100")
 
 
+class Failed(Exception):
+    """A sweep ended otherwise than it may."""
+
+
 def main() -> None:
     """Run the soak, write its record, and exit with 1 if anything was lost."""
     asked, began = arguments(), time.monotonic()
@@ -77,6 +81,7 @@ def main() -> None:
         mine = [blow for blow in blows if SCENES[blow[0]] == name]
         print(f"{name}: {len(mine)} kills", file=sys.stderr, flush=True)
         scenes.append(play(name, mine, draw, asked.steps))
+        print(f"{name}: {'good' if scenes[-1]['good'] else 'not good'}", file=sys.stderr, flush=True)
     kills = [kill for scene in scenes for kill in scene["kills"]]
     passed = len(kills) == asked.kills and all(scene["good"] for scene in scenes)
     counts = Counter(f"{kill['whom']} {kill['signal']}" for kill in kills)
@@ -124,21 +129,25 @@ def play(name: str, blows: list[tuple[str, str]], draw: random.Random, steps: in
         draw: of the moments.
         steps: of a run.
     """
-    mark, groups = uuid.uuid4().hex, GROUPS if name == "groups" else ""
-    with tempfile.TemporaryDirectory() as folder:
-        killed, calm = Path(folder) / "killed", Path(folder) / "calm"
-        with nodes(mark) if name == "nodes" else contextlib.nullcontext() as cluster:
-            scene = Scene(killed, SPEC.replace("STEPS", str(steps)) + groups, mark, draw, cluster)
-            scene.disturb(blows)
-        left = _wait_for_none(mark)
-        calm.mkdir()
-        (calm / "soak.toml").write_text((killed / "soak.toml").read_text())
-        alone = () if groups else ("--launcher", "local")
-        quiet = subprocess.run([*COMMAND, *alone], cwd=calm, capture_output=True, text=True)
-        if quiet.returncode:
-            sys.exit(f"the undisturbed sweep failed with {quiet.returncode}: {quiet.stderr}")
-        tables = [_table(part / "runs") for part in (killed, calm)]
-        runs = [len(read_runs(part / "runs")) for part in (killed, calm)]
+    mark, groups, kills = uuid.uuid4().hex, GROUPS if name == "groups" else "", list[dict[str, Any]]()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            killed, calm = Path(folder) / "killed", Path(folder) / "calm"
+            with nodes(mark) if name == "nodes" else contextlib.nullcontext() as cluster:
+                scene = Scene(killed, SPEC.replace("STEPS", str(steps)) + groups, mark, draw, cluster, kills)
+                scene.disturb(blows)
+            left = _wait_for_none(mark)
+            calm.mkdir()
+            (calm / "soak.toml").write_text((killed / "soak.toml").read_text())
+            alone = () if groups else ("--launcher", "local")
+            quiet = subprocess.run([*COMMAND, *alone], cwd=calm, capture_output=True, text=True)
+            if quiet.returncode:
+                raise Failed(f"the undisturbed sweep failed with {quiet.returncode}: {quiet.stderr}")
+            tables = [_table(part / "runs") for part in (killed, calm)]
+            runs = [len(read_runs(part / "runs")) for part in (killed, calm)]
+    except Failed as error:  # what the other scenes come to is to be known too
+        print(error, file=sys.stderr, flush=True)
+        return {"scene": name, "good": False, "failed": str(error), "kills": kills}
     equal = tables[0] == tables[1]
     hung = any(kill["seconds_to_go_on"] > HANG_SECONDS for kill in scene.kills)
     return {
@@ -244,14 +253,18 @@ class Scene:
 
 
 def ending(code: int, said: str) -> str:
-    """Name the way in which a command has ended; exit where it is none of those that a kill may bring about."""
+    """Name the way in which a command has ended.
+
+    Raises:
+        Failed: it is none of those that a kill may bring about.
+    """
     if code == 0:
         return "ended"
     if code in (-signal.SIGKILL, 128 + signal.SIGTERM):
         return "killed"
     if code == 2 and "Ray was lost" in said and "Traceback" not in said:
         return "Ray was lost"
-    sys.exit(f"the sweep failed with {code}: {said}")
+    raise Failed(f"the sweep failed with {code}: {said}")
 
 
 def _wait_for_none(mark: str) -> int:

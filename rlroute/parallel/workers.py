@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import signal
 import socket
 import struct
 import time
@@ -167,6 +168,10 @@ def _tells_of_a_loss(error: BaseException) -> bool:
 
 class _Worker:
     """One rank, in a process of its own."""
+
+    def __init__(self) -> None:
+        # Ray's own handler raises SystemExit wherever the process is, be it in a router, whose defect it would seem.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
     def ready(self) -> None:
         """Answer once the process runs."""
