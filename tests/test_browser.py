@@ -203,7 +203,7 @@ def test_a_layer_is_picked(browser: Any, base: str) -> None:
 
 @pytest.mark.slow
 def test_what_is_appended_is_shown_without_a_click(browser: Any, base: str, store: Path) -> None:
-    run = make_run("router_0", seed=2)
+    run = make_run("late")  # an entry none of whose runs has ended
     folder = lay(store, run, steps=100)
     with visiting(browser, base) as visit:
         page = visit.go("?entries=all&kinds=train")

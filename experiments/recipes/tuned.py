@@ -91,13 +91,14 @@ class Length(NamedTuple):
     @classmethod
     def of(cls, train: TrainConfig | Mapping[str, Any]) -> Length:
         """Return that of a training configuration, which may be plain."""
-        plain = train if isinstance(train, Mapping) else vars(train)
+        plain = vars(TrainConfig()) | dict(train if isinstance(train, Mapping) else vars(train))
         return cls(plain["steps"], plain["batch_size"])
 
     def distance(self, other: Length) -> float:
         """Return how far apart two are, by the logarithms of their sequences, and then of their steps."""
-        sequences = math.log(self.steps * self.batch_size / (other.steps * other.batch_size))
-        return abs(sequences) + 1e-6 * abs(math.log(self.steps / other.steps))
+        steps, others = (max(1, one.steps) for one in (self, other))  # a record may say 0
+        sequences = math.log(steps * max(1, self.batch_size) / (others * max(1, other.batch_size)))
+        return abs(sequences) + 1e-6 * abs(math.log(steps / others))
 
     def __str__(self) -> str:
         return f"{self.steps:,} steps of {self.batch_size}"
@@ -151,7 +152,11 @@ def grid_entry(entry: str) -> str:
 def tuned_settings(entry: str, train: TrainConfig) -> Overrides:
     """Return what an entry of one router, or the entry that it is a variant of, was tuned to for runs of about that
     length; of a replay the learning rates of the recorded run.
+
+    Raises:
+        ConfigError: a value of ``train``, or of the entry, that cannot be.
     """
+    train.check()
     router = router_of(entry)
     if isinstance(router, ReplayRouter.Config):
         recorded, _ = router.recorded()
