@@ -1,6 +1,7 @@
 """Runs that start from another run's weights: what is taken, what is refused, and that it belongs to what a run is."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -313,9 +314,10 @@ def test_a_comparison_starts_from_one_run_and_its_table_says_so(compared: Path) 
     assert f"**Starts from**: {origin} ({mine}); the weights of their seeds (switch)." in text
     assert f"equal over 2 entries with experts from {origin}: " in text
     assert f'start.router: "kept" ({mine}), null (switch)' in text and "start.sha256" not in text
-    settled = dict(line.removeprefix("- ").split(": ", 1) for line in text.splitlines() if line.startswith("- **"))
-    assert all(name in settled["**Settings**"] for name in ("tuned at: ", "switch", mine)), settled["**Settings**"]
+    assert "tuned: switch (the best trial" in text and f"tuned for: {mine}" in text
     assert "| tuned at 500 steps of 8 |" in text and "| tuned for switch at 500 steps of 8 |" in text
+    (elsewhere,) = re.findall(r"found for runs of another length: (.*?) \(the nearest", text)
+    assert set(elsewhere.split(", ")) == {*mine.split(", "), "switch"}
     assert verify(compared / "runs") == []
 
 

@@ -22,6 +22,7 @@ from rlroute.experiments.comparison.entries import CHOICES_IN_MODEL, SAME, SAME_
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.table import Table, TableRow, build_table
 from rlroute.experiments.comparison.text import columns, to_csv, to_markdown
+from rlroute.experiments.recipes import tuned
 from rlroute.experiments.recipes.tuned import TUNING_SEEDS, tuned_settings
 from rlroute.experiments.statistics import paired_difference, t_interval
 from rlroute.schema import EvalRow, RunRecord
@@ -720,6 +721,11 @@ def test_rows_say_at_what_settings_they_stand(monkeypatch: pytest.MonkeyPatch) -
     assert {row.label for row in table.rows if row.tuned} == {"switch (z_weight=None)", "switch (z_weight=0.1)"}
     said = dict(table.notes)["Settings"]
     assert "tuned: switch (z_weight=None) (" in said and "tuned for: switch (z_weight=0.1) (" in said
+    start = tuned.GRID["switch"].start
+    begun = length | {f"train__{n}": v for n, v in start["train"].items()}
+    monkeypatch.setattr(tuned, "TUNED", {})
+    (row,) = build_table([make_run("switch", s, start["router"], **begun) for s in range(2)]).rows
+    assert row.settings == "grid start"
     assert "default: bandit (never tuned" in said and "| tuned for switch |" in to_markdown(table)
 
 

@@ -241,6 +241,7 @@ def _export_weights(out: Path, store: Path, only: tuple[str, ...], run: str, for
         raise ConfigError("--only does not apply to --weights, which names the run itself")
     if form == "moe":
         check_ending(out, [".safetensors"])
+        make_way(out)
     if form == "transformers" and os.path.lexists(out):
         raise ConfigError(f"{out} is there already: want a new folder")
     from rlroute.experiments.checkpoints.classes import export_class

@@ -102,8 +102,8 @@ def compare(
     start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
-    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are seven that have
-    been tuned, with a preset that of the preset.
+    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the entries that
+    have been tuned, with a preset that of the preset.
 
     Args:
         entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`; `all`:

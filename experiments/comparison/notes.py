@@ -19,7 +19,7 @@ from rlroute.experiments.comparison.entries import (
     varying,
 )
 from rlroute.experiments.comparison.marks import marks
-from rlroute.experiments.recipes.tuned import TUNING_SEEDS
+from rlroute.experiments.recipes.tuned import AT, TUNING_SEEDS
 from rlroute.experiments.statistics import t_interval
 from rlroute.experiments.text import of_interval
 from rlroute.experiments.verdicts import LEVEL
@@ -96,7 +96,6 @@ def verdicts(reference: str, margin: float) -> str:
 MEANINGS = {
     "tuned": "the best trial of the committed grid, as many trials for each, on seeds that no table uses",
     "tuned for": "those of the entry of which it is a variant",
-    "tuned at": "found for runs of that many steps of that many sequences, the nearest for which the grid was run",
     "grid start": "where the committed grid of the entry, or of the one of which it is a variant, starts: not run yet",
     "default": "never tuned: the router's defaults, and the default learning rate",
     "other": "neither what the committed grid found nor the defaults: set by hand, or tuned by another release",
@@ -108,15 +107,15 @@ MEANINGS = {
 def settings(labels: Mapping[str, str]) -> str:
     """Say what settings the entries have, by their labels, and how these were found."""
     said = []
+    kinds = {label: found.partition(AT)[0] for label, found in labels.items()}
     for kind, meaning in MEANINGS.items():
-        who = [label for label, found in labels.items() if _kind(found) == kind]
+        who = [label for label, found in kinds.items() if ("tuned for" if " for " in found else found) == kind]
         if who:
             said.append(f"{kind}: {', '.join(who)} ({meaning})")
+    if elsewhere := [label for label, found in labels.items() if AT in found]:
+        meaning = "the nearest for which the grid was run: so many steps of so many sequences"
+        said.append(f"found for runs of another length: {', '.join(elsewhere)} ({meaning})")
     return "; ".join(said)
-
-
-def _kind(settings: str) -> str:
-    return next((kind for kind in ("tuned at", "tuned for") if kind.split()[1] in settings.split()), settings)
 
 
 def tuning_trials(runs: Sequence[RunRecord]) -> str:

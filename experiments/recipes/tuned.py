@@ -26,6 +26,8 @@ TUNING_SEEDS = (1000, 1001, 1002)
 TUNABLE = ("lr", "router_lr_scale")
 """The fields of ``train`` that may be tuned for an entry."""
 TUNING = Path(__file__).with_name("tuning")
+AT = " at "
+"""Stands in the settings of a run before the length for which they were found."""
 
 _RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2))
 _FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2))
@@ -71,15 +73,8 @@ GRID: dict[str, Grid] = {
         _scales(3.0, 10.0, 30.0),
         scale=10.0,
     ),
-    "quantile": _learned(
-        {"ema_decay": 0.5},
-        _FEW_RATES,
-        Axis(("router.ema_decay",), (0.0, 0.5, 0.9)),
-        _scales(0.3, 1.0, 3.0, 10.0),
-    ),
-    "frozen": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
 }
-"""By entry: those of the default comparison, and two more of the table at three lengths (docs/lengths.md)."""
+"""For each entry of the default comparison, in its order."""
 
 
 class Length(NamedTuple):
@@ -91,8 +86,8 @@ class Length(NamedTuple):
     @classmethod
     def of(cls, train: TrainConfig | Mapping[str, Any]) -> Length:
         """Return that of a training configuration, which may be plain."""
-        plain = vars(TrainConfig()) | dict(train if isinstance(train, Mapping) else vars(train))
-        return cls(plain["steps"], plain["batch_size"])
+        plain = train if isinstance(train, Mapping) else vars(train)
+        return cls(plain["steps"], plain.get("batch_size", TrainConfig.batch_size))
 
     def distance(self, other: Length) -> float:
         """Return how far apart two are, by the logarithms of their sequences, and then of their steps."""
@@ -188,7 +183,7 @@ def settings_of(config: Mapping[str, Any]) -> str:
     if tuning.entry is not None and tuning.length is None:
         return "grid start"
     if tuning.entry is not None:
-        at = "" if tuning.length == Length.of(config["train"]) else f" at {tuning.length}"
+        at = "" if tuning.length == Length.of(config["train"]) else f"{AT}{tuning.length}"
         return ("tuned" if tuning.own else f"tuned for {tuning.entry}") + at
     try:
         defaults = [(router, _defaults(router["name"])) for router in (config["router"], *config.get("others", ()))]
