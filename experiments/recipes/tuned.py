@@ -45,6 +45,7 @@ def _learned(router: dict[str, Any], *axes: Axis, scale: float = 1.0) -> Grid:
 GRID: dict[str, Grid] = {
     "dense": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
     "hash": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
+    "frozen": Grid({"train": {"lr": 1.2e-2}}, (_RATES,)),
     "unbalanced": _learned({}, _MORE_RATES, _scales(0.1, 0.3, 1.0, 3.0, 10.0)),
     "switch": _learned(
         {"balance_weight": 0.03},
@@ -63,6 +64,12 @@ GRID: dict[str, Grid] = {
         {"update_rate": 0.01},
         _FEW_RATES,
         Axis(("router.update_rate",), (0.001, 0.003, 0.01, 0.03)),
+        _scales(0.3, 1.0, 3.0),
+    ),
+    "quantile": _learned(
+        {"ema_decay": 0.0},
+        _FEW_RATES,
+        Axis(("router.ema_decay",), (0.0, 0.5, 0.9, 0.99)),
         _scales(0.3, 1.0, 3.0),
     ),
     "reinforce": _learned(
