@@ -13,8 +13,8 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.cli.common import Shared
 from rlroute.experiments.cli.training import tune as tune_command
 from rlroute.experiments.recipes.entries import build_entry
-from rlroute.experiments.recipes.grid import Axis, Grid, best, edges, key, unscored
-from rlroute.experiments.recipes.presets import all_entries, build_comparison, default_entries, fitting_entries
+from rlroute.experiments.recipes.grid import Axis, Grid, best, edges, key, unbracketed, unscored
+from rlroute.experiments.recipes.presets import DEFAULT, all_entries, build_comparison, fitting_entries
 from rlroute.experiments.recipes.tuned import (
     GRID,
     TUNED,
@@ -22,6 +22,8 @@ from rlroute.experiments.recipes.tuned import (
     TUNING_SEEDS,
     Length,
     Tuning,
+    around,
+    grid_around,
     grid_entry,
     read_tuning,
     settings_of,
@@ -99,7 +101,7 @@ def test_records_that_are_older_than_a_field_are_as_tuned_as_they_were():
 def test_the_grid_is_found_by_what_an_entry_resolves_to():
     assert [grid_entry(entry) for entry in GRID] == list(GRID)
     assert grid_entry("hash:table=random") == "hash"
-    with pytest.raises(ConfigError, match="no tuning grid for 'hash:table=balanced': legal are dense, hash, unbal"):
+    with pytest.raises(ConfigError, match="no tuning grid for 'hash:table=balanced': legal are dense, hash, froz"):
         grid_entry("hash:table=balanced")
 
 
@@ -116,9 +118,9 @@ TOY = Grid(
 )
 
 
-def walk(grid, score):
+def walk(grid, score, untried=unscored):
     scores, order = {}, []
-    while missing := unscored(grid, scores):
+    while missing := untried(grid, scores):
         order += missing
         scores |= {key(trial): score(trial) for trial in missing}
     return scores, order
@@ -153,9 +155,24 @@ def test_trials_that_diverge_come_last_and_where_all_do_the_start_stays():
     assert len(order) == TOY.trials and best(TOY, scores) == TOY.start == best(TOY, {})
 
 
-def test_every_entry_of_the_default_comparison_has_the_same_number_of_trials():
-    assert default_entries() == list(GRID)
-    assert {"reinforce", "noisy_topk", "hash", "bias_balanced", "switch", "unbalanced", "dense"} == set(GRID)
+@pytest.mark.parametrize(
+    ("score", "tried"),
+    [
+        (lambda lr: abs(lr - 3), [3, 2, 4]),
+        (lambda lr: abs(lr - 5), [3, 2, 4, 5, 6]),
+        (lambda lr: lr, [3, 2, 4, 1]),  # and beyond 1 there is nothing
+        (lambda lr: None if lr > 2 else lr, [3, 2, 4, 1]),
+        (lambda lr: None, [3, 2, 4]),
+    ],
+)
+def test_an_axis_is_tried_from_the_start_on_until_the_best_lies_between_two_others(score, tried):
+    grid = Grid({"train": {"lr": 3}}, (Axis(("train.lr",), (1, 2, 3, 4, 5, 6)),))
+    _, order = walk(grid, lambda trial: score(trial["train"]["lr"]), unbracketed)
+    assert [trial["train"]["lr"] for trial in order] == sorted(tried[:3]) + tried[3:]
+
+
+def test_every_grid_has_the_same_number_of_trials_and_the_default_comparison_has_grids():
+    assert set(DEFAULT) | {"quantile", "frozen"} == set(GRID)
     assert {grid.trials for grid in GRID.values()} == {10}
     assert len(TUNING_SEEDS) == 3 and not {0, 1, 2, 3, 4, 5, 6, 7} & set(TUNING_SEEDS)
 
@@ -179,7 +196,10 @@ def test_the_committed_tuning_is_what_the_grid_gives(path):
     assert seeds and seeds == list(TUNING_SEEDS)[: len(seeds)]
     assert length != USUAL or (len(seeds) == 3 and TUNED[length].keys() == GRID.keys())
     for entry, scores in read_tuning()[length].items():
-        again, _ = walk(GRID[entry], lambda trial, scores=scores: scores[key(trial)])
+        grid, untried = GRID[entry], unscored
+        if stored["around"]:
+            grid, untried = grid_around(entry, Length(**stored["around"])), unbracketed
+        again, _ = walk(grid, lambda trial, scores=scores: scores[key(trial)], untried)
         assert again == scores
         assert TUNED[length][entry] == best(GRID[entry], again)
         assert edges(GRID[entry], TUNED[length][entry]) == [], f"{entry}: better settings may lie beyond"
@@ -260,6 +280,32 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
     assert list(read_tuning(tmp_path)) == [Length(7, 4), USUAL]
 
 
+def test_tuning_around_another_length_tries_rates_alone_beside_what_else_was_found(monkeypatch, tmp_path):
+    found = {"train": {"lr": 8e-3, "router_lr_scale": 0.3}, "router": {"balance_weight": 0.1}}
+    monkeypatch.setattr("rlroute.experiments.recipes.tuned.TUNED", {Length(50, 8): {"switch": found}, USUAL: FOUND})
+    monkeypatch.setattr(
+        "rlroute.experiments.comparison.tune.run_all",
+        lambda jobs, how: [
+            SimpleNamespace(
+                id=job.id,
+                config={"seed": job.seed},
+                summary={"final": {"bits_per_byte": abs(job.config.train.lr - 1.6e-2)}},
+            )
+            for job in jobs
+        ],
+    )
+    shorter = Shared(train=TrainConfig(steps=40, batch_size=8))
+    tune_command(("switch",), tmp_path / "t.json", seeds=1, around=True, shared=shorter)
+    stored = json.loads((tmp_path / "t.json").read_text())
+    assert stored["around"] == {"steps": 50, "batch_size": 8}
+    assert [row["overrides"] for row in stored["trials"]] == [
+        found | {"train": {"lr": lr, "router_lr_scale": 0.3}} for lr in (8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
+    ]
+    assert around(["hash"], Length(40, 8)) == USUAL != Length(50, 8) == around(["switch"], USUAL)
+    with pytest.raises(ConfigError, match="no length other than 500 steps of 8 for which switch, hash were tuned"):
+        around(["switch", "hash"], USUAL)
+
+
 # Routers by sites
 
 
@@ -314,7 +360,7 @@ def test_malformed_sites_are_refused_by_name(entry, message):
 
 def test_named_all_is_every_router_with_the_dense_model_and_the_control():
     assert {"dense", "hash:table=position", "uniform", "credit", *GRID} <= set(all_entries())
-    assert set(default_entries()) < set(all_entries())
+    assert set(DEFAULT) < set(all_entries())
 
 
 def test_a_router_that_refuses_the_shapes_is_left_out_in_one_line(monkeypatch, capsys):

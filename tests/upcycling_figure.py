@@ -8,19 +8,17 @@ from typing import NamedTuple
 
 from rlroute.experiments.comparison.entries import Entry, make_entries
 from rlroute.experiments.comparison.table import paired
-from rlroute.experiments.statistics import Interval, t_interval
+from rlroute.experiments.statistics import t_interval
 from rlroute.experiments.text import of_interval
 from rlroute.reading import read_runs
 from tests import ROOT
-from tests.drawing import COLOURS, Panel, drawing, element, multiples
+from tests.drawing import BOTTOM, COLOURS, LEFT, Line, by_steps, drawing, panel_left
 
 RESULTS = ROOT / "experiments" / "results" / "upcycling"
 FIGURE = ROOT / "docs" / "upcycling.svg"
-WIDTH, HEIGHT, LEFT, TOP = 340, 220, 60, 40
 OF = {"from scratch": COLOURS[0], "upcycled": COLOURS[1], "difference": "#000"}
 """The colours of lines."""
-Line = dict[int, Interval]
-"""Means with their intervals, by steps."""
+UNDER = "training steps of the mixture"
 
 
 class Budget(NamedTuple):
@@ -61,41 +59,14 @@ def table(found: Sequence[Budget]) -> str:
     return "\n".join(rows)
 
 
-def reach(interval: Interval) -> float:
-    """Return half of an interval's length."""
-    assert interval.half_width is not None
-    return interval.half_width
-
-
-def panel(left: int, title: str, shown: dict[str, Line]) -> list[str]:
-    """Return the elements of one panel: lines over steps on a logarithmic axis, with their intervals."""
-    ends = [i.mean + sign * reach(i) for line in shown.values() for i in line.values() for sign in (-1, 1)]
-    ends += [0.0] if "difference" in shown else []
-    room = 0.05 * (max(ends) - min(ends))
-    low, high, steps = min(ends) - room, max(ends) + room, sorted(set().union(*shown.values()))
-    axes = Panel(left, TOP, WIDTH, HEIGHT, (steps[0], steps[-1]), (low, high), logarithmic=True, inset=20)
-    marks = {step: str(step) for step in steps}
-    parts = axes.frame(title, "training steps of the mixture", marks, multiples(low, high, 0.1, ".1f"))
-    for index, (name, line) in enumerate(shown.items()):
-        colour = OF[name]
-        parts.append(axes.line({step: interval.mean for step, interval in line.items()}, colour))
-        for step, interval in line.items():
-            across, (top, bottom) = axes.across(step), (axes.down(interval.mean + s * reach(interval)) for s in (1, -1))
-            parts.append(element("line", x1=across, x2=across, y1=top, y2=bottom, stroke=colour))
-            parts.append(axes.point(step, interval.mean, colour))
-        place = {"x": left + WIDTH - 10, "y": TOP + 20 + 18 * index, "text_anchor": "end"}
-        parts += [element("text", name, **place, fill=colour)] if len(shown) > 1 else []
-    return parts
-
-
 def figure(found: Sequence[Budget]) -> str:
     """Return the drawing."""
     made = lines(found)
     losses = {name: made[name] for name in ("from scratch", "upcycled")}
-    right = 2 * LEFT + WIDTH + 20
-    parts = panel(LEFT, "validation bits per byte", losses)
-    parts += panel(right, "upcycled minus from scratch", {"difference": made["difference"]})
-    return drawing(parts, right + WIDTH + 20, TOP + HEIGHT + 50)
+    parts = by_steps(panel_left(0), "validation bits per byte", UNDER, losses, OF, 0.1)
+    difference = {"difference": made["difference"]}
+    parts += by_steps(panel_left(1), "upcycled minus from scratch", UNDER, difference, OF, 0.1, zero=True)
+    return drawing(parts, panel_left(2) - LEFT, BOTTOM)
 
 
 if __name__ == "__main__":

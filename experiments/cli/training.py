@@ -220,6 +220,7 @@ def tune(
     entries: tyro.conf.Positional[tuple[str, ...]] = (),
     out: Path = Path("results/tuning.json"),
     seeds: Literal[1, 2, 3] = 3,
+    around: bool = False,
     launch: Annotated[Launch, tyro.conf.arg(name="")] = TUNING,
     start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
@@ -231,21 +232,25 @@ def tune(
         out: all trials, as JSON, in a new file, or beside those of other entries and in place of the same entries'
             before; `compare` reads those of the folder experiments/recipes/tuning.
         seeds: how many of the tuning seeds each trial is trained with.
+        around: in place of whole grids, learning rates alone, beside what else ENTRIES were tuned to for the nearest
+            other length; from that rate on to its neighbours, until the best has been tried between two others.
     """
     from rlroute.experiments.comparison import tune as tuning
+    from rlroute.experiments.recipes import tuned
     from rlroute.experiments.recipes.grid import edges
     from rlroute.experiments.recipes.presets import fitting_entries
-    from rlroute.experiments.recipes.tuned import GRID, TUNING_SEEDS
 
     name_broken(*entries)
-    base = tuning.Base(**vars(shared), seeds=TUNING_SEEDS[:seeds])
-    entries = tuning.named(entries or fitting_entries(tuple(GRID), base.data, base.model), base, said("train"))
+    base = tuning.Base(**vars(shared), seeds=tuned.TUNING_SEEDS[:seeds])
+    entries = tuning.named(entries or fitting_entries(tuple(tuned.GRID), base.data, base.model), base, said("train"))
+    if around:
+        base = replace(base, around=tuned.around(entries, tuned.Length.of(base.train)))
     kept = tuning.others(out, entries, base)
     make_way(out)
     trials = tuning.tune(entries, base, launch, command_line(), start.find(launch.store))
     tuning.write_trials(trials, base, out, kept)
     for entry, found in tuning.best_trials(trials).items():
         print(f"{entry}: {found}")
-        for field in edges(GRID[entry], found):
+        for field in edges(tuned.GRID[entry], found):
             print(f"{entry}: {field} is at the edge of its grid: a better value may lie beyond", file=sys.stderr)
     print(f"{len(trials)} trials in {out}, their runs in {launch.store}/")

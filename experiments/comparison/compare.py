@@ -15,7 +15,7 @@ from rlroute.experiments.comparison.table import Table, build_table
 from rlroute.experiments.comparison.text import plain_rows, to_grid, to_markdown
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
-from rlroute.experiments.recipes.presets import ALL, all_entries, build_comparison, default_entries, fitting_entries
+from rlroute.experiments.recipes.presets import ALL, DEFAULT, all_entries, build_comparison, fitting_entries
 from rlroute.experiments.verdicts import MARGIN, Seeds, Verdict
 from rlroute.limits import Positive, checked
 from rlroute.schema import RunRecord
@@ -118,7 +118,7 @@ def compare(
     refuse_two(budget, train)
     how, entries = how or Launch(), (entries,) if isinstance(entries, str) else tuple(entries)
     if not entries or entries == (ALL,):
-        entries = fitting_entries(all_entries() if entries else default_entries(), data, model)
+        entries = fitting_entries(all_entries() if entries else DEFAULT, data, model)
     configs = build_comparison(entries, data, model, train, tuned=tuned, said=said)
     configs = with_budget(configs, budget, find_reference(configs, reference), seconds)
     configs = [replace(config, start=start) for config in configs]

@@ -1,4 +1,6 @@
-"""Tuning: every entry gets the same number of trials on the committed grid, on seeds that no table uses."""
+"""Tuning, on seeds that no table uses: whole committed grids, of which every entry has the same number of trials, or
+their learning rates around what an entry was tuned to for runs of another length.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from rlroute.errors import ConfigError
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
-from rlroute.experiments.recipes.grid import best, key, unscored
+from rlroute.experiments.recipes.grid import Scores, best, key, unbracketed, unscored
 from rlroute.experiments.recipes.presets import refuse_overwritten
-from rlroute.experiments.recipes.tuned import GRID, TUNABLE, TUNING_SEEDS, grid_entry
+from rlroute.experiments.recipes.tuned import GRID, TUNABLE, TUNING_SEEDS, Length, grid_around, grid_entry
 from rlroute.foreign import parse_json, read_bytes, why
 from rlroute.records import write_json
 from rlroute.schema import RunRecord
@@ -52,6 +54,14 @@ class Base:
     model: ModelConfig
     train: TrainConfig
     seeds: tuple[int, ...] = TUNING_SEEDS
+    around: Length | None = None
+    """The length, for which all are tuned, around whose settings learning rates alone are tried; none: whole grids."""
+
+    def untried(self, entry: str, found: Scores) -> list[Overrides]:
+        """Return an entry's trials to run next; none at the end."""
+        if self.around is None:
+            return unscored(GRID[entry], found)
+        return unbracketed(grid_around(entry, self.around), found)
 
     def at(self, entry: str, point: Overrides) -> RunConfig:
         """Return an entry's configuration at a point of its grid."""
@@ -63,7 +73,8 @@ class Base:
         del parts["router"]
         for field in TUNABLE:
             del parts["train"][field]
-        return parts | {"seeds": list(self.seeds)}
+        around = self.around and self.around._asdict()
+        return parts | {"seeds": list(self.seeds), "around": around}
 
 
 def named(entries: Sequence[str], base: Base, said: Collection[str] = ()) -> tuple[str, ...]:
@@ -91,14 +102,14 @@ def tune(
     command: str,
     start: StartConfig | None = None,
 ) -> list[Trial]:
-    """Walk the grid of each entry, one of `named`, and return all trials, in the order in which they ran.
+    """Walk the grid of each entry, one of :func:`named`, and return all trials, in the order in which they ran.
 
     Args:
         entries, base, how, command: what is trained, and how.
         start: the weights from which all trials start, if they are another run's.
     """
     trials: list[Trial] = []
-    while following := [(e, point) for e in entries for point in unscored(GRID[e], scores(trials, e))]:
+    while following := [(e, point) for e in entries for point in base.untried(e, scores(trials, e))]:
         configs = [replace(base.at(entry, point), start=start) for entry, point in following]
         jobs = [together([Job(config, seed, command) for seed in base.seeds]) for config in configs]
         records = run_all(list(chain.from_iterable(jobs)), how)

@@ -1,6 +1,6 @@
 """Grids that tuning walks axis by axis: each axis is tried around the best trial of the ones before it.
 
-The trials are a pure function of the grid and the scores, and their number of the grid alone.
+The trials are a pure function of the grid and the scores, and of a whole grid their number that of the grid alone.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ def unscored(grid: Grid, scores: Scores) -> list[Overrides]:
             return missing
         point = min(line, key=lambda trial: _or_last(scores[key(trial)]))
     return []
+
+
+def unbracketed(grid: Grid, scores: Scores) -> list[Overrides]:
+    """Return the trials to run next along the grid's one axis: the best so far, at first the start, and its two
+    neighbours; none once these have been run, or lie beyond the axis.
+    """
+    (axis,) = grid.axes
+    line = [_moved(grid.start, axis, value) for value in axis.values]
+    at = line.index(best(grid, scores))
+    return [trial for trial in line[max(0, at - 1) : at + 2] if key(trial) not in scores]
 
 
 def best(grid: Grid, scores: Scores) -> Overrides:

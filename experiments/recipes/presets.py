@@ -10,7 +10,7 @@ from functools import partial
 from rlroute.config import DENSE, DataConfig, ModelConfig, RouterConfig, RunConfig, TrainConfig
 from rlroute.errors import ConfigError
 from rlroute.experiments.recipes.entries import Overrides, build_entry, parse_entry, split_sites
-from rlroute.experiments.recipes.tuned import GRID, settings_of, tuned_settings
+from rlroute.experiments.recipes.tuned import settings_of, tuned_settings
 from rlroute.registry import default_names, refusals, router_class
 from rlroute.routing import RouterShape
 from rlroute.training.data import corpus_of
@@ -18,11 +18,8 @@ from rlroute.training.prepare import shapes
 
 ALL = "all"
 """In place of entries: every one that there is."""
-
-
-def default_entries() -> list[str]:
-    """Return the entries of the default comparison: those that have a tuning grid."""
-    return list(GRID)
+DEFAULT = (DENSE, "hash", "unbalanced", "switch", "noisy_topk", "bias_balanced", "reinforce")
+"""The entries of the default comparison."""
 
 
 def all_entries() -> list[str]:

@@ -1,16 +1,16 @@
-"""What the entries of the default comparison were tuned to, and the grids that they were tuned on.
+"""What entries were tuned to, and the grids that they were tuned on: those of the default comparison, and two more.
 
 ``TUNED`` is read from the folder ``tuning`` beside this file, whose files ``rlroute tune`` writes: the best trial of
 each entry, by the mean over seeds that no table uses, for runs of one length. A run takes those of the length nearest
-to its own. At one length every entry had the same number of trials. An entry is found by what it resolves to, however
-it is written.
+to its own. A whole grid has as many trials for every entry. An entry is found by what it resolves to, however it is
+written.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,6 @@ GRID: dict[str, Grid] = {
         scale=10.0,
     ),
 }
-"""For each entry of the default comparison, in its order."""
 
 
 class Length(NamedTuple):
@@ -122,6 +121,23 @@ TUNED: dict[Length, dict[str, Overrides]] = {
     for length, scores in read_tuning().items()
 }
 """Of the entries whose grid has been run for runs of that length."""
+
+
+def around(entries: Collection[str], length: Length) -> Length:
+    """Return the nearest other length at which all of some entries of ``GRID`` were tuned.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    others = [other for other, tuned in TUNED.items() if other != length and tuned.keys() >= set(entries)]
+    if not others:
+        raise ConfigError(f"no length other than {length} for which {', '.join(entries)} were tuned")
+    return min(others, key=length.distance)
+
+
+def grid_around(entry: str, length: Length) -> Grid:
+    """Return the learning rates of an entry's grid, beside what else it was tuned to for a length."""
+    return Grid(TUNED[length][entry], GRID[entry].axes[:1])
 
 
 class Tuning(NamedTuple):
