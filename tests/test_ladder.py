@@ -18,7 +18,7 @@ from scipy import optimize
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.comparison import ladder
 from rlroute.experiments.comparison.ladder import climb, reduce
-from rlroute.experiments.comparison.ladder_file import FILE, Rungs, key_of, read_ladder
+from rlroute.experiments.comparison.ladder_file import FILE, Ladder, Rungs, key_of, read_ladder
 from rlroute.experiments.comparison.ladder_text import to_markdown
 from rlroute.experiments.comparison.multipliers import (
     SOFT,
@@ -184,9 +184,20 @@ def test_what_the_losses_say_is_said() -> None:
         "Compute multipliers against entry 1" in page and "<script>" not in page.split("<main>")[1].split("</main>")[0]
     )
     assert json.loads(json.dumps(found.to_dict()))["order_holds"]
-    crossing = rungs(1.0, 1.3)
-    crossing.bits_EJWS[1, 2] += 0.3
-    assert not reduce(crossing, ["a", "b"], [], None).order_holds
+
+
+def test_a_change_of_the_order_is_told_from_noise() -> None:
+    def found(*added: float) -> Ladder:
+        crossing = rungs(1.0, 1.3, 1.6)
+        crossing.bits_EJWS[1, 2] += np.array(added)  # by seed, at the largest budget
+        return reduce(crossing, ["a", "b", "c"], [], None)
+
+    beyond, within = found(0.3, 0.3, 0.3), found(0.9, 0.0, 0.0)
+    assert not beyond.order_holds and not within.order_holds
+    assert beyond.crossings == [("entry 1", "entry 1.3")] and not within.crossings
+    assert "changes beyond the noise (entry 1 and entry 1.3) across budgets" in to_markdown(beyond)
+    assert "changes, by no more than noise, across budgets" in to_markdown(within)
+    assert beyond.to_dict()["crossings"] == [("entry 1", "entry 1.3")]
 
 
 SETTINGS: dict[str, Any] = {"seeds": 2, "data": tiny.DATA, "model": tiny.MODEL, "train": tiny.TRAIN, "tuned": False}
@@ -230,6 +241,7 @@ def test_a_file_that_is_no_ladder_is_refused(tmp_path: Path) -> None:
         ({"entries": [first, second | {"bits": second["bits"][1:]}]}, "length"),
         ({"entries": [first, second | {"law": second["law"] | {"unit": 0.0}}]}, "entries/1/law/unit"),
         ({"bits_per_byte_EJWS": [[[[1.0, 2.0], [3.0]]]]}, "shape"),
+        ({"entries": [first, second | {"widths": [24, 40, 41]}]}, "best width is none"),
         ({"order": whole["order"][1:]}, "length"),
         ({"compute": [1e9, "much", 9e9]}, "compute/1"),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from rlroute.errors import StoreError
 from rlroute.experiments.comparison.multipliers import Multiplier
-from rlroute.experiments.statistics import Interval
+from rlroute.experiments.statistics import Interval, t_interval
 from rlroute.limits import Between
 from rlroute.reading import read_json
 from rlroute.schema.values import Number, Whole
@@ -87,6 +87,25 @@ class Ladder:
         """Whether it is the same at all budgets."""
         return all(one == other for one, other in pairwise(self.order))
 
+    @property
+    def crossings(self) -> list[tuple[str, str]]:
+        """The pairs of which one is better at some budget and worse at another, each time beyond the 95 % interval of
+        their paired differences: what of a change of the order is not noise.
+        """
+        return [
+            (one.label, other.label)
+            for (i, one), (j, other) in combinations(enumerate(self.entries), 2)
+            if len({d.mean > 0 for d in self._differences(i, j) if d.separated}) > 1
+        ]
+
+    def _differences(self, one: int, other: int) -> list[Interval]:
+        """Return an entry's differences to another, by budget: paired by seed, each at its own best width."""
+        bits = [
+            [self.rungs.bits_EJWS[index, budget, self.rungs.widths.index(width)] for budget, width in enumerate(widths)]
+            for index, widths in ((index, self.entries[index].widths) for index in (one, other))
+        ]
+        return [t_interval((a - b).tolist()) for a, b in zip(*bits, strict=True)]
+
     def multiplier(self, config: Mapping[str, Any], reference: Mapping[str, Any]) -> Multiplier | None:
         """Return the compute multiplier of a configuration's routers; None where the ladder does not know it, or knows
         it against another reference.
@@ -109,6 +128,7 @@ class Ladder:
             "flops_per_second_EJWS": rungs.speed_EJWS.tolist(),
             "order": [list(order) for order in self.order],
             "order_holds": self.order_holds,
+            "crossings": self.crossings,
             "runs": list(self.runs),
             "command": self.command,
         }
@@ -198,6 +218,8 @@ def _ladder(held: Mapping[str, Any]) -> Ladder:
     shape = (len(entries), budgets, len(held["widths"]), len(held["seeds"]))
     if 0 in shape or bits.shape != shape or speed.shape != shape or {*map(len, lists)} != {budgets}:
         raise ValueError("its lists are not of one length for each entry, budget, width and seed")
+    if not {width for entry in entries for width in entry.widths} <= set(held["widths"]):
+        raise ValueError("an entry's best width is none of its widths")
     labels, numbers = tuple(entry.label for entry in entries), (np.array(held["compute"]), tuple(held["widths"]))
     rungs = Rungs(labels, *numbers, bits, speed, tuple(held["seeds"]))
     return Ladder(rungs, entries, tuple(map(tuple, held["order"])), tuple(held["runs"]), held["command"])

@@ -63,5 +63,7 @@ def notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
         )
         yield f"Difference of {entry.label} to {reference}", said
     orders = "; ".join(f"at {budget} {', '.join(order)}" for budget, order in zip(budgets, ladder.order, strict=True))
-    yield "Order", f"{'holds' if ladder.order_holds else 'changes'} across budgets: {orders}"
+    crossed = ", ".join(f"{one} and {other}" for one, other in ladder.crossings)
+    held = "changes beyond the noise (" + crossed + ")" if crossed else "changes, by no more than noise,"
+    yield "Order", f"{'holds' if ladder.order_holds else held} across budgets: {orders}"
     yield "Command", ladder.command or NOTHING
