@@ -173,7 +173,7 @@ def test_an_axis_is_tried_from_the_start_on_until_the_best_lies_between_two_othe
 
 def test_every_grid_has_the_same_number_of_trials_and_the_default_comparison_has_grids():
     assert set(DEFAULT) | {"quantile", "frozen"} == set(GRID)
-    assert {grid.trials for grid in GRID.values()} == {10}
+    assert {grid.trials for grid in GRID.values()} == {11}
     assert len(TUNING_SEEDS) == 3 and not {0, 1, 2, 3, 4, 5, 6, 7} & set(TUNING_SEEDS)
 
 
@@ -248,7 +248,7 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
     monkeypatch.setattr(sys, "argv", ["rlroute", "tune", "switch", "dense"])
     tune_command(("switch", "dense", "switch:jitter=0"), tmp_path / "t.json")
     stored = json.loads((tmp_path / "t.json").read_text())
-    assert len(stored["trials"]) == 20 and len(made) == 60
+    assert len(stored["trials"]) == 22 and len(made) == 66
     for row in stored["trials"]:
         lr = row["overrides"]["train"]["lr"]
         assert row["bits_per_byte"] == pytest.approx(2 + (lr - 1) ** 2)

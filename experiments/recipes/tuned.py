@@ -29,9 +29,9 @@ TUNING = Path(__file__).with_name("tuning")
 AT = " at "
 """Stands in the settings of a run before the length for which they were found."""
 
-_RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2))
-_FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2))
-_MORE_RATES = Axis(("train.lr",), (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2))
+_RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2, 4.8e-2))
+_FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
+_MORE_RATES = Axis(("train.lr",), (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
 
 
 def _scales(*values: float) -> Axis:
@@ -74,7 +74,7 @@ GRID: dict[str, Grid] = {
     ),
     "reinforce": _learned(
         {"baseline": "batch", "balance_weight": 8.0, "policy_weight": 0.5},
-        Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2)),
+        Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2)),
         Axis(("router.baseline",), ("batch", "ema")),
         Axis(("router.balance_weight",), (0.5, 2.0, 8.0, 32.0)),
         _scales(3.0, 10.0, 30.0),
