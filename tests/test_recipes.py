@@ -231,7 +231,7 @@ def test_a_run_takes_what_was_found_for_the_nearest_length_and_says_so(monkeypat
 
 def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(monkeypatch, tmp_path, capsys):
     """With runs that are not trained: their scores are a bowl in the learning rate."""
-    made = []
+    made, largest = [], GRID["dense"].axes[0].values[-1]
 
     def run_all(jobs, how):
         made.extend(jobs)
@@ -253,18 +253,22 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
         lr = row["overrides"]["train"]["lr"]
         assert row["bits_per_byte"] == pytest.approx(2 + (lr - 1) ** 2)
         assert row["by_seed"] == {str(s): pytest.approx(2 + (lr - 1) ** 2 + (s - 1001) / 8) for s in TUNING_SEEDS}
-    tune_command(("dense", "switch"), tmp_path / "t.json")  # the same entries' trials take their place
-    tune_command(("switch",), tmp_path / "t.json")  # and those of others stay
+    tune_command(("dense", "switch"), tmp_path / "t.json")  # what is there is not run again
+    assert len(made) == 66
+    without = [row for row in stored["trials"] if row["overrides"]["train"]["lr"] != largest or row["entry"] == "dense"]
+    (tmp_path / "t.json").write_text(json.dumps(stored | {"trials": without}))
+    tune_command(("switch",), tmp_path / "t.json")  # what is not there is, and others' trials stay
+    assert len(made) == 66 + 3 * (22 - len(without)) > 66
     again = json.loads((tmp_path / "t.json").read_text())["trials"]
     assert sorted(again, key=str) == sorted(stored["trials"], key=str)
     shorter = Shared(train=TrainConfig(steps=7))
     with pytest.raises(ConfigError, match=r"t\.json holds trials with train\.steps = 500, not 7: name another file"):
         tune_command(("switch",), tmp_path / "t.json", shared=shorter)
-    (tmp_path / "else.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"else\.json is there, and holds no trials"):
-        tune_command(("switch",), tmp_path / "else.json")
+    for text in ("[]", json.dumps(stored | {"trials": [stored["trials"][0] | {"bits_per_byte": "2"}]})):
+        (tmp_path / "else.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"else\.json is there, and holds no trials"):
+            tune_command(("switch",), tmp_path / "else.json")
     said = capsys.readouterr()
-    largest = GRID["dense"].axes[0].values[-1]
     assert f"dense: {{'train': {{'lr': {largest}}}}}" in said.out
     assert "dense: train.lr is at the edge of its grid" in said.err
     (tmp_path / "else.json").unlink()

@@ -229,8 +229,8 @@ def tune(
 
     Args:
         entries: routers or `dense`, as named in the grid.
-        out: all trials, as JSON, in a new file, or beside those of other entries and in place of the same entries'
-            before; `compare` reads those of the folder experiments/recipes/tuning.
+        out: all trials, as JSON, in a new file or one that has some, which are not run again; `compare` reads those of
+            the folder experiments/recipes/tuning.
         seeds: how many of the tuning seeds each trial is trained with.
         around: in place of whole grids, learning rates alone, beside what else ENTRIES were tuned to for the nearest
             other length; from that rate on to its neighbours, until the best has been tried between two others.
@@ -241,14 +241,14 @@ def tune(
     from rlroute.experiments.recipes.presets import fitting_entries
 
     name_broken(*entries)
-    base = tuning.Base(**vars(shared), seeds=tuned.TUNING_SEEDS[:seeds])
+    base = tuning.Base(**vars(shared), seeds=tuned.TUNING_SEEDS[:seeds], start=start.find(launch.store))
     entries = tuning.named(entries or fitting_entries(tuple(tuned.GRID), base.data, base.model), base, said("train"))
     if around:
         base = replace(base, around=tuned.around(entries, tuned.Length.of(base.train)))
-    kept = tuning.others(out, entries, base)
+    known = tuning.read_trials(out, base)
     make_way(out)
-    trials = tuning.tune(entries, base, launch, command_line(), start.find(launch.store))
-    tuning.write_trials(trials, base, out, kept)
+    trials = tuning.tune(entries, base, launch, command_line(), known)
+    tuning.write_trials([*(trial for trial in known if trial.entry not in entries), *trials], base, out)
     for entry, found in tuning.best_trials(trials).items():
         print(f"{entry}: {found}")
         for field in edges(tuned.GRID[entry], found):

@@ -10,19 +10,22 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
+
+from typing_extensions import TypedDict
 
 from rlroute.config import DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
-from rlroute.errors import ConfigError
+from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
 from rlroute.experiments.recipes.grid import Scores, best, key, unbracketed, unscored
 from rlroute.experiments.recipes.presets import refuse_overwritten
 from rlroute.experiments.recipes.tuned import GRID, TUNABLE, TUNING_SEEDS, Length, grid_around, grid_entry
-from rlroute.foreign import parse_json, read_bytes, why
+from rlroute.reading import Row, read_json
 from rlroute.records import write_json
 from rlroute.schema import RunRecord
+from rlroute.schema.values import Number, Whole
 from rlroute.values import differing
 
 
@@ -33,7 +36,7 @@ class Trial(NamedTuple):
         entry: as named in the grid.
         overrides: the point.
         bits_per_byte: mean final validation loss over the tuning seeds; None where a run diverged.
-        by_seed: the same of each seed.
+        by_seed: the same of each seed, by its digits.
         runs: their ids.
         command: that ran it.
     """
@@ -41,9 +44,32 @@ class Trial(NamedTuple):
     entry: str
     overrides: Overrides
     bits_per_byte: float | None
-    by_seed: dict[int, float | None]
+    by_seed: dict[str, float | None]
     runs: list[str]
     command: str
+
+
+class TrialRow(TypedDict):
+    """A :class:`Trial`."""
+
+    entry: str
+    overrides: dict[str, dict[str, Any]]
+    bits_per_byte: Number | None
+    by_seed: dict[str, Number | None]
+    runs: list[str]
+    command: str
+
+
+class Trials(TypedDict):
+    """What a file of trials holds: them, and their :class:`Base`."""
+
+    data: Row
+    model: Row
+    train: Row
+    start: NotRequired[Row]
+    seeds: list[Whole]
+    around: Row | None
+    trials: list[TrialRow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +82,8 @@ class Base:
     seeds: tuple[int, ...] = TUNING_SEEDS
     around: Length | None = None
     """The length, for which all are tuned, around whose settings learning rates alone are tried; none: whole grids."""
+    start: StartConfig | None = None
+    """The weights from which all trials start, if they are another run's."""
 
     def untried(self, entry: str, found: Scores) -> list[Overrides]:
         """Return an entry's trials to run next; none at the end."""
@@ -65,11 +93,12 @@ class Base:
 
     def at(self, entry: str, point: Overrides) -> RunConfig:
         """Return an entry's configuration at a point of its grid."""
-        return build_entry(entry, self.data, self.model, self.train, lambda router: point)
+        config = build_entry(entry, self.data, self.model, self.train, lambda router: point)
+        return replace(config, start=self.start)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a file of trials says of them all."""
-        parts = RunConfig(data=self.data, model=self.model, train=self.train).to_dict()
+        parts = RunConfig(data=self.data, model=self.model, train=self.train, start=self.start).to_dict()
         del parts["router"]
         for field in TUNABLE:
             del parts["train"][field]
@@ -100,27 +129,30 @@ def tune(
     base: Base,
     how: Launch,
     command: str,
-    start: StartConfig | None = None,
+    known: Iterable[Trial] = (),
 ) -> list[Trial]:
-    """Walk the grid of each entry, one of :func:`named`, and return all trials, in the order in which they ran.
+    """Walk the grid of each entry, one of :func:`named`, and return all trials, in their order.
 
     Args:
         entries, base, how, command: what is trained, and how.
-        start: the weights from which all trials start, if they are another run's.
+        known: trials of the same base, which are not run again.
     """
     trials: list[Trial] = []
+    done = {(trial.entry, key(trial.overrides)): trial for trial in known}
     while following := [(e, point) for e in entries for point in base.untried(e, scores(trials, e))]:
-        configs = [replace(base.at(entry, point), start=start) for entry, point in following]
-        jobs = [together([Job(config, seed, command) for seed in base.seeds]) for config in configs]
-        records = run_all(list(chain.from_iterable(jobs)), how)
-        found = {record.id: record for record in records}
-        for (entry, point), config in zip(following, configs, strict=True):
-            trials.append(_scored(entry, point, [found[config.run_id(seed)] for seed in base.seeds], command))
+        new = {(entry, key(point)): base.at(entry, point) for entry, point in following}
+        new = {trial: config for trial, config in new.items() if trial not in done}
+        jobs = [together([Job(config, seed, command) for seed in base.seeds]) for config in new.values()]
+        records = {record.id: record for record in run_all(list(chain.from_iterable(jobs)), how)} if jobs else {}
+        for (entry, point), config in new.items():
+            runs = [records[config.run_id(seed)] for seed in base.seeds]
+            done[entry, point] = _scored(entry, json.loads(point), runs, command)
+        trials += [done[entry, key(point)] for entry, point in following]
     return trials
 
 
-def others(path: Path, entries: Collection[str], base: Base) -> list[dict[str, Any]]:
-    """Return the trials of other entries that a file holds, beside which these may stand.
+def read_trials(path: Path, base: Base) -> list[Trial]:
+    """Return the trials that a file holds, none where it is not there.
 
     Raises:
         ConfigError: it is none that :func:`write_trials` wrote, or its trials have another base.
@@ -128,23 +160,22 @@ def others(path: Path, entries: Collection[str], base: Base) -> list[dict[str, A
     if not os.path.lexists(path):
         return []
     try:
-        stored = parse_json(read_bytes(path))
-        rows, theirs = stored.pop("trials"), stored
-        kept = [row for row in rows if row["entry"] not in entries]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"--out {path} is there, and holds no trials: {why(error)}") from error
-    for field, his, mine in differing(theirs, parse_json(json.dumps(base.to_dict()))) if kept else ():
+        stored = read_json(path, Trials)
+    except StoreError as error:
+        raise ConfigError(f"--out {path} is there, and holds no trials: {error}") from error
+    trials = [Trial(**row) for row in stored.pop("trials")]
+    for field, his, mine in differing(stored, json.loads(json.dumps(base.to_dict()))) if trials else ():
         raise ConfigError(
             f"--out {path} holds trials with {field.replace('/', '.')} = {his!r}, not {mine!r}: name another file"
         )
-    return kept
+    return trials
 
 
 def _scored(entry: str, point: Overrides, records: Iterable[RunRecord], command: str) -> Trial:
     by_seed = {}
     for record in records:
         final = record.summary["final"]
-        by_seed[record.config["seed"]] = final["bits_per_byte"] if final else None
+        by_seed[str(record.config["seed"])] = final["bits_per_byte"] if final else None
     found = [score for score in by_seed.values() if score is not None]
     mean = sum(found) / len(found) if len(found) == len(by_seed) else None
     return Trial(entry, point, mean, by_seed, [record.id for record in records], command)
@@ -160,6 +191,6 @@ def best_trials(trials: Sequence[Trial]) -> dict[str, Overrides]:
     return {entry: best(GRID[entry], scores(trials, entry)) for entry in dict.fromkeys(t.entry for t in trials)}
 
 
-def write_trials(trials: Sequence[Trial], base: Base, path: Path, kept: Sequence[dict[str, Any]] = ()) -> None:
-    """Write all trials, behind those of :func:`others`, and what they have in common."""
-    write_json(path, base.to_dict() | {"trials": [*kept, *(trial._asdict() for trial in trials)]})
+def write_trials(trials: Sequence[Trial], base: Base, path: Path) -> None:
+    """Write trials, and what they have in common."""
+    write_json(path, base.to_dict() | {"trials": [trial._asdict() for trial in trials]})
