@@ -31,6 +31,7 @@ AT = " at "
 
 _RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2, 2.4e-2, 3.2e-2, 4.8e-2))
 _FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
+_HIGH_RATES = Axis(("train.lr",), (1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
 _MORE_RATES = Axis(("train.lr",), (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
 
 
@@ -55,8 +56,8 @@ GRID: dict[str, Grid] = {
     ),
     "noisy_topk": _learned(
         {"importance_weight": 0.001, "load_weight": 0.001},
-        _FEW_RATES,
-        Axis(("router.importance_weight", "router.load_weight"), (0.0, 0.0003, 0.001, 0.003)),
+        _HIGH_RATES,
+        Axis(("router.importance_weight", "router.load_weight"), (0.0, 0.0003, 0.001, 0.003, 0.01)),
         _scales(1.0, 3.0, 10.0),
         scale=3.0,
     ),
@@ -68,9 +69,9 @@ GRID: dict[str, Grid] = {
     ),
     "quantile": _learned(
         {"ema_decay": 0.0},
-        _FEW_RATES,
+        _HIGH_RATES,
         Axis(("router.ema_decay",), (0.0, 0.5, 0.9, 0.99)),
-        _scales(0.3, 1.0, 3.0),
+        _scales(0.3, 1.0, 3.0, 10.0),
     ),
     "reinforce": _learned(
         {"baseline": "batch", "balance_weight": 8.0, "policy_weight": 0.5},
