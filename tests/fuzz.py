@@ -195,13 +195,13 @@ def registration(folder: Path, random: Random) -> None:
     made: Any = {"core": 64 * "0", "routers": {}, "reads": {}, "data": {}, "tokenizer": None}
     plan = make_plan(config, config, {config: made}, ("tuned", "tuned"), 0.02, [3, 4], [])
     path = folder / "judgement.json"
-    register(path, plan, Registration)
+    register(path, plan, Registration, [], lambda asked: None)
     path.write_bytes(_changed(path.read_bytes(), random))
     if random.random() < 0.5:
         with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             changed = json.loads(path.read_bytes())
             path.write_text(json.dumps(changed | {"sha256": of_part(changed["plan"])}))
-    register(path, plan, Registration)
+    register(path, plan, Registration, [], lambda asked: None)
 
 
 def outcomes(folder: Path, random: Random) -> None:

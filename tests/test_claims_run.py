@@ -228,8 +228,11 @@ def test_a_claim_that_was_changed_after_its_registration_is_refused(copy: Path) 
     with pytest.raises(ConfigError, match=r"was registered with 'Other\.'"):
         run_again(copy, FIRST)
     path.unlink()  # and made anew
-    with pytest.raises(StoreError, match=r"claim-1\.json was changed after the first run: run \S+ was trained under"):
+    with pytest.raises(
+        StoreError, match=r"claim-1\.json is gone, and was there before the first run: run \S+ was trained"
+    ):
         run_again(copy, easier)
+    assert not path.exists()
 
 
 def test_a_missing_seed_is_named(copy: Path) -> None:

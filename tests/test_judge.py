@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from rlroute.errors import ComparisonError, ConfigError, RlrouteError, StoreError
+from rlroute.experiments.comparison.compare import compare
 from rlroute.experiments.comparison.judge import judge
-from rlroute.experiments.comparison.judgement import EXACT, SAME, Judgement
+from rlroute.experiments.comparison.judgement import EXACT, KNOWN, SAME, Judgement
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.experiments.recipes.presets import build_pair
@@ -131,7 +132,10 @@ def test_a_copy_of_the_reference_from_a_file_is_equivalent(tmp_path: Path, route
     with contextlib.chdir(tmp_path):
         done = rlroute("judge", "./twin.py", *TINY, *LOCAL)
     assert done.code == 0, done.err
-    assert done.out.startswith("twin against switch: equivalent within 0.02\n") and EXACT in done.out
+    assert (
+        done.out.startswith("twin against switch: equivalent within 0.02 (3 of 6 runs were there before")
+        and EXACT in done.out
+    )
     found = json.loads((tmp_path / "results" / "judgement.json").read_text())
     assert found["equivalent"] and found["direction"] is None and found["n"] == 3 and found["effect"] == 0
     plan = found["registration"]["plan"]
@@ -196,6 +200,16 @@ def test_what_is_killed_goes_on_to_the_same_judgement(
 # What was registered stands
 
 
+def better_by_a_bit(folder: Path) -> None:
+    """Edit the last loss of a run that has ended, wherever it stands."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    summary, last = json.loads((folder / "summary.json").read_text()), json.loads(lines[-1])
+    for final in (summary["final"], last):
+        final["bits_per_byte"] -= 1
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+
+
 def changed(file: Path, rehash: bool, **values: Any) -> None:
     """Change fields of a registered plan, with its hash or without."""
     registered = json.loads(file.read_text())
@@ -229,8 +243,72 @@ def test_so_is_one_that_was_hashed_anew_or_made_anew_after_the_first_run(store: 
     with pytest.raises(StoreError, match="was changed after the first run"):
         judged(store)
     file.unlink()
-    with pytest.raises(StoreError, match="was changed after the first run"):
+    before = contents(store)
+    with pytest.raises(
+        StoreError, match=r"\.json is gone, and was there before the first run: run \S+ was trained under"
+    ):
         judged(store, margin=0.5)
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("pair", [("hash", "switch"), ("switch", "hash")])
+def test_the_same_pair_the_other_way_round_is_refused_before_anything_is_written(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    """The differences are the same with the other sign: nothing is left to ask, and another margin may not be."""
+    one, other = pair
+    found = judged(tmp_path, one, against=other, max_seeds=3)
+    before = contents(tmp_path)
+    for options in ({}, {"margin": 0.5}):
+        with pytest.raises(ConfigError, match=rf"^{one} against {other} is registered in this store \(\S+json\)"):
+            judged(tmp_path, other, against=one, max_seeds=3, **options)
+    assert contents(tmp_path) == before
+    assert judged(tmp_path, one, against=other, max_seeds=3).to_dict() == found.to_dict()
+
+
+def test_a_verdict_on_runs_that_were_there_before_says_so(tmp_path: Path) -> None:
+    """A registration that trained nothing can be made anew with a margin that suits: what was known stays said."""
+    store = tmp_path / "runs"
+    compare(["hash", "switch"], seeds=3, how=Launch(store=store, launcher="local"), data=DATA, model=MODEL, train=TRAIN)
+    for margin, verdict_ in ((1e-9, "unresolved"), (9.0, "equivalent within 9")):
+        found = judged(store, margin=margin, max_seeds=3)
+        said = f"{found.verdict} (6 of 6 runs were there before it was registered)"
+        assert verdict_ in str(found.verdict) and str(found).splitlines()[0] == f"hash against switch: {said}"
+        plain = found.to_dict()
+        assert (plain["verdict"], plain["said"], plain["there_before"]) == (str(found.verdict), said, 6)
+        assert KNOWN in plain["notes"] and KNOWN in str(found)
+        registrations(store)[0].unlink()
+
+
+def test_a_verdict_on_its_own_runs_says_nothing_of_the_kind(stored: Path) -> None:
+    found = json.loads((stored / "results" / "judgement.json").read_text())
+    assert found["said"] == found["verdict"] and found["there_before"] == 0 and KNOWN not in found["notes"]
+
+
+def test_an_edited_record_decides_nothing_and_is_named(store: Path) -> None:
+    """Final losses that were edited would turn the verdict."""
+    for folder in store.glob("hash-*"):
+        better_by_a_bit(folder)
+    with pytest.raises(ComparisonError, match=r"^hash-\w+-s0: metrics\.jsonl: .*edited after the run ended"):
+        judged(store)
+    with contextlib.chdir(store.parent):
+        done = rlroute(*HASH)
+        assert done.code == 2 and "edited after the run ended" in done.err
+        assert not Path("results/judgement.json").exists()
+
+
+def test_a_table_and_a_report_of_it_say_so(store: Path) -> None:
+    whole = rlroute("table", store)
+    assert whole.err == ""
+    edited = sorted(store.glob("hash-*"))[:2]
+    for folder in edited:
+        better_by_a_bit(folder)
+    for words in (("table", store), ("report", store, "--out", store.parent / "page.html")):
+        done = rlroute(*words)
+        assert done.code == 0 and done.out != whole.out
+        named = [line for line in done.err.splitlines() if "edited after the run ended" in line]
+        files = {(folder.name, file) for folder in edited for file in ("metrics.jsonl", "summary.json")}
+        assert {tuple(line.split(": ")[1:3]) for line in named} == files and len(named) == len(files)
 
 
 def test_a_registration_that_is_changed_between_looks_is_refused(

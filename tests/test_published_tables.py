@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from rlroute.experiments.verify import replay, tables
+from rlroute.experiments.comparison import page_tables as tables
+from rlroute.experiments.verify import replay
 from rlroute.reading import read_runs
 from rlroute.records import write_compact
 from tests.commands import TINY, contents, ran, refused, rlroute

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rlroute.experiments.comparison.page_tables import OPENED, check_page, tables_of
 from rlroute.experiments.laws.contract import LAWS
 from rlroute.experiments.recipes.tuned import TUNING_SEEDS, settings_of
-from rlroute.experiments.verify.tables import OPENED, check_page, tables_of
 from rlroute.reading import read_runs
 from rlroute.registry import router_names, run_config
 from tests import ROOT

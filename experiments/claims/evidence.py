@@ -19,7 +19,7 @@ from rlroute.experiments.claims.probes import Sample
 from rlroute.experiments.claims.readings import read, together
 from rlroute.experiments.claims.registration import Registration
 from rlroute.experiments.comparison.entries import Entry, check_comparable
-from rlroute.experiments.verify.store import record_findings
+from rlroute.experiments.verify.store import refuse_unsound
 from rlroute.reading import read_run
 from rlroute.schema import RunRecord
 
@@ -41,9 +41,7 @@ def collect(claim: Claim, store: Path) -> dict[str, list[RunRecord]]:
                 )
             runs.setdefault(name, []).append(read_run(folder))
     everyone = list({run.id: run for of_arm in runs.values() for run in of_arm}.values())
-    for run in everyone:
-        for finding in record_findings(run, everyone):
-            raise ComparisonError(f"claim {claim.id}: {finding}")
+    refuse_unsound(everyone, f"claim {claim.id}: ")
     for part in claim.parts:  # what is subtracted must be comparable
         check_comparable([Entry(name, tuple(runs[name])) for name in part.of], claim.deliberate(part.of))
     return runs

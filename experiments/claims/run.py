@@ -16,7 +16,7 @@ from rlroute.experiments.claims.evidence import outcome
 from rlroute.experiments.claims.measures import MEASURES
 from rlroute.experiments.claims.outcomes import Outcome
 from rlroute.experiments.claims.registration import Registration, make_plan, registration_file
-from rlroute.experiments.comparison.registration import refuse_other_plan, register
+from rlroute.experiments.comparison.registration import register
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import check_jobs, run_jobs
 from rlroute.records import RunFolder
@@ -96,13 +96,11 @@ def _register(claim: Claim, made: Mapping[RunConfig, MadeFrom], how: Launch) -> 
     folders = [RunFolder(how.store, config, seed) for config in claim.configs().values() for seed in claim.seeds]
     path = registration_file(how.store, claim)
     plan = make_plan(claim, made, {folder.id for folder in folders if folder.ended})
-    registration: Registration = register(path, plan, Registration)
 
     def plan_of(asked: Asked) -> str | None:
         return asked.get("claims", {}).get(claim.id)
 
-    refuse_other_plan([folder.path for folder in folders], plan_of, registration["sha256"], path)
-    return registration
+    return register(path, plan, Registration, [folder.path for folder in folders], plan_of)
 
 
 def _asked(job: Job, ids: Mapping[str, Collection[str]], registered: Mapping[str, Registration]) -> Asked:

@@ -6,7 +6,7 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import wraps
 from itertools import chain
@@ -21,6 +21,7 @@ from rlroute.experiments.cli.folders import make_folder
 from rlroute.experiments.cli.output import show_grid, show_table
 from rlroute.experiments.launch.jobs import Launch
 from rlroute.extras import missing
+from rlroute.foreign import printable
 from rlroute.limits import NonNegative, Share, Whole, check_fields, checked, option
 
 if TYPE_CHECKING:
@@ -160,6 +161,16 @@ def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[st
     return ([record for record in records if record.id in chosen], []) if only else largest_group(records)
 
 
+def say_edited(records: Sequence[RunRecord]) -> None:
+    """Say on stderr, a line each, what was edited of records after their runs had ended: whoever reads a table of them
+    has to know.
+    """
+    from rlroute.experiments.verify.store import edited
+
+    for finding in edited(records):
+        print(printable(f"rlroute: {finding}; rlroute verify looks closer"), file=sys.stderr)
+
+
 def one_run(store: Path, word: str) -> RunRecord:
     """Return the ended run of a store that a word names.
 
@@ -195,6 +206,7 @@ def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any
     from rlroute.records import write_atomically
 
     built = found.table
+    say_edited(found.runs)
     for row in built.rows:
         if row.marks:
             print(f"rlroute: {row.label} is marked: {row.marks}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlroute.errors import ConfigError, StoreError
-from rlroute.experiments.cli.common import RUNS, Store, one_run, refuse_others, select
+from rlroute.experiments.cli.common import RUNS, Store, one_run, refuse_others, say_edited, select
 from rlroute.experiments.cli.folders import check_ending, make_way
 from rlroute.experiments.cli.include import name_broken
 from rlroute.experiments.cli.output import show_grid, show_table
@@ -118,6 +118,7 @@ def table(
     from rlroute.experiments.comparison.text import to_csv
 
     records, left_out = select(store, only)
+    say_edited(records)
     built = build_table(records, reference, left_out, margin, read_ladder(store))
     if not csv:
         show_table(built, timings)
@@ -133,7 +134,7 @@ def _refuse_seed(seed: int, rerun: int) -> None:
 
 def _of_page(page: Path, check: bool, write: bool, rerun: int, seed: int) -> None:
     """Check or write the tables of a page."""
-    from rlroute.experiments.verify import tables
+    from rlroute.experiments.comparison import page_tables as tables
 
     if check == write or (rerun and not check):
         raise ConfigError("of a page want --check, with or without --rerun N, or --write")
@@ -172,6 +173,7 @@ def report(
 
     make_way(out)
     records, left_out = select(store, only)
+    say_edited(records)
     known, found = read_ladder(store), read_results(results)
     write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found, ladder=known)
     _say_left_out(left_out)
@@ -231,6 +233,7 @@ def export(
 
     make_way(out)
     records, left_out = select(store, only)
+    say_edited(records)
     write_compact(records, out)
     _say_left_out(left_out)
     print(f"{len(records)} runs in {out}")

@@ -13,15 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from rlroute.config import Budget, DataConfig, ModelConfig, RunConfig, StartConfig, TrainConfig
+from rlroute.errors import ConfigError
 from rlroute.experiments.comparison.budget import refuse_two, with_budget
 from rlroute.experiments.comparison.entries import Entry, check_comparable, make_entries
 from rlroute.experiments.comparison.judgement import Judgement, Look
 from rlroute.experiments.comparison.registration import (
+    WAY_OUT,
     Plan,
     Registration,
     make_plan,
-    refuse_other_plan,
     register,
+    registered,
     registration_file,
 )
 from rlroute.experiments.launch.jobs import Job, Launch, together
@@ -30,6 +32,7 @@ from rlroute.experiments.recipes.entries import bring_in
 from rlroute.experiments.recipes.presets import build_pair
 from rlroute.experiments.statistics import differences
 from rlroute.experiments.verdicts import MARGIN, MAX_SEEDS, MaxSeeds, intervals, looks, verdict
+from rlroute.experiments.verify.store import refuse_unsound
 from rlroute.limits import Positive, checked
 from rlroute.records import RunFolder
 from rlroute.schema import Asked, RunRecord
@@ -71,9 +74,10 @@ def judge(
         say: told what is registered, before the first run, and of each look; prints on stderr if nothing is said.
 
     Raises:
-        ConfigError: bad input; or what was registered in this store for these two is another plan.
-        StoreError: the registration was changed.
-        ComparisonError: a run failed, or the runs are not comparable.
+        ConfigError: bad input; or what was registered in this store for these two is another plan, or the other way
+            round.
+        StoreError: the registration was changed, or is gone.
+        ComparisonError: a run failed, its record was edited, or the runs are not comparable.
     """
     margin, max_seeds = checked(margin, Positive, "--margin"), checked(max_seeds, MaxSeeds, "--max-seeds")
     how, shared = how or Launch(), (data or DataConfig(), model or ModelConfig(), train or TrainConfig())
@@ -87,6 +91,7 @@ def judge(
     before = [job.id for job in jobs if RunFolder(how.store, job.config, job.seed).ended]
     plan = make_plan(configs[0], configs[1], made, settings, margin, at, before)
     path = registration_file(how.store, configs[0], configs[1])
+    _refuse_reversed(path, registration_file(how.store, configs[1], configs[0]), plan)
     registration = _register(path, plan, jobs, how.store)
     say = say or partial(print, file=sys.stderr)
     say(_registered(registration, path))
@@ -99,16 +104,24 @@ def _jobs(configs: Sequence[RunConfig], names: Sequence[str], seeds: int, comman
     return together([Job(c, seed, command, label=name) for seed in range(seeds) for c, name in named.items()])
 
 
+def _refuse_reversed(path: Path, other: Path, plan: Plan) -> None:
+    """Refuse two entries that are registered the other way round: that judgement says all that this one could."""
+    if other.exists() and not path.exists():
+        one, two = plan["candidate"]["label"], plan["reference"]["label"]
+        raise ConfigError(
+            f"{two} against {one} is registered in this store ({other}): its verdict read the other way round is that "
+            f"of {one} against {two}; {WAY_OUT}"
+        )
+
+
 def _register(path: Path, plan: Plan, jobs: Sequence[Job], store: Path) -> Registration:
     """Register a plan, or find it registered, in agreement with what runs say that are there."""
-    registration = register(path, plan, Registration)
     entries = {job.entry for job in jobs}
 
     def plan_of(asked: Asked) -> str | None:
         return asked.get("registration") if set(asked["entries"]) == entries else None
 
-    refuse_other_plan([store / job.id for job in jobs], plan_of, registration["sha256"], path)
-    return registration
+    return register(path, plan, Registration, [store / job.id for job in jobs], plan_of)
 
 
 def _registered(registration: Registration, path: Path) -> str:
@@ -135,7 +148,7 @@ def _look(
     plan, found = registration["plan"], Judgement(registration=registration, file=path, command=command)
     for n, level in zip(plan["looks"], plan["levels"], strict=True):
         jobs = _jobs(configs, names, n, command)
-        register(path, plan, Registration)  # what was changed meanwhile is not gone by
+        registered(path, plan, Registration)  # what was changed meanwhile is not gone by
         records = run_all([replace(job, asked=_asked(job, registration["sha256"])) for job in jobs], how)
         candidate, reference = _entries(records, configs)
         found = replace(found, candidate=candidate, reference=reference)
@@ -158,7 +171,10 @@ def _asked(job: Job, sha256: str) -> Asked:
 
 
 def _entries(records: Sequence[RunRecord], configs: Sequence[RunConfig]) -> tuple[Entry, Entry]:
-    """Return the candidate's and the reference's runs, which differ in the routing alone; one entry may be both."""
+    """Return the candidate's and the reference's runs, which are sound and differ in the routing alone; one entry may
+    be both.
+    """
+    refuse_unsound(records)
     entries = make_entries(records)
     check_comparable(entries)
     by_hash = {entry.runs[0].config["config_hash"]: entry for entry in entries}

@@ -21,6 +21,9 @@ from rlroute.schema import RunRecord
 VERSION = 1
 """Of the fields of judgement.json."""
 SAME = "the candidate is the reference, configuration and code: the same runs stand for both"
+KNOWN = (
+    "runs were there before it was registered: margin, looks and reference may have been chosen by what they came to"
+)
 EXACT = "every difference is exactly 0: both entries computed the same, and nothing is left to test"
 
 
@@ -81,6 +84,17 @@ class Judgement:
         return unresolved if self.diverged or not self.looks else self.looks[-1].verdict
 
     @property
+    def there_before(self) -> int:
+        """How many of its runs had ended before it was registered, so that their results could be known."""
+        return len({run.id for run in self.runs} & set(self.registration["plan"]["there_before"]))
+
+    @property
+    def said(self) -> str:
+        """The verdict, with the runs that were there before it was registered, where there are any."""
+        known = f" ({self.there_before} of {len(self.runs)} runs were there before it was registered)"
+        return f"{self.verdict}{known if self.there_before else ''}"
+
+    @property
     def entries(self) -> dict[str, Entry]:
         """The entries by what they are called; one where both are the same."""
         plan = self.registration["plan"]
@@ -118,7 +132,7 @@ class Judgement:
         seconds = (sum(run.summary["seconds"].values()) for run in self.runs)
         return {
             "runs": len(self.runs),
-            "runs_there_before": len({run.id for run in self.runs} & set(self.registration["plan"]["there_before"])),
+            "runs_there_before": self.there_before,
             "tokens": sum(run.summary["tokens"] for run in self.runs),
             "training_flops": sum(run.summary["model"].get("training_flops", 0) for run in self.runs),
             "seconds": math.fsum(seconds),
@@ -129,6 +143,8 @@ class Judgement:
         """What has to be said beside the verdict."""
         plan = self.registration["plan"]
         said = [f"diverged: {line}" for line in self.diverged]
+        if self.there_before:
+            said.append(KNOWN)
         if plan["candidate"]["config"] == plan["reference"]["config"]:
             said.append(SAME)
         elif self.looks and not any(self.differences.values()):
@@ -145,6 +161,8 @@ class Judgement:
             "candidate": plan["candidate"]["label"],
             "reference": plan["reference"]["label"],
             "verdict": str(self.verdict),
+            "there_before": self.there_before,
+            "said": self.said,
             "direction": self.verdict.direction,
             "equivalent": self.verdict.equivalent,
             "margin": plan["margin"],
@@ -182,7 +200,7 @@ class Judgement:
 
     def _lines(self) -> Iterable[tuple[str, str]]:
         plan = self.registration["plan"]
-        yield "", f"{plan['candidate']['label']} against {plan['reference']['label']}: {self.verdict}"
+        yield "", f"{plan['candidate']['label']} against {plan['reference']['label']}: {self.said}"
         if self.looks:
             last = self.looks[-1]
             confidence = f"{1 - plan['level']:.0%} over all looks"

@@ -128,22 +128,41 @@ def registration_file(store: Path, candidate: RunConfig, reference: RunConfig) -
     return store / f"judgement-{candidate.content_hash()}-against-{reference.content_hash()}.json"
 
 
-def register(path: Path, plan: P, kind: type[R]) -> R:
-    """Write a plan down, or return the registration that is there and says the same.
+def register(path: Path, plan: P, kind: type[R], folders: Iterable[Path], plan_of: Callable[[Asked], str | None]) -> R:
+    """Write a plan down, or return the registration that is there and says the same; what is refused leaves the store
+    as it was.
 
     Args:
         path: where.
         plan: what is said before the first run.
         kind: of its registration: a plan, its SHA-256, and when it was registered.
+        folders: of its runs, begun or not.
+        plan_of: from what asked for a run to the SHA-256 of the plan that it had in place of this one; None: it had
+            none.
 
     Raises:
-        ConfigError: it says something else; the message names what, and both values.
-        StoreError: it was changed, or cannot be read or written.
+        ConfigError: what is registered says something else; the message names what, and both values.
+        StoreError: it was changed, or cannot be read or written; or a run was trained under another plan.
     """
-    if not path.exists():
-        with storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"plan": plan, "sha256": of_part(plan), "registered": utc_now()})
+    if path.exists():
+        found = registered(path, plan, kind)
+        _refuse_other_plan(folders, plan_of, found["sha256"], f"{path} was changed after the first run")
+        return found
+    sha256 = of_part(plan)
+    _refuse_other_plan(folders, plan_of, sha256, f"{path} is gone, and was there before the first run")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"plan": plan, "sha256": sha256, "registered": utc_now()})
+    return registered(path, plan, kind)
+
+
+def registered(path: Path, plan: P, kind: type[R]) -> R:
+    """Return the registration that is there, which has to say the same as a plan, but for the runs that were there
+    before it.
+
+    Raises:
+        ConfigError, StoreError: as :func:`register` does.
+    """
     registration = read_registration(path, kind)
     was = registration["plan"]
     now = json.loads(json.dumps(plan)) | {"there_before": was["there_before"]}
@@ -167,26 +186,15 @@ def read_registration(path: Path, kind: type[Any]) -> dict[str, Any]:
     return registration
 
 
-def refuse_other_plan(folders: Iterable[Path], plan_of: Callable[[Asked], str | None], sha256: str, path: Path) -> None:
-    """Refuse runs that were trained under another plan.
-
-    Args:
-        folders: of runs, begun or not.
-        plan_of: from what asked for a run to the SHA-256 of the plan that it had in place of this one; None: it had
-            none.
-        sha256: of the plan.
-        path: where it is registered.
-
-    Raises:
-        StoreError: naming the first.
-    """
+def _refuse_other_plan(folders: Iterable[Path], plan_of: Callable[[Asked], str | None], sha256: str, what: str) -> None:
+    """Refuse runs that were trained under another plan: what is registered is then not ``what`` was."""
     for folder in folders:
         asked = read_described(folder).get("asked") if (folder / "config.json").exists() else None
         said = None if asked is None else plan_of(asked)
         if said not in (None, sha256):
             raise StoreError(
-                f"{path} was changed after the first run: run {folder.name} was trained under the plan of SHA-256 "
-                f"{said}, this one's is {sha256}; {WAY_OUT}"
+                f"{what}: run {folder.name} was trained under the plan of SHA-256 {said}, this one's is {sha256}; "
+                f"{WAY_OUT}"
             )
 
 

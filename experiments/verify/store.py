@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlroute.config import RunConfig
-from rlroute.errors import RlrouteError, StoreError
+from rlroute.errors import ComparisonError, RlrouteError, StoreError
 from rlroute.experiments.verify import made, record, replay
 from rlroute.experiments.verify.findings import Finding, Ledger
 from rlroute.experiments.verify.hand import AtHand
@@ -93,6 +93,28 @@ def record_findings(run: RunRecord, others: Sequence[RunRecord]) -> list[Finding
     with _buildable(ledger):
         _check_record(run, [other for other in others if other is not run], ledger)
     return ledger.findings
+
+
+def edited(runs: Sequence[RunRecord]) -> list[Finding]:
+    """Return what of runs' records is not what it was when they ended, by their names and seals alone: nothing is
+    built, so that the code of their routers need not be there.
+    """
+    ledgers = [(run, Ledger(run.id)) for run in runs]
+    for run, ledger in ledgers:
+        record.check_names(run, ledger)
+        record.check_seal(run, [other for other in runs if other is not run], ledger)
+    return [finding for _, ledger in ledgers for finding in ledger.findings]
+
+
+def refuse_unsound(runs: Sequence[RunRecord], whose: str = "") -> None:
+    """Refuse runs whose records are wrong by themselves: nothing is decided by them.
+
+    Raises:
+        ComparisonError: naming run, file and field, after ``whose`` runs they are.
+    """
+    for run in runs:
+        for finding in record_findings(run, runs):
+            raise ComparisonError(f"{whose}{finding}")
 
 
 @contextmanager
