@@ -7,10 +7,13 @@ import shutil
 import pytest
 
 from rlroute.experiments.comparison import page_tables as tables
+from rlroute.experiments.comparison.ladder import reduce
+from rlroute.experiments.comparison.ladder_file import FILE, key_of
 from rlroute.experiments.verify import replay
 from rlroute.reading import read_runs
 from rlroute.records import write_compact
 from tests.commands import TINY, contents, ran, refused, rlroute
+from tests.test_ladder import rungs
 from tests.test_verify import Edit, run_of
 
 MARKER = "<!-- table: {} -->\n<!-- end of table -->\n"
@@ -70,6 +73,23 @@ def test_a_table_that_was_edited_by_hand_is_named_by_line_and_cell(folder):
     assert any(line.startswith(f"{page}, line {number}: ") for line in found(folder))
     ran("table", page, "--write")
     assert page.read_text() == text
+
+
+def test_a_table_of_a_store_with_a_ladder_is_that_of_the_command(folder):
+    """With its compute multipliers."""
+    configs = {run.config["router"]: run.config["config"] for run in read_runs(folder / "runs")}
+    ladder = reduce(rungs(1.0, 1.3), ["switch", "hash"], ["run"], None).to_dict()
+    for entry, name in zip(ladder["entries"], ("switch", "hash"), strict=True):
+        entry["key"] = key_of(configs[name])
+    (folder / "runs" / FILE).write_text(json.dumps(ladder))
+    assert found(folder), "the page lacks them"
+    assert ran("table", folder / "docs" / "page.md", "--write").startswith("1 tables changed")
+    first, _ = tables.tables_of(folder / "docs" / "page.md")
+    assert "compute multiplier" in first.text and found(folder) == []
+    assert first.text.strip() == ran("table", folder / "runs", "--no-timings", "--margin", "0.5").strip()
+    (folder / "runs" / FILE).write_text("{}")
+    assert FILE in refused(rlroute("table", folder / "docs" / "page.md", "--write"))
+    assert any(FILE in line for line in found(folder))
 
 
 def test_a_tampered_record_is_named(folder):

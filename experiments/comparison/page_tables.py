@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlroute.errors import ComparisonError, ConfigError, StoreError
+from rlroute.experiments.comparison.ladder_file import read_ladder
 from rlroute.experiments.comparison.table import build_table
 from rlroute.experiments.comparison.text import to_markdown
 from rlroute.experiments.verdicts import MARGIN
@@ -71,8 +72,9 @@ class Published:
 
         Raises:
             ComparisonError: the runs are not comparable.
+            StoreError: the store's ladder cannot be read.
         """
-        table = build_table(runs, self.options.reference, (), self.options.margin)
+        table = build_table(runs, self.options.reference, (), self.options.margin, read_ladder(self.records))
         text = to_markdown(table, self.options.timings)
         if self.options.notes == ALL:
             return text
