@@ -158,6 +158,21 @@ def test_new_alarms_are_said_once_and_counted_while_they_stand(tmp_path, clock):
         assert "alarm" not in monitor.line()
 
 
+def test_what_is_over_before_the_first_line_has_its_alarms_said(tmp_path, capsys):
+    """Without a terminal, where a line comes every half minute; and once."""
+    one = job("switch", 0)
+    dead = {"dead_L": [5], "load_LE": [[1 / 16] * 16]}
+    rows = [eval_row(step, 2.5, [0.1]) | dead for step in (10, 20, 30)]
+    with Monitor([one], tmp_path):
+        folder = write(tmp_path, one, train_row(10, 10.0), *rows)
+        (folder.path / "summary.json").write_text('{"status": "finished"}')
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"alarm: {one.id}, site 0: 5 of 16 experts are dead")
+    with Monitor([one], tmp_path):
+        pass
+    assert capsys.readouterr().err == "", "it had ended before"
+
+
 def test_a_run_taken_up_again_is_read_anew(tmp_path, clock):
     one = job("switch", 0)
     monitor = Monitor([one], tmp_path, clock)

@@ -47,6 +47,8 @@ class Follower:
         self.train: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.state: State = "empty"
+        self.old = state(self.folder) in ENDED
+        """It had ended before: its alarms were said then."""
         self.watch = Watch(job.id, job.config.to_dict()["model"])
         self.alarms: list[Alarm] = []
         """New ones, for whoever says them to take out."""
@@ -126,21 +128,28 @@ class Monitor:
 
     def _show(self) -> None:
         from rich.console import Console
-        from rich.live import Live
 
         console = Console(stderr=True)
         try:
-            if not console.is_terminal:
+            if console.is_terminal:
+                self._draw(console)
+            else:
                 while not self.stop.wait(LOG_SECONDS):
                     print(self.line(), *self.take_alarms(), sep="\n", file=sys.stderr, flush=True)
-                return
-            with Live(console=console, transient=True, auto_refresh=False) as live:
-                while not self.stop.wait(REFRESH_SECONDS):
-                    live.update(self.draw(console), refresh=True)
-                    for alarm in self.take_alarms():
-                        console.print(alarm, style="yellow", markup=False, highlight=False)  # above the table
+            self.look()  # what has come since the last look, which is all of a run that was over before the first
+            for alarm in self.take_alarms():
+                print(alarm, file=sys.stderr, flush=True)
         except OSError:  # whoever looked on is gone, and the runs are not held up by that
             return
+
+    def _draw(self, console: Console) -> None:
+        from rich.live import Live
+
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            while not self.stop.wait(REFRESH_SECONDS):
+                live.update(self.draw(console), refresh=True)
+                for alarm in self.take_alarms():
+                    console.print(alarm, style="yellow", markup=False, highlight=False)  # above the table
 
     @property
     def runs(self) -> list[Follower]:
@@ -154,8 +163,8 @@ class Monitor:
             run.look(now)
 
     def take_alarms(self) -> list[str]:
-        """Return, each in a line, the alarms that have come since the last call."""
-        said = [f"alarm: {alarm}" for run in self.runs for alarm in run.alarms]
+        """Return, each in a line, the alarms that have come since the last call, of runs that had not ended before."""
+        said = [f"alarm: {alarm}" for run in self.runs if not run.old for alarm in run.alarms]
         for run in self.runs:
             run.alarms.clear()
         return said
