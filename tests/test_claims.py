@@ -30,7 +30,7 @@ from rlroute.experiments.claims.measures import (
     values_of,
 )
 from rlroute.experiments.claims.outcomes import PUBLISHED, faults, read_outcomes
-from rlroute.experiments.claims.page import PAGE, differences, page
+from rlroute.experiments.claims.page import PAGE, claims_grid, differences, page
 from rlroute.experiments.claims.readings import Verdict, read, together
 from rlroute.experiments.claims.run import jobs_of
 from rlroute.experiments.statistics import t_interval
@@ -261,6 +261,22 @@ def test_a_page_without_outcomes_names_every_claim() -> None:
     for claim in CLAIMS.values():
         assert f"### {claim.id}. {claim.statement}" in text and claim.source.partition(",")[0] in text
     assert "0 have been run" in text
+
+
+def test_an_effect_says_of_what_it_is_and_stands_beside_the_figures_of_its_source() -> None:
+    outcomes, grid = read_outcomes(PUBLISHED), claims_grid(read_outcomes(PUBLISHED))
+    assert len(grid.lines) == len(CLAIMS) and all(bool(m.unit) != bool(m.scale) for m in MEASURES.values())
+    for claim, line in zip(CLAIMS.values(), grid.lines, strict=True):
+        told = dict(zip(grid.head, line, strict=True))
+        assert told["claim"] == f"{claim.id}. {claim.statement}" and told["figures there"] == claim.anchor
+        if claim.id in outcomes:
+            first, measure = outcomes[claim.id]["parts"][0], MEASURES[claim.parts[0].measure]
+            assert (told["of"], told["n"]) == (claim.parts[0].says, str(first["n"]))
+            assert told["effect"].startswith(f"{first['effect']:+.4f} (")
+            assert told["effect"].endswith(f") {measure.unit or measure.scale}")
+    for width in range(40, 400, 20):
+        shown = set(grid.head) - set(grid.left_out(width))
+        assert {"claim", "here"} <= shown and ("of" in shown or "effect" not in shown)
 
 
 def test_outcomes_of_several_commits_say_of_which_and_their_runs_are_counted_apart() -> None:

@@ -16,11 +16,13 @@ import torch
 from rlroute.errors import ComparisonError, ConfigError, StoreError
 from rlroute.experiments.claims import claim as claims
 from rlroute.experiments.claims import ledger, page
+from rlroute.experiments.claims import outcomes as outcomes_
 from rlroute.experiments.claims.claim import Base, Claim, Part, alike, arm, less, more
 from rlroute.experiments.claims.evidence import collect, outcome
 from rlroute.experiments.claims.measures import MEASURES
 from rlroute.experiments.claims.outcomes import faults, read_outcomes
 from rlroute.experiments.claims.probes import Sample
+from rlroute.experiments.claims.readings import together
 from rlroute.experiments.claims.registration import Registration, registration_file
 from rlroute.experiments.claims.run import run_claims
 from rlroute.experiments.comparison.registration import read_registration
@@ -43,6 +45,7 @@ FIRST = Claim(
         alike("hash", "switch", "they are the same within 9 bits", margin=9),
         less("max_vio", "switch", "hash", "switch is more even"),
         Part("it costs about the same", "cost_ratio", {"hash": 1.0, "switch": -1.0}, above=0.5, below=2),
+        Part("it is no worse by 9 bits at equal time", "bits_at_equal_time", {"hash": 1.0, "switch": -1.0}, below=9),
     ),
     **MADE_UP,
 )
@@ -201,6 +204,116 @@ def test_the_list_shows_verdicts_and_options_that_do_not_apply_are_refused(store
         (("run",), "wants ids of claims"),
     ):
         assert said in refused(rlroute("claims", *words))
+
+
+# Held against what is published
+
+
+Change = Callable[[Any], None]
+
+
+def published(folder: Path, patch: pytest.MonkeyPatch, *changes: Change) -> Path:
+    """Publish a folder's outcomes, the first of which is changed."""
+    lines = [json.loads(line) for line in (folder / "out" / "claims.jsonl").read_text().splitlines()]
+    for change in changes:
+        change(lines[0])
+    path = folder / "published.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    patch.setattr(outcomes_, "PUBLISHED", path)
+    return path
+
+
+def ends_of(values: list[float]) -> list[float | None]:
+    found = t_interval(values)
+    return [found.low, found.high]
+
+
+def of_the_try(said: Any) -> None:
+    """Change what is of the try, and what a clock moves: its part decides otherwise."""
+    said |= {"commit": "another", "dirty": True, "core": 64 * "1", "registration": 64 * "2", "there_before": 3}
+    said["cost"]["seconds"] += 7.5
+    values = {"0": 9.5, "1": 10.0, "2": 10.5}
+    interval = ends_of(list(values.values()))
+    said["parts"][3] |= {"effect": 10.0, "interval": interval, "n": 3, "values": values, "undefined": []}
+    said["parts"][3]["verdict"] = "inconclusive"
+    said["verdict"] = together(part["verdict"] for part in said["parts"])
+
+
+def part(number: int, **values: Any) -> Change:
+    """Return what changes a part, counted from 1 on."""
+    return lambda said: said["parts"][number - 1].update(values)
+
+
+def test_what_a_clock_and_the_commit_move_is_no_difference(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(copy, monkeypatch, of_the_try)
+    with contextlib.chdir(copy):
+        said = ran(*RUN, "--check").splitlines()
+    held = "    held against the published outcome bit for bit"
+    assert held in said and f"{held}; a clock is in part 4: not held, nor what is decided by it" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (part(1, effect=0.5), "claim 1: part 1: effect is "),
+        (part(2, verdict="refuted"), "claim 1: part 2: verdict is "),
+        (part(2, values={"0": 1.0, "1": 2.0, "2": 3.0}), "claim 1: part 2: values/0 is "),
+        (part(3, n=2), "claim 1: part 3: n is 3, published is 2"),
+        (lambda said: said["cost"].update(tokens=1), "claim 1: cost/tokens is 4608, published is 1"),
+        (lambda said: said.update(sha256=64 * "3"), "claim 1: it was changed since it was published"),
+        (lambda said: said.update(claim="7"), "claim 1: nothing of it is published"),
+    ],
+    ids=["effect", "verdict", "values", "n", "cost", "changed", "none"],
+)
+def test_what_is_not_what_is_published_is_named(
+    change: Change, line: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(copy, monkeypatch, of_the_try, change)
+    with contextlib.chdir(copy):
+        done = rlroute(*RUN, "--check")
+        assert done.code == 1 and any(said.startswith(line) for said in done.out.splitlines()), done
+        assert rlroute(*RUN).code == 0, "nothing is held where nobody asks"
+
+
+def test_on_another_kind_of_cpu_effects_are_held_to_the_published_intervals(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_outcomes(copy / "out" / "claims.jsonl")["1"]["parts"][0]
+    effect, ends = first["effect"], first["interval"]
+    assert effect is not None and ends is not None
+    half = (ends[1] - ends[0]) / 2
+
+    def elsewhere(said: Any) -> None:
+        said["cpu_capability"] = "OTHER"
+
+    for shift, findings in ((0.9 * half, 0), (-0.9 * half, 0), (1.1 * half, 1), (-1.1 * half, 1)):
+        moved = part(1, effect=effect + shift, interval=[end + shift for end in ends])
+        published(copy, monkeypatch, of_the_try, elsewhere, moved)
+        with contextlib.chdir(copy):
+            done = rlroute(*RUN, "--check")
+        assert "by the published intervals (cpu_capability OTHER, here " in done.out and done.code == findings
+        assert sum("part 1: effect is" in line and "OTHER" in line for line in done.out.splitlines()) == findings
+    published(copy, monkeypatch, elsewhere, part(2, verdict="holds", n=2))
+    with contextlib.chdir(copy):
+        lines = [line.split() for line in rlroute(*RUN, "--check").out.splitlines()]
+    assert [line[4] for line in lines if line[:4] == ["claim", "1:", "part", "2:"]] == ["n", "verdict"]
+
+
+def test_a_page_of_what_is_published_is_one_s_own_but_for_clock_and_commit(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(copy, monkeypatch, of_the_try)
+    text = copy / "page.md"
+    mine = ("claims", "table", "--check", "--page", text, "--results", copy / "out" / "claims.jsonl")
+    ran("claims", "table", "--page", text)
+    assert "another (changed)" in text.read_text() and "+10.0000" in text.read_text()
+    assert ran(*mine) == ran("claims", "table", "--check", "--page", text) == ""
+    values = {"0": 1.1, "1": 1.2, "2": 1.3}
+    other = part(3, values=values, effect=1.2, interval=ends_of(list(values.values())))
+    published(copy, monkeypatch, of_the_try, other)
+    ran("claims", "table", "--page", text)
+    done = rlroute(*mine)
+    assert done.code == 1 and "it costs about the sa" in done.out
 
 
 # What was changed is caught

@@ -96,6 +96,7 @@ def outcome(claim: Claim, registration: Registration, store: Path) -> Outcome:
         "commit": ", ".join(sorted({run.environment["commit"] or "unknown" for run in distinct})),
         "dirty": any(run.environment["dirty"] for run in distinct),
         "torch": here["torch"],
+        "numpy": here["numpy"],
         "cpu_capability": here["cpu_capability"],
         "threads": here["threads"],
         "device": here["device"],

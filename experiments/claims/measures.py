@@ -40,6 +40,7 @@ class Measure:
         timed: whether a clock is in it, so that another try gives another number.
         spread: whether its value is how far the number lies from the median over an arm's seeds: the mean of that is
             a spread that can be compared by t intervals (Brown and Forsythe 1974).
+        scale: what a number without a unit is one of, in a word.
     """
 
     what: str
@@ -48,6 +49,7 @@ class Measure:
     runs: int = 1
     timed: bool = False
     spread: bool = False
+    scale: str = ""
 
 
 def _of_record(of: Callable[[RunRecord], float | None]) -> Callable[[Sample], float | None]:
@@ -222,7 +224,7 @@ MEASURES: dict[str, Measure] = {
         _of_final(lambda final: final["bits_per_byte"]),
         spread=True,
     ),
-    "max_vio": Measure("MaxVio over the validation set, worst site", "", _of_final(worst_vio)),
+    "max_vio": Measure("MaxVio over the validation set, worst site", "", _of_final(worst_vio), scale="MaxVio"),
     "crowd": Measure("pairs of the two most loaded experts", "share", _of_final(crowd)),
     "load_swing": Measure(
         "pairs that change their expert from one step's loads to the next's, second half",
@@ -233,11 +235,13 @@ MEASURES: dict[str, Measure] = {
         "Gini of the loads in the first hundredth of the steps less that from an eighth to a third",
         "",
         _of_record(gini_change(START, MIDDLE)),
+        scale="Gini",
     ),
     "gini_lost": Measure(
         "Gini of the loads in the last tenth of the steps less that from an eighth to a third",
         "",
         _of_record(gini_change(END, MIDDLE)),
+        scale="Gini",
     ),
     "loss_rise": Measure("largest rise of the training loss over the least before", "nats", _of_record(loss_rise)),
     "spikes": Measure(
@@ -266,12 +270,14 @@ MEASURES: dict[str, Measure] = {
         "difference in validation loss when the faster run has ended", "bits per byte", bits_at_equal_time, 2, True
     ),
     "cost_ratio": Measure("training FLOPs over the other's", "ratio", cost_ratio, 2),
-    "logit_size": Measure("root mean square of log-sum-exp of the router's logits", "", probes.logit_size),
+    "logit_size": Measure(
+        "root mean square of log-sum-exp of the router's logits", "", probes.logit_size, scale="log-sum-exp"
+    ),
     "without_shared": Measure("rise of the loss without the shared experts", "bits per byte", probes.without_shared),
     "without_best": Measure(
         "rise of the loss when each token is denied its best expert", "bits per byte", probes.without_best
     ),
-    "noise_gini": Measure("Gini of the loads on random tokens less that on text", "", probes.noise_gini),
+    "noise_gini": Measure("Gini of the loads on random tokens less that on text", "", probes.noise_gini, scale="Gini"),
     "prefix_bits": Measure(
         "loss on the last token of prefixes, behind which there is nothing to see", "bits per byte", probes.prefix_bits
     ),

@@ -9,9 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import (
+    Any,
+    NotRequired,  # pydantic does not take typing's own before Python 3.12
+    cast,
+)
 
-from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
+from typing_extensions import TypedDict
 
 from rlroute.errors import StoreError
 from rlroute.experiments import RESULTS
@@ -106,6 +110,8 @@ class Outcome(TypedDict):
     """Whether files differed from it."""
     torch: str
     """PyTorch's version."""
+    numpy: NotRequired[str]
+    """NumPy's version; old outcomes do not say it."""
     cpu_capability: str
     """The instruction set."""
     threads: Whole | Noted

@@ -19,6 +19,8 @@ from rlroute.foreign import shown, why
 TIERS: dict[Tier, str] = {"quick": "minutes on two cores", "long": "hours on two cores", "gpu": "a GPU"}
 NOT_RUN, CHANGED = "not run", "changed since it was run"
 PAGE = Path("docs/claims.md")
+SPARE = ("source", "figures there", "tier", "n", "effect", "of")
+"""What a terminal that is too narrow does without, in this order: an effect says nothing without what it is of."""
 HEAD = """# Claims, and what they come to here
 
 Made by `rlroute claims table` from `experiments/results/claims.jsonl`; `--check` fails where this page is not what the
@@ -31,6 +33,7 @@ where it was made. The direction decides unless a part says a number; the source
 rlroute claims list                     # all, with tier and published verdict
 rlroute claims run 16 17                # train what these need (once, however many share it), and decide them
 rlroute claims run --tier quick         # all that minutes on two cores decide; resumes after a kill
+rlroute claims run 16 17 --check        # and hold what comes out against what is published
 rlroute claims table --check            # whether this page is what the stored outcomes give
 ```
 
@@ -39,13 +42,21 @@ code and data, the runs that were there before) before the first run, and every 
 trained. What is refused by name: a registration that was changed after the first run, a claim that was changed since, a
 run that is missing or edited, runs that differ in initial weights, batches or settings beyond what the claim says. A
 value that is not defined for one seed (a run diverged) decides nothing. It writes `claims.jsonl` into `--out`: effect,
-interval, value of every seed, cost, run ids, hashes. Verdicts come out again on another machine; figures do, bit for
-bit, on the same CPU type, but for those of the clock (marked *timed*).
+interval, value of every seed, cost, run ids, hashes.
+
+`claims run --check` holds every outcome against the published one, and ends with a line for each difference and exit
+code 1. With the same instruction set, threads, PyTorch and NumPy that is every verdict, effect, interval, value, n and
+cost, bit for bit. Elsewhere figures are others, and a verdict at the edge of its interval may be: held are every
+verdict and n, and every effect, which has to lie in the published interval (or within 1 % of the published effect).
+Nobody can repeat what a clock measured: parts marked *timed* ({timed}),
+what is decided by them, and the seconds of training are not held, and the command says so. `claims table --check
+--results FILE` leaves the same aside, and the commit.
 """
 KEY = (
-    "Effect: of a claim's first part, the mean over seeds and its 95 % t interval; paired by seed where arms are "
-    "compared. Cost: training FLOPs, and seconds of training and evaluation, of all runs of the claim, one core each, "
-    "those included that other claims share."
+    "Of: a claim's first part; effect, n: what was found of it, the mean over so many seeds and its 95 % t interval; "
+    "paired by seed where arms are compared; the other parts are below. Figures there: those of the source. Cost: "
+    "training FLOPs, and seconds of training and evaluation, of all runs of the claim, one core each, those included "
+    "that other claims share."
 )
 
 
@@ -56,9 +67,9 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
         count[outcome["verdict"]] += 1
     said = f"{count['holds']} hold, {count['refuted']} are refuted, {count['inconclusive']} are inconclusive"
     blocks = [
-        HEAD,
+        HEAD.format(timed=_timed()),
         f"Of {len(CLAIMS)} claims {len(outcomes)} have been run: {said}.{_where(outcomes)}\n",
-        markdown(*_summary(outcomes), sides="><<<<<"),
+        markdown(*_summary(outcomes), sides="><<<<<><<"),
         f"\n{KEY}\n\nThe rule: {RULE}.\n\n{_bases()}\n",
     ]
     for title, claims in THEMES.items():
@@ -92,18 +103,23 @@ def line(outcome: Outcome, published: Outcome | None) -> str:
 
 def claims_grid(outcomes: Mapping[str, Outcome], tier: str | None = None) -> Grid:
     """Return the list as a terminal shows it, of a tier or all."""
-    head, lines = _summary(outcomes)
-    lines = [line for line in lines if tier in (None, line[2])]
-    return Grid(head, lines, left=head[1:], spare=("source", "effect", "claim"))
+    (_, *head), lines = _summary(outcomes)
+    lines = [[f"{number}. {claim}", *others] for number, claim, *others in lines if tier in (None, others[0])]
+    return Grid(head, lines, left=[title for title in head if title != "n"], spare=SPARE)
 
 
 def _summary(outcomes: Mapping[str, Outcome]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for claim in CLAIMS.values():
         outcome = outcomes.get(claim.id)
-        tells = effect(outcome["parts"][0]) if outcome is not None and outcome["parts"] else NOTHING
-        lines.append([claim.id, claim.statement, claim.tier, state(claim, outcome), tells, claim.source])
-    return ["#", "claim", "tier", "here", "effect", "source"], lines
+        of, tells = (claim.parts[0].says if claim.parts else NOTHING), [NOTHING, NOTHING]
+        if outcome is not None and outcome["parts"]:
+            first = outcome["parts"][0]
+            of, tells = first["says"], [effect(first), str(first["n"])]
+        lines.append(
+            [claim.id, claim.statement, claim.tier, state(claim, outcome), of, *tells, claim.anchor, claim.source]
+        )
+    return ["#", "claim", "tier", "here", "of", "effect", "n", "figures there", "source"], lines
 
 
 def state(claim: Claim, outcome: Outcome | None) -> str:
@@ -111,6 +127,13 @@ def state(claim: Claim, outcome: Outcome | None) -> str:
     if outcome is not None:
         return outcome["verdict"] if outcome["sha256"] == claim.sha256 else CHANGED
     return "cannot be run yet" if claim.lacks else NOT_RUN
+
+
+def _timed() -> str:
+    """Return in which claims a clock is."""
+    parts = {c.id: [n for n, part in enumerate(c.parts, 1) if MEASURES[part.measure].timed] for c in CLAIMS.values()}
+    said = [f"claim {name}, part {' and '.join(map(str, numbers))}" for name, numbers in parts.items() if numbers]
+    return "; ".join(said) or "none"
 
 
 def _where(outcomes: Mapping[str, Outcome]) -> str:
@@ -200,12 +223,13 @@ def bounds(part: Part) -> str:
 
 
 def effect(said: PartOutcome) -> str:
-    """Return a part's effect with its interval and unit."""
+    """Return a part's effect with its interval and unit, or what it is a number of."""
     if said["effect"] is None:
         return NOTHING
     ends = said["interval"]
     text = f"{said['effect']:+.4f}" + ("" if ends is None else f" ({ends[0]:+.4f} to {ends[1]:+.4f})")
-    return f"{text} {said['unit']}".rstrip()
+    measure = MEASURES.get(said["measure"])
+    return f"{text} {said['unit'] or (measure.scale if measure else '')}".rstrip()
 
 
 def _paid(outcome: Outcome) -> str:

@@ -23,7 +23,7 @@ OUT = Path("results")
 UNSAID = {"ids": (), "tier": None, "results": None, "page": None, "check": False, "out": OUT}
 TAKES = {
     "list": ("tier", "results"),
-    "run": ("ids", "tier", "out", "store", "launching"),
+    "run": ("ids", "tier", "check", "out", "store", "launching"),
     "table": ("results", "page", "check"),
 }
 
@@ -42,7 +42,7 @@ def claims(
 
     run: registers the claims that are named, or those of a tier; trains what they need, each run once; says holds,
     refuted or inconclusive. Stopped, it says what it can, and the same command goes on. Exit code 1 where a claim has
-    no verdict because a run failed or is not sound.
+    no verdict because a run failed or is not sound, or, with --check, where it is not what is published.
 
     Args:
         what: list, run or table.
@@ -50,7 +50,10 @@ def claims(
         tier: of run: quick (minutes on two cores), long (hours), gpu. Of list: show these alone.
         results: of list and table: outcomes; the published ones by default.
         page: of table: the file that --check holds against them, or that is written; printed by default.
-        check: of table: exit code 1 where the page, or an outcome, is not what the claims and their values give.
+        check: of run: hold verdicts and figures against the published ones, but for those of a clock: bit for bit with
+            the same instruction set, threads, PyTorch and NumPy, else effects by the published intervals. Of table:
+            exit code 1 where the page, or an outcome, is not what the claims and their values give; of other outcomes
+            than the published ones, clock and commit aside.
         out: of run: folder for claims.jsonl.
         launch: of run.
     """
@@ -58,7 +61,7 @@ def claims(
     takes = ", ".join(name if name in ("ids", "launching") else option(name) for name in TAKES[what])
     refuse_others(f"claims {what}", takes, {name: said[name] for name in said if name not in TAKES[what]}, UNSAID)
     if what == "run":
-        _run(ids, tier, out, launch)
+        _run(ids, tier, check, out, launch)
         return
     refuse_others(f"claims {what}", takes, launch, LAUNCH)
     if what == "list":
@@ -83,12 +86,16 @@ def _table(results: Path | None, page: Path | None, check: bool) -> None:
     from rlroute.experiments.claims import page as pages
     from rlroute.experiments.claims.ledger import CLAIMS
     from rlroute.experiments.claims.outcomes import faults
+    from rlroute.experiments.claims.published import all_like_published
     from rlroute.records import write_atomically
 
     outcomes = _read(results)
     wrong = list(faults(outcomes, CLAIMS))
     if check:
         wrong = wrong or pages.differences(pages.page(outcomes), page or pages.PAGE)
+        if wrong and results is not None:
+            beside = all_like_published(outcomes, _read(None))
+            wrong = list(faults(outcomes, CLAIMS)) or pages.differences(pages.page(beside), page or pages.PAGE)
         for line in wrong:
             print(printable(line))
         sys.exit(1 if wrong else 0)
@@ -102,23 +109,32 @@ def _table(results: Path | None, page: Path | None, check: bool) -> None:
         print(f"page in {page}")
 
 
-def _run(ids: tuple[str, ...], tier: Literal["quick", "long", "gpu"] | None, out: Path, launch: Launch) -> None:
+def _run(
+    ids: tuple[str, ...], tier: Literal["quick", "long", "gpu"] | None, check: bool, out: Path, launch: Launch
+) -> None:
     from rlroute.experiments.claims.ledger import CLAIMS, choose
     from rlroute.experiments.claims.outcomes import FILE, merge_outcomes
     from rlroute.experiments.claims.page import line
+    from rlroute.experiments.claims.published import differences, held
     from rlroute.experiments.claims.run import run_claims
 
     chosen = choose(ids, tier)
     make_folder(out)
-    published = _read(None)
+    published, wrong = _read(None), list[str]()
 
     def found(outcome: Outcome) -> None:
+        known = published.get(outcome["claim"])
         merge_outcomes(out / FILE, [outcome], CLAIMS)
-        print(line(outcome, published.get(outcome["claim"])), flush=True)
+        print(line(outcome, known), flush=True)
+        if check:
+            print(printable(held(outcome, known)), flush=True)
+            wrong.extend(differences(outcome, known))
 
     lacking = run_claims(chosen, launch, command=command_line(), found=found)
     print(f"outcomes in {out / FILE}, runs in {launch.store}/")
-    if lacking:
-        for reason in lacking.values():
-            print(printable(f"no verdict: {reason}"), file=sys.stderr)
+    for difference in wrong:
+        print(printable(difference))
+    for reason in lacking.values():
+        print(printable(f"no verdict: {reason}"), file=sys.stderr)
+    if lacking or wrong:
         sys.exit(1)

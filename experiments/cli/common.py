@@ -162,13 +162,15 @@ def select(store: Path, only: tuple[str, ...]) -> tuple[list[RunRecord], list[st
 
 
 def say_edited(records: Sequence[RunRecord]) -> None:
-    """Say on stderr, a line each, what was edited of records after their runs had ended: whoever reads a table of them
-    has to know.
+    """Say on stderr, a line for each run, of which records something was edited after their runs had ended: whoever
+    reads a table of them has to know.
     """
+    from rlroute.experiments.comparison.entries import grouped
     from rlroute.experiments.verify.store import edited
 
-    for finding in edited(records):
-        print(printable(f"rlroute: {finding}; rlroute verify looks closer"), file=sys.stderr)
+    for first, *others in grouped(edited(records), lambda finding: finding.run).values():
+        more = f"; {len(others)} findings more" if others else ""
+        print(printable(f"rlroute: {first}{more}: rlroute verify looks closer"), file=sys.stderr)
 
 
 def one_run(store: Path, word: str) -> RunRecord:

@@ -118,8 +118,8 @@ def table(
     from rlroute.experiments.comparison.text import to_csv
 
     records, left_out = select(store, only)
-    say_edited(records)
     built = build_table(records, reference, left_out, margin, read_ladder(store))
+    say_edited(records)
     if not csv:
         show_table(built, timings)
         return
@@ -173,9 +173,9 @@ def report(
 
     make_way(out)
     records, left_out = select(store, only)
-    say_edited(records)
     known, found = read_ladder(store), read_results(results)
     write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found, ladder=known)
+    say_edited(records)
     _say_left_out(left_out)
     print(f"report in {out}")
 
@@ -233,8 +233,8 @@ def export(
 
     make_way(out)
     records, left_out = select(store, only)
-    say_edited(records)
     write_compact(records, out)
+    say_edited(records)
     _say_left_out(left_out)
     print(f"{len(records)} runs in {out}")
 
