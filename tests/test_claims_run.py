@@ -230,7 +230,7 @@ def ends_of(values: list[float]) -> list[float | None]:
 
 def of_the_try(said: Any) -> None:
     """Change what is of the try, and what a clock moves: its part decides otherwise."""
-    said |= {"commit": "another", "dirty": True, "core": 64 * "1", "registration": 64 * "2", "there_before": 3}
+    said |= {"commit": "another", "dirty": True, "registration": 64 * "2", "there_before": 3}
     said["cost"]["seconds"] += 7.5
     values = {"0": 9.5, "1": 10.0, "2": 10.5}
     interval = ends_of(list(values.values()))
@@ -293,6 +293,12 @@ def test_on_another_kind_of_cpu_effects_are_held_to_the_published_intervals(
             done = rlroute(*RUN, "--check")
         assert "by the published intervals (cpu_capability OTHER, here " in done.out and done.code == findings
         assert sum("part 1: effect is" in line and "OTHER" in line for line in done.out.splitlines()) == findings
+    published(copy, monkeypatch, of_the_try, lambda said: said.pop("device_name"))  # what is not said is not known
+    with contextlib.chdir(copy):
+        assert "by the published intervals (device_name unknown, here " in ran(*RUN, "--check")
+    published(copy, monkeypatch, of_the_try, lambda said: said.update(core=64 * "1"))
+    with contextlib.chdir(copy):
+        assert f"by the published intervals (core {24 * '1'}, here " in ran(*RUN, "--check")
     published(copy, monkeypatch, elsewhere, part(2, verdict="holds", n=2))
     with contextlib.chdir(copy):
         lines = [line.split() for line in rlroute(*RUN, "--check").out.splitlines()]

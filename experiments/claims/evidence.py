@@ -100,6 +100,7 @@ def outcome(claim: Claim, registration: Registration, store: Path) -> Outcome:
         "cpu_capability": here["cpu_capability"],
         "threads": here["threads"],
         "device": here["device"],
+        "device_name": here["device_name"],
     }
 
 

@@ -118,6 +118,8 @@ class Outcome(TypedDict):
     """Of a run."""
     device: str
     """Where it was computed."""
+    device_name: NotRequired[str]
+    """The kind of processor; old outcomes do not say it."""
 
 
 def interval_of(values: list[float]) -> tuple[float | None, list[float] | None]:

@@ -45,9 +45,11 @@ value that is not defined for one seed (a run diverged) decides nothing. It writ
 interval, value of every seed, cost, run ids, hashes.
 
 `claims run --check` holds every outcome against the published one, and ends with a line for each difference and exit
-code 1. With the same instruction set, threads, PyTorch and NumPy that is every verdict, effect, interval, value, n and
-cost, bit for bit. Elsewhere figures are others, and a verdict at the edge of its interval may be: held are every
-verdict and n, and every effect, which has to lie in the published interval (or within 1 % of the published effect).
+code 1. Where both say that they were made by the same core of rlroute on the same kind of processor (name and
+instruction set), with the same threads, PyTorch and NumPy, that is every verdict, effect, interval, value, n and cost,
+bit for bit. Elsewhere figures are others, and a verdict at the edge of its interval may be: held are every verdict and
+n, and every effect, which has to lie in the published interval (or within 1 % of the published effect). The command
+says which of the two it was, and why.
 Nobody can repeat what a clock measured: parts marked *timed* ({timed}),
 what is decided by them, and the seconds of training are not held, and the command says so. `claims table --check
 --results FILE` leaves the same aside, and the commit.

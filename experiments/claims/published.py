@@ -12,9 +12,11 @@ from rlroute.experiments.claims.outcomes import Outcome, PartOutcome
 from rlroute.experiments.claims.readings import together
 from rlroute.values import differing
 
-BITS = ("torch", "numpy", "cpu_capability", "threads", "device")
-"""What the bits of figures depend on, as far as both outcomes say it."""
-MOVED = (*BITS, "registration", "registered", "there_before", "core", "commit", "dirty")
+BITS = ("torch", "numpy", "cpu_capability", "device_name", "threads", "device", "core")
+"""What the bits of figures depend on."""
+UNKNOWN, SHOWN = "unknown", 24
+"""What an outcome does not say; of a value that differs so many characters are shown."""
+MOVED = (*BITS, "registration", "registered", "there_before", "commit", "dirty")
 """What of an outcome is of the try, and not of what came out."""
 TOLERANCE = 0.01
 """Of an effect, relatively, where the bits are not those of the published runs and its interval is narrower."""
@@ -60,21 +62,24 @@ def all_like_published(outcomes: Mapping[str, Outcome], published: Mapping[str, 
 
 
 def elsewhere(outcome: Outcome, published: Outcome) -> list[str]:
-    """Return what its bits depend on that is otherwise than with the published outcome; nothing: bits are the same."""
-    mine, theirs = cast(dict[str, Any], outcome), cast(dict[str, Any], published)
+    """Return what its bits depend on that is otherwise than with the published outcome, or that one of them does not
+    say; nothing: bits are the same.
+    """
+    mine, theirs = ({name: one.get(name, UNKNOWN) for name in BITS} for one in (outcome, published))
     return [
-        f"{name} {theirs[name]}, here {mine[name]}"
+        f"{name} {theirs[name]!s:.{SHOWN}}, here {mine[name]!s:.{SHOWN}}"
         for name in BITS
-        if name in mine and name in theirs and mine[name] != theirs[name]
+        if mine[name] != theirs[name] or mine[name] == UNKNOWN
     ]
 
 
 def differences(outcome: Outcome, published: Outcome | None) -> Iterator[str]:
     """Yield where an outcome is not the published one, a line each.
 
-    Where its runs were made with the same instruction set, threads, PyTorch and NumPy, that is every verdict and every
-    figure but those of a clock, bit for bit. Elsewhere it is each verdict, the number of values, and each effect, which
-    has to lie in the published interval, or within :data:`TOLERANCE` of the published effect.
+    Where its runs were made by the same core on the same kind of processor, with the same threads, PyTorch and NumPy,
+    that is every verdict and every figure but those of a clock, bit for bit. Elsewhere it is each verdict, the number
+    of values, and each effect, which has to lie in the published interval, or within :data:`TOLERANCE` of the published
+    effect.
     """
     where = f"claim {outcome['claim']}"
     if published is None or not of_one_claim(outcome, published):

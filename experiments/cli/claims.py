@@ -51,7 +51,7 @@ def claims(
         results: of list and table: outcomes; the published ones by default.
         page: of table: the file that --check holds against them, or that is written; printed by default.
         check: of run: hold verdicts and figures against the published ones, but for those of a clock: bit for bit with
-            the same instruction set, threads, PyTorch and NumPy, else effects by the published intervals. Of table:
+            the same core, processor, threads, PyTorch and NumPy, else effects by the published intervals. Of table:
             exit code 1 where the page, or an outcome, is not what the claims and their values give; of other outcomes
             than the published ones, clock and commit aside.
         out: of run: folder for claims.jsonl.
