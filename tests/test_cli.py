@@ -8,6 +8,7 @@ import contextlib
 import csv
 import fcntl
 import io
+import itertools
 import json
 import os
 import re
@@ -126,10 +127,14 @@ def test_compare_writes_table_and_report_and_says_where(compared):
     for path in ("runs/", "results/table.md", "table.csv", "results/report.html"):
         assert path in printed.removeprefix(written)
     assert written.strip() == ran("table", compared / "runs").strip()
+    pairs = list(csv.DictReader((compared / "results" / "verdicts.csv").read_text().splitlines()))
+    assert {(row["entry"], row["against"]) for row in pairs} == set(itertools.permutations(ENTRIES, 2))
     listed = csv.DictReader((compared / "results" / "table.csv").read_text().splitlines())
     assert {row["router"] for row in listed} == set(ENTRIES)
     assert (compared / "results" / "report.html").read_text().lower().startswith("<!doctype html>")
-    assert sorted(p.name for p in (compared / "results").iterdir()) == ["report.html", "table.csv", "table.md"]
+    assert sorted(p.name for p in (compared / "results").iterdir()) == [
+        *("report.html", "table.csv", "table.md", "verdicts.csv")
+    ]
 
 
 def test_comparing_from_scratch_prints_the_same_table(compared, tmp_path, monkeypatch):

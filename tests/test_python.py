@@ -1,6 +1,8 @@
 """The commands from Python: results as objects, DataFrames of both libraries, an import that stays light."""
 
+import csv
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -12,7 +14,10 @@ import pytest
 import rlroute
 from rlroute.errors import ConfigError, MissingDependencyError, StoreError
 from rlroute.experiments.comparison import frames
-from rlroute.experiments.comparison.text import plain_rows, to_markdown
+from rlroute.experiments.comparison.entries import make_entries
+from rlroute.experiments.comparison.table import paired
+from rlroute.experiments.comparison.text import pairs_to_csv, plain_rows, to_markdown
+from rlroute.experiments.statistics import holm, paired_p_value
 from rlroute.reading import read_runs
 from rlroute.records import write_compact
 from tests import ROOT
@@ -52,6 +57,33 @@ def test_a_comparison_has_table_runs_and_verdicts(found, store):
     assert found._repr_markdown_() == to_markdown(found.table)
     head, *lines = repr(found).splitlines()
     assert head.split()[0] == "router" and {line.split()[0].strip(",") for line in lines} == {"hash", "switch", "dense"}
+
+
+def test_every_pair_has_a_verdict_and_those_with_the_reference_are_the_table_s(found):
+    rows = {row.label: row for row in found.table.rows}
+    pairs = {(pair.entry, pair.against): pair for pair in found.pairs}
+    assert list(pairs) == list(itertools.permutations(rows, 2)) and len(found.pairs) == 6
+    for (entry, other), pair in pairs.items():
+        back = pairs[other, entry]
+        assert pair.difference.mean == pytest.approx(-back.difference.mean) and pair.p_holm == back.p_holm
+        assert pair.verdict.equivalent == back.verdict.equivalent and pair.margin == found.table.margin
+        if other == found.table.reference:
+            assert (pair.difference, pair.verdict) == (rows[entry].difference, rows[entry].verdict)
+            assert pair.p_holm >= rows[entry].p_holm, "it is corrected for more comparisons"
+    entries = {entry.label: entry for entry in make_entries(found.runs)}
+    p_values = {f"{a} {b}": paired_p_value(paired(entries[a], entries[b])) for a, b in itertools.combinations(rows, 2)}
+    assert {f"{a} {b}": pairs[a, b].p_holm for a, b in itertools.combinations(rows, 2)} == holm(p_values)
+    written = list(csv.DictReader(pairs_to_csv(found.pairs).splitlines()))
+    for one, pair in zip(written, found.pairs, strict=True):
+        assert (one["entry"], one["against"], one["verdict"]) == (pair.entry, pair.against, str(pair.verdict))
+        assert float(one["difference_low"]) == pair.difference.low and int(one["difference_n"]) == pair.difference.n
+        assert float(one["margin"]) == pair.margin and float(one["p_holm"]) == pair.p_holm
+    for library in LIBRARIES:
+        shown = table(found.frame(library, of="pairs"))
+        assert list(shown) == list(written[0]) and shown["difference_mean"] == [p.difference.mean for p in found.pairs]
+    assert pairs_to_csv([]).count("\n") == 1
+    with pytest.raises(ConfigError, match="of = 'rows'"):
+        found.frame(of="rows")
 
 
 def test_a_comparison_is_the_command_s(found, tmp_path, monkeypatch):

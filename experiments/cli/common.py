@@ -202,7 +202,7 @@ def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any
     """Print the table of a comparison, after a list of all runs where others are left out; write it and the report, for
     which the table does not wait.
     """
-    from rlroute.experiments.comparison.text import to_csv, to_markdown
+    from rlroute.experiments.comparison.text import pairs_to_csv, to_csv, to_markdown
     from rlroute.experiments.report.page import write_report
     from rlroute.experiments.report.runs import list_records, to_grid
     from rlroute.records import write_atomically
@@ -214,10 +214,11 @@ def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any
             print(f"rlroute: {row.label} is marked: {row.marks}", file=sys.stderr)
     write_atomically(out / "table.md", to_markdown(built))
     write_atomically(out / "table.csv", to_csv(built))
+    write_atomically(out / "verdicts.csv", pairs_to_csv(found.pairs))
     if found.left_out:
         show_grid(to_grid(list_records(found.records)))
     show_table(built)
-    where = f"table in {out}/table.md and table.csv"
+    where = f"table in {out}/table.md and table.csv, verdicts of all pairs in verdicts.csv"
     try:
         write_report(
             found.runs,

@@ -56,7 +56,7 @@ def finetune(
         from_router: kept: what the checkpoint holds of routers is taken where it has a place; fresh: they start anew.
         reference: the mode that differences are taken to, as the table labels it; the first by default.
         margin: a difference below it does not matter, in bits per byte; say it before the runs.
-        out: folder for table.md, table.csv and report.html.
+        out: folder for table.md, table.csv, verdicts.csv and report.html.
     """
     from rlroute.experiments.comparison.compare import tabulate
     from rlroute.experiments.comparison.entries import labels

@@ -119,7 +119,7 @@ def compare(
         tuned: use each entry's tuned settings; --no-tuned takes --train.lr and the routers' defaults.
         preset: gpu-30m, gpu-124m, gpu-350m, or one of `rlroute presets`: the data, model and train options, but for
             those that are given; nothing is tuned.
-        out: folder for table.md, table.csv and report.html.
+        out: folder for table.md, table.csv, verdicts.csv and report.html.
     """
     if task == "clusters":
         options = {

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rlroute.config import Budget, DataConfig, ModelConfig, StartConfig, TrainConfig
 from rlroute.experiments.comparison.budget import find_reference, refuse_two, with_budget
+from rlroute.experiments.comparison.entries import make_entries
 from rlroute.experiments.comparison.frames import Library, to_frame
 from rlroute.experiments.comparison.groups import largest_group
 from rlroute.experiments.comparison.ladder_file import Ladder, read_ladder
+from rlroute.experiments.comparison.pairs import Pair, all_pairs
 from rlroute.experiments.comparison.table import Table, build_table
-from rlroute.experiments.comparison.text import plain_rows, to_grid, to_markdown
+from rlroute.experiments.comparison.text import plain_pairs, plain_rows, to_grid, to_markdown
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.presets import ALL, DEFAULT, all_entries, build_comparison, fitting_entries
@@ -44,16 +46,26 @@ class Comparison:
         """What is said of each entry against the table's reference, by label."""
         return {row.label: row.verdict for row in self.table.rows if row.verdict is not None}
 
-    def frame(self, library: Library | None = None) -> Any:
-        """Return the table's rows as a DataFrame at full precision: the columns of table.csv.
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """What is said of each entry against each other one, in the table's order: the report's matrix as rows."""
+        by_label = {entry.label: entry for entry in make_entries(self.runs)}
+        return tuple(all_pairs([by_label[row.label] for row in self.table.rows], self.table.margin))
+
+    def frame(self, library: Library | None = None, *, of: Literal["table", "pairs"] = "table") -> Any:
+        """Return rows as a DataFrame at full precision: of the table, with the columns of table.csv, or of all pairs,
+        with those of verdicts.csv.
 
         Args:
+            of: which.
             library: polars or pandas; whichever is installed, polars first, if nothing is said.
 
         Raises:
             MissingDependencyError: it is not installed.
+            ConfigError: an illegal value.
         """
-        return to_frame(plain_rows(self.table), library)
+        of = checked(of, Literal["table", "pairs"], "of")
+        return to_frame(plain_rows(self.table) if of == "table" else plain_pairs(self.pairs), library)
 
     def __repr__(self) -> str:
         return to_grid(self.table).text()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from rlroute.config import DENSE
+from rlroute.experiments.comparison.pairs import Pair
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.statistics import CONFIDENCE
 from rlroute.experiments.terminal import Grid
@@ -37,6 +38,9 @@ SPARE = (
 BALANCE = ("Gini", "min/max load", "without expert")
 """The measures of balance beside MaxVio, in the page alone and in the CSV."""
 REGRET = ("regret", "better routes")
+INTERVALS = ("bits_per_byte", "difference", "sampled_bits_per_byte", "regret")
+SPLIT = dict.fromkeys(INTERVALS, ("mean", "low", "high", "n")) | {"compute_multiplier": ("value", "low", "high")}
+"""The fields that take several columns."""
 TIMINGS = ("tokens_per_second",)
 """The columns that differ when the same command runs again."""
 
@@ -122,27 +126,43 @@ def to_markdown(table: Table, timings: bool = True) -> str:
 
 def to_csv(table: Table, timings: bool = True) -> str:
     """Return the rows as CSV at full precision, an interval in four columns; nothing stands for None."""
+    return _csv(_columns(TableRow, timings), plain_rows(table, timings))
+
+
+def pairs_to_csv(pairs: Sequence[Pair]) -> str:
+    """Return pairs of entries as CSV, likewise."""
+    return _csv(_columns(Pair), plain_pairs(pairs))
+
+
+def _csv(columns: Iterable[tuple[str, str]], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    rows = plain_rows(table, timings)
-    writer.writerow(rows[0])
+    writer.writerow("_".join(filter(None, column)) for column in columns)
     writer.writerows(map(no_formula, row.values()) for row in rows)
     return text.getvalue()
 
 
 def plain_rows(table: Table, timings: bool = True) -> list[dict[str, Any]]:
     """Return each row's figures by their columns' names, an interval in four, a multiplier in three."""
-    intervals = ("bits_per_byte", "difference", "sampled_bits_per_byte", "regret")
-    split = dict.fromkeys(intervals, ("mean", "low", "high", "n")) | {"compute_multiplier": ("value", "low", "high")}
-    names = [field.name for field in fields(TableRow) if timings or field.name not in TIMINGS]
-    parts = [(name, part) for name in names for part in split.get(name, ("",))]
-    return [
-        {
-            f"{name}_{part}" if part else name: getattr(getattr(row, name), part, None) if part else getattr(row, name)
-            for name, part in parts
-        }
-        for row in table.rows
-    ]
+    return [_plain(row, _columns(TableRow, timings)) for row in table.rows]
+
+
+def plain_pairs(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Return what is said of each pair by its columns' names, the interval of the difference in four."""
+    return [_plain(pair, _columns(Pair)) for pair in pairs]
+
+
+def _columns(kind: type[TableRow | Pair], timings: bool = True) -> list[tuple[str, str]]:
+    """Return the columns of rows of a kind: a field and the part of it, or "" for the whole."""
+    names = [field.name for field in fields(kind) if timings or field.name not in TIMINGS]
+    return [(name, part) for name in names for part in SPLIT.get(name, ("",))]
+
+
+def _plain(row: TableRow | Pair, columns: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        f"{name}_{part}" if part else name: getattr(getattr(row, name), part, None) if part else getattr(row, name)
+        for name, part in columns
+    }
 
 
 def no_formula(cell: object) -> object:

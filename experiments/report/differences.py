@@ -7,12 +7,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from rlroute.experiments.comparison.entries import Entry
+from rlroute.experiments.comparison.pairs import pair
 from rlroute.experiments.comparison.table import Table, paired
 from rlroute.experiments.report.sheet import Cell, Sheet
 from rlroute.experiments.report.style import Style, faint, new_figure
-from rlroute.experiments.statistics import Interval, t_interval
+from rlroute.experiments.statistics import Interval
 from rlroute.experiments.text import NOTHING, of_interval
-from rlroute.experiments.verdicts import Verdict, verdict
+from rlroute.experiments.verdicts import Verdict
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -84,10 +85,10 @@ def verdict_sheet(entries: Sequence[Entry], margin: float) -> Sheet:
 def _verdict_cell(entry: Entry, other: Entry, margin: float) -> Cell:
     if entry is other:
         return Cell(NOTHING, entry=_hash(other))
-    diffs = paired(entry, other)
-    if not diffs:
+    found = pair(entry, other, margin)
+    interval, said = found.difference, found.verdict
+    if interval is None:
         return Cell("no common seed", entry=_hash(other))
-    interval, said = t_interval(diffs), verdict(diffs, margin)
     words = "equivalent" if said.equivalent and not said.direction else str(said)
     return Cell(f"{words}\n{of_interval(interval, '+')}", interval.mean, entry=_hash(other), tone=_tone(said))
 
