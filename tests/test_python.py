@@ -1,5 +1,6 @@
 """The commands from Python: results as objects, DataFrames of both libraries, an import that stays light."""
 
+import ast
 import csv
 import importlib.util
 import itertools
@@ -216,6 +217,24 @@ def test_the_executed_notebook_is_that_one():
     assert len(cells) == NOTEBOOK.read_text().count("@app.cell")
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     assert len(outputs) > 5 and not [output for output in outputs if output["output_type"] == "error"]
+
+
+def test_what_it_shows_of_the_published_record_is_what_that_gives():
+    """Its cells that read the record are executed anew: whoever publishes another one executes the notebook again."""
+    pytest.importorskip("pandas")
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    names = {"rlroute": rlroute, "published": ROOT / "experiments" / "results" / "comparison.jsonl"}
+    shown = 0
+    for cell in cells:
+        if "load_runs(published" not in (source := "".join(cell["source"])):
+            continue
+        *body, last = ast.parse(source).body
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        frame = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+        html = "".join(next(o["data"]["text/html"] for o in cell["outputs"] if "text/html" in o.get("data", {})))
+        assert [float(value) for value in re.findall(r"<td>(.*?)</td>", html)] == frame.to_numpy().ravel().tolist()
+        shown += 1
+    assert shown == 2
 
 
 # The page

@@ -1,6 +1,6 @@
 """wandb beside the records: what it is given, and that nothing it does or fails to do changes a record."""
 
-import importlib.util
+import importlib.machinery
 import json
 import os
 import subprocess
@@ -28,7 +28,6 @@ from tests.conftest import HANG, until
 from tests.runs import figures, interrupted
 from tests.tiny import DATA, MODEL, STEPS, TRAIN
 
-INSTALLED = importlib.util.find_spec("wandb")
 FAKE = '''
 """Writes down what it is told; fails where FAULT says."""
 import json, os, time
@@ -421,6 +420,7 @@ def test_pushing_takes_what_is_named_and_says_in_one_line_what_fails(fake, plain
 def test_the_real_wandb_takes_a_pushed_run_offline(plain, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     pytest.importorskip("PIL")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # nothing is sent anywhere
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -477,10 +477,17 @@ def test_asking_for_a_wandb_that_is_not_installed_is_bad_input(tmp_path, monkeyp
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.skipif(INSTALLED is not None, reason="wandb is installed")
 def test_a_folder_of_wandb_s_is_not_wandb(tmp_path, monkeypatch):
+    """Whether wandb is installed or not."""
     (tmp_path / "wandb").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
+
+    class FolderAlone:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)]) if name == "wandb" else None
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [FolderAlone, *sys.meta_path])
     assert "--wandb needs" in refused(
         rlroute("train", "hash", *TINY, "--store", tmp_path / "runs", "--wandb", "online")
     )
@@ -524,10 +531,12 @@ def test_ray_workers_log_and_their_warnings_are_shown(fake, tmp_path):
 
 def test_the_real_wandb_offline(plain, tmp_path, monkeypatch, capfd):
     pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # nothing is sent anywhere
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     interrupted(CONFIG, tmp_path, 6, wandb="offline")
-    time.sleep(1)  # wandb names its folders by the second
+    second = int(time.time())
+    until(lambda: int(time.time()) > second)  # wandb names its folders by it
     loop.train(CONFIG, 0, tmp_path, wandb="offline")
     assert capfd.readouterr() == ("", "")
     folder = tmp_path / CONFIG.run_id(0)
