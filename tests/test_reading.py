@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlroute import schema
 from rlroute.choices import ChoiceLog
 from rlroute.config import SCHEMA, DataConfig, ModelConfig, TrainConfig
 from rlroute.envs.tables import load_table
@@ -31,7 +30,7 @@ from rlroute.foreign import Unfit, parse_json, plain, printable, read_members, s
 from rlroute.reading import READABLE, failure, last_row, read_runs
 from rlroute.records import RunFolder, state, write_compact
 from rlroute.schema import Stored
-from tests import ROOT, record_page
+from tests import ROOT
 from tests.commands import ran
 from tests.fuzz import lay_store
 from tests.mutations import HOSTILE, NOT_FINITE, change_value, places, to_json
@@ -548,17 +547,3 @@ def test_training_imports_no_pydantic_and_reading_says_so_where_it_is_missing(tm
 
 def test_the_parts_of_a_record_are_those_of_the_schema():
     assert {*Stored.__annotations__} - {"seal"} == {*PARTS} == {*Stored.__required_keys__}
-
-
-# The page
-
-
-def test_the_page_of_records_follows_from_the_schema():
-    assert record_page.PAGE.read_text() == record_page.page(), "run python -m tests.record_page"
-
-
-def test_every_field_of_the_schema_stands_on_the_page_with_its_meaning():
-    described = {name for _, names in record_page.FILES for name in names}
-    typed = {name for name, value in vars(schema).items() if isinstance(value, type) and hasattr(value, "__total__")}
-    assert typed == described
-    assert not [(name, field) for name in described for field, _, text in record_page.fields(name) if not text]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
 
 from rlroute.experiments.comparison.entries import Entry
 from rlroute.experiments.comparison.frames import Library, to_frame
@@ -16,7 +18,7 @@ from rlroute.experiments.comparison.registration import Registration
 from rlroute.experiments.statistics import Interval, differences
 from rlroute.experiments.text import si
 from rlroute.experiments.verdicts import Verdict
-from rlroute.schema import RunRecord
+from rlroute.schema import Amount, Name, Number, Part, RunRecord, Whole
 
 VERSION = 1
 """Of the fields of judgement.json."""
@@ -25,6 +27,83 @@ KNOWN = (
     "runs were there before it was registered: margin, looks and reference may have been chosen by what they came to"
 )
 EXACT = "every difference is exactly 0: both entries computed the same, and nothing is left to test"
+
+
+class Seen(TypedDict):
+    """A look; effect and intervals in bits per byte."""
+
+    n: Whole
+    """Seeds."""
+    level: Part
+    """The look's share of the probability of a wrong verdict."""
+    effect: Number
+    """The mean difference, candidate minus reference: below 0 is better."""
+    interval: list[Number | None]
+    """The ends of its interval that is held against 0."""
+    equivalence_interval: list[Number | None]
+    """The ends of the one that is held against the margin."""
+    verdict: str
+    """What both say."""
+
+
+class Spent(TypedDict):
+    """What all runs took, those that were there before included."""
+
+    runs: Whole
+    """How many."""
+    runs_there_before: Whole
+    """How many had ended before the judgement was registered."""
+    tokens: Whole
+    """Of training."""
+    training_flops: Number
+    """Of all steps."""
+    seconds: Amount
+    """Of training and of evaluation, one run after the other."""
+
+
+class Judged(TypedDict):
+    """judgement.json, which ``judge`` writes into ``--out``."""
+
+    version: Whole
+    """Of these fields."""
+    candidate: str
+    """What the candidate is called."""
+    reference: str
+    """What the reference is called."""
+    verdict: str
+    """The last look's, or unresolved where a run diverged."""
+    there_before: Whole
+    """How many runs had ended before the judgement was registered, so that their results could be known."""
+    said: str
+    """The verdict, with these runs where there are any."""
+    direction: Literal["better", "worse"] | None
+    """Of the verdict; None where the interval does not leave 0 outside."""
+    equivalent: bool
+    """Whether the verdict says so."""
+    margin: Amount
+    """Differences below it do not matter, in bits per byte."""
+    effect: Number | None
+    """Of the last look, as the fields that follow; None where there was no look."""
+    interval: list[Number | None] | None
+    """The ends of its interval that is held against 0."""
+    equivalence_interval: list[Number | None] | None
+    """The ends of the one that is held against the margin."""
+    n: Whole | None
+    """Seeds."""
+    differences: dict[str, Number]
+    """Candidate minus reference in bits per byte, by seed, where both finished."""
+    looks: list[Seen]
+    """Those that were taken."""
+    cost: Spent
+    """Of all runs."""
+    notes: list[str]
+    """What has to be said beside the verdict."""
+    runs: list[Name]
+    """The ids of all runs, the reference's first."""
+    command: str | None
+    """The command line behind it."""
+    registration: Registration
+    """What was said before the first run."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +125,14 @@ class Look:
     def __str__(self) -> str:
         return f"{self.against_0.n} seeds: {self.against_0.mean:+.4f} ({_ends(self.against_0)}), {self.verdict}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Seen:
         """Return plain values."""
         return {
             "n": self.against_0.n,
             "level": self.level,
             "effect": self.against_0.mean,
-            "interval": [self.against_0.low, self.against_0.high],
-            "equivalence_interval": [self.within.low, self.within.high],
+            "interval": _pair(self.against_0),
+            "equivalence_interval": _pair(self.within),
             "verdict": str(self.verdict),
         }
 
@@ -125,7 +204,7 @@ class Judgement:
         return dict(zip(seeds, differences({s: one[s] for s in seeds}, {s: other[s] for s in seeds}), strict=True))
 
     @property
-    def cost(self) -> dict[str, float]:
+    def cost(self) -> Spent:
         """What all runs took, those that were there before included: runs, tokens, training FLOPs, seconds of training
         and of evaluation.
         """
@@ -153,9 +232,9 @@ class Judgement:
             said += [f"measured: {label} {mark} ({figures})" for mark, figures in marks(entry.runs).items()]
         return said
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Judged:
         """Return plain values: what judgement.json holds."""
-        plan, last = self.registration["plan"], self.looks[-1].to_dict() if self.looks else {}
+        plan, last = self.registration["plan"], self.looks[-1].to_dict() if self.looks else None
         return {
             "version": VERSION,
             "candidate": plan["candidate"]["label"],
@@ -166,7 +245,10 @@ class Judgement:
             "direction": self.verdict.direction,
             "equivalent": self.verdict.equivalent,
             "margin": plan["margin"],
-            **{name: last.get(name) for name in ("effect", "interval", "equivalence_interval", "n")},
+            "effect": last and last["effect"],
+            "interval": last and last["interval"],
+            "equivalence_interval": last and last["equivalence_interval"],
+            "n": last and last["n"],
             "differences": {str(seed): difference for seed, difference in self.differences.items()},
             "looks": [look.to_dict() for look in self.looks],
             "cost": self.cost,
@@ -216,11 +298,16 @@ class Judgement:
             yield "note", note
 
 
+def _pair(interval: Interval) -> list[float | None]:
+    """Return the ends of an interval as a list."""
+    return [interval.low, interval.high]
+
+
 def _ends(interval: Interval) -> str:
     return f"{interval.low:+.4f} to {interval.high:+.4f}"
 
 
-def _cost(cost: Mapping[str, float]) -> str:
+def _cost(cost: Spent) -> str:
     before = f" ({cost['runs_there_before']} there before)" if cost["runs_there_before"] else ""
     return (
         f"{cost['runs']} runs{before}, {si(cost['tokens'])} tokens, {si(cost['training_flops'])} training FLOPs, "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -138,59 +138,94 @@ class Ladder:
 
 
 class IntervalOf(TypedDict):
-    """An :class:`~rlroute.experiments.statistics.Interval`."""
+    """A mean over seeds and its 95 % t interval, in bits per byte."""
 
     mean: Number
+    """Of the seeds."""
     low: Number | None
+    """The interval's lower end; None for one seed."""
     high: Number | None
+    """Its upper end, likewise."""
     n: Whole
+    """How many."""
 
 
 class MultiplierOf(TypedDict):
-    """A :class:`.multipliers.Multiplier`."""
+    """How many times the compute, or the time, the reference needs for the same loss."""
 
     value: Ratio | None
+    """The multiplier, or the end of the range beyond which it lies; None where losses do not fall with compute."""
     low: Ratio | None
+    """The lower end of its 95 % interval; None for one seed."""
     high: Ratio | None
+    """The upper end, likewise."""
     n: Whole
+    """How many seeds."""
     reach: Ratio
+    """The range is from 1 / reach to reach: what lies beyond is not known."""
 
 
 class LawOf(TypedDict):
-    """A loss law: floor + scale (C / unit)^-exponent."""
+    """A loss law: floor + scale (C / unit)^-exponent, in bits per byte."""
 
     floor: Number
+    """What no compute goes below."""
     scale: Number
+    """The loss above the floor at a compute of one unit."""
     exponent: Annotated[float, Between(0, 4)]
+    """How fast it falls."""
     unit: Ratio
+    """The compute that counts as 1."""
 
 
 class ClimbOf(TypedDict):
-    """A :class:`Climb`."""
+    """One entry on the ladder; lists are by budget."""
 
     label: str
+    """What it is called."""
     key: str
+    """The routers of its configuration, as JSON: by it tables know the entry."""
     bits: list[IntervalOf]
+    """Its best mean loss."""
     widths: list[Whole]
+    """The width of the model that has it."""
     differences: list[IntervalOf]
+    """To the reference, each at its own best width; none of the reference."""
     law: LawOf | None
+    """Its law, where it has one."""
     compute: MultiplierOf | None
+    """The compute multiplier; None of the reference."""
     time: MultiplierOf | None
+    """The time multiplier, of the speeds at which these runs went; None of the reference."""
 
 
 class LadderOf(TypedDict):
-    """A :class:`Ladder`."""
+    """ladder.json: a ladder; E entries, J budgets, W widths, S seeds."""
 
     version: Literal[1]
+    """Of these fields."""
+    reference: NotRequired[str]
+    """What the reference is called."""
     compute: list[Ratio]
+    """The budgets, in training FLOPs."""
     widths: list[Whole]
+    """Of the model."""
     seeds: list[Whole]
+    """The seeds."""
     entries: list[ClimbOf]
+    """The entries, the reference first."""
     bits_per_byte_EJWS: list[list[list[list[Number]]]]
+    """Final validation losses."""
     flops_per_second_EJWS: list[list[list[list[Number]]]]
+    """Training FLOPs a second."""
     order: list[list[str]]
+    """The entries from best to worst, at each budget."""
+    order_holds: NotRequired[bool]
+    """Whether it is the same at all budgets."""
     runs: list[str]
+    """The ids of all runs."""
     command: str | None
+    """The command line behind it."""
 
 
 def read_ladder(store: Path) -> Ladder | None:
