@@ -71,7 +71,7 @@ envs: $(INSTALLED)
 # The stamp comes last, so that an interrupted installation is taken up again.
 $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlroute needs Python 3.11 or newer: make PYTHON=/path/to/it")'
-	@echo "Installing into .venv (2.5 GB or more, one to five minutes): PyTorch first ..."
+	@echo "Installing into .venv (3 GB or more, one to five minutes): PyTorch first ..."
 	@$(PYTHON) -m venv .venv
 	@$(PIP) "torch>=2.11,<2.14"
 	@echo "... then rlroute and everything it uses ..."
