@@ -5,8 +5,10 @@ address, and answers only who may ask.
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlroute.alarms import Alarm, alarms
 from rlroute.errors import ConfigError
 from rlroute.experiments.comparison.ladder import reduce
 from rlroute.experiments.comparison.ladder_file import FILE, key_of
@@ -22,7 +25,7 @@ from rlroute.experiments.comparison.table import build_table, paired
 from rlroute.experiments.dashboard import app as app_module
 from rlroute.experiments.dashboard import follow, published, server
 from rlroute.experiments.dashboard.app import Boards, make_app
-from rlroute.experiments.dashboard.follow import Followed, Thinned
+from rlroute.experiments.dashboard.follow import Followed, FollowedRun, Thinned
 from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.report import views
 from rlroute.experiments.report.board import FIRST, Board, Seen, make_lots
@@ -37,7 +40,7 @@ from rlroute.reading import read_run
 from tests.boards import board_of, lay
 from tests.commands import refused, rlroute
 from tests.test_ladder import rungs
-from tests.test_table import REGRET, changed, diverged, make_run, make_runs, with_regret
+from tests.test_table import LAYERS, REGRET, changed, diverged, make_run, make_runs, with_regret
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -50,13 +53,11 @@ def store(tmp_path: Path) -> Path:
 # Following
 
 
-@given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 9))
-def test_rows_are_thinned_alike_however_they_come(batches: list[int], most: int) -> None:
-    thinned, lines = Thinned(most, json.loads), [str(place).encode() for place in range(sum(batches))]
-    rest = lines
-    for size in batches:
-        thinned.extend(rest[:size])
-        rest = rest[size:]
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_rows_are_thinned_alike_however_many_there_are(count: int, most: int) -> None:
+    thinned, lines = Thinned[int](most), range(count)
+    for place in lines:
+        thinned.add(place)
     stride = max(1, thinned.stride)
     wanted = [place for place in range(len(lines)) if place % stride == 0 or place == len(lines) - 1]
     assert thinned.rows == wanted and len(wanted) <= most + 1
@@ -133,6 +134,37 @@ def test_alarms_stand_while_rows_raise_them(store: Path) -> None:
     assert {alarm.kind for alarm in followed.look()[0].alarms} == {alarm.kind for alarm in Seen.of(run).alarms}
     sheet = VIEWS["progress"].draw(Board(runs=followed.look()), Choice())
     assert isinstance(sheet, Sheet) and "dead experts" in sheet.rows[0][-1].text
+
+
+def test_alarms_are_those_of_all_rows_however_many_are_drawn_and_however_they_come(store: Path) -> None:
+    run = make_run("switch")
+    folder = lay(store, run, steps=0)
+    live = FollowedRun(folder, lambda: 0.0)
+    live.look()
+    rows: list[Any] = [
+        {**run.train[0], "step": step, "seconds": 5.0 * step, "logits_L": [50.0 if step > 3191 else 1.0] * LAYERS}
+        for step in range(1, 3200)
+    ]
+    for start, stop in pairwise((0, 3000, 3193, 3199)):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows[start:stop])
+        os.utime(folder / "metrics.jsonl", (time.time() - 400,) * 2)  # a stall at one row in 5 s, none at one in 80 s
+        live.look()  # what has come
+        live.look()  # and for how long nothing has
+        fresh = FollowedRun(folder)
+        fresh.look()
+        assert (live.seen.state, fresh.seen.state) == ("running", "interrupted")
+        assert max(len(live.seen.train), len(fresh.seen.train)) < stop / 10
+        for seen, idle in ((live.seen, 400.0), (fresh.seen, None)):
+            wanted = alarms(run.id, run.config["config"]["model"], rows[:stop], idle)
+            assert list(map(_raised, seen.alarms)) == list(map(_raised, wanted))
+        assert {alarm.kind for alarm in live.seen.alarms} == {"stalled"} | (
+            {"router logits"} if stop == 3199 else set()
+        )
+
+
+def _raised(alarm: Alarm) -> tuple[Any, ...]:
+    return alarm.kind, alarm.site, alarm.step, alarm.threshold
 
 
 def test_runs_that_wait_for_their_turn_are_counted(store: Path) -> None:

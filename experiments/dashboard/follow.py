@@ -1,16 +1,16 @@
 """A run store that grows, whoever writes it: each look reads only what has come since the last.
 
-Files that have not changed (by inode, size and time) are not opened, and of rows only those are parsed that are kept.
+Files that have not changed (by inode, size and time) are not opened. Every row is read once, for its alarms; of many
+some are kept, to be drawn.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rlroute import lock
 from rlroute.alarms import Watch
@@ -38,35 +38,30 @@ LIVELY = 60.0
 """Seconds: a run whose rows grew within them is running, also where another machine's lock cannot be seen."""
 PARTS = ("config", "environment", "summary", "failed")
 FILES = (*(f"{name}.json" for name in PARTS), "metrics.jsonl", "loads.jsonl")
-_EVAL = re.compile(rb'"kind"\s*:\s*"eval"')
-
-Parse = Callable[[bytes], dict[str, Any]]
+Row = TypeVar("Row")
 
 
-class Thinned:
+class Thinned(Generic[Row]):
     """Rows of a list that grows: every n-th of them, n a power of two, and the last; all lists of a length have the
     same ones, so that seeds are drawn at common steps.
     """
 
-    def __init__(self, most: int, parse: Parse) -> None:
-        self.most, self.parse = most, parse
-        self.count, self.stride = 0, 1
-        self._kept: dict[int, dict[str, Any]] = {}
+    def __init__(self, most: int) -> None:
+        self.most, self.count, self.stride = most, 0, 1
+        self._kept: dict[int, Row] = {}
 
-    def extend(self, lines: Sequence[bytes]) -> None:
-        """Take in lines that are new."""
-        if not lines:
-            return
-        start, self.count = self.count, self.count + len(lines)
-        while self.count > self.stride * self.most:
+    def add(self, row: Row) -> None:
+        """Take in the next row."""
+        if (self.count - 1) % self.stride:
+            del self._kept[self.count - 1]  # which was kept as the last
+        self.count += 1
+        if self.count > self.stride * self.most:
             self.stride *= 2
-        self._kept = {place: row for place, row in self._kept.items() if place % self.stride == 0}
-        for place, line in enumerate(lines, start):
-            if place % self.stride == 0 or place == self.count - 1:
-                self._kept[place] = self.parse(line)
+            self._kept = {place: kept for place, kept in self._kept.items() if place % self.stride == 0}
+        self._kept[self.count - 1] = row
 
     @property
-    def rows(self) -> list[Any]:
+    def rows(self) -> list[Row]:
         """Those that are kept."""
         return list(self._kept.values())
 
@@ -85,7 +80,7 @@ class FollowedRun:
 
     def _begin(self) -> None:
         self._metrics, self._turns = Tail(self.folder / "metrics.jsonl"), 0
-        self._train, self._evals = Thinned(KEPT, self._row("metrics.jsonl")), list[Any]()
+        self._train, self._evals = Thinned[Any](KEPT), list[Any]()
         self._watch: Watch | None = None
 
     def look(self) -> bool:
@@ -159,41 +154,36 @@ class FollowedRun:
             tail = self._metrics
             self._begin()
             self._metrics, self._turns, self._watch = tail, tail.turns, Watch(self.folder.name, model)
-        evals = list(map(self._row("metrics.jsonl"), filter(_EVAL.search, lines)))
-        before = max((row["step"] for row in self._train.rows), default=-1)
-        self._train.extend([line for line in lines if not _EVAL.search(line)])
-        self._evals += evals
-        kept = [row for row in self._train.rows if row["step"] > before]
-        for row in sorted([*kept, *evals], key=lambda row: (row["step"], row["kind"] == "eval")):
+        for line in lines:
             assert self._watch  # there are rows, so the file was begun
-            self._watch.see(row)
+            row = self._row("metrics.jsonl", line)
+            self._watch.see(row)  # also those that are not drawn: alarms are about rows in a row, and their pace
+            (self._evals.append if row["kind"] == "eval" else self._train.add)(row)
 
-    def _row(self, name: str) -> Parse:
-        def parse(line: bytes) -> dict[str, Any]:
-            row = parse_json(line)
-            if not isinstance(row, dict):
-                raise Unfit(f"{name} holds {shown(row)}: want an object")
-            hold_row(row, self.folder / name)
-            refuse_other_sites(row, self._experts_L)
-            return row
-
-        return parse
+    def _row(self, name: str, line: bytes) -> dict[str, Any]:
+        row = parse_json(line)
+        if not isinstance(row, dict):
+            raise Unfit(f"{name} holds {shown(row)}: want an object")
+        hold_row(row, self.folder / name)
+        refuse_other_sites(row, self._experts_L)
+        return row
 
     def _record(self, parts: dict[str, Any]) -> RunRecord:
         """Return an ended run's record, as a compact file has it: of its rows some, of its loads the last."""
         line = last_line(self.folder / "loads.jsonl")
-        loads = [] if line is None else [self._row("loads.jsonl")(line)]
+        loads = [] if line is None else [self._row("loads.jsonl", line)]
         record = RunRecord(self.folder.name, **parts, loads=loads)  # type: ignore[arg-type]
         refuse_inconsistent(record)
         return record
 
     def _loads(self) -> list[Any]:
-        thinned = Thinned(LOADS_KEPT, self._row("loads.jsonl"))
+        thinned = Thinned[bytes](LOADS_KEPT)
         try:
-            thinned.extend(list(Tail(self.folder / "loads.jsonl").lines()))
+            for line in Tail(self.folder / "loads.jsonl").lines():
+                thinned.add(line)
+            return [self._row("loads.jsonl", line) for line in thinned.rows]
         except (RlrouteError, OSError, ValueError):
             return []  # the run's own look says what is wrong with its files
-        return thinned.rows
 
 
 class _Once:
