@@ -335,11 +335,10 @@ def test_every_view_says_in_a_line_what_is_not_there() -> None:
 def whole() -> Board:
     tenths = {"confidence_C": [i / 10 for i in range(10)], "nats_C": [0.1] * 10, "better_C": [None, *[0.5] * 9]}
     runs = [run if run.config["router"] == "dense" else with_regret(run, REGRET | tenths) for run in make_runs()]
-    claims = {"head": ["#", "claim", "here"], "lines": [["1", "Balance is needed.", "holds"]]}
     ladder = reduce(
         rungs(1.0, 1.3), [key_of(run.config["config"]) for run in make_runs(("switch", "hash"), 1)], [], None
     )
-    return replace(board_of(runs), results=published.read_results(None) | {"claims": claims}, ladder=ladder)
+    return replace(board_of(runs), results=published.read_results(None), ladder=ladder)
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -420,6 +419,32 @@ def test_tables_are_sorted_by_numbers_and_narrowed_by_words() -> None:
     assert sheet.arranged("nonesuch").rows == sheet.arranged("").rows == rows
     assert [row[0].text for row in sheet.arranged(words=" row  20").rows] == ["Row 3"]
     assert sheet.arranged(words="3 nothing").rows == ()
+
+
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "%": 0.01}
+NUMBER = re.compile(r"(?:≥ |≤ )?([+-]?\d[\d,]*\.?\d*)(?!\d*[-:]) ?([kMG%](?!\w))?")
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_column_of_numbers_is_sorted_by_number(name: str, whole: Board) -> None:
+    sheet = VIEWS[name].draw(whole, Choice(run=whole.runs[0].id))
+    if not isinstance(sheet, Sheet) or sheet.kind == "facts":  # whose rows are not of a kind
+        return
+    for place, title in enumerate(sheet.head):
+        rows = sheet.arranged(title).rows
+        cells = [row[place] for row in rows]
+        found = [match for cell in cells if (match := NUMBER.match(cell.text))]
+        assert len(found) <= sum(cell.key is not None for cell in cells), (title, cells)
+        said = [float(match[1].replace(",", "")) * UNITS[match[2] or ""] for match in found]
+        if title != "runs ended":  # a share, as a text "2 of 3"
+            assert said == sorted(said), title
+
+
+def test_claims_are_in_the_order_of_their_numbers(whole: Board) -> None:
+    sheet = VIEWS["claims"].draw(whole, Choice())
+    assert isinstance(sheet, Sheet)
+    numbers = [int(row[0].text) for row in sheet.arranged("-#").rows]
+    assert numbers == sorted(numbers)[::-1] and len(numbers) > 10
 
 
 def test_a_diverged_run_and_a_table_that_cannot_be_are_said() -> None:

@@ -15,8 +15,12 @@ def _claims(path: Path | None) -> Mapping[str, Any]:
     from rlroute.experiments.claims.outcomes import read_outcomes
     from rlroute.experiments.claims.page import claims_grid
 
-    grid = claims_grid(read_outcomes(path) if path else {})
-    return {"head": grid.head, "lines": grid.lines}
+    found = read_outcomes(path) if path else {}
+    grid = claims_grid(found)
+    effects = {name: outcome["parts"][0]["effect"] for name, outcome in found.items() if outcome["parts"]}
+    numbers = [{"#": int(line[0]), "effect": effects.get(line[0])} for line in grid.lines]
+    keys = [[of.get(title) for title in grid.head] for of in numbers]
+    return {"head": grid.head, "lines": grid.lines, "keys": keys}
 
 
 def _gradients(path: Path | None) -> Mapping[str, Any] | None:

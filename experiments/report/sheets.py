@@ -9,6 +9,7 @@ from typing import Any
 
 from rlroute.experiments.comparison import ladder_text
 from rlroute.experiments.comparison.ladder_file import Ladder
+from rlroute.experiments.comparison.multipliers import Multiplier
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import columns
 from rlroute.experiments.launch.progress import duration
@@ -25,6 +26,7 @@ KEYS: dict[str, Callable[[TableRow], Number]] = {
     "min/max load": lambda row: row.min_over_max,
     "without expert": lambda row: row.without_expert,
     "dead experts": lambda row: row.dead_experts,
+    "compute multiplier": lambda row: _factor(row.compute_multiplier),
     "regret": lambda row: None if row.regret is None else row.regret.mean,
     "better routes": lambda row: row.better_routes,
     "pairs/token": lambda row: row.pairs_per_token,
@@ -167,8 +169,16 @@ def _mean(values: Sequence[Number]) -> Number:
 
 def ladder_sheet(ladder: Ladder) -> Sheet:
     """Return the losses of a ladder's entries at each budget, and their multipliers."""
-    head, rows = ladder_text.table(ladder)
-    return Sheet(tuple(head), tuple(tuple(map(Cell, cells)) for cells in rows))
+    head, lines = ladder_text.table(ladder)
+    rows = [
+        (None, *(bits.mean for bits in entry.bits), _factor(entry.compute), _factor(entry.time))
+        for entry in ladder.entries
+    ]
+    return Sheet(tuple(head), tuple(tuple(map(Cell, *row)) for row in zip(lines, rows, strict=True)))
+
+
+def _factor(found: Multiplier | None) -> Number:
+    return None if found is None else found.value
 
 
 def notes_sheet(ladder: Ladder) -> Sheet:
@@ -181,9 +191,12 @@ def notes_sheet(ladder: Ladder) -> Sheet:
 
 
 def claims_sheet(grid: Mapping[str, Any]) -> Sheet:
-    """Return the claims board from titles (``head``) and cells (``lines``)."""
+    """Return the claims board from titles (``head``), cells (``lines``), and the numbers behind these (``keys``)."""
     tones = {"holds": "better", "refuted": "worse", "inconclusive": "equivalent"}
-    rows = tuple(tuple(Cell(text, tone=tones.get(text, "")) for text in line) for line in grid["lines"])
+    rows = tuple(
+        tuple(Cell(text, key, tone=tones.get(text, "")) for text, key in zip(line, keys, strict=True))
+        for line, keys in zip(grid["lines"], grid["keys"], strict=True)
+    )
     return Sheet(tuple(grid["head"]), rows, left=tuple(grid["head"]), kind="claims")
 
 
