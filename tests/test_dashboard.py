@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from rlroute.experiments.launch.tail import Tail
 from rlroute.experiments.report import views
 from rlroute.experiments.report.board import FIRST, Board, Seen, make_lots
 from rlroute.experiments.report.choice import ALL, Choice
+from rlroute.experiments.report.page import EVERYTHING
 from rlroute.experiments.report.runs import list_runs, to_grid
 from rlroute.experiments.report.sheet import Cell, Sheet
 from rlroute.experiments.report.tradeoff import pareto
@@ -42,6 +43,7 @@ from tests.commands import refused, rlroute
 from tests.test_ladder import rungs
 from tests.test_table import LAYERS, REGRET, changed, diverged, make_run, make_runs, with_regret
 
+MEASURED = REGRET | {"confidence_C": [i / 10 for i in range(10)], "nats_C": [0.1] * 10, "better_C": [None, *[0.5] * 9]}
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
@@ -322,6 +324,19 @@ def test_eight_entries_are_drawn_at_first_and_the_others_by_a_click() -> None:
     assert len(live.first) == FIRST and board.groups[-1].label in live.first  # what is being trained is seen
 
 
+def test_of_a_long_ladder_as_many_are_drawn_at_first_and_the_others_by_a_click() -> None:
+    found = reduce(rungs(1.0, *(0.55 + place / 10 for place in range(10))), list("abcdefghijk"), [], None)
+    board = Board(runs=(), ladder=found)
+    best = sorted(found.entries[1:], key=lambda entry: entry.bits[-1].mean)[: FIRST - 1]
+    for name in ("losses", "multipliers"):
+        figure: Any = VIEWS[name].draw(board, Choice())
+        names = {shown: {t.name for t in figure.data if t.visible == shown} for shown in (True, "legendonly")}
+        reference = {"entry 1"} if name == "losses" else set()  # which has no multiplier
+        assert names[True] == reference | {entry.label for entry in best}
+        assert names["legendonly"] == {entry.label for entry in found.entries[1:]} - names[True]
+        assert figure.layout.showlegend is not False
+
+
 # Views
 
 
@@ -333,8 +348,7 @@ def test_every_view_says_in_a_line_what_is_not_there() -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> Board:
-    tenths = {"confidence_C": [i / 10 for i in range(10)], "nats_C": [0.1] * 10, "better_C": [None, *[0.5] * 9]}
-    runs = [run if run.config["router"] == "dense" else with_regret(run, REGRET | tenths) for run in make_runs()]
+    runs = [run if run.config["router"] == "dense" else with_regret(run, MEASURED) for run in make_runs()]
     ladder = reduce(
         rungs(1.0, 1.3), [key_of(run.config["config"]) for run in make_runs(("switch", "hash"), 1)], [], None
     )
@@ -348,11 +362,32 @@ def test_every_view_draws_what_is_there_and_every_axis_has_its_unit(name: str, w
     if isinstance(drawn, Sheet):
         assert drawn.rows and {len(row) for row in drawn.rows} == {len(drawn.head)}
     elif not isinstance(drawn, views.Listing):
-        layout = drawn.to_plotly_json()["layout"]
-        across, up = ([axis for key, axis in layout.items() if key.startswith(kind)] for kind in ("xaxis", "yaxis"))
-        titled = [[axis for axis in axes if axis.get("title", {}).get("text")] for axes in (across, up)]
-        assert titled[0] or name == "gradients"  # whose settings say their units
-        assert titled[1] or name in ("forest", "multipliers")  # whose rows are names
+        assert untitled(drawn) == []
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_axis_has_its_unit_however_many_panels_there_are(name: str) -> None:
+    runs = make_runs(("switch", "hash", "dense"), seeds=6)  # more than stand side by side
+    runs = [run if run.config["router"] == "dense" else with_regret(run, MEASURED) for run in runs]
+    for run in runs:
+        for row in run.evals:
+            row.pop("without_L", None)  # as old ones: an odd number of panels
+    figure = VIEWS[name].draw(board_of(runs), EVERYTHING.but(run=runs[0].id))
+    assert not hasattr(figure, "layout") or untitled(figure) == []
+
+
+def untitled(figure: Any) -> list[str]:
+    """Return the axes of a figure whose marks say numbers or names, but which have no title; those without marks share
+    an axis that has both.
+    """
+    axes = {key: axis for key, axis in figure.to_plotly_json()["layout"].items() if re.match("[xy]axis", key)}
+    said = {key for key, axis in axes.items() if axis.get("title", {}).get("text")}
+    marked = {key for key, axis in axes.items() if axis.get("showticklabels", True)}
+    shared = [{key, axis.get("matches", key[0]).replace(key[0], f"{key[0]}axis")} for key, axis in axes.items()]
+    while any(joined := [(one, two) for one, two in combinations(shared, 2) if one & two and one != two]):
+        one, two = joined[0]
+        shared = [part for part in shared if part not in (one, two)] + [one | two]
+    return sorted(marked - said) + [str(part) for part in shared if not part & said & marked]
 
 
 def test_every_view_is_on_a_page() -> None:

@@ -6,9 +6,11 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlroute.errors import ComparisonError, StoreError
@@ -22,9 +24,10 @@ from rlroute.experiments.report.choice import AXES
 from rlroute.experiments.report.curves import curves_figure
 from rlroute.experiments.report.differences import forest_figure
 from rlroute.experiments.report.loads import loads_figure
-from rlroute.experiments.report.page import conclude, write_report
+from rlroute.experiments.report.page import EVERYTHING, conclude, write_report
 from rlroute.experiments.report.style import COLOURS, GREY, style_of
 from rlroute.experiments.report.tradeoff import tradeoff_figure
+from rlroute.experiments.report.views import VIEWS
 from rlroute.experiments.statistics import differences, t_interval
 from rlroute.schema import RunRecord
 from tests.boards import lay
@@ -158,7 +161,7 @@ def test_conclusion_is_modest_about_one_seed_divergence_and_views_of_the_future(
 
 
 def curve(figure: Any, name: str) -> Any:
-    return next(trace for trace in figure.data if trace.name == name and trace.mode == "lines+markers")
+    return next(trace for trace in figure.data if trace.name == name and trace.customdata is not None)
 
 
 def test_curves_are_means_with_t_bands() -> None:
@@ -225,7 +228,7 @@ def test_every_entry_has_one_colour_in_all_figures() -> None:
     entries, table = make_entries(runs), build_table(runs)
     styles = make_styles(entries)
     assert len({style.colour for style in styles.values()}) == len(EFFECT)
-    curves = {t.name: t.line.color for t in curves_figure(make_groups(runs), styles).data if t.mode == "lines+markers"}
+    curves = {t.name: t.line.color for t in curves_figure(make_groups(runs), styles).data if t.customdata is not None}
     points = tradeoff_figure(table, {e.label: e for e in entries}, styles)
     assert {t.name: t.marker.color for t in points.data if t.name} == curves
 
@@ -237,9 +240,51 @@ def luminance(colour: str) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
+MACHADO = {
+    "full sight": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+"""What readers see of linear RGB: Machado, Oliveira and Fernandes 2009, severity 1."""
+XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
+
+
+def cielab(colour: str, sight: Any) -> Any:
+    """Return L*, a* and b* of what a reader sees of a colour."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    x, y, z = (XYZ @ np.clip(np.array(sight) @ linear, 0, 1)) / XYZ.sum(1)
+    x, y, z = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (x, y, z))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("sight", MACHADO)
+def test_colours_are_told_apart_by_colour_blind_readers(sight: str) -> None:
+    assert len(COLOURS) == FIRST
+    seen = {colour: cielab(colour, MACHADO[sight]) for colour in (*COLOURS, GREY)}
+    assert min(np.linalg.norm(seen[one] - seen[two]) for one, two in combinations(seen, 2)) >= 15
+
+
+def test_no_series_is_told_apart_by_colour_alone() -> None:
+    runs = make_runs(MANY)
+    last = runs.pop()
+    going = replace(Seen.of(last), state="running", summary=None, record=None)
+    board = Board(runs=(*map(Seen.of, runs), going))
+    styles = {group.hash: board.styles[group.label] for group in board.groups}
+    for name in ("curves", "health", "balance"):
+        figure: Any = VIEWS[name].draw(board, EVERYTHING)
+        series = [trace for trace in figure.data if "entry" in trace.meta and trace.fill != "toself"]
+        assert len({trace.meta["entry"] for trace in series}) > FIRST
+        for trace in series:
+            style = styles[trace.meta["entry"]]
+            assert trace.marker.symbol == style.symbol, name
+            assert "lines" not in trace.mode or trace.line.dash == style.dash, name
+
+
 def test_styles_are_told_apart_without_colour_and_seen_on_both_papers(text: str) -> None:
-    assert len({(s.shape, s.filled, s.dash) for s in map(style_of, range(24))}) == 24
-    assert len({(s.shape, s.filled) for s in map(style_of, range(12))}) == 12
+    assert len({(s.shape, s.filled, s.dash) for s in map(style_of, range(32))}) == 32
+    assert len({(s.shape, s.filled) for s in map(style_of, range(16))}) == 16
     papers = [luminance(paper) for paper in re.findall(r"--page: (#\w{6})", text)]
     assert len(papers) == 2
     for colour in map(luminance, (*COLOURS, GREY)):

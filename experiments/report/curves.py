@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlroute.experiments.report.board import Group, Seen
 from rlroute.experiments.report.choice import ALL, AXES
-from rlroute.experiments.report.style import Style, faint, new_figure
+from rlroute.experiments.report.style import Style, add_panels, faint, new_figure
 from rlroute.experiments.statistics import t_interval
 from rlroute.experiments.text import NOTHING
 from rlroute.reading import worst_vio
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 POINTS = 150
 """A curve has fewer than twice as many points: more than a screen tells apart."""
+
+MARKS = 6
+"""A thin line has about as many marks: enough to say whose it is."""
 
 Row = EvalRow | TrainRow
 Points = list[tuple[list[tuple[Seen, Any]], list[float]]]
@@ -49,12 +52,12 @@ def curves_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: st
     seen: list[float] = []
     for group in groups:
         style, draw = styles[group.label], _Pen(figure, group, styles[group.label], axis, kinds)
-        draw.line("train", _at_common_steps(group.settled, _training), faint(style.colour, 0.45))
+        draw.line("train", _at_common_steps(group.settled, _training), faint(style.colour, 0.6))
         seen += draw.means("eval", _at_common_steps(group.settled, _evaluations))
         for run in group.going:
-            draw.line("train", _at_common_steps([run], _training), faint(style.colour, 0.3))
+            draw.line("train", _at_common_steps([run], _training), faint(style.colour, 0.4))
             if group.settled != [run]:
-                draw.line("eval", _at_common_steps([run], _evaluations), style.colour, dash=style.dash)
+                draw.line("eval", _at_common_steps([run], _evaluations), style.colour)
     figure.update_layout(hovermode="x unified")
     figure.update_xaxes(tickformat="~s")
     if seen:  # the first training steps lie far above all that is to be compared
@@ -70,15 +73,16 @@ class _Pen:
         self.figure, self.name, self.hash, self.style = figure, escape(group.label), group.hash, style
         self.axes, self.kinds = [axis] if axis in _MEASURES else list(_MEASURES), kinds
 
-    def line(self, kind: str, points: Points, colour: str, dash: str = "solid") -> None:
-        """Draw means as a thin line."""
+    def line(self, kind: str, points: Points, colour: str) -> None:
+        """Draw means as a thin line with few marks."""
         if not points:
             return
         self._add(
             kind,
             [(rows, math.fsum(values) / len(values)) for rows, values in points],
-            mode="lines",
-            line={"color": colour, "width": 1, "dash": dash},
+            mode="lines+markers",
+            line={"color": colour, "width": 1, "dash": self.style.dash},
+            marker={"symbol": self.style.symbol, "size": 6, "color": colour, "maxdisplayed": MARKS},
             hoverinfo="skip",
         )
 
@@ -206,24 +210,17 @@ def health_figure(groups: Sequence[Group], styles: Mapping[str, Style], axis: st
     """Draw balance, entropies, dead experts and drops over training: means over seeds with t intervals as bands. What
     no run has recorded has no panel.
     """
-    from plotly.subplots import make_subplots
-
     found = {
         title: (unit, {group.label: _at_common_steps(group.settled, partial(_known, of)) for group in groups})
         for title, (unit, of) in HEALTH.items()
     }
     panels = {title: panel for title, panel in found.items() if any(panel[1].values())}
-    across, down = 2, max(-(-len(panels) // 2), 1)
-    cells: list[list[dict[str, Any] | None]] = [
-        [{} if row * across + col < len(panels) else None for col in range(across)] for row in range(down)
-    ]
-    plain = new_figure("", "", height=260 * down)
-    spacing = {"vertical_spacing": 0.36 / down, "horizontal_spacing": 0.09}
-    figure = make_subplots(down, across, specs=cells, subplot_titles=list(panels), figure=plain, **spacing)
-    for place, (unit, points) in enumerate(panels.values()):
-        where = {"row": place // across + 1, "col": place % across + 1}
-        lowest = place >= len(panels) - across
-        figure.update_xaxes(title={"text": _title(axis) if lowest else ""}, tickformat="~s", **where)
+    down = -(-len(panels) // 2)
+    plain = new_figure("", "", height=60 + 230 * down)
+    spacing = {"vertical_spacing": 0.22 / down, "horizontal_spacing": 0.09}
+    figure, places = add_panels(plain, list(panels), 2, _title(axis), **spacing)
+    figure.update_xaxes(tickformat="~s")
+    for (unit, points), where in zip(panels.values(), places, strict=True):
         figure.update_yaxes(title={"text": unit}, rangemode="tozero", **where)
         for group in groups:
             _Pen(figure, group, styles[group.label], axis).means("eval", points[group.label], ".3f", **where)

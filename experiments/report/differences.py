@@ -36,7 +36,7 @@ def forest_figure(
     if not rows:
         return None
     figure = new_figure(
-        f"difference to {escape(table.reference)} (bits per byte; left is better)", "", 110 + 34 * len(rows)
+        f"difference to {escape(table.reference)} (bits per byte; left is better)", "entry", 110 + 34 * len(rows)
     )
     base = entries[table.reference]
     for row, difference in rows:
@@ -46,7 +46,7 @@ def forest_figure(
             x=seeds,
             y=[name] * len(seeds),
             mode="markers",
-            marker={"color": faint(style.colour, 0.5), "size": 5},
+            marker={"color": faint(style.colour, 0.6), "symbol": style.shape, "size": 6},
             hovertemplate="%{x:+.4f}<extra>one seed</extra>",
         )
         figure.add_scatter(
@@ -63,6 +63,7 @@ def forest_figure(
     figure.add_vrect(-table.margin, table.margin, fillcolor="#7a8494", opacity=0.15, line_width=0)
     figure.add_vline(0, line={"width": 1.5, "color": "#7a8494"})
     figure.update_yaxes(autorange="reversed", showline=False, showgrid=False, automargin=True, ticks="")
+    figure.update_yaxes(title={"standoff": 10})  # which makes room for it beside names of any length
     figure.update_xaxes(tickformat="+.2f")
     figure.update_layout(showlegend=False, margin={"r": 200, "l": 24, "t": 30})
     return figure

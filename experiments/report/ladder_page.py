@@ -10,8 +10,9 @@ import numpy as np
 from rlroute.config import DENSE
 from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.ladder_text import notes, table
+from rlroute.experiments.report.board import FIRST
 from rlroute.experiments.report.html import render_page
-from rlroute.experiments.report.style import Style, new_figure, styles_of
+from rlroute.experiments.report.style import GREY, Style, new_figure, styles_of
 from rlroute.experiments.text import of_interval
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ def _styles(ladder: Ladder) -> dict[str, Style]:
     return styles_of([name for name in labels if name != DENSE], [name for name in labels if name == DENSE])
 
 
+def shown_first(ladder: Ladder) -> list[str]:
+    """Return the labels of those that are drawn at first, the others by a click on their names: the reference, the
+    yardstick, the best others at the largest budget.
+    """
+    labels = ladder.rungs.labels
+    ranked = sorted(ladder.entries, key=lambda entry: (entry.label not in (labels[0], DENSE), entry.bits[-1].mean))
+    return [entry.label for entry in ranked][:FIRST]
+
+
 def losses_figure(ladder: Ladder) -> Figure:
     """Draw the best mean loss at each budget, with t intervals, and each entry's law between the first and the last."""
     figure, styles = (
@@ -49,15 +59,17 @@ def losses_figure(ladder: Ladder) -> Figure:
     )
     compute_J = ladder.rungs.compute_J
     between = np.geomspace(compute_J.min(), compute_J.max(), 60)
+    first = shown_first(ladder)
     for entry in ladder.entries:
         style, name = styles[entry.label], escape(entry.label)
+        visible = True if entry.label in first else "legendonly"
         if entry.law is not None:
             law = entry.law
             loss = law["floor"] + law["scale"] * (between / law["unit"]) ** -law["exponent"]
             line = {"color": style.colour, "dash": style.dash, "width": 2}
             figure.add_scatter(
                 x=between.tolist(), y=loss.tolist(), mode="lines", line=line, legendgroup=name, showlegend=False,
-                name=name, hoverinfo="skip",
+                name=name, visible=visible, hoverinfo="skip",
             )  # fmt: skip
         half = [bits.half_width or 0.0 for bits in entry.bits]
         figure.add_scatter(
@@ -67,6 +79,7 @@ def losses_figure(ladder: Ladder) -> Figure:
             mode="markers",
             marker={"symbol": style.symbol, "size": 9, "color": style.colour},
             name=name,
+            visible=visible,
             legendgroup=name,
             customdata=[f"{of_interval(b)} (width {w})" for b, w in zip(entry.bits, entry.widths, strict=True)],
             hovertemplate="%{customdata}",
@@ -78,28 +91,32 @@ def losses_figure(ladder: Ladder) -> Figure:
 
 def multipliers_figure(ladder: Ladder) -> Figure:
     """Draw the compute and time multipliers of all entries but the reference, with their intervals."""
-    figure = new_figure(
-        f"multiplier (compute or time of {escape(ladder.rungs.labels[0])})", "", height=120 + 70 * len(ladder.entries)
-    )
-    for kind, symbol, colour in (("compute", "circle", "#3b7dd8"), ("time", "diamond-open", "#d9730d")):
-        found = [(entry.label, getattr(entry, kind)) for entry in ladder.entries if getattr(entry, kind) is not None]
-        known = [(label, m) for label, m in found if m.value is not None]
+    styles, first = _styles(ladder), shown_first(ladder)
+    title = f"multiplier (compute or time of {escape(ladder.rungs.labels[0])})"
+    figure = new_figure(title, "entry, and of what", height=180 + 50 * len(first))
+    for entry in ladder.entries:
+        style, name = styles[entry.label], escape(entry.label)
+        both = [(kind, found) for kind, found in (("compute", entry.compute), ("time", entry.time)) if found]
+        known = [(kind, m, m.value) for kind, m in both if m.value is not None]
+        if not known:
+            continue
         figure.add_scatter(
-            x=[m.value for _, m in known],
-            y=[f"{escape(label)}, {kind}" for label, _ in known],
+            x=[value for _, _, value in known],
+            y=[f"{name}, {kind}" for kind, _, _ in known],
             error_x={
-                "array": [(m.high or m.value) - m.value for _, m in known],
-                "arrayminus": [m.value - (m.low or m.value) for _, m in known],
+                "array": [(m.high or value) - value for _, m, value in known],
+                "arrayminus": [value - (m.low or value) for _, m, value in known],
                 "thickness": 1,
             },
             mode="markers",
-            marker={"symbol": symbol, "size": 10, "color": colour},
-            name=kind,
-            customdata=[str(m) for _, m in known],
+            marker={"symbol": style.symbol, "size": 10, "color": style.colour},
+            name=name,
+            visible=True if entry.label in first else "legendonly",
+            customdata=[str(m) for _, m, _ in known],
             hovertemplate="%{customdata}",
         )
-    figure.add_vline(x=1, line={"dash": "dot", "width": 1, "color": "#7a8494"})
+    figure.add_vline(x=1, line={"dash": "dot", "width": 1, "color": GREY})
     figure.update_xaxes(type="log")
-    figure.update_yaxes(automargin=True, autorange="reversed")
-    figure.update_layout(showlegend=False)
+    figure.update_yaxes(automargin=True, autorange="reversed", title={"standoff": 10})
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.3})
     return figure

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlroute.experiments.report.board import Group
-from rlroute.experiments.report.style import new_figure
+from rlroute.experiments.report.style import add_panels, new_figure
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -37,30 +37,26 @@ def loads_figure(groups: Sequence[Group], site: str | None = None) -> Figure:
         groups: entries with routed sites.
         site: the only one that is drawn, of those of the only group; all if None.
     """
-    from plotly.subplots import make_subplots
-
     wanted = [list(group.sites.values()) if site is None else [group.sites[site]] for group in groups]
     loads = [[_loads(group, places) for places in sites] for group, sites in zip(groups, wanted, strict=True)]
     most = max(len(seeds) for sites in loads for seeds in sites)
     across = min(most, SEED_COLUMNS)
     down = -(-most // across)
-    plain = new_figure("training step", "expert", height=110 + 230 * down)
+    plain = new_figure("", "expert", height=110 + 230 * down)
     titles = [f"seed {drawn['seed']}" for drawn in loads[0][0]]
     spacing = {"horizontal_spacing": 0.02, "vertical_spacing": 0.2 / down}
-    figure = make_subplots(down, across, shared_yaxes=True, subplot_titles=titles, figure=plain, **spacing)
-    for place, drawn in enumerate(loads[0][0]):
+    figure, places = add_panels(plain, titles, across, "training step", shared_yaxes=True, **spacing)
+    for drawn, where in zip(loads[0][0], places, strict=True):
         figure.add_heatmap(
             x=drawn["steps"],
             z=drawn["share"],
             name=f"seed {drawn['seed']}",
             coloraxis="coloraxis",
             hovertemplate="step %{x}, expert %{y}<br>%{z:.2f} × the fair share",
-            row=place // across + 1,
-            col=place % across + 1,
+            **where,
         )
     _colour(figure, FAIR, **({"loads": loads} if site is None else {}))
-    figure.update_xaxes(showgrid=False, zeroline=False, title={"text": ""})
-    figure.update_xaxes(title={"text": "training step"}, row=down)
+    figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(title={"text": "expert"}, col=1)
     return figure

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SETTING_WIDTH = 120
 """Pixels that a size, step and layer takes at least in a figure, which is scrolled where it does not fit."""
+SETTING = "experts E, of which k a token, and tokens T of a sequence; step of training"
 MEASURES = {
     "cosine": "cosine of one micro-batch to the exact gradient",
     "bias": "relative bias (|mean - exact| / |exact|)",
@@ -70,7 +71,7 @@ def signals_figure(signals: Sequence[Signal], title: str, *, log: bool = False, 
         first: so many entries are drawn at first, the others by a click on their names; all if None.
     """
     settings = list(dict.fromkeys(signal.setting for signal in signals))
-    drawn = new_figure("", title, height=720)
+    drawn = new_figure(SETTING, title, height=720)
     for index, entry in enumerate(dict.fromkeys(signal.entry for signal in signals)):
         found = [(signal.setting, signal.value) for signal in signals if signal.entry == entry]
         points = [(where, point) for where, point in found if point is not None and math.isfinite(point.mean)]
@@ -91,7 +92,7 @@ def signals_figure(signals: Sequence[Signal], title: str, *, log: bool = False, 
             visible=True if first is None or index < first else "legendonly",
         )
     drawn.update_layout(meta={"width": SETTING_WIDTH * len(settings)})
-    drawn.update_layout(scattermode="group", legend={"y": -0.2, "yanchor": "top", "x": 0})
+    drawn.update_layout(scattermode="group", legend={"y": -0.25, "yanchor": "top", "x": 0})
     drawn.update_xaxes(type="category", categoryorder="array", categoryarray=settings, tickangle=0)
     drawn.update_yaxes(**({"type": "log"} if log else {"zeroline": True, "zerolinecolor": "#9aa3b2"}))
     return drawn
