@@ -5,6 +5,7 @@ address, and answers only who may ask.
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from rlroute.alarms import Alarm, alarms
 from rlroute.errors import ConfigError
+from rlroute.experiments import RESULTS
 from rlroute.experiments.comparison.ladder import reduce
 from rlroute.experiments.comparison.ladder_file import FILE, key_of
 from rlroute.experiments.comparison.table import build_table, paired
@@ -473,6 +475,20 @@ def test_every_column_of_numbers_is_sorted_by_number(name: str, whole: Board) ->
         said = [float(match[1].replace(",", "")) * UNITS[match[2] or ""] for match in found]
         if title != "runs ended":  # a share, as a text "2 of 3"
             assert said == sorted(said), title
+
+
+@pytest.mark.parametrize(("name", "view"), [("claims", "claims"), ("gradients", "gradients")])
+def test_published_results_say_whose_they_are(name: str, view: str, tmp_path: Path) -> None:
+    path = published.PUBLISHED[name][0]
+    mine = tmp_path / "mine" / path
+    mine.parent.mkdir(parents=True)
+    shutil.copy(RESULTS / path, mine)
+    for folder, wanted in ((tmp_path, f"Not yours: there is no {tmp_path / path}."), (tmp_path / "mine", "From ")):
+        board = Board(runs=(), results=published.read_results(folder))
+        (commit,) = board.results[name]["commits"]
+        said = json.dumps(app_module.draw(view, board, Choice()), default=_plain)
+        assert wanted in said and path in said and commit[:12] in said
+        assert ("Published with rlroute: experiments/results/" in said) == wanted.startswith("Not yours")
 
 
 def test_claims_are_in_the_order_of_their_numbers(whole: Board) -> None:

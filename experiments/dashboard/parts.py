@@ -118,7 +118,7 @@ def _glyph(style: Style) -> Component:
 def shown(name: str, drawn: Figure | Sheet | Listing | str | Exception, board: Board, choice: Choice) -> Component:
     """Return a view with its title; of one that failed, with what went wrong."""
     view = VIEWS[name]
-    caption = [html.P(view.caption, className="small")] if view.caption else []
+    caption = [html.P(said, className="small")] if (said := view.said(board)) else []
     return html.Section([html.H2(view.title), *caption, _content(name, drawn, board, choice)], id=f"view-{name}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,16 @@ def _claims(path: Path | None) -> Mapping[str, Any]:
     effects = {name: outcome["parts"][0]["effect"] for name, outcome in found.items() if outcome["parts"]}
     numbers = [{"#": int(line[0]), "effect": effects.get(line[0])} for line in grid.lines]
     keys = [[of.get(title) for title in grid.head] for of in numbers]
-    return {"head": grid.head, "lines": grid.lines, "keys": keys}
+    commits = sorted({outcome["commit"] for outcome in found.values()})
+    return {"head": grid.head, "lines": grid.lines, "keys": keys, "commits": commits}
 
 
 def _gradients(path: Path | None) -> Mapping[str, Any] | None:
-    return read_json(path) if path else None
+    record = read_json(path) if path else None
+    if not isinstance(record, dict):
+        return None
+    environment = record.get("environment")
+    return {**record, "commits": [environment.get("commit")] if isinstance(environment, dict) else []}
 
 
 PUBLISHED: dict[str, tuple[str, Callable[[Path | None], Mapping[str, Any] | None]]] = {
@@ -35,7 +40,7 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path | None], Mapping[str, Any] | None
 
 
 def read_results(folder: Path | None) -> dict[str, Mapping[str, Any]]:
-    """Return what is there, by name.
+    """Return what is there, by name; of each, ``origin`` says in a line whose it is, of which file and commit.
 
     Args:
         folder: of results; None for rlroute's own alone.
@@ -45,7 +50,15 @@ def read_results(folder: Path | None) -> dict[str, Mapping[str, Any]]:
     """
     found: dict[str, Mapping[str, Any]] = {}
     for name, (path, read) in PUBLISHED.items():
-        places = [place / path for place in (folder, RESULTS) if place is not None and (place / path).exists()]
-        if (what := read(places[0] if places else None)) is not None:
-            found[name] = what
+        places = [place for place in (folder, RESULTS) if place is not None and (place / path).exists()]
+        if (what := read(places[0] / path if places else None)) is not None:
+            found[name] = {**what, "origin": _origin(places[0], path, folder, what["commits"]) if places else ""}
     return found
+
+
+def _origin(place: Path, path: str, folder: Path | None, commits: Sequence[object]) -> str:
+    made = f", made at commit {', '.join(str(commit)[:12] for commit in commits)}" if any(commits) else ""
+    if place != RESULTS:
+        return f"From {place / path}{made}."
+    lacking = f": there is no {folder / path}" if folder else ""
+    return f"Not yours{lacking}. Published with rlroute: experiments/results/{path}{made}."

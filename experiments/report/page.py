@@ -174,7 +174,7 @@ def _section(name: str, board: Board, figures: dict[str, Figure]) -> Section:
         else:
             figures[place] = what
             ids.append((place, (what.layout.meta or {}).get("width", 0)))
-    return Section(name, view.title, view.caption, view.pickers, tuple(ids), **said)
+    return Section(name, view.title, view.said(board), view.pickers, tuple(ids), **said)
 
 
 def _config(group: Group) -> dict[str, str]:

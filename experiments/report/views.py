@@ -48,6 +48,7 @@ class View:
         title: what stands over it.
         caption: how to read it.
         draw: what makes it.
+        result: the name of what another command published, if it shows that: of :attr:`Board.results`.
         pickers: what of :class:`~rlroute.experiments.report.choice.Choice` it heeds.
     """
 
@@ -55,6 +56,11 @@ class View:
     caption: str
     draw: Callable[[Board, Choice], Figure | Sheet | Listing | str]
     pickers: tuple[str, ...] = ()
+    result: str = ""
+
+    def said(self, board: Board) -> str:
+        """Return the caption, and whose the published results are that it shows."""
+        return " ".join(filter(None, (self.caption, str(board.results.get(self.result, {}).get("origin", "")))))
 
 
 # What each draws
@@ -265,11 +271,13 @@ VIEWS: dict[str, View] = {
         "show and hide entries.",
         _gradients,
         ("measure",),
+        "gradients",
     ),
     "claims": View(
         "Claims",
         "What papers say, and what was found here: holds, refuted or inconclusive; the effect with its 95% interval.",
         _claims,
+        result="claims",
     ),
     "runs": View("Runs", "Every run, in whatever state.", _runs),
     "facts": View("This run", "", _facts),
