@@ -266,6 +266,19 @@ def test_the_report_asks_nobody_and_keeps_what_is_chosen_in_its_address(browser:
 
 
 @pytest.mark.slow
+def test_a_run_of_the_report_is_drawn_when_it_is_opened(browser: Any, report: str) -> None:
+    run = made()[0].id
+    with visiting(browser, report) as visit:
+        page = visit.go()
+        assert page.locator("details .js-plotly-plot").count() == 0
+        page.click(f"#view-runs ~ .scroll [data-run='{run}']")
+        page.wait_for_selector(f"details[open] {DRAWN}")
+        assert page.locator("details .js-plotly-plot").count() == 1
+        assert "c0ffee" in page.inner_text("details[open]") and page.locator("details[open] tbody tr").count() > 5
+        visit.go(f"#run={run}", f"details[open] {DRAWN}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [800, 1280])
 def test_nothing_is_wider_than_the_page(browser: Any, base: str, report: str, width: int) -> None:
     for address in (base, report):

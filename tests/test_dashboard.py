@@ -504,6 +504,9 @@ def test_a_diverged_run_and_a_table_that_cannot_be_are_said() -> None:
     assert "nonesuch" in str(VIEWS["results"].draw(board, Choice()))
     sheet = VIEWS["runs"].draw(board, Choice())
     assert isinstance(sheet, Sheet) and "diverged" in [row[2].text for row in sheet.rows]
+    for run in runs:
+        curve: Any = VIEWS["one"].draw(board, Choice(run=run.id))
+        assert len(curve.data) == 2 and all(len(trace.x) for trace in curve.data)
 
 
 # The app

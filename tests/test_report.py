@@ -25,10 +25,12 @@ from rlroute.experiments.report.curves import curves_figure
 from rlroute.experiments.report.differences import forest_figure
 from rlroute.experiments.report.loads import loads_figure
 from rlroute.experiments.report.page import EVERYTHING, conclude, write_report
+from rlroute.experiments.report.sheets import repeat
 from rlroute.experiments.report.style import COLOURS, GREY, style_of
 from rlroute.experiments.report.tradeoff import tradeoff_figure
 from rlroute.experiments.report.views import VIEWS
 from rlroute.experiments.statistics import differences, t_interval
+from rlroute.reading import read_runs
 from rlroute.schema import RunRecord
 from tests.boards import lay
 from tests.commands import refused, rlroute
@@ -372,6 +374,28 @@ def test_the_ladder_of_a_store_is_on_its_page_and_a_broken_one_is_refused(tmp_pa
     (store / FILE).write_text(json.dumps(found.to_dict() | {"entries": []}))
     assert FILE in refused(rlroute(*command, tmp_path / "another.html"))
     assert not (tmp_path / "another.html").exists()
+
+
+def test_every_run_has_its_page_and_those_that_did_not_end_are_said(tmp_path: Path) -> None:
+    store, runs = tmp_path / "runs", make_runs(("switch", "hash"), seeds=2)
+    for run in runs:
+        lay(store, run)
+    cut = lay(store, make_run("switch", 2), steps=200)
+    failed = lay(store, make_run("late"), steps=100)
+    (failed / "failed.json").write_text(json.dumps({"id": failed.name, "reason": "it was lost"}))
+    lay(store, make_run("elsewhere", train__batch_size=8), steps=100)  # which may not be compared with these
+    assert rlroute("report", store, "--results", tmp_path, "--out", tmp_path / "report.html").code == 0
+    page = Page((tmp_path / "report.html").read_text())
+    said = " ".join("".join(page.texts).split())
+    shown = [attrs["id"] for tag, attrs in page.tags if tag == "details"]
+    assert sorted(map(str, shown)) == sorted(f"run-{name}" for name in [*(r.id for r in runs), cut.name, failed.name])
+    assert len([name for name in page.figures if name.startswith("one-")]) == len(shown)
+    for title in ("This run", "Its loss", "Its evaluations", "Its configuration"):
+        assert said.count(title) == len(shown)
+    assert "2 of 3" in said and "set aside: it was lost" in said and "interrupted" in said
+    for run in runs:
+        assert repeat(Seen.of(run)) in said and f'"lr": {run.config["config"]["train"]["lr"]}' in said
+    assert build_table(runs).rows == build_table(read_runs(store)).rows  # the table is of those that ended
 
 
 def test_conclusion_names_who_is_untuned() -> None:

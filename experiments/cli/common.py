@@ -198,11 +198,12 @@ def open_results(out: Path) -> dict[str, Mapping[str, Any]]:
     return read_results(out)
 
 
-def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any]], store: Path) -> None:
     """Print the table of a comparison, after a list of all runs where others are left out; write it and the report, for
-    which the table does not wait.
+    which the table does not wait. Runs of the store that did not end are in the report.
     """
     from rlroute.experiments.comparison.text import pairs_to_csv, to_csv, to_markdown
+    from rlroute.experiments.dashboard.follow import unended
     from rlroute.experiments.report.page import write_report
     from rlroute.experiments.report.runs import list_records, to_grid
     from rlroute.records import write_atomically
@@ -228,6 +229,7 @@ def publish(found: Comparison, out: Path, results: Mapping[str, Mapping[str, Any
             margin=built.margin,
             results=results,
             ladder=found.ladder,
+            unended=unended(store),
         )
         print(f"{where}, report in {out}/report.html")
     except ImportError as error:

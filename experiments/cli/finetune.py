@@ -83,5 +83,5 @@ def finetune(
         raise ConfigError(f"--reference {reference!r}: legal are {', '.join(called.values())}")
     ladder, results = read_ladder(launch.store), open_results(out)
     jobs = [Job(config, seed, command_line(), label=label) for seed in range(seeds) for label, config in named]
-    publish(tabulate(run_all(together(jobs), launch), reference, margin, ladder), out, results)
+    publish(tabulate(run_all(together(jobs), launch), reference, margin, ladder), out, results, launch.store)
     print(f"runs in {launch.store}/")

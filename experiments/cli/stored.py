@@ -157,7 +157,7 @@ def report(
     results: Path = Path("results"),
 ) -> None:
     """Write one self-contained HTML page about stored runs, with the views of `rlroute dashboard`: table, verdicts,
-    curves, expert loads, quality against balance and speed, provenance.
+    curves, expert loads, quality against balance and speed, progress, and every run with its provenance.
 
     Args:
         store: a run store or a compact file.
@@ -168,13 +168,23 @@ def report(
         results: the folder of what other commands published; what is not there is taken from rlroute's own records.
     """
     from rlroute.experiments.comparison.ladder_file import read_ladder
+    from rlroute.experiments.dashboard.follow import unended
     from rlroute.experiments.dashboard.published import read_results
     from rlroute.experiments.report.page import write_report
 
     make_way(out)
     records, left_out = select(store, only)
     known, found = read_ladder(store), read_results(results)
-    write_report(records, out, reference=reference, left_out=left_out, margin=margin, results=found, ladder=known)
+    write_report(
+        records,
+        out,
+        reference=reference,
+        left_out=left_out,
+        margin=margin,
+        results=found,
+        ladder=known,
+        unended=[] if only else unended(store),
+    )
     say_edited(records)
     _say_left_out(left_out)
     print(f"report in {out}")

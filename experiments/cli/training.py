@@ -150,7 +150,7 @@ def compare(
         command=command_line(),
         **parts,
     )
-    publish(found, out, results)
+    publish(found, out, results, launch.store)
     print(f"runs in {launch.store}/")
 
 
@@ -208,7 +208,7 @@ def sweep(
     if search is not None:
         show(sweeping.ranking(jobs, how.store))
     elif records:
-        publish(tabulate(records, reference, margin, ladder), out, results)
+        publish(tabulate(records, reference, margin, ladder), out, results, how.store)
     for run, reason in failed.items():
         print(f"set aside: {run}: {reason}", file=sys.stderr)
     print(f"{len(records)} of {len(jobs)} runs ended, {len(failed)} set aside; runs in {how.store}/")

@@ -208,6 +208,18 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def unended(store: Path) -> list[Seen]:
+    """Return the runs of a store that have not ended, each as far as it has come; none of a compact file, which holds
+    none.
+    """
+    folders = sorted(store.iterdir()) if store.is_dir() else []
+    runs = [FollowedRun(path) for path in folders if path.is_dir() and not path.name.startswith(".")]
+    going = [run for run in runs if state(run.folder) not in ENDED]
+    for run in going:
+        run.look()
+    return [run.seen for run in going if run.is_run]
+
+
 class Followed:
     """A store folder, or a compact file, as it is now.
 

@@ -25,9 +25,9 @@ def _claims(path: Path | None) -> Mapping[str, Any]:
 
 
 def _gradients(path: Path | None) -> Mapping[str, Any] | None:
-    record = read_json(path) if path else None
-    if not isinstance(record, dict):
+    if path is None:
         return None
+    record = read_json(path)
     environment = record.get("environment")
     return {**record, "commits": [environment.get("commit")] if isinstance(environment, dict) else []}
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.table import Table, TableRow
 from rlroute.experiments.comparison.text import BALANCE, REGRET, legend
-from rlroute.experiments.report.board import Board, Group, Seen
+from rlroute.experiments.report.board import Board, Seen
 from rlroute.experiments.report.choice import ALL, AXES, KINDS, Choice
 from rlroute.experiments.report.html import render_page
 from rlroute.experiments.report.sheet import Sheet
-from rlroute.experiments.report.sheets import config_text, facts
 from rlroute.experiments.report.signals import MEASURES
-from rlroute.experiments.report.views import VIEWS, Listing, with_loads
+from rlroute.experiments.report.views import RUN_PAGE, VIEWS, Listing, with_loads
 from rlroute.experiments.text import listed, of_interval, short
 from rlroute.experiments.verdicts import MARGIN
 from rlroute.records import write_atomically
@@ -43,9 +42,10 @@ ORDER = (
     "said",
     "gradients",
     "claims",
+    "progress",
     "runs",
 )
-"""The views of the page, from top to bottom; of a run it has the facts, with all runs."""
+"""The views of the page, from top to bottom; under the runs those of each run, which are drawn when it is opened."""
 EVERYTHING = Choice(entries=ALL, entry=ALL, axis=ALL)
 """What is in the file; the page's script shows the first of it."""
 SECONDARY = (
@@ -68,7 +68,9 @@ BALANCE_LEGEND = (
 
 @dataclass(frozen=True)
 class Section:
-    """A view on the page: the ids of its figures with their widths, or its table, or a line why there is neither."""
+    """A view on the page: the ids of its figures with their widths, or its table, or its text, or a line why there is
+    none of these.
+    """
 
     name: str
     title: str
@@ -76,6 +78,7 @@ class Section:
     pickers: tuple[str, ...]
     figures: tuple[tuple[str, int], ...] = ()
     sheet: Sheet | None = None
+    text: str = ""
     line: str = ""
 
 
@@ -88,6 +91,7 @@ def write_report(
     margin: float = MARGIN,
     results: Mapping[str, Mapping[str, Any]] | None = None,
     ladder: Ladder | None = None,
+    unended: Sequence[Seen] = (),
 ) -> None:
     """Write the page about ``records`` to ``path``, atomically.
 
@@ -100,14 +104,19 @@ def write_report(
         margin: the difference below which entries are equivalent.
         results: what other commands published, by name.
         ladder: the one of the run store.
+        unended: its runs that have not ended; those that may be compared with the others are shown, and those that were
+            not begun.
 
     Raises:
         ComparisonError: the runs are not comparable, or there is no such reference.
         MissingDependencyError: Plotly is not installed.
         StoreError: the file cannot be written.
     """
+    ended = tuple(map(Seen.of, records))
+    kinds = {run.kind for run in ended}
     board = Board(
-        runs=tuple(map(Seen.of, records)),
+        runs=(*ended, *(run for run in unended if run.config and run.kind in kinds)),
+        others=tuple(run for run in unended if not run.config),
         reference=reference,
         left_out=tuple(left_out),
         margin=margin,
@@ -128,6 +137,10 @@ def render(board: Board) -> str:
     table = board.build()
     figures: dict[str, Figure] = {}
     sections = [_section(name, board, figures) for name in ORDER]
+    runs = [
+        (run.id, [_section(name, board, figures, Choice(run=run.id), f"-{place}") for name in RUN_PAGE])
+        for place, run in enumerate([*(run for group in board.groups for run in group.runs), *board.others])
+    ]
     drawn_loads = with_loads(board)
     return render_page(
         "comparison.html",
@@ -149,36 +162,31 @@ def render(board: Board) -> str:
         loads=[{"label": group.label, "hash": group.hash} for group in drawn_loads],
         sites=list(drawn_loads[0].sites) if drawn_loads else [],
         notes=[(title, text) for title, text in table.notes if text],
-        configs=[_config(group) for group in board.groups],
-        runs=[
-            {"id": run.id, "facts": {title: text for title, text in facts(run).items() if text}}
-            for group in board.groups
-            for run in group.runs
-        ],
+        runs=runs,
     )
 
 
-def _section(name: str, board: Board, figures: dict[str, Figure]) -> Section:
-    """Draw a view; put its figures to the others."""
+def _section(
+    name: str, board: Board, figures: dict[str, Figure], choice: Choice = EVERYTHING, mark: str = ""
+) -> Section:
+    """Draw a view; put its figures to the others, under its name with a mark."""
     view = VIEWS[name]
-    drawn: dict[str, Figure | Sheet | Listing | str] = {name: view.draw(board, EVERYTHING)}
-    if "measure" in view.pickers and not isinstance(drawn[name], str):
-        drawn = {f"{name}-{measure}": view.draw(board, EVERYTHING.but(measure=measure)) for measure in MEASURES}
+    drawn: dict[str, Figure | Sheet | Listing | str] = {name + mark: view.draw(board, choice)}
+    if "measure" in view.pickers and not isinstance(drawn[name + mark], str):
+        drawn = {f"{name}-{measure}": view.draw(board, choice.but(measure=measure)) for measure in MEASURES}
     ids: list[tuple[str, int]] = []
     said: dict[str, Any] = {}
     for place, what in drawn.items():
-        if isinstance(what, str | Listing):
-            said["line"] = str(what)
+        if isinstance(what, str):
+            said["line"] = what
+        elif isinstance(what, Listing):
+            said["text"] = what.text
         elif isinstance(what, Sheet):
             said["sheet"] = what
         else:
             figures[place] = what
             ids.append((place, (what.layout.meta or {}).get("width", 0)))
     return Section(name, view.title, view.said(board), view.pickers, tuple(ids), **said)
-
-
-def _config(group: Group) -> dict[str, str]:
-    return {"label": group.label, "runs": ", ".join(run.id for run in group.runs), "text": config_text(group.runs[0])}
 
 
 # What the table says, in words

@@ -7,12 +7,12 @@ What is not there is said in a line: a view returns a text then.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.report import sheets
-from rlroute.experiments.report.board import FIRST, Board, Group
+from rlroute.experiments.report.board import ALIVE, FIRST, Board, Group
 from rlroute.experiments.report.choice import ALL, Choice
 from rlroute.experiments.report.curves import curves_figure, health_figure
 from rlroute.experiments.report.differences import forest_figure, verdict_sheet
@@ -183,7 +183,8 @@ def _one_curve(board: Board, choice: Choice) -> Figure | str:
     if run is None or run.last is None:
         return "It has no row yet."
     (group,) = (group for group in board.groups if group.hash == run.hash)
-    return curves_figure([Group(group.label, (run,))], board.styles, choice.axis, choice.kinds)
+    whole = run if run.state in ALIVE else replace(run, state="interrupted")  # also one that diverged, by itself
+    return curves_figure([Group(group.label, (whole,))], board.styles, choice.axis, choice.kinds)
 
 
 def _config(board: Board, choice: Choice) -> Listing | str:

@@ -38,7 +38,7 @@ for (const table of sheets) {
 const words = byId("filter");
 function filter() {
   const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const table of sheets) {
+  for (const table of sheets.filter((table) => !table.closest("details"))) {  // a run is shown whole
     for (const row of table.tBodies[0].rows) {
       row.classList.toggle("unfit", !wanted.every((word) => row.textContent.toLowerCase().includes(word)));
     }
