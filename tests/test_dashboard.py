@@ -9,12 +9,14 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from dash import dcc, html
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ from rlroute.experiments.comparison.ladder import reduce
 from rlroute.experiments.comparison.ladder_file import FILE, key_of
 from rlroute.experiments.comparison.table import build_table, paired
 from rlroute.experiments.dashboard import app as app_module
-from rlroute.experiments.dashboard import follow, published, server
+from rlroute.experiments.dashboard import first, follow, published, server
 from rlroute.experiments.dashboard.app import Boards, make_app
 from rlroute.experiments.dashboard.follow import Followed, FollowedRun, Thinned
 from rlroute.experiments.launch.tail import Tail
@@ -567,11 +569,71 @@ def test_with_a_token_whoever_has_it_is_answered(store: Path) -> None:
 
 def test_a_page_may_ask_nobody_but_its_own_server(store: Path) -> None:
     answer = make_client(store).get("/")
-    rules = dict(rule.strip().split(maxsplit=1) for rule in answer.headers["Content-Security-Policy"].split(";"))
+    rules = _rules(answer)
     assert rules["default-src"] == "'none'" and rules["connect-src"] == "'self'"
     assert "unsafe" not in rules["script-src"] and all("http" not in rule for rule in rules.values())
     asked = re.findall(r"""(?:src|href)=["']([^"']*)""", answer.get_data(as_text=True))
-    assert len(asked) > 5 and all(address.startswith("/") and address[1] != "/" for address in asked)
+    assert len(asked) > 5
+    assert all(re.match(r"/(?!/)|\?|data:image/svg\+xml;base64,", address) for address in asked)
+
+
+class Parsed(HTMLParser):
+    """Collects the elements and the texts of a page, which are all closed in their order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.around: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.around
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.around += [] if tag in first.VOID else [tag]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.around.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_first_html_has_what_the_page_shows_escaped(store: Path) -> None:
+    runs = [make_run("switch", seed, {"note": note}) for seed in range(2) for note in (HOSTILE, '"{%scripts%}')]
+    for run in [changed(run, "config.command", HOSTILE) for run in runs]:
+        lay(store, run)
+    client = make_client(store)
+    plain = len(re.findall("<script", make_client(store / "nothing").get("/").get_data(as_text=True)))
+    for page in (*PAGES, f"run&run={runs[0].id}", HOSTILE, "runs&sort=seed"):
+        answer = client.get(f"/?page={page}")
+        text = answer.get_data(as_text=True)
+        inside = text.partition(first.ENTRY)[0].split('<div id="first">')[1]
+        assert len(re.findall("<script", text)) == plain and "unsafe-inline" not in _rules(answer)["script-src"]
+        parsed = Parsed('<div id="first">' + inside)
+        assert not {"script", "iframe"} & {tag for tag, _ in parsed.elements} and "id" not in parsed.elements[1][1]
+        assert not [name for _, attrs in parsed.elements for name in attrs if name.startswith("on") or name == "id"][1:]
+        images = [attrs["src"] for tag, attrs in parsed.elements if tag == "img"]
+        assert all(str(source).startswith("data:image/svg+xml;base64,") for source in images)
+        assert {str(store), "4 runs"} <= set(parsed.texts)
+        wanted = {"": f"switch (note={HOSTILE})", "runs": runs[0].id, f"run&run={runs[0].id}": HOSTILE}
+        assert page not in wanted or wanted[page] in parsed.texts
+    lay(store, make_run("hash"))
+    assert "5 runs" in client.get("/").get_data(as_text=True)  # as the store is now
+
+
+@given(st.text(), st.text())
+def test_a_part_of_a_page_is_the_same_as_html(text: str, name: str) -> None:
+    text, name = text.replace("\r", ""), name.replace("\r", "")
+    part = html.Td([text, dcc.Link("on", href=name), dcc.Store(id="x", data={"not": "there"})], className=name)
+    parsed = Parsed(first.to_html(part))
+    assert parsed.elements == [("td", {"class": name}), ("a", {"href": name})]
+    assert "".join(parsed.texts) == text + "on"
+
+
+def _rules(answer: Any) -> dict[str, str]:
+    return dict(rule.strip().split(maxsplit=1) for rule in answer.headers["Content-Security-Policy"].split(";"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "no such host"])

@@ -13,7 +13,9 @@ from typing import Any
 
 from dash import MATCH, Dash, Input, Output, State, dcc, html, no_update
 
+from rlroute.errors import StoreError
 from rlroute.experiments.dashboard import parts
+from rlroute.experiments.dashboard.first import put_first
 from rlroute.experiments.dashboard.follow import Followed
 from rlroute.experiments.report.board import Board, Lot, Seen, make_lots
 from rlroute.experiments.report.choice import Choice
@@ -26,7 +28,8 @@ TITLE = "rlroute"
 KEPT = 64
 """Pages that are kept drawn while nothing changes."""
 _PAINT = "(raw) => raw ? painted(raw) : window.dash_clientside.no_update"
-_REPAINT = """(search) => {
+_REPAINT = """(search, shown) => {
+  if ("version" in shown) document.getElementById("first")?.remove();
   if (!window.following) {
     window.following = true;
     DARK.addEventListener("change", () => {
@@ -63,6 +66,11 @@ class Boards:
     def lots(self) -> list[Lot]:
         """The lots of runs that may be compared."""
         return self._lots
+
+    @property
+    def total(self) -> int:
+        """How many runs there are."""
+        return sum(len(lot.runs) for lot in self._lots) + len(self._others)
 
     def of(self, choice: Choice) -> Board:
         """Return what a choice is about; a run's page is about its lot."""
@@ -123,28 +131,44 @@ def make_app(
             update_title="",
         )
     app.layout = _layout(store)
+    plain = app.interpolate_index
+    app.interpolate_index = lambda **said: put_first(plain(**said), _filled(store, boards))
     _connect(app, boards)
     return app
 
 
-def _layout(store: Path) -> Any:
+def _layout(store: Path, nav: Any = None, pickers: Any = None, body: Any = None) -> Any:
     return html.Div(
         [
             dcc.Location(id="url", refresh=False),
             dcc.Interval(id="tick", interval=SECONDS * 1000),
             dcc.Store(id="shown", data={}),
             dcc.Store(id="listening"),
-            html.Header([html.H1(["rlroute ", html.Span(str(store), className="small")]), html.Nav(id="nav")]),
-            html.Div(id="pickers"),
+            html.Header([html.H1(["rlroute ", html.Span(str(store), className="small")]), html.Nav(nav, id="nav")]),
+            html.Div(pickers, id="pickers"),
             dcc.Input(id="filter", placeholder="rows with these words", debounce=0.3, type="text", className="plain"),
-            html.Main(id="body"),
+            html.Main(body, id="body"),
         ],
         className="board",
     )
 
 
+def _filled(store: Path, boards: Boards) -> Any:
+    """Return the page that is asked for, as it stands; or why it cannot be read."""
+    from flask import request
+
+    try:
+        boards.look()
+    except StoreError as error:
+        return _layout(store, body=html.P(str(error), className="alarm"))
+    choice = Choice.of(request.query_string.decode(errors="replace"))
+    board = boards.of(choice)
+    nav = parts.navigation(choice, boards.lots, boards.total)
+    return _layout(store, nav, parts.pickers(board, choice), boards.body(choice))
+
+
 def _connect(app: Dash, boards: Boards) -> None:
-    app.clientside_callback(_REPAINT, Output("listening", "data"), Input("url", "search"))
+    app.clientside_callback(_REPAINT, Output("listening", "data"), Input("url", "search"), Input("shown", "data"))
     raw, graph = ({"view": MATCH, "part": part} for part in ("raw", "graph"))
     app.clientside_callback(_PAINT, Output(graph, "figure"), Input(raw, "data"))
 
@@ -157,7 +181,7 @@ def _connect(app: Dash, boards: Boards) -> None:
         # What is being typed is not written over, neither by an answer to itself nor by one to an earlier click.
         keep = choice.filter == old.filter or (bool(before) and old.but(filter=choice.filter) == choice)
         return (
-            parts.navigation(choice, boards.lots),
+            parts.navigation(choice, boards.lots, boards.total),
             parts.pickers(board, choice),
             boards.body(choice),
             no_update if keep else choice.filter,

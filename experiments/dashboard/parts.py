@@ -32,13 +32,14 @@ BLANK = {
 """What is seen for a moment, until the page's script has given a figure the colours of the reader's scheme."""
 
 
-def navigation(choice: Choice, lots: Sequence[Lot]) -> list[Component]:
-    """Return the links to the pages, and to other lots of runs where there are any."""
+def navigation(choice: Choice, lots: Sequence[Lot], total: int) -> list[Component]:
+    """Return the links to the pages, how many runs there are, and links to other lots of them where there are any."""
     plain = choice.but(run="", sort="", filter="")
     links = [
         dcc.Link(title, plain.but(page=page).link, className="tab on" if page == choice.page else "tab")
         for page, (title, _) in PAGES.items()
     ]
+    links.append(html.Span("1 run" if total == 1 else f"{total:,} runs", className="small total"))
     if len(lots) < 2:
         return links
     chosen = next((lot.key for lot in lots if lot.key == choice.lot), lots[0].key)
