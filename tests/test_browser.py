@@ -13,12 +13,18 @@ from urllib.parse import quote
 
 import pytest
 
+from rlroute.experiments.comparison.ladder import reduce
+from rlroute.experiments.comparison.ladder_file import FILE, key_of
 from rlroute.experiments.dashboard.app import make_app
+from rlroute.experiments.dashboard.published import read_results
 from rlroute.experiments.dashboard.server import make_server, protect
 from rlroute.experiments.report.page import write_report
+from rlroute.experiments.report.views import PAGES, RUN_PAGE
 from tests.boards import lay
 from tests.conftest import HANG, until
-from tests.test_table import EXPERTS, changed, make_run, make_runs
+from tests.test_dashboard import MEASURED
+from tests.test_ladder import rungs
+from tests.test_table import EXPERTS, changed, make_run, make_runs, with_regret
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver, playwright, is not installed")
@@ -88,19 +94,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("browser") / "runs"
     for run in made():
         lay(store, run)
+    keys = [key_of(run.config["config"]) for run in made()[:18:2]]
+    found = reduce(rungs(1.0, *(0.55 + place / 10 for place in range(8))), keys, [], "climbed so")
+    (store / FILE).write_text(json.dumps(found.to_dict()))
     return store
 
 
 def made() -> list[Any]:
     """Return runs of twelve entries, of which one has a hostile field that its label tells it apart by."""
-    runs = make_runs(MANY, seeds=2)
+    runs = [with_regret(run, MEASURED) if run.config["router"] != "dense" else run for run in make_runs(MANY, seeds=2)]
     runs += [make_run("switch", seed, {"note": HOSTILE}) for seed in range(2)]
     return [changed(run, "config.command", HOSTILE) for run in runs]
 
 
 @pytest.fixture(scope="module")
 def base(store: Path) -> Iterator[str]:
-    app = make_app(store)
+    app = make_app(store, read_results(None))
     protect(app, None)
     server = make_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever)
@@ -132,13 +141,58 @@ def in_address(page: Any, part: str) -> None:
 def test_every_page_of_the_dashboard_is_drawn(browser: Any, base: str) -> None:
     with visiting(browser, base) as visit:
         for page in ("", "table", "verdicts", "experts", "signals"):
-            visit.go(f"?page={page}", "main .absent" if page == "signals" else ".js-plotly-plot .xtitle")
+            visit.go(f"?page={page}", ".js-plotly-plot .xtitle")
             assert visit.page.locator("text=cannot be drawn").count() == 0
         run = make_run("switch").id
         visit.go("?page=runs", "#view-runs tbody tr").click(f"text={run}")
         visit.page.wait_for_selector("#view-config pre")
         assert f"run={run}" in visit.page.url
         assert "c0ffee" in visit.page.inner_text("#view-facts")  # the commit to repeat it at
+
+
+SHEETS = ("progress", "results", "verdicts", "rungs", "said", "claims", "runs", "facts", "evals")
+LISTINGS = ("config",)
+CUT = """[...document.querySelectorAll("main *, header *, .pickers *")].filter((part) => {
+  const {left, right, width} = part.getBoundingClientRect();
+  if (!width || (left >= -1 && right <= innerWidth + 1)) return false;
+  for (let at = part; at; at = at.parentElement) if (getComputedStyle(at).overflowX !== "visible") return false;
+  return true;
+}).map((part) => part.outerHTML.slice(0, 200))"""
+"""What is beyond the window, and in nothing that can be scrolled."""
+CLIPPED = """[...document.querySelectorAll(".js-plotly-plot")].flatMap((plot) => {
+  const box = plot.querySelector(".main-svg").getBoundingClientRect();
+  return [...plot.querySelectorAll(".xtitle, .ytitle, .xtick text, .ytick text, .annotation-text")].filter((text) => {
+    const {left, right, width} = text.getBoundingClientRect();
+    return width && (left < box.left - 2 || right > box.right + 2);
+  }).map((text) => text.textContent);
+})"""
+"""Texts of figures that are cut off at a figure's left or right."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [800, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", [*PAGES, "run"])
+def test_every_page_is_whole(browser: Any, base: str, page: str, scheme: str, width: int) -> None:
+    views = RUN_PAGE if page == "run" else PAGES[page][1]
+    with visiting(browser, base, color_scheme=scheme) as visit:
+        visit.page.set_viewport_size({"width": width, "height": 900})
+        seen = visit.go(f"?page={page}&run={make_run('router_1').id}", f"#view-{views[-1]}")
+        for view in views:
+            content = {**dict.fromkeys(SHEETS, "tbody tr td"), **dict.fromkeys(LISTINGS, "pre")}
+            seen.wait_for_selector(f"#view-{view} {content.get(view, '.js-plotly-plot .ytitle')}")
+        assert seen.locator("#first, .absent, :text('cannot be drawn')").count() == 0
+        until(lambda: seen.evaluate(CLIPPED) == [])
+        assert seen.evaluate(CUT) == [] and seen.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.slow
+def test_the_first_html_shows_the_store_without_scripts(browser: Any, base: str) -> None:
+    with visiting(browser, base, java_script_enabled=False) as visit:
+        page = visit.go("", "#first tbody tr")
+        assert f"switch (note={HOSTILE})" in page.inner_text("#first") and "24 runs" in page.inner_text("nav")
+        page.click("nav a >> text=Runs")
+        page.wait_for_selector(f"#first tbody tr >> text={make_run('router_1').id}")
 
 
 @pytest.mark.slow
@@ -150,7 +204,7 @@ def test_hostile_names_are_text(browser: Any, base: str) -> None:
         page = visit.go("?page=run&run=" + quote(made()[-1].id))
         assert HOSTILE in page.inner_text("#view-facts")
         for hostile in ("page", "run", "entries", "sort", "filter", "lot"):
-            visit.go(f"?page=runs&{hostile}={quote(HOSTILE)}", "main section")
+            visit.go(f"?page=runs&{hostile}={quote(HOSTILE)}", "#react-entry-point main section")
 
 
 @pytest.mark.slow
@@ -239,7 +293,7 @@ def test_the_readers_scheme_is_followed(browser: Any, base: str, scheme: str) ->
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(made(), path)
+    write_report(made(), path, results=read_results(None))
     return path.as_uri()
 
 
@@ -280,9 +334,12 @@ def test_a_run_of_the_report_is_drawn_when_it_is_opened(browser: Any, report: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [800, 1280])
-def test_nothing_is_wider_than_the_page(browser: Any, base: str, report: str, width: int) -> None:
-    for address in (base, report):
-        with visiting(browser, address) as visit:
-            page = visit.go()
-            page.set_viewport_size({"width": width, "height": 900})
-            met(page, "document.documentElement.scrollWidth <= innerWidth")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_is_whole(browser: Any, report: str, scheme: str, width: int) -> None:
+    with visiting(browser, report, color_scheme=scheme) as visit:
+        visit.page.set_viewport_size({"width": width, "height": 900})
+        page = visit.go(f"#run={made()[0].id}", f"details[open] {DRAWN}")
+        for view in ("progress", "results", "verdicts", "claims", "runs"):
+            assert page.locator(f"#view-{view} ~ .scroll tbody tr").count() > 0
+        until(lambda: page.evaluate(CLIPPED) == [])
+        assert page.evaluate(CUT) == [] and page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -10,7 +10,7 @@ from rlroute.experiments.comparison.entries import Entry
 from rlroute.experiments.comparison.pairs import pair
 from rlroute.experiments.comparison.table import Table, paired
 from rlroute.experiments.report.sheet import Cell, Sheet
-from rlroute.experiments.report.style import Style, faint, new_figure
+from rlroute.experiments.report.style import Style, faint, in_title, new_figure
 from rlroute.experiments.statistics import Interval
 from rlroute.experiments.text import NOTHING, of_interval
 from rlroute.experiments.verdicts import Verdict
@@ -36,7 +36,7 @@ def forest_figure(
     if not rows:
         return None
     figure = new_figure(
-        f"difference to {escape(table.reference)} (bits per byte; left is better)", "entry", 110 + 34 * len(rows)
+        f"difference to {in_title(table.reference)} (bits per byte; left is better)", "entry", 110 + 34 * len(rows)
     )
     base = entries[table.reference]
     for row, difference in rows:
@@ -46,7 +46,7 @@ def forest_figure(
             x=seeds,
             y=[name] * len(seeds),
             mode="markers",
-            marker={"color": faint(style.colour, 0.6), "symbol": style.shape, "size": 6},
+            marker={"color": faint(style.colour, 0.75), "symbol": style.shape, "size": 6},
             hovertemplate="%{x:+.4f}<extra>one seed</extra>",
         )
         figure.add_scatter(

@@ -12,7 +12,7 @@ from rlroute.experiments.comparison.ladder_file import Ladder
 from rlroute.experiments.comparison.ladder_text import notes, table
 from rlroute.experiments.report.board import FIRST
 from rlroute.experiments.report.html import render_page
-from rlroute.experiments.report.style import GREY, Style, new_figure, styles_of
+from rlroute.experiments.report.style import GREY, Style, in_title, new_figure, styles_of
 from rlroute.experiments.text import of_interval
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def losses_figure(ladder: Ladder) -> Figure:
 def multipliers_figure(ladder: Ladder) -> Figure:
     """Draw the compute and time multipliers of all entries but the reference, with their intervals."""
     styles, first = _styles(ladder), shown_first(ladder)
-    title = f"multiplier (compute or time of {escape(ladder.rungs.labels[0])})"
+    title = f"multiplier (compute or time of {in_title(ladder.rungs.labels[0])})"
     figure = new_figure(title, "entry, and of what", height=180 + 50 * len(first))
     for entry in ladder.entries:
         style, name = styles[entry.label], escape(entry.label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rlroute.extras import missing
@@ -80,6 +81,11 @@ def faint(colour: str, alpha: float) -> str:
     """Return a colour that lets ``1 - alpha`` of what lies beneath through."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
+
+
+def in_title(reference: str) -> str:
+    """Return what the title of an axis calls the reference: its label, where there is room for it."""
+    return escape(reference) if len(reference) <= 40 else "the reference"
 
 
 def drawn(values: Sequence[float]) -> list[float | None]:

@@ -94,7 +94,7 @@ def _draw_points(
         x=[x for x, _ in dots],
         y=[bits for _, bits in dots],
         mode="markers",
-        marker={"color": faint(style.colour, 0.6), "symbol": style.symbol, "size": 6},
+        marker={"color": faint(style.colour, 0.75), "symbol": style.symbol, "size": 6},
         hoverinfo="skip",
         **where,
     )
