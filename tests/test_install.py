@@ -80,7 +80,8 @@ def test_archives_hold_sources_results_recipes_and_docs(archives: tuple[Path, Pa
             if path.is_file() and "__pycache__" not in name:
                 assert f"rlroute/{name}" in in_wheel and name in in_source
     assert {"tests/test_install.py", "docs/README.md", "Makefile", "LICENSE"} <= in_source
-    assert {"docs/notebook.ipynb", "docs/upcycling.svg", "docs/images/dashboard.png"} <= in_source  # pages link to them
+    linked = {"docs/notebook.ipynb", "docs/upcycling.svg", "docs/images/dashboard-light.png"}
+    assert linked | {"docs/images/dashboard-dark.png"} <= in_source  # pages link to them
     assert not [name for name in in_wheel if name.startswith("tests/")]
 
 
