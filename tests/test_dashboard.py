@@ -470,6 +470,8 @@ def test_every_column_of_numbers_is_sorted_by_number(name: str, whole: Board) ->
     if not isinstance(sheet, Sheet) or sheet.kind == "facts":  # whose rows are not of a kind
         return
     for place, title in enumerate(sheet.head):
+        if title == "figures there":  # the source's own words, some of which begin with a number
+            continue
         rows = sheet.arranged(title).rows
         cells = [row[place] for row in rows]
         found = [match for cell in cells if (match := NUMBER.match(cell.text))]

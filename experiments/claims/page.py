@@ -71,7 +71,7 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
     blocks = [
         HEAD.format(timed=_timed()),
         f"Of {len(CLAIMS)} claims {len(outcomes)} have been run: {said}.{_where(outcomes)}\n",
-        markdown(*_summary(outcomes), sides="><<<<<><<"),
+        markdown(*summary(outcomes), sides="><<<<<><<"),
         f"\n{KEY}\n\nThe rule: {RULE}.\n\n{_bases()}\n",
     ]
     for title, claims in THEMES.items():
@@ -105,12 +105,13 @@ def line(outcome: Outcome, published: Outcome | None) -> str:
 
 def claims_grid(outcomes: Mapping[str, Outcome], tier: str | None = None) -> Grid:
     """Return the list as a terminal shows it, of a tier or all."""
-    (_, *head), lines = _summary(outcomes)
+    (_, *head), lines = summary(outcomes)
     lines = [[f"{number}. {claim}", *others] for number, claim, *others in lines if tier in (None, others[0])]
     return Grid(head, lines, left=[title for title in head if title != "n"], spare=SPARE)
 
 
-def _summary(outcomes: Mapping[str, Outcome]) -> tuple[list[str], list[list[str]]]:
+def summary(outcomes: Mapping[str, Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and lines of the list: of each claim its number, itself, and what it came to here."""
     lines = []
     for claim in CLAIMS.values():
         outcome = outcomes.get(claim.id)

@@ -11,17 +11,17 @@ from rlroute.reading import read_json
 
 
 def _claims(path: Path | None) -> Mapping[str, Any]:
-    """Return the claims board, as ``rlroute claims list`` shows it; of no claim that was run, if there is no file."""
+    """Return the claims board, as the page of claims shows it; of no claim that was run, if there is no file."""
     from rlroute.experiments.claims.outcomes import read_outcomes
-    from rlroute.experiments.claims.page import claims_grid
+    from rlroute.experiments.claims.page import summary
 
     found = read_outcomes(path) if path else {}
-    grid = claims_grid(found)
-    effects = {name: outcome["parts"][0]["effect"] for name, outcome in found.items() if outcome["parts"]}
-    numbers = [{"#": int(line[0]), "effect": effects.get(line[0])} for line in grid.lines]
-    keys = [[of.get(title) for title in grid.head] for of in numbers]
+    head, lines = summary(found)
+    first = {name: outcome["parts"][0] for name, outcome in found.items() if outcome["parts"]}
+    numbers = [{"#": int(line[0]), **first.get(line[0], {})} for line in lines]
+    keys = [[of.get(title) if title in ("#", "effect", "n") else None for title in head] for of in numbers]
     commits = sorted({outcome["commit"] for outcome in found.values()})
-    return {"head": grid.head, "lines": grid.lines, "keys": keys, "commits": commits}
+    return {"head": head, "lines": lines, "keys": keys, "commits": commits}
 
 
 def _gradients(path: Path | None) -> Mapping[str, Any] | None:

@@ -197,7 +197,8 @@ def claims_sheet(grid: Mapping[str, Any]) -> Sheet:
         tuple(Cell(text, key, tone=tones.get(text, "")) for text, key in zip(line, keys, strict=True))
         for line, keys in zip(grid["lines"], grid["keys"], strict=True)
     )
-    return Sheet(tuple(grid["head"]), rows, left=tuple(grid["head"]), kind="claims")
+    left = tuple(title for title in grid["head"] if title not in ("#", "n"))
+    return Sheet(tuple(grid["head"]), rows, left=left, kind="claims")
 
 
 # One run
