@@ -194,10 +194,10 @@ def test_a_change_of_the_order_is_told_from_noise() -> None:
 
     beyond, within = found(0.3, 0.3, 0.3), found(0.9, 0.0, 0.0)
     assert not beyond.order_holds and not within.order_holds
-    assert beyond.crossings == [("entry 1", "entry 1.3")] and not within.crossings
+    assert beyond.crossings == [["entry 1", "entry 1.3"]] and not within.crossings
     assert "changes beyond the noise (entry 1 and entry 1.3) across budgets" in to_markdown(beyond)
     assert "changes, by no more than noise, across budgets" in to_markdown(within)
-    assert beyond.to_dict()["crossings"] == [("entry 1", "entry 1.3")]
+    assert beyond.to_dict()["crossings"] == beyond.crossings
 
 
 SETTINGS: dict[str, Any] = {"seeds": 2, "data": tiny.DATA, "model": tiny.MODEL, "train": tiny.TRAIN, "tuned": False}

@@ -88,12 +88,12 @@ class Ladder:
         return all(one == other for one, other in pairwise(self.order))
 
     @property
-    def crossings(self) -> list[tuple[str, str]]:
+    def crossings(self) -> list[list[str]]:
         """The pairs of which one is better at some budget and worse at another, each time beyond the 95 % interval of
         their paired differences: what of a change of the order is not noise.
         """
         return [
-            (one.label, other.label)
+            [one.label, other.label]
             for (i, one), (j, other) in combinations(enumerate(self.entries), 2)
             if len({d.mean > 0 for d in self._differences(i, j) if d.separated}) > 1
         ]
@@ -222,6 +222,8 @@ class LadderOf(TypedDict):
     """The entries from best to worst, at each budget."""
     order_holds: NotRequired[bool]
     """Whether it is the same at all budgets."""
+    crossings: NotRequired[list[list[str]]]
+    """The pairs of entries whose order changes by more than noise."""
     runs: list[str]
     """The ids of all runs."""
     command: str | None
