@@ -1,4 +1,4 @@
-"""docs/lengths.svg, and the table beside it, out of experiments/results/lengths/:
+"""docs/lengths.svg, drawn once there are two lengths, and the table beside it, out of experiments/results/lengths/:
 ``python -m tests.lengths_figure`` writes the one and prints the other.
 """
 
@@ -40,7 +40,9 @@ def table(found: Mapping[int, Mapping[str, Entry]]) -> str:
     """Return the figures as Markdown."""
     heads = [f"{steps:,} steps, {len(entries[REFERENCE].runs)} seeds" for steps, entries in found.items()]
     rows = [f"| minus {REFERENCE} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    rows += [f"| {name} | {' | '.join(map(of_interval, line.values()))} |" for name, line in lines(found).items()]
+    rows += [
+        f"| {name} | {' | '.join(of_interval(i, '+') for i in line.values())} |" for name, line in lines(found).items()
+    ]
     return "\n".join(rows)
 
 
@@ -56,5 +58,6 @@ def figure(found: Mapping[int, Mapping[str, Entry]]) -> str:
 
 
 if __name__ == "__main__":
-    FIGURE.write_text(figure(lengths()))
+    if len(lengths()) > 1:
+        FIGURE.write_text(figure(lengths()))
     print(table(lengths()))
