@@ -1,5 +1,7 @@
 """The dashboard follows a store that grows, shows what is there and says what is not, keeps all that is chosen in its
 address, and answers only who may ask.
+
+Longer than most: every view, page and state is tried on the same few stores.
 """
 
 import json

@@ -15,6 +15,13 @@ def test_the_page_shows_what_is_published():
         assert lengths_figure.FIGURE.read_text() == lengths_figure.figure(LENGTHS)
 
 
+def test_the_figure_has_every_entry_at_every_length():
+    drawn = lengths_figure.figure({1200: LENGTHS[1200], 4800: LENGTHS[1200]})
+    names = (*lengths_figure.FIXED, *lengths_figure.LEARNED)
+    assert all(f">{name}</text>" in drawn for name in names)
+    assert drawn.count("<circle") == 2 * len(names) and drawn.count("<polyline") == len(names)
+
+
 @pytest.mark.parametrize("steps", LENGTHS)
 def test_every_entry_is_tuned_for_its_length_and_no_token_is_seen_twice(steps):
     entries = LENGTHS[steps]

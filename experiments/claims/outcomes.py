@@ -9,13 +9,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import (
-    Any,
-    NotRequired,  # pydantic does not take typing's own before Python 3.12
-    cast,
-)
+from typing import Any, NotRequired, cast
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic does not take typing's own before Python 3.12
 
 from rlroute.errors import StoreError
 from rlroute.experiments import RESULTS

@@ -102,8 +102,8 @@ def compare(
     start: Annotated[From, tyro.conf.arg(name="")] = FROM,
     shared: Annotated[Shared, tyro.conf.arg(name="")] = SHARED,
 ) -> None:
-    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are the entries that
-    have been tuned, with a preset that of the preset.
+    """Train ENTRIES on the same seeds; print the table, write it and the report. By default these are seven, at what
+    they were tuned to; with a preset that of the preset.
 
     Args:
         entries: routers, `router:field=value,...`, `router+router@SITES` (as `switch+hash@0-1`), or `dense`; `all`:
@@ -253,4 +253,4 @@ def tune(
         print(f"{entry}: {found}")
         for field in edges(tuned.GRID[entry], found):
             print(f"{entry}: {field} is at the edge of its grid: a better value may lie beyond", file=sys.stderr)
-    print(f"{len(trials)} trials in {out}, their runs in {launch.store}/")
+    print(f"{len(trials)} trials in {out}; runs of those that it did not have in {launch.store}/")

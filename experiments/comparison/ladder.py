@@ -17,7 +17,7 @@ from rlroute.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from rlroute.errors import ComparisonError, ConfigError
 from rlroute.experiments.comparison.budget import training_flops
 from rlroute.experiments.comparison.entries import check_comparable, labels, make_entries
-from rlroute.experiments.comparison.ladder_file import Climb, Ladder, Rungs, key_of
+from rlroute.experiments.comparison.ladder_file import Climb, Ladder, Rungs, key_of, paired
 from rlroute.experiments.comparison.multipliers import Laws, compare_curves, curve, fit_laws
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
@@ -169,17 +169,16 @@ def _entry(rungs: Rungs, index: int, key: str) -> Climb:
     even_1S = np.full((1, len(rungs.seeds)), 1 / len(rungs.seeds))
     (loss_J,), (at_J,) = curve(bits_JWS, even_1S)
     (base_J,) = curve(base_JWS, even_1S)[1]
-    mine, theirs = ([of[j, w] for j, w in enumerate(at)] for of, at in ((bits_JWS, at_J), (base_JWS, base_J)))
+    widths, base_widths = (tuple(rungs.widths[w] for w in at) for at in (at_J, base_J))
+    mine, theirs = rungs.bits(index, widths), rungs.bits(0, base_widths)
     log_speed_S = np.log(rungs.speed_EJWS[index] / rungs.speed_EJWS[0]).mean((0, 1))
     is_reference = index == 0
     return Climb(
         label=rungs.labels[index],
         key=key,
         bits=tuple(t_interval(bits_S.tolist()) for bits_S in mine),
-        widths=tuple(rungs.widths[w] for w in at_J),
-        differences=()
-        if is_reference
-        else tuple(t_interval((a - b).tolist()) for a, b in zip(mine, theirs, strict=True)),
+        widths=widths,
+        differences=() if is_reference else paired(mine, theirs),
         law=_law(fit_laws(compute_J, loss_J[None])),
         compute=None if is_reference else compare_curves(compute_J, base_JWS, bits_JWS),
         time=None if is_reference else compare_curves(compute_J, base_JWS, bits_JWS, log_speed_S),

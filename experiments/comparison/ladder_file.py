@@ -6,7 +6,7 @@ Shape suffixes: E entries, J budgets, W widths, S seeds.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -53,6 +53,15 @@ class Rungs:
     speed_EJWS: np.ndarray
     seeds: tuple[int, ...]
 
+    def bits(self, entry: int, widths: Iterable[int]) -> list[np.ndarray]:
+        """Return an entry's bits per byte by seed, for each budget at a width of its own."""
+        return [self.bits_EJWS[entry, j, self.widths.index(width)] for j, width in enumerate(widths)]
+
+
+def paired(mine: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> tuple[Interval, ...]:
+    """Return the differences of two entries by budget, paired by seed, with their 95 % t intervals."""
+    return tuple(t_interval((a - b).tolist()) for a, b in zip(mine, theirs, strict=True))
+
 
 @dataclass(frozen=True)
 class Climb:
@@ -98,13 +107,8 @@ class Ladder:
             if len({d.mean > 0 for d in self._differences(i, j) if d.separated}) > 1
         ]
 
-    def _differences(self, one: int, other: int) -> list[Interval]:
-        """Return an entry's differences to another, by budget: paired by seed, each at its own best width."""
-        bits = [
-            [self.rungs.bits_EJWS[index, budget, self.rungs.widths.index(width)] for budget, width in enumerate(widths)]
-            for index, widths in ((index, self.entries[index].widths) for index in (one, other))
-        ]
-        return [t_interval((a - b).tolist()) for a, b in zip(*bits, strict=True)]
+    def _differences(self, one: int, other: int) -> tuple[Interval, ...]:
+        return paired(*(self.rungs.bits(index, self.entries[index].widths) for index in (one, other)))
 
     def multiplier(self, config: Mapping[str, Any], reference: Mapping[str, Any]) -> Multiplier | None:
         """Return the compute multiplier of a configuration's routers; None where the ladder does not know it, or knows

@@ -140,8 +140,7 @@ def tune(
     trials: list[Trial] = []
     done = {(trial.entry, key(trial.overrides)): trial for trial in known}
     while following := [(e, point) for e in entries for point in base.untried(e, scores(trials, e))]:
-        new = {(entry, key(point)): base.at(entry, point) for entry, point in following}
-        new = {trial: config for trial, config in new.items() if trial not in done}
+        new = {(e, key(point)): base.at(e, point) for e, point in following if (e, key(point)) not in done}
         jobs = [together([Job(config, seed, command) for seed in base.seeds]) for config in new.values()]
         records = {record.id: record for record in run_all(list(chain.from_iterable(jobs)), how)} if jobs else {}
         for (entry, point), config in new.items():
