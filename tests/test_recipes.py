@@ -201,8 +201,8 @@ def test_the_committed_tuning_is_what_the_grid_gives(path):
             grid, untried = grid_around(entry, Length(**stored["around"])), unbracketed
         again, _ = walk(grid, lambda trial, scores=scores: scores[key(trial)], untried)
         assert again == scores
-        assert TUNED[length][entry] == best(GRID[entry], again)
-        assert edges(GRID[entry], TUNED[length][entry]) == [], f"{entry}: better settings may lie beyond"
+        assert TUNED[length][entry] == best(grid, again)
+        assert edges(grid, TUNED[length][entry]) == [], f"{entry}: better settings may lie beyond"
 
 
 def test_a_run_takes_what_was_found_for_the_nearest_length_and_says_so(monkeypatch):
@@ -284,7 +284,10 @@ def test_tuning_walks_the_grid_stores_every_seed_and_says_what_lies_at_an_edge(m
     assert list(read_tuning(tmp_path)) == [Length(7, 4), USUAL]
 
 
-def test_tuning_around_another_length_tries_rates_alone_beside_what_else_was_found(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("least", "rates"), [(1.6e-2, (6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)), (4e-3, (6e-3, 8e-3, 1.2e-2, 4e-3, 2e-3))]
+)
+def test_tuning_around_another_length_tries_rates_alone_beside_what_else_was_found(least, rates, monkeypatch, tmp_path):
     found = {"train": {"lr": 8e-3, "router_lr_scale": 0.3}, "router": {"balance_weight": 0.1}}
     monkeypatch.setattr("rlroute.experiments.recipes.tuned.TUNED", {Length(50, 8): {"switch": found}, USUAL: FOUND})
     monkeypatch.setattr(
@@ -293,7 +296,7 @@ def test_tuning_around_another_length_tries_rates_alone_beside_what_else_was_fou
             SimpleNamespace(
                 id=job.id,
                 config={"seed": job.seed},
-                summary={"final": {"bits_per_byte": abs(job.config.train.lr - 1.6e-2)}},
+                summary={"final": {"bits_per_byte": abs(job.config.train.lr - least)}},
             )
             for job in jobs
         ],
@@ -303,7 +306,7 @@ def test_tuning_around_another_length_tries_rates_alone_beside_what_else_was_fou
     stored = json.loads((tmp_path / "t.json").read_text())
     assert stored["around"] == {"steps": 50, "batch_size": 8}
     assert [row["overrides"] for row in stored["trials"]] == [
-        found | {"train": {"lr": lr, "router_lr_scale": 0.3}} for lr in (8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
+        found | {"train": {"lr": lr, "router_lr_scale": 0.3}} for lr in rates
     ]
     assert around(["hash"], Length(40, 8)) == USUAL != Length(50, 8) == around(["switch"], USUAL)
     with pytest.raises(ConfigError, match="no length other than 500 steps of 8 for which switch, hash were tuned"):

@@ -251,6 +251,6 @@ def tune(
     tuning.write_trials([*(trial for trial in known if trial.entry not in entries), *trials], base, out)
     for entry, found in tuning.best_trials(trials).items():
         print(f"{entry}: {found}")
-        for field in edges(tuned.GRID[entry], found):
+        for field in edges(base.grid(entry), found):
             print(f"{entry}: {field} is at the edge of its grid: a better value may lie beyond", file=sys.stderr)
     print(f"{len(trials)} trials in {out}; runs of those that it did not have in {launch.store}/")

@@ -19,7 +19,7 @@ from rlroute.errors import ConfigError, StoreError
 from rlroute.experiments.launch.jobs import Job, Launch, together
 from rlroute.experiments.launch.runs import run_all
 from rlroute.experiments.recipes.entries import Overrides, build_entry
-from rlroute.experiments.recipes.grid import Scores, best, key, unbracketed, unscored
+from rlroute.experiments.recipes.grid import Grid, Scores, best, key, unbracketed, unscored
 from rlroute.experiments.recipes.presets import refuse_overwritten
 from rlroute.experiments.recipes.tuned import GRID, TUNABLE, TUNING_SEEDS, Length, grid_around, grid_entry
 from rlroute.reading import Row, read_json
@@ -85,11 +85,13 @@ class Base:
     start: StartConfig | None = None
     """The weights from which all trials start, if they are another run's."""
 
+    def grid(self, entry: str) -> Grid:
+        """Return what is tried of an entry."""
+        return GRID[entry] if self.around is None else grid_around(entry, self.around)
+
     def untried(self, entry: str, found: Scores) -> list[Overrides]:
         """Return an entry's trials to run next; none at the end."""
-        if self.around is None:
-            return unscored(GRID[entry], found)
-        return unbracketed(grid_around(entry, self.around), found)
+        return (unscored if self.around is None else unbracketed)(self.grid(entry), found)
 
     def at(self, entry: str, point: Overrides) -> RunConfig:
         """Return an entry's configuration at a point of its grid."""

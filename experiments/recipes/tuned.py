@@ -33,6 +33,8 @@ _RATES = Axis(("train.lr",), (2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1.2e-2, 1.6e-2, 2e-2
 _FEW_RATES = Axis(("train.lr",), (8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
 _HIGH_RATES = Axis(("train.lr",), (1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
 _MORE_RATES = Axis(("train.lr",), (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2))
+_BEYOND = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 6.4e-2, 9.6e-2)
+"""Rates below and above those of whole grids, whose ends are as near as eleven trials have them."""
 
 
 def _scales(*values: float) -> Axis:
@@ -137,8 +139,10 @@ def around(entries: Collection[str], length: Length) -> Length:
 
 
 def grid_around(entry: str, length: Length) -> Grid:
-    """Return the learning rates of an entry's grid, beside what else it was tuned to for a length."""
-    return Grid(TUNED[length][entry], GRID[entry].axes[:1])
+    """Return the learning rates of an entry's grid and those beyond, beside what else it was tuned to for a length."""
+    rates, *_ = GRID[entry].axes
+    beyond = (rate for rate in _BEYOND if not rates.values[0] <= rate <= rates.values[-1])
+    return Grid(TUNED[length][entry], (Axis(rates.fields, tuple(sorted((*rates.values, *beyond)))),))
 
 
 class Tuning(NamedTuple):
